@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
 
+    Child = subprocess.Popen[bytes]
+
 __version__ = "1.0"
 __all__ = ["Attempt", "Job", "Queue", "QueueError", "work"]
 
@@ -569,7 +571,7 @@ class Held:
     def __init__(self, path: str) -> None:
         """Make and lock the file; one that a cleaner removed meanwhile is made again."""
         self.path = path
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         while True:
             self.fd = os.open(path, flags, 0o600)
             with contextlib.suppress(FileNotFoundError):
@@ -583,7 +585,7 @@ class Held:
         import json
 
         os.ftruncate(self.fd, 0)
-        os.write(self.fd, json.dumps(facts).encode())
+        os.pwrite(self.fd, json.dumps(facts).encode(), 0)
 
     def close(self, *, remove: bool = True) -> None:
         """Give up this process's hold on the lock; the file goes first."""
@@ -952,6 +954,7 @@ class Queue:
         """Open the queue, and make it where there is none (unless told not to)."""
         self.db = Database(path, create=create and not readonly, readonly=readonly)
         self.clock = clock
+        self.settings = {key: setting.default for key, setting in SETTINGS.items()}
 
     def __enter__(self) -> Queue:
         """Return the queue; leaving the block closes it."""
@@ -1057,6 +1060,7 @@ class Queue:
         for key, value in self.db.execute(SETTINGS_STORED):
             if key in SETTINGS:
                 config[key] = SETTINGS[key].read(value)
+        self.settings = config  # for workers, which have just read it in a transaction
         return config
 
     # operating
@@ -1088,6 +1092,7 @@ class Queue:
     def claim(self, worker: str, queues: Sequence[str] = ()) -> Job | None:
         """Give the next due job to a worker, which has its lock; None where nothing is due."""
         with self.db.transaction():
+            self.config()
             return self._claim(worker, queues)
 
     def _claim(self, worker: str, queues: Sequence[str]) -> Job | None:
@@ -1121,8 +1126,9 @@ class Queue:
             return after, self._claim(job.locked_by or "", claim()) if claim else None
 
     def _end(self, job: Job, ending: Ending) -> Job | None:
-        row = self.db.execute(ONE, {"id": job.id}).fetchone()
-        after = sequel(Job(*row) if row else job, ending, self.config())
+        if ending.error is not None:  # is it being cancelled meanwhile?
+            job = job._replace(cancelling=self.get(job.id).cancelling)
+        after = sequel(job, ending, self.config())
         changed = self.db.execute(
             END_CLAIM,
             {
@@ -1168,6 +1174,7 @@ class Queue:
 
 # --- processes: launch, find, end; the only place with signals and kills --------------------------
 
+PROC = sys.platform == "linux"  # processes can be looked into through /proc
 EXHAUSTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # the machine's fault
 
 
@@ -1178,9 +1185,14 @@ class Output(Held):
 
     def __init__(self, path: str) -> None:
         """Make the file; one of that name is left over from another queue."""
-        with contextlib.suppress(FileNotFoundError):
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND
+        self.path = path
+        try:
+            self.fd = os.open(path, flags, 0o600)
+        except FileExistsError:
             os.unlink(path)
-        super().__init__(path)
+            self.fd = os.open(path, flags, 0o600)
+        lock(self.fd)
         self.cut = 0  # bytes that are gone from the file, and from its size
 
     def reopen(self) -> None:
@@ -1224,24 +1236,17 @@ def punch(fd: int, length: int) -> bool:
     return bool(fallocate(fd, keep_size | punch_hole, *offsets) == 0)
 
 
-def launch(
-    job: Job, config: Mapping[str, Any], out: Output, **extra: str
-) -> subprocess.Popen[bytes]:
+def launch(job: Job, shell: Sequence[str], env: dict[bytes, bytes], out: Output) -> Child:
     """Start a job's command in a session of its own; OSError where it cannot be started.
 
     The output file is passed on a third time, as a descriptor that no redirection closes.
     """
     import subprocess
 
-    given = {}
-    if job.env:
-        import json
-
-        given = json.loads(job.env)
     return subprocess.Popen(  # signals are at their defaults: this process has handlers for all
-        [*config["shell"], job.command],
+        [*shell, job.command],
         cwd=job.cwd,
-        env={**os.environ, **given, **extra},
+        env=env,
         stdin=subprocess.DEVNULL,
         stdout=out.fd,
         stderr=out.fd,
@@ -1257,7 +1262,7 @@ def run_key(job: Job) -> str:
 
 def members(job: Job, run: RunDirectory) -> list[int]:
     """Return the processes of an attempt, as far as they can be told from strangers for certain."""
-    if os.path.isdir("/proc/self/fd"):
+    if PROC:
         key = b"\0QUEUECTL_RUN=" + run_key(job).encode() + b"\0"
         found = [pid for pid in others() if key in b"\0" + read_proc(pid, "environ")]
         if found or run.free(job.seq, job.run, "out"):
@@ -1411,7 +1416,9 @@ class Worker:
         self.db, self.run_dir = self.queue.db, self.queue.db.run
         self.name, self.slot, self.queues, self.pool = name, slot, queues, pool
         self.held = Held(self.run_dir.file(name))
-        self.held.note(pid=os.getpid(), slot=slot)
+        self.facts = {"pid": os.getpid(), "slot": slot}
+        self.held.note(**self.facts)
+        self.inherited = dict(os.environb)
         self.waker = sane_signals()
         self.config = self.queue.config()
         self.db.durable(self.config["synchronous"])
@@ -1510,25 +1517,15 @@ class Worker:
 
     def perform(self, job: Job) -> tuple[Ending, Output | None]:
         """Run one attempt of a job to its end."""
-        self.config = self.queue.config()
+        self.config = self.queue.settings
         started, out = self.queue.clock(), None
         try:
             out = Output(self.run_dir.file(job.seq, job.run, "out"))
-            child = launch(
-                job,
-                self.config,
-                out,
-                QUEUECTL_JOB_ID=job.id,
-                QUEUECTL_ATTEMPT=str(job.attempts),
-                QUEUECTL_WORKER=str(self.slot),
-                QUEUECTL_DB=self.db.path,
-                QUEUECTL_RUN=run_key(job),
-            )
+            child = launch(job, self.config["shell"], self.environment(job), out)
         except OSError as failure:
             return self.unstartable(job, failure, started), out
-        self.held.note(
-            pid=os.getpid(), slot=self.slot, run=run_key(job), job_pid=child.pid, launched=started
-        )
+        if not PROC:
+            self.held.note(**self.facts, run=run_key(job), job_pid=child.pid, launched=started)
         fate, error = self.watch(job, child, out)
         if error or child.returncode:
             self.end(job, child, out)
@@ -1536,6 +1533,21 @@ class Worker:
         finished = max(self.queue.clock(), started)
         tail = out.tail(self.config["output_limit"])
         return Ending(fate, child.returncode, error, started, finished, *tail), out
+
+    def environment(self, job: Job) -> dict[bytes, bytes]:
+        """Return a job's environment: the worker's, then the job's own, then ours."""
+        env = {
+            "QUEUECTL_JOB_ID": job.id,
+            "QUEUECTL_ATTEMPT": str(job.attempts),
+            "QUEUECTL_WORKER": str(self.slot),
+            "QUEUECTL_DB": self.db.path,
+            "QUEUECTL_RUN": run_key(job),
+        }
+        if job.env:
+            import json
+
+            env = {**json.loads(job.env), **env}
+        return {**self.inherited, **{os.fsencode(k): os.fsencode(v) for k, v in env.items()}}
 
     def unstartable(self, job: Job, error: OSError, started: float) -> Ending:
         """Decide whose fault it is that a job did not start: its own, or the machine's."""
@@ -1547,9 +1559,7 @@ class Worker:
         self.complain(f"job {job.id} {reason}; trying again")
         return Ending("returned", None, reason, started, self.queue.clock())
 
-    def watch(
-        self, job: Job, child: subprocess.Popen[bytes], out: Output
-    ) -> tuple[str, str | None]:
+    def watch(self, job: Job, child: Child, out: Output) -> tuple[str, str | None]:
         """Wait for the end of a job, or for a reason to end it."""
         timeout = self.config["timeout"] if job.timeout is None else job.timeout
         deadline = time.monotonic() + timeout if timeout else float("inf")
@@ -1561,13 +1571,14 @@ class Worker:
                 return "cancelled", "cancelled by the operator"
             if time.monotonic() >= deadline:
                 return "ran", f"timed out after {span(timeout)}"
-            self.wait(min(deadline, time.monotonic() + pause))
-            if out.trim(self.config["output_limit"]):
-                pause = 0.01
-            pause = min(pause * 2, 0.64)
+            now = time.monotonic()
+            self.wait(min(deadline, now + pause))
+            if time.monotonic() > now + pause:
+                full = out.trim(self.config["output_limit"])
+                pause = 0.01 if full else min(pause * 2, 0.64)
         return "ran", None
 
-    def end(self, job: Job, child: subprocess.Popen[bytes], out: Output) -> None:
+    def end(self, job: Job, child: Child, out: Output) -> None:
         """End what is left of an attempt; return when every process of it is gone."""
         out.reopen()
         ender, pause = Ender(job, self.run_dir, self.config["kill_grace"]), 0.005

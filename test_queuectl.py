@@ -1,8 +1,8 @@
 """Tests of queuectl: real processes, real signals, real databases.
 
-    python3 -m unittest                         everything in under a minute
-    QUEUECTL_SLOW=1 python3 -m unittest         and the sweeps, which take minutes
-    python3 test_queuectl.py bench [NAME...]    figures, with a baseline beside each
+python3 -m unittest                         everything in under a minute
+QUEUECTL_SLOW=1 python3 -m unittest         and the sweeps, which take minutes
+python3 test_queuectl.py bench [NAME...]    figures, with a baseline beside each
 """
 
 from __future__ import annotations
@@ -10,16 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 import unittest
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable
 
 import queuectl
 from queuectl import Queue
@@ -58,18 +56,16 @@ class Case(unittest.TestCase):
         self.dir = os.path.realpath(tempfile.mkdtemp(prefix="queuectl-test-"))
         self.addCleanup(shutil.rmtree, self.dir, ignore_errors=True)
         self.path = os.path.join(self.dir, "queuectl.db")
-        self.pools: List[subprocess.Popen[str]] = []
+        self.pools: list[subprocess.Popen[str]] = []
         self.addCleanup(self.end_everything)
 
     def end_everything(self) -> None:
         """Leave no process behind, whatever the test did."""
-        for pool in self.pools:
-            if pool.poll() is None:
-                pool.kill()
-            pool.communicate()
         until(lambda: not self.kill_ours())
+        for pool in self.pools:
+            pool.communicate()
 
-    def kill_ours(self) -> List[int]:
+    def kill_ours(self) -> list[int]:
         """Kill every process that works in the directory of this test."""
         found = []
         for pid in os.listdir("/proc"):
@@ -90,14 +86,13 @@ class Case(unittest.TestCase):
         except FileNotFoundError:
             return ""
 
-    def run_cli(self, *args: str, stdin: Any = "", code: Optional[int] = 0, **more: Any) -> Any:
+    def run_cli(self, *args: str, stdin: Any = "", code: int | None = 0, **more: Any) -> Any:
         """Run one command; return its result, with stdout and stderr as text."""
         result = subprocess.run(
             [*PYTHON, PROGRAM, *args],
             input=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            universal_newlines=True,
+            capture_output=True,
+            text=True,
             cwd=more.pop("cwd", self.dir),
             timeout=60,
             check=False,
@@ -164,9 +159,537 @@ class Case(unittest.TestCase):
         self.assertEqual(pool.returncode, code, output)
         return output
 
-    def workers(self) -> Dict[str, Dict[str, Any]]:
+    def workers(self) -> dict[str, dict[str, Any]]:
         """Return the living workers and what each says about itself."""
         return queuectl.RunDirectory(self.path).holders("worker")
+
+
+# --- rules ----------------------------------------------------------------------------------------
+
+
+class Rules(unittest.TestCase):
+    """The pure functions, by tables of cases."""
+
+    def test_durations_are_read(self) -> None:
+        cases = {
+            "90": 90,
+            "90s": 90,
+            "5m": 300,
+            "1h30m": 5400,
+            "2d": 172800,
+            "1.5h": 5400,
+            "0": 0,
+            ".5": 0.5,
+            "1W": 604800,
+        }
+        for written, meant in cases.items():
+            with self.subTest(written):
+                self.assertEqual(queuectl.seconds(written), meant)
+
+    def test_what_is_no_duration_is_refused(self) -> None:
+        for written in (
+            "",
+            "x",
+            "5 m",
+            "-1",
+            "1h30",
+            "1e3",
+            "nan",
+            "11000d",
+            "m",
+            None,
+            True,
+            [],
+            -1,
+        ):
+            with self.subTest(written), self.assertRaises(ValueError):
+                queuectl.seconds(written)
+
+    def test_times_are_read(self) -> None:
+        cases = {
+            "1970-01-01T00:01:00Z": 60,
+            "1970-01-01T01:00+01:00": 0,
+            "2030-01-31 08:00:00+00:00": 1896076800,
+            "1896076800": 1896076800,
+        }
+        for written, meant in cases.items():
+            with self.subTest(written):
+                self.assertEqual(queuectl.moment(written), meant)
+        local = time.mktime((2030, 1, 31, 8, 0, 0, 0, 0, -1))
+        self.assertEqual(queuectl.moment("2030-01-31T08:00"), local)
+
+    def test_what_is_no_time_is_refused(self) -> None:
+        for written in ("", "tomorrow", "2030-13-01", -1, 1e18, float("nan"), True, None, "9" * 30):
+            with self.subTest(written), self.assertRaises(ValueError):
+                queuectl.moment(written)
+
+    def test_spans_are_short(self) -> None:
+        cases = {0.123: "0.12 s", 1: "1 s", 42.4: "42 s", 200: "3m20s", 7200: "2h", 90061: "1d1h"}
+        for duration, shown in cases.items():
+            with self.subTest(shown):
+                self.assertEqual(queuectl.span(duration), shown)
+
+    def test_the_backoff_grows_and_is_capped(self) -> None:
+        config = {"backoff_base": 2.0, "backoff_max": 60.0}
+        waits = [queuectl.backoff(attempts, config) for attempts in (1, 2, 3, 10, 100_000)]
+        self.assertEqual(waits, [2, 4, 8, 60, 60])
+
+    def test_exit_codes_say_what_they_mean(self) -> None:
+        cases = {
+            0: None,
+            3: "exit code 3",
+            126: "exit code 126 (not executable)",
+            127: "exit code 127 (command not found)",
+            137: "exit code 137 (128 + SIGKILL)",
+            -9: "killed by SIGKILL",
+            -15: "killed by SIGTERM",
+        }
+        for code, meaning in cases.items():
+            with self.subTest(code):
+                self.assertEqual(queuectl.exit_meaning(code), meaning)
+
+    def test_nothing_that_moves_a_cursor_is_printable(self) -> None:
+        cases = {"\x1b[2J": "\\x1b[2J", "a\nb": "a\\nb", "\u202e": "\\u202e", "é€": "é€"}
+        for raw, shown in cases.items():
+            self.assertEqual(queuectl.printable(raw), shown)
+
+    def test_an_attempt_moves_a_job_only_as_the_table_of_moves_allows(self) -> None:
+        config = {key: setting.default for key, setting in queuectl.SETTINGS.items()}
+        cases = [  # fate, error, attempts, cancelling -> state, attempts
+            ("ran", None, 1, 0, "completed", 1),
+            ("ran", "exit code 1", 1, 0, "pending", 1),
+            ("ran", "exit code 1", 3, 0, "dead", 3),
+            ("ran", "exit code 1", 1, 1, "cancelled", 1),
+            ("ran", None, 1, 1, "completed", 1),
+            ("crashed", "its worker died", 2, 0, "pending", 2),
+            ("crashed", "its worker died", 3, 0, "dead", 3),
+            ("returned", "stopped", 3, 0, "pending", 2),
+            ("cancelled", "cancelled", 1, 0, "cancelled", 1),
+        ]
+        for fate, error, attempts, cancelling, state, left in cases:
+            with self.subTest(fate=fate, error=error, attempts=attempts):
+                job = a_job(attempts=attempts, cancelling=cancelling)
+                ending = queuectl.Ending(fate, None, error, 100.0, 200.0)
+                after = queuectl.sequel(job, ending, config)
+                self.assertEqual((after.state, after.attempts), (state, left))
+                self.assertIn(after.state, queuectl.MOVES["processing"])
+
+
+def a_job(**fields: Any) -> queuectl.Job:
+    """Return a job in processing, with some fields as given."""
+    values = dict.fromkeys(queuectl.Job._fields)
+    values.update({"state": "processing", "run": 1, "run_after": 0.0, **fields})
+    return queuectl.Job(**values)  # type: ignore[arg-type]
+
+
+# --- the library ----------------------------------------------------------------------------------
+
+
+class Library(Case):
+    """Queue, by itself."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.now = 1000.0
+        self.queue = Queue(self.path, clock=lambda: self.now)
+        self.addCleanup(self.queue.db.close)
+
+    def end(self, job: queuectl.Job, error: str | None) -> queuectl.Job:
+        ending = queuectl.Ending("ran", 0 if error is None else 1, error, self.now, self.now)
+        after = self.queue.finish(job, ending)[0]
+        assert after
+        return after
+
+    def claim(self) -> queuectl.Job:
+        job = self.queue.claim("worker-a-1")
+        assert job
+        return job
+
+    def test_a_failing_job_waits_2_then_4_seconds_and_is_dead_after_three(self) -> None:
+        self.queue.enqueue("false", id="bad")
+        for attempt, pause in ((1, 2.0), (2, 4.0)):
+            after = self.end(self.claim(), "exit code 1")
+            self.assertEqual((after.state, after.attempts), ("pending", attempt))
+            self.now += pause - 0.01
+            self.assertIsNone(self.queue.claim("worker-a-1"))
+            self.now += 0.02
+        self.assertEqual(self.end(self.claim(), "exit code 1").state, "dead")
+        self.assertEqual(len(self.queue.attempts(self.queue.get("bad"))), 3)
+
+    def test_a_retried_job_starts_again_with_no_attempts(self) -> None:
+        self.queue.enqueue("false", id="bad", max_retries=1)
+        self.end(self.claim(), "exit code 1")
+        self.assertEqual(self.queue.retry(), ["bad"])
+        job = self.queue.get("bad")
+        self.assertEqual((job.state, job.attempts, job.run), ("pending", 0, 1))
+        self.assertEqual(self.claim().run, 2)
+
+    def test_a_retry_is_for_all_that_were_named_or_for_none(self) -> None:
+        self.queue.enqueue("false", id="dead", max_retries=1)
+        self.end(self.claim(), "exit code 1")
+        self.queue.enqueue("true", id="waiting")
+        for other in ("waiting", "nobody"):
+            with self.assertRaises(queuectl.NotFound):
+                self.queue.retry(["dead", other])
+        self.assertEqual(self.queue.get("dead").state, "dead")
+
+    def test_the_order_is_priority_then_due_time_then_arrival(self) -> None:
+        for job_id, fields in {
+            "later": {"priority": 9, "delay": 50},
+            "low": {"priority": -1},
+            "second": {},
+            "first": {"run_at": 900},
+            "third": {},
+            "high": {"priority": 5},
+        }.items():
+            self.queue.enqueue("true", id=job_id, **fields)
+        order = [self.claim().id for _ in range(5)]
+        self.assertEqual(order, ["high", "first", "second", "third", "low"])
+        self.assertIsNone(self.queue.claim("worker-a-1"))
+        self.now += 50
+        self.assertEqual(self.claim().id, "later")
+
+    def test_a_result_whose_claim_is_lost_changes_nothing(self) -> None:
+        self.queue.enqueue("true", id="a")
+        first = self.claim()
+        crash = queuectl.Ending("crashed", None, "its worker died", self.now, self.now)
+        self.assertIsNotNone(self.queue.finish(first, crash)[0])
+        second = self.queue.claim("worker-b-1")
+        before = self.queue.get("a")
+        result = queuectl.Ending("ran", 0, None, self.now, self.now)
+        self.assertIsNone(self.queue.finish(first, result)[0])
+        self.assertEqual(self.queue.get("a"), before)
+        self.assertEqual(self.queue.get("a"), second)
+        self.assertEqual(len(self.queue.attempts(before)), 1)
+
+    def test_ids_are_the_given_ones_or_the_next_free_number(self) -> None:
+        self.assertEqual(self.queue.enqueue("true"), "1")
+        self.assertEqual(self.queue.enqueue("true", id="3"), "3")
+        self.assertEqual(self.queue.enqueue("true"), "4")
+        with self.assertRaisesRegex(queuectl.BadInput, "there is a job 3 already"):
+            self.queue.enqueue("true", id="3")
+
+    def test_the_counts_are_what_counting_would_give(self) -> None:
+        for number in range(9):
+            self.queue.enqueue("true", id=f"j{number}", max_retries=1)
+        for error in (None, None, "exit code 1"):
+            self.end(self.claim(), error)
+        self.claim()
+        counted = dict.fromkeys(queuectl.STATES, 0)
+        for job in self.queue.jobs():
+            counted[job.state] += 1
+        self.assertEqual(self.queue.counts(), counted)
+        self.assertEqual(list(counted.values()), [5, 1, 2, 1, 0])
+
+    def test_each_query_of_the_hot_path_uses_an_index(self) -> None:
+        hot = {
+            "NEXT_DUE": "jobs_due",
+            "MAKE_DUE": "jobs_later",
+            "NEXT_LATER": "jobs_later",
+            "CLAIMED": "jobs_state",
+            "LATEST": "jobs_state",
+            "ONE": "sqlite_autoindex_jobs_1",
+        }
+        for name, index in hot.items():
+            args = {"queue": "q", "now": 1, "state": "dead", "limit": 5, "id": "1"}
+            sql = "EXPLAIN QUERY PLAN " + getattr(queuectl, name)
+            plan = " ".join(str(row[-1]) for row in self.queue.db.execute(sql, args))
+            with self.subTest(name):
+                self.assertIn(index, plan)
+                self.assertNotIn("TEMP B-TREE", plan)
+
+    def test_threads_may_share_a_queue(self) -> None:
+        import threading
+
+        def add() -> None:
+            for _ in range(20):
+                self.queue.enqueue("true")
+
+        threads = [threading.Thread(target=add) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(self.queue.counts()["pending"], 80)
+
+    def test_work_runs_jobs_from_a_program_without_a_main_guard(self) -> None:
+        with open(self.file("app.py"), "w") as file:
+            file.write(
+                "from queuectl import Queue, work\n"
+                "queue = Queue('jobs.db')\n"
+                "job = queue.enqueue('echo from the library')\n"
+                "code = work('jobs.db', count=2, drain=True)\n"
+                "print(code, queue.get(job).state, queue.attempts(queue.get(job))[0].output)\n"
+            )
+        result = subprocess.run(
+            [*PYTHON, "app.py"],
+            cwd=self.dir,
+            env={**os.environ, "PYTHONPATH": HERE},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        self.assertEqual(result.stdout, "0 completed b'from the library\\n'\n")
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+class CommandLine(Case):
+    """Each command, as a person or a script calls it."""
+
+    def test_enqueue_prints_the_id_alone(self) -> None:
+        self.assertEqual(self.out("enqueue", '{"id":"job1","command":"echo hello"}'), "job1\n")
+        self.assertEqual(self.out("enqueue", "echo | cat"), "2\n")
+        self.assertEqual(self.out("enqueue", '[{"command":"a"},{"command":"b"}]'), "3\n4\n")
+
+    def test_every_field_is_stored(self) -> None:
+        fields = {
+            "id": "x",
+            "command": "true",
+            "queue": "gpu",
+            "priority": 7,
+            "run_at": "2030-01-31T08:00:00+00:00",
+            "timeout": "5m",
+            "max_retries": 9,
+            "cwd": "/",
+            "env": {"A": "b"},
+        }
+        self.out("enqueue", json.dumps(fields))
+        shown = json.loads(self.out("show", "x", "--json"))
+        for key, value in fields.items():
+            if key not in ("run_at", "timeout"):
+                self.assertEqual(shown[key], value)
+        self.assertEqual((shown["timeout"], self.job("x").run_after), (300, 1896076800))
+
+    def test_a_shell_line_an_argv_and_lines_from_stdin(self) -> None:
+        self.out("enqueue", "printf a | tr a b")
+        self.out("enqueue", "--", "printf", "%s|", "two words", "it's", "$HOME", "*")
+        lines = '{"command":"printf 3"}\n\n[{"command":"printf 4"}]\n'
+        self.assertEqual(self.out("enqueue", "-", stdin=lines), "3\n4\n")
+        self.drain()
+        outputs = [self.out("logs", str(number)) for number in (1, 2, 3, 4)]
+        self.assertEqual(outputs, ["b", "two words|it's|$HOME|*|", "3", "4"])
+
+    def test_a_batch_is_stored_whole_or_not_at_all_and_an_error_names_its_line(self) -> None:
+        self.out("enqueue", '{"id":"there","command":"true"}')
+        for bad in ("{", '{"command":7}', '{"id":"there","command":"x"}', '{"command":"x"} x'):
+            lines = f'{{"command":"true"}}\n\n{bad}\n'
+            self.assertIn("queuectl: line 3: ", self.refused("enqueue", "-", stdin=lines))
+        self.assertEqual(json.loads(self.out("status", "--json"))["pending"], 1)
+
+    def test_a_job_runs_where_it_was_enqueued_with_what_it_was_given(self) -> None:
+        os.mkdir(self.file("there"))
+        command = "pwd; echo $A $QUEUECTL_JOB_ID $QUEUECTL_ATTEMPT"
+        job = json.dumps({"command": command, "env": {"A": "b"}})
+        self.out("--db", self.path, "enqueue", job, cwd=self.file("there"))
+        self.drain()
+        self.assertEqual(self.out("logs", "1"), self.file("there") + "\nb 1 1\n")
+
+    def test_stdout_and_stderr_are_kept_in_order_and_stdin_is_empty(self) -> None:
+        self.enqueue("echo one; echo two >&2; cat; echo three")
+        self.drain()
+        self.assertEqual(self.out("logs", "1"), "one\ntwo\nthree\n")
+
+    def test_only_the_last_bytes_of_a_long_output_are_kept_and_it_is_said(self) -> None:
+        self.enqueue("seq 100000")
+        self.drain()
+        result = self.run_cli("logs", "1")
+        everything = "".join(f"{number}\n" for number in range(1, 100001))
+        self.assertEqual(result.stdout, everything[-65536:])
+        self.assertIn(f"{len(everything) - 65536} bytes of output before this", result.stderr)
+
+    def test_a_drain_waits_for_retries_and_says_whether_anything_died(self) -> None:
+        self.configure(backoff_base="1")
+        self.enqueue("test -e again || { touch again; exit 1; }", id="second-try")
+        self.drain(code=0)
+        self.assertEqual(self.job("second-try").attempts, 2)
+        self.enqueue("exit 3", id="bad", max_retries=1)
+        events = self.drain(code=1)
+        self.assertIn("job bad is dead: exit code 3", events)
+        self.assertEqual(self.job("bad").last_error, "exit code 3")
+
+    def test_a_drain_with_a_horizon_does_not_wait_for_what_lies_beyond(self) -> None:
+        self.enqueue("true", delay="1h")
+        self.enqueue("true")
+        self.drain("--horizon", "1m")
+        self.assertEqual((self.job("1").state, self.job("2").state), ("pending", "completed"))
+
+    def test_a_job_that_cannot_start_is_a_failed_attempt_with_a_plain_reason(self) -> None:
+        self.enqueue("true", id="gone", cwd="/nowhere/at/all", max_retries=1)
+        self.configure(shell="/no/such/shell -c")
+        self.enqueue("true", id="shell", max_retries=1)
+        self.drain(code=1)
+        reasons = [self.job(job_id).last_error for job_id in ("gone", "shell")]
+        where = ["/nowhere/at/all", "/no/such/shell"]
+        self.assertEqual(
+            reasons, [f"cannot start: No such file or directory: {at}" for at in where]
+        )
+
+    def test_the_shell_is_a_setting(self) -> None:
+        self.configure(shell=f"{sys.executable} -c")
+        self.enqueue("print(6 * 7)")
+        self.drain()
+        self.assertEqual(self.out("logs", "1"), "42\n")
+
+    def test_500_jobs_on_8_workers_run_once_each(self) -> None:
+        lines = "".join(f'{{"command":"echo {n} >> lines"}}\n' for n in range(500))
+        self.out("enqueue", "-", stdin=lines)
+        self.drain("--count", "8")
+        self.assertEqual(sorted(map(int, self.read("lines").split())), list(range(500)))
+
+    def test_two_pools_share_the_jobs(self) -> None:
+        for number in range(60):
+            self.enqueue(f"echo {number} >> lines; sleep 0.02")
+        pools = [self.pool("--count", "2", "--drain") for _ in range(2)]
+        for pool in pools:
+            output = pool.communicate(timeout=30)[0]
+            self.assertEqual(pool.returncode, 0, output)
+            self.assertIn("completed", output)
+        self.assertEqual(sorted(map(int, self.read("lines").split())), list(range(60)))
+
+    def test_a_waiting_pool_starts_new_jobs_scheduled_jobs_and_retries_promptly(self) -> None:
+        self.configure(backoff_base="1")
+        self.enqueue("true")
+        self.pool("--count", "2")
+        self.becomes("1", "completed")
+        until(lambda: len(self.workers()) == 2)
+        self.enqueue("true", id="new")
+        self.enqueue("true", id="later", delay=0.3)
+        self.enqueue("test $QUEUECTL_ATTEMPT = 2", id="retry")
+        for job_id in ("new", "later", "retry"):
+            job = self.becomes(job_id, "completed")
+            started = self.attempts(job_id)[-1].started
+            self.assertLess(started - job.run_after, 0.2, job_id)
+            self.assertGreaterEqual(started, job.run_after)
+
+    def test_status_shows_counts_and_workers(self) -> None:
+        self.enqueue("touch started; while test ! -e end; do sleep 0.01; done", id="busy")
+        self.enqueue("true", delay=3600)
+        pool = self.pool("--count", "2")
+        until(lambda: os.path.exists(self.file("started")) and len(self.workers()) == 2)
+        status = json.loads(self.out("status", "--json"))
+        self.assertEqual(
+            [status["pending"], status["processing"], len(status["workers"])], [1, 1, 2]
+        )
+        self.assertEqual({worker["job"] for worker in status["workers"]}, {"busy", None})
+        self.assertRegex(self.out("status"), r"workers +2\n")
+        with open(self.file("end"), "w"):
+            self.out("worker", "stop")
+        self.assertEqual((pool.wait(5), self.job("busy").state), (0, "completed"))
+        self.assertIn("no workers are running", self.run_cli("worker", "stop").stderr)
+
+    def test_list_is_aligned_and_limited_and_says_what_it_left_out(self) -> None:
+        for number in range(5):
+            self.enqueue(f"echo {number}", id="x" * (number + 1))
+        lines = self.out("list").splitlines()
+        column = lines[0].index("COMMAND")
+        self.assertEqual([line.index("echo") for line in lines[1:]], [column] * 5)
+        result = self.run_cli("list", "--limit", "2", "--state", "pending")
+        self.assertEqual(len(result.stdout.splitlines()), 3)
+        self.assertEqual(result.stderr, "queuectl: 2 of 5 jobs shown; --limit 0 shows all\n")
+        self.assertEqual(len(self.out("list", "--json").splitlines()), 5)
+
+    def test_the_dead_letter_queue_is_listed_and_retried(self) -> None:
+        self.enqueue("test -e fixed", id="bad", max_retries=1)
+        self.enqueue("false", id="other", max_retries=1)
+        self.drain(code=1)
+        dead = [json.loads(line) for line in self.out("dlq", "list", "--json").splitlines()]
+        self.assertEqual([job["id"] for job in dead], ["bad", "other"])
+        with open(self.file("fixed"), "w"):
+            pass
+        self.assertEqual(self.out("dlq", "retry", "bad"), "bad\n")
+        self.drain()
+        self.assertEqual(self.job("bad").state, "completed")
+        self.assertIn("is completed, not dead", self.refused("dlq", "retry", "bad", code=1))
+        self.assertIn("no job nope", self.refused("dlq", "retry", "nope", code=1))
+        self.refused("dlq", "retry")
+        self.refused("dlq", "retry", "bad", "--all")
+        self.assertEqual(self.out("dlq", "retry", "--all"), "other\n")
+
+    def test_settings_are_read_changed_and_forgotten(self) -> None:
+        self.out("config", "set", "backoff-base", "3")
+        self.assertEqual(self.out("config", "get", "backoff_base"), "3\n")
+        self.out("config", "unset", "backoff_base")
+        self.assertEqual(self.out("config", "get", "backoff_base"), "2\n")
+        self.out("config", "set", "shell", "bash -ec")
+        self.assertEqual(self.out("config", "get", "shell"), "bash -ec\n")
+        listed = [json.loads(line) for line in self.out("config", "list", "--json").splitlines()]
+        self.assertEqual([setting["key"] for setting in listed], list(queuectl.SETTINGS))
+
+    def test_bad_settings_are_refused_with_the_nearest_name_and_the_range(self) -> None:
+        cases = {
+            ("tiemout", "5"): "unknown key tiemout: did you mean timeout?",
+            ("max_retries", "0"): "max_retries must be a whole number from 1 to 1000000",
+            ("max_retries", "many"): "max_retries must be a whole number from 1 to 1000000",
+            ("backoff_base", "0.5"): "backoff_base must be a number from 1 to 1000",
+            ("timeout", "soon"): "timeout must be a duration",
+            ("shell", ""): "shell must be a command prefix",
+            ("synchronous", "off"): "synchronous must be normal or full",
+        }
+        for (key, value), message in cases.items():
+            with self.subTest(key=key, value=value):
+                self.assertIn(message, self.refused("config", "set", key, value))
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_show_has_every_attempt(self) -> None:
+        self.configure(backoff_base="1")
+        self.enqueue("echo try $QUEUECTL_ATTEMPT; test $QUEUECTL_ATTEMPT = 2", id="x")
+        self.drain()
+        shown = json.loads(self.out("show", "x", "--json"))
+        runs = [
+            (run["run"], run["exit_code"], run["error"], run["output"]) for run in shown["runs"]
+        ]
+        self.assertEqual(runs, [(1, 1, "exit code 1", "try 1\n"), (2, 0, None, "try 2\n")])
+        self.assertIn("exit code 1", self.out("show", "x"))
+        self.refused("show", "y", code=1)
+
+    def test_logs_of_a_running_job_show_what_there_is_so_far(self) -> None:
+        self.enqueue("echo so far; touch said; sleep 60", id="x")
+        self.pool()
+        until(lambda: os.path.exists(self.file("said")))
+        self.assertEqual(self.out("logs", "x"), "so far\n")
+
+    def test_a_timeout_ends_the_whole_tree(self) -> None:
+        self.enqueue("sleep 300 & echo $! > pid; sleep 300", timeout=1, max_retries=1, id="x")
+        self.drain(code=1)
+        self.assertEqual(self.job("x").last_error, "timed out after 1 s")
+        self.assertFalse(alive(int(self.read("pid"))))
+
+    def test_a_job_ends_with_its_own_process_whatever_it_left_behind(self) -> None:
+        self.enqueue("echo x; sleep 30 & exit 0", id="x")
+        began = time.monotonic()
+        self.drain()
+        self.assertLess(time.monotonic() - began, 5)
+        self.assertEqual(self.out("logs", "x"), "x\n")
+
+    def test_reading_commands_never_create_a_database(self) -> None:
+        for words in (
+            "status",
+            "list",
+            "show 1",
+            "logs 1",
+            "dlq list",
+            "dlq retry --all",
+            "config get timeout",
+            "config list",
+            "config unset timeout",
+            "worker stop",
+        ):
+            with self.subTest(words):
+                self.assertIn("there is no queue", self.refused(*words.split(), code=1))
+        self.assertEqual(os.listdir(self.dir), [])
+
+    def test_the_database_can_be_named(self) -> None:
+        self.out("--db", "other.db", "enqueue", "true")
+        env = {**os.environ, "QUEUECTL_DB": "other.db"}
+        self.assertEqual(json.loads(self.out("status", "--json", env=env))["pending"], 1)
+
+    def test_events_go_nowhere_when_asked_to_be_quiet(self) -> None:
+        self.enqueue("true")
+        self.assertEqual(self.drain("--quiet"), "")
 
 
 if __name__ == "__main__":

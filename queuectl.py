@@ -727,6 +727,8 @@ class Database:
         try:
             if os.path.lexists(self.path):
                 return
+            if os.path.lexists(self.path + "-wal"):  # SQLite would replay it into a new file
+                raise Fault(f"{self.path}-wal is there without {self.path}: move it away too")
             for left in self.run.files("new.db"):
                 os.unlink(self.run.file(left))
             new = self.run.file("new.db")
@@ -1126,8 +1128,9 @@ class Queue:
             return after, self._claim(job.locked_by or "", claim()) if claim else None
 
     def _end(self, job: Job, ending: Ending) -> Job | None:
-        if ending.error is not None:  # is it being cancelled meanwhile?
-            job = job._replace(cancelling=self.get(job.id).cancelling)
+        row = ending.error is not None and self.db.execute(ONE, {"id": job.id}).fetchone()
+        if row:  # is it being cancelled meanwhile?
+            job = job._replace(cancelling=Job(*row).cancelling)
         after = sequel(job, ending, self.config())
         changed = self.db.execute(
             END_CLAIM,
@@ -2205,6 +2208,7 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
     return work(
         args.db,
         args.count,
+        queues=args.queue or (),
         drain=args.drain,
         horizon=args.horizon,
         insecure=args.insecure,
@@ -2430,6 +2434,7 @@ COMMANDS = {
             arg(
                 "--count", type=typed(number(1, 1000)), default=1, metavar="N", help="at a time (1)"
             ),
+            arg("--queue", action="append", metavar="QUEUE", help="serve only these queues"),
             arg(
                 "--drain",
                 action="store_true",

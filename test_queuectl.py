@@ -692,5 +692,59 @@ class CommandLine(Case):
         self.assertEqual(self.drain("--quiet"), "")
 
 
+# --- the README -----------------------------------------------------------------------------------
+
+
+class Readme(Case):
+    """What the README says is what the program does."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            self.text = file.read()
+
+    @staticmethod
+    def normal(text: str) -> str:
+        """Take out what differs from one run to the next."""
+        text = re.sub(r"\d\d:\d\d:\d\d", "TIME", text)
+        text = re.sub(r"in [\d.]+ s\n", "in N s\n", text)
+        text = re.sub(r"  (now|\d+ s ago) +", "  AGO  ", text)
+        return re.sub(r"WHEN +", "WHEN  ", re.sub(r"/\S*/queuectl\.db", "/queuectl.db", text))
+
+    def test_its_session_runs_as_it_is_printed(self) -> None:
+        shutil.copy(PROGRAM, self.dir)
+        os.mkdir(self.file("bin"))
+        os.symlink(sys.executable, self.file("bin/python3"))
+        env = {**os.environ, "PATH": f"{self.dir}/bin:{os.environ['PATH']}", "LC_ALL": "C"}
+        session = self.text.partition("```console\n")[2].partition("```")[0]
+        for part in session.split("$ ")[1:]:
+            command, _, printed = part.partition("\n")
+            result = subprocess.run(
+                command,
+                shell=True,
+                cwd=self.dir,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                universal_newlines=True,
+                timeout=30,
+                check=False,
+            )
+            with self.subTest(command):
+                self.assertEqual(self.normal(result.stdout), self.normal(printed))
+
+    def test_every_command_is_documented_and_every_documented_one_exists(self) -> None:
+        documented = re.findall(r"^\| `queuectl ((?:[a-z]+ ?)+)", self.text, re.MULTILINE)
+        self.assertEqual({words.strip() for words in documented}, set(queuectl.COMMANDS))
+
+    def test_every_setting_and_field_and_option_is_documented(self) -> None:
+        for name in (*queuectl.SETTINGS, *queuectl.FIELDS, *queuectl.STATES):
+            self.assertIn(f"`{name}`", self.text)
+        for command in queuectl.COMMANDS.values():
+            for names, _ in command.arguments:
+                if names[0].startswith("--"):
+                    self.assertIn(names[0], self.text)
+
+
 if __name__ == "__main__":
     unittest.main()

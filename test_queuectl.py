@@ -8,20 +8,25 @@ python3 test_queuectl.py bench [NAME...]    figures, with a baseline beside each
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
+import select
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 import unittest
 from typing import Any, Callable
 
 import queuectl
-from queuectl import Queue
+from queuectl import Ending, Queue
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "queuectl.py")
@@ -350,19 +355,6 @@ class Library(Case):
         self.now += 50
         self.assertEqual(self.claim().id, "later")
 
-    def test_a_result_whose_claim_is_lost_changes_nothing(self) -> None:
-        self.queue.enqueue("true", id="a")
-        first = self.claim()
-        crash = queuectl.Ending("crashed", None, "its worker died", self.now, self.now)
-        self.assertIsNotNone(self.queue.finish(first, crash)[0])
-        second = self.queue.claim("worker-b-1")
-        before = self.queue.get("a")
-        result = queuectl.Ending("ran", 0, None, self.now, self.now)
-        self.assertIsNone(self.queue.finish(first, result)[0])
-        self.assertEqual(self.queue.get("a"), before)
-        self.assertEqual(self.queue.get("a"), second)
-        self.assertEqual(len(self.queue.attempts(before)), 1)
-
     def test_ids_are_the_given_ones_or_the_next_free_number(self) -> None:
         self.assertEqual(self.queue.enqueue("true"), "1")
         self.assertEqual(self.queue.enqueue("true", id="3"), "3")
@@ -405,6 +397,7 @@ class Library(Case):
         def add() -> None:
             for _ in range(20):
                 self.queue.enqueue("true")
+            self.queue.db.close()
 
         threads = [threading.Thread(target=add) for _ in range(4)]
         for thread in threads:
@@ -691,6 +684,634 @@ class CommandLine(Case):
     def test_events_go_nowhere_when_asked_to_be_quiet(self) -> None:
         self.enqueue("true")
         self.assertEqual(self.drain("--quiet"), "")
+
+
+# --- helpers of the tests of processes ------------------------------------------------------------
+
+WAIT = "until [ -e go ]; do sleep 0.02; done"  # a job that runs until the test says go
+ALONE = "exec 9>>%s.lock; flock -n 9 || echo twice >> %s.log; echo $$ >> %s.log; "
+
+
+class Live(Case):
+    """Tests that look at living processes."""
+
+    def lines(self, name: str) -> list[str]:
+        return self.read(name).split("\n")[:-1]
+
+    def touch(self, name: str) -> None:
+        with open(self.file(name), "w"):
+            pass
+
+    def at(self, name: str) -> dict[str, str]:
+        """Use another queue; return the environment in which the program uses it too."""
+        os.makedirs(self.file(name), exist_ok=True)
+        self.path = os.path.join(self.dir, name, "queuectl.db")
+        return {**os.environ, "QUEUECTL_DB": self.path}
+
+    def says(self, pool: subprocess.Popen[str], text: str, limit: float = 10.0) -> None:
+        """Wait until a pool has said something; reads what it said so far."""
+        said, fd = "", pool.stdout.fileno()  # type: ignore[union-attr]
+        while text not in said:
+            self.assertTrue(select.select([fd], [], [], limit)[0], f"no {text!r} in {said!r}")
+            more = os.read(fd, 65536).decode()
+            self.assertTrue(more, f"no {text!r} in {said!r}")
+            said += more
+
+    def working(self, count: int) -> None:
+        """Wait until so many workers live."""
+        until(lambda: len(self.workers()) == count)
+
+    def kill_workers(self, number: int = signal.SIGKILL) -> None:
+        for facts in self.workers().values():
+            os.kill(facts["pid"], number)
+
+    def left(self) -> list[int]:
+        """Return the living processes that work in the directory of this test."""
+        found = []
+        for pid in os.listdir("/proc"):
+            with contextlib.suppress(OSError):
+                if pid.isdigit() and os.readlink(f"/proc/{pid}/cwd").startswith(self.dir):
+                    found += [int(pid)] * alive(int(pid))
+        return found
+
+    def ends(self, pool: subprocess.Popen[str], code: int, limit: float = 10.0) -> float:
+        """Wait for a pool's end; return how long it took."""
+        began = time.monotonic()
+        output = pool.communicate(timeout=limit)[0]
+        self.assertEqual(pool.returncode, code, output)
+        return time.monotonic() - began
+
+
+# --- crashes --------------------------------------------------------------------------------------
+
+
+class TestCrash(Live):
+    def test_a_killed_workers_job_runs_again_within_a_second(self) -> None:
+        job = self.enqueue(
+            ALONE % (("job",) * 3) + "[ $QUEUECTL_ATTEMPT = 2 ] && exit;"
+            "sleep 300 & echo $! > child; wait"
+        )
+        self.pool()
+        until(lambda: self.lines("child"))
+        old = [int(self.lines("job.log")[0]), int(self.read("child"))]
+        self.assertEqual([alive(pid) for pid in old], [True, True])
+        self.kill_workers()
+        until(lambda: len(self.lines("job.log")) >= 2, 1.0)
+        self.assertEqual([alive(pid) for pid in old], [False, False])
+        after = self.becomes(job, "completed")
+        self.assertEqual((after.attempts, after.run, len(self.lines("job.log"))), (2, 2, 2))
+        self.assertEqual([a.error for a in self.attempts(job)], ["its worker died", None])
+
+    def test_workers_without_their_pool_finish_and_leave(self) -> None:
+        job = self.enqueue(f"touch started; {WAIT}; echo result")
+        after = self.enqueue("true", delay=1)
+        pool = self.pool("--count", "3")
+        self.working(3)
+        until(lambda: os.path.exists(self.file("started")))
+        pool.kill()
+        until(lambda: len(self.workers()) == 1, 1.0)  # the idle ones, though one is busy
+        self.touch("go")
+        self.assertEqual(self.becomes(job, "completed").attempts, 1)
+        self.assertEqual(self.attempts(job)[0].output, b"result\n")
+        until(lambda: not self.workers(), 1.0)
+        self.assertEqual(self.job(after).run, 0)
+
+    JOBS = (
+        ("plain", "sleep 300"),
+        ("quiet", "exec >/dev/null 2>&1; sleep 300"),
+        ("detached", "setsid -f sleep 300; sleep 300"),
+        ("parent", "sleep 300 & sleep 300 & sleep 300"),
+        ("clean", "exec env -i sleep 300"),
+    )
+
+    def test_what_a_killed_machine_was_running_runs_again_but_never_twice_at_once(self) -> None:
+        jobs = {name: self.enqueue(ALONE % ((name,) * 3) + command) for name, command in self.JOBS}
+        count = str(len(jobs))
+        pool = self.pool("--count", count)
+        until(lambda: all(self.lines(f"{name}.log") for name in jobs))
+        pool.kill()
+        self.kill_workers()
+        until(lambda: not self.workers())
+        self.assertGreaterEqual(len(self.left()), len(jobs))  # the orphans live on
+        began = time.monotonic()
+        self.pool("--count", count)
+        until(lambda: all(len(self.lines(f"{name}.log")) >= 2 for name in jobs))
+        self.assertLess(time.monotonic() - began, 1.0)
+        for name, job in jobs.items():
+            with self.subTest(name):
+                first, second = self.lines(f"{name}.log")
+                self.assertTrue(first.isdigit() and second.isdigit(), "twice at once")
+                self.assertFalse(alive(int(first)))
+                self.assertTrue(alive(int(second)))
+                self.assertEqual((self.job(job).attempts, self.job(job).run), (2, 2))
+
+    def test_a_job_that_kills_its_worker_starts_as_often_as_it_may(self) -> None:
+        bad = self.enqueue("echo start >> log; kill -9 $PPID; sleep 300", max_retries=3)
+        good = [self.enqueue("true") for _ in range(20)]
+        self.drain("--count", "2", code=1)
+        after = self.job(bad)
+        self.assertEqual((after.state, after.attempts), ("dead", 3))
+        self.assertEqual(self.read("log"), "start\n" * 3)
+        self.assertIn("worker died", after.last_error)
+        self.assertEqual({self.job(job).state for job in good}, {"completed"})
+
+
+class TestNoFalseAlarm(Live):
+    def suspend(self, duration: float) -> None:
+        job = self.enqueue(f"echo run >> log; {WAIT}")
+        pool = self.pool()
+        until(lambda: self.lines("log"))
+        everyone = [pool.pid, *(facts["pid"] for facts in self.workers().values())]
+        self.pool()  # it would take a job that looks dead
+        self.working(2)
+        for pid in everyone:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(duration)  # the fault itself
+        for pid in everyone:
+            os.kill(pid, signal.SIGCONT)
+        self.touch("go")
+        self.assertEqual(self.becomes(job, "completed").attempts, 1)
+        self.assertEqual((self.read("log"), len(self.attempts(job))), ("run\n", 1))
+
+    def test_a_suspended_machine_does_not_look_dead(self) -> None:
+        self.suspend(1.0)
+
+    @SLOW
+    def test_a_machine_suspended_for_a_minute_does_not_look_dead(self) -> None:
+        self.suspend(60.0)
+
+    def stranger(self) -> subprocess.Popen[bytes]:
+        stranger = subprocess.Popen(["sleep", "300"], start_new_session=True, cwd=self.dir)
+        self.addCleanup(stranger.wait)
+        self.addCleanup(stranger.kill)
+        return stranger
+
+    def test_a_stranger_with_a_recorded_pid_lives(self) -> None:
+        stranger = self.stranger()
+        job = self.enqueue("echo again > log")
+        with Queue(self.path) as queue:
+            claimed = queue.claim("worker-dead")
+        facts = {"run": queuectl.run_key(claimed), "job_pid": stranger.pid, "launched": 1e9}
+        with open(queue.db.run.file("worker-dead"), "w") as file:
+            json.dump({"pid": stranger.pid, **facts}, file)
+        self.drain()
+        self.assertEqual((self.job(job).state, self.job(job).attempts), ("completed", 2))
+        self.assertIsNone(stranger.poll())
+
+    def test_without_proc_a_pid_counts_only_with_its_start_time(self) -> None:
+        stranger = self.stranger()
+        self.enqueue("true")
+        with Queue(self.path) as queue:
+            job = queue.claim("worker-dead")
+        facts = {"run": queuectl.run_key(job), "job_pid": stranger.pid, "launched": time.time()}
+        for name, change, found in (
+            ("ours", {}, [stranger.pid]),
+            ("started later", {"launched": time.time() - 3600}, []),
+            ("another run", {"run": "1.7.worker-dead"}, []),
+            ("no pid", {"run": queuectl.run_key(job), "job_pid": -1}, []),
+        ):
+            with self.subTest(name):
+                self.assertEqual(queuectl.group({**facts, **change}, job), found)
+        self.assertEqual(queuectl.group({}, job), [])
+
+    def test_a_clock_that_jumps_changes_nobodys_life(self) -> None:
+        for day in (86400.0, -86400.0):
+            with self.subTest(day=day):
+                self.at(str(day))
+                clock = [1.7e9]
+                with Queue(self.path, clock=lambda now=clock: now[0]) as queue:
+                    queue.enqueue("true", id="job")
+                    pool = queuectl.Pool(queue, 1, (), lambda _: None)
+                    held = queuectl.Held(queue.db.run.file("worker-1"))
+                    self.assertEqual(queue.claim("worker-1").run, 1)
+                    clock[0] += day
+                    pool.recover()
+                    self.assertEqual(queue.get("job").state, "processing")  # its worker lives
+                    self.assertIsNone(queue.claim("worker-2"))
+                    held.close()
+                    pool.recover()
+                    self.assertEqual(queue.get("job").state, "pending")  # now it does not
+                    self.assertEqual(queue.claim("worker-2").attempts, 2)  # and at once
+                    clock[0] -= 2 * day
+                    ending = Ending("ran", 0, None, clock[0], clock[0])
+                    after, _ = queue.finish(queue.get("job"), ending)
+                    self.assertEqual(after.state, "completed")
+
+
+class TestFencing(Live):
+    GOOD = Ending("ran", 0, None, 1.0, 2.0, 0, b"late")
+    BAD = Ending("ran", 1, "exit code 1", 1.0, 2.0, 0, b"late")
+
+    def test_a_result_that_comes_after_its_claim_was_lost_changes_nothing(self) -> None:
+        for name, successor, ending in (
+            ("good", "worker-2", self.GOOD),
+            ("bad", "worker-2", self.BAD),
+            ("same worker", "worker-1", self.GOOD),  # told apart by the run alone
+            ("returned", "worker-2", self.BAD._replace(fate="returned")),
+        ):
+            with self.subTest(name), Queue(os.path.join(self.dir, name + ".db")) as queue:
+                job_id = queue.enqueue("true")
+                lost = queue.claim("worker-1")
+                queuectl.Pool(queue, 1, (), lambda _: None).recover()  # worker-1 has no lock
+                queue.claim(successor)
+                before = queue.get(job_id), queue.attempts(lost), queue.counts()
+                self.assertEqual(queue.finish(lost, ending), (None, None))
+                self.assertEqual((queue.get(job_id), queue.attempts(lost), queue.counts()), before)
+                self.assertEqual((before[0].run, before[0].attempts), (2, 2))
+                self.assertEqual(queue.finish(queue.get(job_id), ending)[0].id, job_id)
+
+    def test_a_late_result_does_not_keep_its_worker_from_the_next_job(self) -> None:
+        with Queue(self.path) as queue:
+            queue.enqueue("true")
+            lost = queue.claim("worker-1")
+            queuectl.Pool(queue, 1, (), lambda _: None).recover()
+            queue.claim("worker-2")
+            job_id = queue.enqueue("true")
+            after, following = queue.finish(lost, self.GOOD, lambda: ())
+            self.assertIsNone(after)
+            self.assertEqual((following.id, following.locked_by), (job_id, "worker-1"))
+
+
+# --- stopping -------------------------------------------------------------------------------------
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class TestStop(Live):
+    def test_the_first_signal_lets_running_jobs_finish(self) -> None:
+        pools = {}
+        for number in SIGNALS:
+            env = self.at(number.name)
+            self.enqueue(f"touch {number.name}.started; {WAIT}; sleep 0.2; echo done", id="running")
+            self.enqueue("true", id="waiting")
+            pools[number] = self.pool(env=env)
+        for number, pool in pools.items():
+            until(lambda name=number.name: os.path.exists(self.file(name + ".started")))
+            pool.send_signal(number)
+            self.says(pool, f"{number.name}: no new jobs")
+        self.touch("go")
+        for number, pool in pools.items():
+            with self.subTest(number.name):
+                self.ends(pool, 0)
+                self.at(number.name)
+                self.assertEqual(self.job("running").state, "completed")
+                self.assertEqual(self.attempts("running")[0].output, b"done\n")
+                self.assertEqual(
+                    (self.job("waiting").state, self.job("waiting").run), ("pending", 0)
+                )
+
+    def test_the_second_signal_ends_the_jobs_and_gives_the_attempts_back(self) -> None:
+        pools = {}
+        for number in SIGNALS:
+            env = self.at(number.name)
+            self.enqueue(f"echo $$ > {number.name}.pid; sleep 300 & sleep 300", id="job")
+            pools[number] = self.pool(env=env)
+        for number, pool in pools.items():
+            until(lambda name=number.name: self.lines(name + ".pid"))
+            pool.send_signal(number)
+        for number, pool in pools.items():
+            self.says(pool, "no new jobs")
+            pool.send_signal(number)  # the same press of a key, or a terminal that sends it twice
+        time.sleep(1.05)  # what the promise is about
+        for number, pool in pools.items():
+            with self.subTest(number.name):
+                self.assertIsNone(pool.poll())
+                self.assertTrue(alive(int(self.read(f"{number.name}.pid"))))
+            pool.send_signal(number)
+        for number, pool in pools.items():
+            with self.subTest(number.name):
+                self.ends(pool, 128 + number)
+                self.at(number.name)
+                self.assertFalse(alive(int(self.read(f"{number.name}.pid"))))
+                job = self.job("job")
+                self.assertEqual((job.state, job.attempts, job.run), ("pending", 0, 1))
+        until(lambda: not self.left())
+
+    def test_worker_stop_waits_until_the_workers_are_gone(self) -> None:
+        job = self.enqueue(f"touch started; {WAIT}; sleep 0.2")
+        later = self.enqueue("true")
+        pool = self.pool()
+        until(lambda: os.path.exists(self.file("started")))
+        began = time.monotonic()
+        self.assertIn("still running", self.refused("worker", "stop", "--timeout", "0.2", code=124))
+        self.assertGreaterEqual(time.monotonic() - began, 0.2)
+        self.says(pool, "asked to stop")
+        stop = subprocess.Popen([*PYTHON, PROGRAM, "worker", "stop"], cwd=self.dir)
+        self.addCleanup(stop.wait)
+        time.sleep(0.3)  # long enough for one that does not wait
+        self.assertIsNone(stop.poll())
+        self.touch("go")
+        self.assertEqual(stop.wait(10), 0)
+        self.assertEqual((self.workers(), self.job(job).state), ({}, "completed"))
+        self.ends(pool, 0)
+        self.assertEqual(self.job(later).run, 0)
+        self.assertIn("no workers", self.run_cli("worker", "stop").stderr)
+
+    def test_worker_stop_now_ends_the_jobs(self) -> None:
+        job = self.enqueue("echo $$ > pid; sleep 300 & sleep 300")
+        pools = [self.pool(), self.pool()]  # all of them
+        until(lambda: self.lines("pid"))
+        self.working(2)
+        self.run_cli("worker", "stop", "--now")
+        after = self.job(job)
+        self.assertEqual((after.state, after.attempts, self.workers()), ("pending", 0, {}))
+        for pool in pools:
+            self.ends(pool, 0)
+        until(lambda: not self.left(), 1.0)
+
+    def locked(self) -> sqlite3.Connection:
+        """Hold the write lock, as another program may."""
+        db = sqlite3.connect(self.path, isolation_level=None)
+        self.addCleanup(db.close)
+        db.execute("BEGIN IMMEDIATE")
+        return db
+
+    def test_another_programs_lock_does_not_hold_up_the_stop_of_idle_workers(self) -> None:
+        self.enqueue("echo > log")
+        pool = self.pool("--count", "2")
+        until(lambda: self.lines("log"))
+        self.working(2)
+        self.locked()
+        pool.terminate()
+        self.assertLess(self.ends(pool, 0), 1.0)
+
+    def test_a_result_that_cannot_be_stored_is_kept_over_a_stop(self) -> None:
+        jobs = {
+            "good": self.enqueue(f"echo good >> log; {WAIT}; echo result; echo >> ended"),
+            "bad": self.enqueue(f"echo bad >> log; {WAIT}; echo why; echo >> ended; exit 3"),
+        }
+        self.configure(max_retries="1")
+        pool = self.pool("--count", "2")
+        until(lambda: len(self.lines("log")) == 2)
+        db = self.locked()
+        self.touch("go")
+        until(lambda: len(self.lines("ended")) == 2)
+        time.sleep(0.1)  # the jobs' own ends
+        pool.terminate()
+        self.assertLess(self.ends(pool, 0), 1.0)
+        self.assertEqual(self.workers(), {})
+        db.execute("ROLLBACK")
+        self.assertEqual({self.job(job).state for job in jobs.values()}, {"processing"})
+        self.drain(code=1)
+        self.assertEqual(sorted(self.lines("log")), ["bad", "good"])  # neither ran again
+        for name, state, code, output in (
+            ("good", "completed", 0, b"result\n"),
+            ("bad", "dead", 3, b"why\n"),
+        ):
+            with self.subTest(name):
+                job, runs = self.job(jobs[name]), self.attempts(jobs[name])
+                self.assertEqual((job.state, job.exit_code, job.attempts), (state, code, 1))
+                self.assertEqual([run.output for run in runs], [output])
+        self.assertEqual(queuectl.RunDirectory(self.path).files(), [])
+
+    def test_under_nohup_a_hang_up_changes_nothing(self) -> None:
+        self.enqueue("echo > first")
+        hup = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+        pool = self.pool(preexec_fn=hup, start_new_session=True)
+        until(lambda: self.lines("first"))
+        os.killpg(pool.pid, signal.SIGHUP)
+        self.becomes(self.enqueue("true"), "completed")
+        self.assertIsNone(pool.poll())
+        self.assertEqual(len(self.workers()), 1)
+
+    def test_a_terminal_stops_its_pool(self) -> None:
+        for name, act in (
+            ("Ctrl-C", lambda terminal: os.write(terminal, b"\x03")),
+            ("hang-up", os.close),
+        ):
+            with self.subTest(name):
+                env = self.at(name)
+                self.enqueue(
+                    f"touch '{name}.started'; until [ -e '{name}.go' ]; do sleep 0.02; done"
+                )
+                terminal, slave = pty.openpty()
+                pool = subprocess.Popen(
+                    [*PYTHON, PROGRAM, "worker", "start", "--count", "2"],
+                    stdin=slave,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    universal_newlines=True,
+                    cwd=self.dir,
+                    env=env,
+                    start_new_session=True,
+                    preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+                )
+                self.pools.append(pool)
+                os.close(slave)
+                until(lambda name=name: os.path.exists(self.file(name + ".started")))
+                self.working(2)
+                act(terminal)
+                self.says(pool, "no new jobs")
+                until(lambda: len(self.workers()) == 1)  # the idle one left, the busy one not
+                self.touch(f"{name}.go")
+                self.ends(pool, 0)
+                self.assertEqual((self.job("1").state, self.job("1").attempts), ("completed", 1))
+                if name == "Ctrl-C":
+                    os.close(terminal)
+
+
+# --- what a job is given --------------------------------------------------------------------------
+
+
+class TestWhatAJobIsGiven(Live):
+    STARTS = (
+        ("plain", '"$@"'),
+        ("background", '"$@" & wait $!'),
+        ("nohup", 'nohup "$@"'),
+        ("closed", '"$@" <&- >&- 2>&-'),
+        ("ignoring", "trap '' INT TERM QUIT PIPE; \"$@\""),
+        ("blocking", '"$@"'),
+    )
+
+    def test_a_job_has_its_signals_however_the_pool_was_started(self) -> None:
+        block = lambda: signal.pthread_sigmask(  # noqa: E731
+            signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
+        )
+        starts = []
+        for name, line in self.STARTS:
+            env = self.at(name)
+            self.enqueue(f"grep -E '^Sig(Ign|Blk):' /proc/self/status > {name}.signals; echo out")
+            starts.append(
+                subprocess.Popen(
+                    ["sh", "-c", line, "sh", *PYTHON, PROGRAM, "worker", "start", "--drain"],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    cwd=self.dir,
+                    env=env,
+                    preexec_fn=block if name == "blocking" else None,
+                )
+            )
+        for (name, _), start in zip(self.STARTS, starts):
+            with self.subTest(name):
+                self.assertEqual(start.wait(20), 0)
+                self.at(name)
+                self.assertEqual(self.attempts("1")[0].output, b"out\n")
+                found = dict(line.split(":\t") for line in self.lines(f"{name}.signals"))
+                self.assertEqual(int(found["SigBlk"], 16), 0)
+                ignored = int(found["SigIgn"], 16)
+                for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGPIPE, signal.SIGTERM):
+                    self.assertFalse(ignored >> (number - 1) & 1, number.name)
+
+    def test_a_job_inherits_nothing_but_its_output(self) -> None:
+        job = self.enqueue("readlink /proc/$$/fd/* | cat > fds")
+        ends = os.pipe()
+        for end in ends:
+            os.set_inheritable(end, True)
+            self.addCleanup(os.close, end)
+        pool = self.pool("--drain", "--count", "3", pass_fds=ends)
+        self.ends(pool, 0)
+        output = f"{self.path}.run/{job}.1.out"
+        self.assertEqual(self.lines("fds"), ["/dev/null", output, output, output])
+
+
+# --- the process tree -----------------------------------------------------------------------------
+
+
+class TestProcessTree(Live):
+    def test_a_timeout_ends_every_process(self) -> None:
+        self.configure(kill_grace="0.3", max_retries="1")
+        commands = (
+            ("children", "sleep 300 & sleep 300"),
+            ("detached", "setsid -f sleep 300; sleep 300"),
+            ("deaf", "trap '' TERM; while :; do sleep 0.05; done"),
+            ("stopped", "kill -STOP $$; sleep 300"),
+            ("clean", "env -i sleep 300 & exec env -i sleep 300"),
+            ("closed", "exec 0<&- 1>&- 2>&-; sleep 300"),
+        )
+        jobs = {name: self.enqueue(command, timeout=1) for name, command in commands}
+        self.drain("--count", str(len(jobs)), code=1)
+        for name, job in jobs.items():
+            with self.subTest(name):
+                after, (run,) = self.job(job), self.attempts(job)
+                self.assertEqual((after.state, after.last_error), ("dead", "timed out after 1 s"))
+                self.assertGreaterEqual(run.finished - run.started, 1.0)
+                self.assertLess(run.finished - run.started, 3.0)
+        until(lambda: not self.left(), 1.0)
+
+    def test_term_comes_before_kill(self) -> None:
+        self.configure(max_retries="1")
+        self.enqueue("trap 'echo polite; exit 0' TERM; sleep 300 & wait", timeout=0.3, id="job")
+        self.drain(code=1)
+        self.assertEqual(self.attempts("job")[0].output, b"polite\n")
+        self.assertEqual(self.job("job").last_error, "timed out after 0.3 s")
+
+    def test_each_way_to_fail_says_so(self) -> None:
+        self.configure(max_retries="1")
+        self.touch("text")
+        cases = (
+            ("exit 3", 3, "exit code 3"),
+            ("./text", 126, "exit code 126 (not executable)"),
+            ("./nowhere", 127, "exit code 127 (command not found)"),
+            ("exit 137", 137, "exit code 137 (128 + SIGKILL)"),
+            ("kill -9 $$", -9, "killed by SIGKILL"),
+            ("kill $$", -15, "killed by SIGTERM"),
+            ("kill -INT $$", -2, "killed by SIGINT"),
+        )
+        jobs = [self.enqueue(command) for command, _, _ in cases]
+        self.drain("--count", "2", code=1)
+        for job, (command, code, error) in zip(jobs, cases):
+            with self.subTest(command):
+                after, (run,) = self.job(job), self.attempts(job)
+                self.assertEqual(
+                    (after.state, after.exit_code, after.last_error), ("dead", code, error)
+                )
+                self.assertEqual((run.exit_code, run.error), (code, error))
+
+    def test_a_background_child_does_not_hold_up_its_job(self) -> None:
+        job = self.enqueue("echo x; sleep 30 & exit 0")
+        self.drain()
+        (run,) = self.attempts(job)
+        self.assertEqual((self.job(job).state, run.output), ("completed", b"x\n"))
+        self.assertLess(run.finished - run.started, 1.0)
+
+    def test_what_a_failed_attempt_left_is_gone_before_the_next(self) -> None:
+        self.configure(backoff_max="0")
+        job = self.enqueue(
+            ALONE % (("job",) * 3) + "setsid -f sleep 300; sleep 300 & exit 1", max_retries=3
+        )
+        self.drain("--count", "2", code=1)
+        log = self.lines("job.log")
+        self.assertEqual((len(log), "twice" in log), (3, False))
+        self.assertEqual(self.job(job).attempts, 3)
+        until(lambda: not self.left(), 1.0)
+
+
+# --- output ---------------------------------------------------------------------------------------
+
+
+class TestOutput(Live):
+    def peak(self, pid: int) -> int:
+        """Return the most memory that a process has had, in bytes."""
+        with open(f"/proc/{pid}/status") as file:
+            return int(re.findall(r"VmHWM:\s+(\d+) kB", file.read())[0]) * 1024
+
+    def test_a_large_output_costs_neither_memory_nor_disk(self) -> None:
+        size = 300_000_000
+        job = self.enqueue(f"{WAIT}; head -c {size} /dev/zero; echo end; touch written; sleep 0.3")
+        self.pool()
+        self.working(1)
+        self.becomes(job, "processing")
+        ((_, worker),) = self.workers().items()
+        out, most, before = f"{self.path}.run/{job}.1.out", 0, self.peak(worker["pid"])
+        self.touch("go")
+
+        def written() -> bool:
+            nonlocal most
+            with contextlib.suppress(FileNotFoundError):
+                most = max(most, os.stat(out).st_blocks * 512)
+            return os.path.exists(self.file("written"))
+
+        until(written, 30)
+        self.becomes(job, "completed")
+        (run,) = self.attempts(job)
+        self.assertEqual(run.output, b"\0" * (65536 - 4) + b"end\n")
+        self.assertEqual(run.cut, size + 4 - 65536)
+        self.assertLess(most, 200_000_000)
+        self.assertLess(self.peak(worker["pid"]) - before, 10_000_000)
+        self.assertIn(f"{run.cut} bytes", self.run_cli("logs", job).stderr)
+
+    RAW = b"\xff\xfe\0\x1b[31mred\x1b[0m\r\n\xe2\x80\xae\x07\xc3\xa9"
+
+    def test_output_keeps_every_byte(self) -> None:
+        text = "".join(f"\\{byte:03o}" for byte in self.RAW)
+        job = self.enqueue(f"printf '{text}'")
+        self.drain()
+        logs = subprocess.run(
+            [*PYTHON, PROGRAM, "logs", job], stdout=subprocess.PIPE, cwd=self.dir, check=True
+        )
+        self.assertEqual(logs.stdout, self.RAW)
+        self.assertEqual(self.attempts(job)[0].output, self.RAW)
+
+    def on_terminal(self, *args: str) -> bytes:
+        """Return what a command sends to a terminal."""
+        terminal, slave = pty.openpty()
+        process = subprocess.Popen(
+            [*PYTHON, PROGRAM, *args], stdout=slave, stderr=slave, cwd=self.dir
+        )
+        os.close(slave)
+        shown = b""
+        with contextlib.suppress(OSError):  # EIO: the other end is closed
+            while True:
+                shown += os.read(terminal, 65536)
+        os.close(terminal)
+        self.assertEqual(process.wait(10), 0, shown)
+        return shown
+
+    def test_nothing_that_a_job_supplied_reaches_a_terminal_raw(self) -> None:
+        self.configure(max_retries="1")
+        text = "".join(f"\\{byte:03o}" for byte in self.RAW)
+        job = self.enqueue(f"printf '{text}'; : '\x1b]0;title\x07\u202e\u2028'; false")
+        nowhere = self.enqueue("true", cwd=self.file("no\x1b[2Jwhere"))
+        self.drain(code=1)
+        for args in (("list",), ("dlq", "list"), ("show", job), ("show", nowhere), ("logs", job)):
+            with self.subTest(args):
+                shown = self.on_terminal(*args)
+                self.assertTrue(shown)
+                text = shown.decode().replace("\r\n", "\n")
+                bad = [c for c in text if not c.isprintable() and c not in "\n\t"]
+                self.assertEqual(bad, [])
+        self.assertIn("red", self.on_terminal("logs", job).decode())
 
 
 # --- the README -----------------------------------------------------------------------------------

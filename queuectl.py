@@ -52,6 +52,7 @@ from typing import (
     Iterator,
     Mapping,
     NamedTuple,
+    NoReturn,
     Sequence,
 )
 
@@ -2516,8 +2517,12 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser from the table of commands."""
     import argparse
 
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise BadInput(f"{message} ({self.prog} --help says more)")
+
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="queuectl",
         description="A durable job queue for shell commands.",
         epilog=EXAMPLES,

@@ -659,6 +659,21 @@ class CommandLine(Case):
         self.assertLess(time.monotonic() - began, 5)
         self.assertEqual(self.out("logs", "x"), "x\n")
 
+    def test_bad_usage_gets_one_line(self) -> None:
+        for words in (
+            "",
+            "enqeue x",
+            "enqueue",
+            "list --state lost",
+            "worker start --count 0",
+            "enqueue true --no-such",
+            "dlq",
+            "worker stop --timeout soon",
+        ):
+            with self.subTest(words):
+                self.assertIn("queuectl: ", self.refused(*words.split()))
+        self.assertEqual(os.listdir(self.dir), [])
+
     def test_reading_commands_never_create_a_database(self) -> None:
         for words in (
             "status",

@@ -1495,6 +1495,8 @@ class Worker:
         until = min(self.flush_at, float("inf") if until is None else until)
         pool = [] if self.alone else [self.pool.fileno()]
         limit = None if until == float("inf") else max(0.0, until - now)
+        if self.alone and limit is None:
+            return  # nobody is left who could say anything
         ready = select.select([self.waker.fd, *pool], [], [], limit)[0]
         if self.waker.fd in ready:
             self.waker.clear()

@@ -777,6 +777,18 @@ class TestCrash(Live):
         self.assertEqual((after.attempts, after.run, len(self.lines("job.log"))), (2, 2, 2))
         self.assertEqual([a.error for a in self.attempts(job)], ["its worker died", None])
 
+    def test_a_worker_whose_pool_died_before_it_began_leaves(self) -> None:
+        Queue(self.path).db.close()
+        code = (
+            "import multiprocessing, sys, queuectl\n"
+            "ours, theirs = multiprocessing.Pipe()\n"
+            "ours.close()\n"
+            "queuectl.run_worker(sys.argv[1], 'worker-a-1', 1, (), theirs)\n"
+        )
+        worker = [*PYTHON, "-c", code, self.path]
+        env = {**os.environ, "PYTHONPATH": HERE}
+        self.assertEqual(subprocess.run(worker, env=env, timeout=5, check=False).returncode, 0)
+
     def test_workers_without_their_pool_finish_and_leave(self) -> None:
         job = self.enqueue(f"touch started; {WAIT}; echo result")
         after = self.enqueue("true", delay=1)

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import re
 import shlex
@@ -2026,6 +2027,7 @@ def work(  # noqa: PLR0913
     pool = Pool(queue, count, queues, say)
     pool.drain, pool.horizon = drain, horizon
     if signals:
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])  # else the fork server misses its SIGCHLD
         pool.waker = Waker(dict.fromkeys(STOP_SIGNALS, pool.on_signal))
     try:
         return pool.main()
@@ -2566,6 +2568,8 @@ def fill_standard_streams() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; the one place that says what went wrong."""
     fill_standard_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # whatever a job is called can be printed
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = build_parser().parse_args(argv)
         code: int = args.run(args)

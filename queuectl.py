@@ -115,6 +115,10 @@ class Locked(Fault):
     """Another program held the write lock for longer than we were willing to wait."""
 
 
+class Broken(Fault):
+    """The file is damaged: to wait does not help."""
+
+
 class Job(NamedTuple):
     """One job, as it was read; the fields are the columns. Times are Unix seconds.
 
@@ -651,13 +655,14 @@ class RunDirectory:
 
     def ring(self) -> None:
         """Wake every pool: there may be work. Never waits, and nobody listening is fine."""
-        for bell in self.files("pool-", ".bell"):
-            with contextlib.suppress(OSError):  # ENXIO: its pool is gone
-                fd = os.open(self.file(bell), os.O_WRONLY | os.O_NONBLOCK)
-                try:
-                    os.write(fd, b"!")
-                finally:
-                    os.close(fd)
+        with contextlib.suppress(OSError):  # the work is stored; a pool finds it within a TICK
+            for bell in self.files("pool-", ".bell"):
+                with contextlib.suppress(OSError):  # ENXIO: its pool is gone
+                    fd = os.open(self.file(bell), os.O_WRONLY | os.O_NONBLOCK)
+                    try:
+                        os.write(fd, b"!")
+                    finally:
+                        os.close(fd)
 
     def clean(self) -> None:
         """Remove what the dead left behind; the files of attempts are the recovery's."""
@@ -735,6 +740,7 @@ class Database:
                 os.unlink(self.run.file(left))
             new = self.run.file("new.db")
             os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            os.chmod(new, 0o600)  # whatever the umask
             with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as db:
                 db.execute("PRAGMA journal_mode = WAL")
                 migrate(db)
@@ -753,6 +759,7 @@ class Database:
             raise Fault(f"{self.path} is not a file")
         if info.st_size == 0:
             raise Fault(f"{self.path} is empty, not a queue; remove it to start a new one")
+        self._refuse_planted(info.st_uid)
         with contextlib.closing(self._open("ro")) as db:
             ours = self._retry(lambda: db.execute("PRAGMA application_id").fetchone()[0])
             version = int(self._retry(lambda: db.execute(VERSION).fetchone()[0]))
@@ -761,6 +768,16 @@ class Database:
         if version > len(SCHEMA):
             raise Fault(f"{self.path} was made by a newer queuectl (schema {version})")
         return version
+
+    def _refuse_planted(self, owner: int) -> None:
+        """Refuse a stranger's log. As root, SQLite would make it the owner's when it opens it."""
+        if os.name == "nt" or os.geteuid() != 0:
+            return
+        for path in (self.path + "-wal", self.path + "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                uid = os.lstat(path).st_uid
+                if uid != owner:
+                    raise Fault(f"{path} belongs to another user ({uid})")
 
     def _open(self, mode: str) -> sqlite3.Connection:
         path = re.sub("[%?#]", lambda m: f"%{ord(m[0]):02x}", self.path.replace("\\", "/"))
@@ -778,13 +795,18 @@ class Database:
             self._retry(lambda: self._local.db.execute(pragma))
         return self._local.db  # type: ignore[no-any-return]
 
+    def fault(self, error: sqlite3.Error) -> Fault:
+        """Return our error for one of SQLite's; what is neither full nor locked is damaged."""
+        damaged = type(error) is sqlite3.DatabaseError or "decode" in str(error)
+        return (Broken if damaged else Fault)(f"{self.path}: {error}")
+
     @contextlib.contextmanager
     def faults(self) -> Iterator[None]:
         """Turn what SQLite and the file system raise into our errors."""
         try:
             yield
         except sqlite3.Error as error:
-            raise Fault(f"{self.path}: {error}") from error
+            raise self.fault(error) from error
         except OSError as error:
             raise Fault(f"{error.filename or self.path}: {error.strerror}") from error
 
@@ -816,14 +838,15 @@ class Database:
         except sqlite3.IntegrityError:
             raise
         except sqlite3.Error as error:
-            raise Fault(f"{self.path}: {error}") from error
+            raise self.fault(error) from error
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Write: all of it or, on any exception, nothing. The only place that begins one."""
         self.execute("BEGIN IMMEDIATE")
         try:
-            yield
+            with self.faults():
+                yield
             self.execute("COMMIT")
         except BaseException:
             if self.connection.in_transaction:
@@ -1510,9 +1533,16 @@ class Worker:
         while not self.stopping:
             try:
                 return self.queue.claim(self.name, self.queues)
+            except Broken as error:
+                self.give_up(error)
             except Fault as error:
                 warned = self.complain(f"cannot claim a job: {error}; trying again", warned=warned)
         return None
+
+    def give_up(self, error: Broken) -> None:
+        """Leave a damaged database, and have the pool leave it."""
+        self.tell("broken", str(error))
+        self.stopping = True
 
     def complain(self, text: str, *, warned: bool = False) -> bool:
         """Say once what is wrong, and wait before the next try."""
@@ -1606,6 +1636,8 @@ class Worker:
                 claim = None if self.stopping else lambda: self.queues
                 after, following = self.queue.finish(job, ending, claim)
             except Fault as error:
+                if isinstance(error, Broken):
+                    self.give_up(error)
                 if self.stopping:
                     keep(self.run_dir, job, ending, out)
                     return None
@@ -1795,7 +1827,9 @@ class Pool:
 
     def take(self, member: Member, kind: str, text: list[str]) -> None:
         """Take in one piece of a worker's news."""
-        if kind in ("idle", "took", "bye"):
+        if kind == "broken":
+            self.fail(Fault(text[0]))
+        elif kind in ("idle", "took", "bye"):
             member.idle = kind == "idle"
             member.leaving = kind == "bye"
             if member is self.woken:
@@ -2021,6 +2055,7 @@ def work(  # noqa: PLR0913
     reason = distrust(queue.db)
     if reason and not insecure:
         raise Fault(f"{reason}: whoever writes there runs commands as you; see --insecure")
+    queue.config()  # where that is damaged, no worker could begin
     kind = network(queue.db.path)
     if kind:
         say(f"warning: {queue.db.path} is on {kind}; SQLite needs a local disk")
@@ -2164,7 +2199,7 @@ def from_lines(lines: Iterable[bytes], at: list[int]) -> Iterator[Mapping[str, o
                 raise BadInput(f"not UTF-8: {error.reason}") from None
 
 
-def enqueue_lines(queue: Queue) -> Iterator[str]:
+def enqueue_lines(args: argparse.Namespace) -> Iterator[str]:
     """Enqueue stdin, read to its end first: a slow writer must not hold up the workers."""
     import shutil
     import tempfile
@@ -2174,7 +2209,12 @@ def enqueue_lines(queue: Queue) -> Iterator[str]:
         shutil.copyfileobj(sys.stdin.buffer, spool)
         spool.seek(0)
         try:
-            return queue.enqueue_many(from_lines(spool, at))
+            if not os.path.lexists(args.db):  # no queue is made for bad input
+                for job in from_lines(spool, at):
+                    check_fields(job)
+                spool.seek(0)
+            with opened(args, readonly=False, create=True) as queue:
+                yield from queue.enqueue_many(from_lines(spool, at))
         except BadInput as error:
             raise BadInput(f"line {at[0]}: {error}") from None
 
@@ -2184,9 +2224,8 @@ def cmd_enqueue(args: argparse.Namespace) -> int:
     words: list[str] = args.command
     first = words[0].lstrip()
     if words == ["-"]:
-        with opened(args, readonly=False, create=True) as queue:
-            for job_id in enqueue_lines(queue):
-                print(job_id)
+        for job_id in enqueue_lines(args):
+            print(job_id)
         return OK
     jobs: list[Mapping[str, object]]
     if len(words) > 1:
@@ -2565,6 +2604,14 @@ def fill_standard_streams() -> None:
     os.close(fd)
 
 
+def discard_output() -> None:
+    """Let the flush at exit succeed, where stdout is closed or full."""
+    with contextlib.suppress(OSError):
+        fd = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(fd, 1)
+        os.close(fd)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; the one place that says what went wrong."""
     fill_standard_streams()
@@ -2582,8 +2629,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             os._exit(error.code)
         return error.code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
+        discard_output()
         return SIGNALLED + 13
+    except (OSError, sqlite3.Error) as error:  # the machine's fault wherever it shows
+        discard_output()
+        where, why = getattr(error, "filename", None), getattr(error, "strerror", None) or error
+        say(printable(f"{where}: {why}" if where else str(why)))
+        return FAULT
     except KeyboardInterrupt:
         return SIGNALLED + signal.SIGINT
 

@@ -71,14 +71,21 @@ class Case(unittest.TestCase):
         for pool in self.pools:
             pool.communicate()
 
-    def kill_ours(self) -> list[int]:
-        """Kill every process that works in the directory of this test."""
+    def left(self) -> list[int]:
+        """Return the living processes that work in the directory of this test."""
         found = []
         for pid in os.listdir("/proc"):
             with contextlib.suppress(OSError):
                 if pid.isdigit() and os.readlink(f"/proc/{pid}/cwd").startswith(self.dir):
-                    os.kill(int(pid), signal.SIGKILL)
                     found += [int(pid)] * alive(int(pid))
+        return found
+
+    def kill_ours(self) -> list[int]:
+        """Kill every process that works in the directory of this test."""
+        found = self.left()
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         return found
 
     def file(self, name: str) -> str:
@@ -766,15 +773,6 @@ class Live(Case):
         for facts in self.workers().values():
             os.kill(facts["pid"], number)
 
-    def left(self) -> list[int]:
-        """Return the living processes that work in the directory of this test."""
-        found = []
-        for pid in os.listdir("/proc"):
-            with contextlib.suppress(OSError):
-                if pid.isdigit() and os.readlink(f"/proc/{pid}/cwd").startswith(self.dir):
-                    found += [int(pid)] * alive(int(pid))
-        return found
-
     def ends(self, pool: subprocess.Popen[str], code: int, limit: float = 10.0) -> float:
         """Wait for a pool's end; return how long it took."""
         began = time.monotonic()
@@ -1382,6 +1380,81 @@ class TestOutput(Live):
                 bad = [c for c in text if not c.isprintable() and c not in "\n\t"]
                 self.assertEqual(bad, [])
         self.assertIn("red", self.on_terminal("logs", job).decode())
+
+
+# --- the machine and the database at fault --------------------------------------------------------
+
+
+class AtFault(Case):
+    """What is not the caller's fault gets one line and exit code 4, and loses nothing."""
+
+    def test_a_batch_with_bad_input_makes_no_queue(self) -> None:
+        for lines in ("{", '{"command":"true"}\n{"command":7}\n', b"\xff".decode("latin-1")):
+            self.refused("enqueue", "-", stdin=lines)
+        self.assertEqual(os.listdir(self.dir), [])
+
+    def test_an_output_that_cannot_be_written_is_said(self) -> None:
+        self.enqueue("true")
+        with open("/dev/full", "w") as full:
+            result = subprocess.run(
+                [*PYTHON, PROGRAM, "list"],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=self.dir,
+                check=False,
+            )
+        self.assertEqual(result.returncode, 4)
+        self.assertEqual(result.stderr, "queuectl: No space left on device\n")
+
+    def test_a_stored_job_is_acknowledged_even_if_no_pool_can_be_rung(self) -> None:
+        self.enqueue("true")
+        shutil.rmtree(self.path + ".run")
+        with open(self.path + ".run", "w"):
+            self.assertEqual(self.out("enqueue", "true"), "2\n")
+
+    def test_workers_leave_a_damaged_database(self) -> None:
+        for number in range(50):
+            self.enqueue("true", id=f"job{number}")
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            page = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'jobs'").fetchone()[
+                0
+            ]
+            size = db.execute("PRAGMA page_size").fetchone()[0]
+        with open(self.path, "r+b") as file:
+            file.seek((page - 1) * size)
+            file.write(b"\xa5" * size)
+        output = self.drain("--count", "2", code=4)
+        self.assertIn("malformed", output)
+        self.assertNotIn("Traceback", output)
+        self.assertIn("malformed", self.refused("show", "job1", code=4))
+
+    def test_the_files_are_the_owners_alone_whatever_the_umask(self) -> None:
+        for mask in (0o000, 0o777):
+            with self.subTest(oct(mask)):
+                path = self.file(f"{mask}.db")
+                before = os.umask(mask)
+                self.addCleanup(os.umask, before)
+                with Queue(path) as queue:
+                    queue.enqueue("true")
+                    for name in ("", "-wal", "-shm"):
+                        self.assertEqual(os.stat(path + name).st_mode & 0o777, 0o600)
+                os.umask(before)
+                self.assertEqual(os.stat(path + ".run").st_mode & 0o777, 0o700)
+
+    @unittest.skipIf(os.geteuid(), "only root can give a file to another user")
+    def test_what_another_user_planted_beside_the_database_is_refused(self) -> None:
+        for name in ("-wal", "-shm"):
+            with self.subTest(name):
+                self.enqueue("true")
+                with open(self.path + name, "wb"):
+                    os.chown(self.path + name, 12345, 12345)
+                for words in ("enqueue true", "worker start --drain"):
+                    line = self.run_cli(*words.split(), code=4).stderr
+                    self.assertIn(f"{self.path}{name} belongs to another user (12345)", line)
+                self.assertEqual(os.stat(self.path + name).st_uid, 12345)
+                os.unlink(self.path + name)
 
 
 # --- the README -----------------------------------------------------------------------------------

@@ -77,7 +77,6 @@ PENDING, PROCESSING, COMPLETED, DEAD, CANCELLED = STATES = (
     "dead",
     "cancelled",
 )
-ENDED = (COMPLETED, DEAD, CANCELLED)
 MOVES = {  # every legal change of state; whatever is not here does not happen
     PENDING: (PROCESSING, CANCELLED),
     PROCESSING: (COMPLETED, PENDING, DEAD, CANCELLED),
@@ -593,11 +592,10 @@ class Held:
         os.ftruncate(self.fd, 0)
         os.pwrite(self.fd, json.dumps(facts).encode(), 0)
 
-    def close(self, *, remove: bool = True) -> None:
+    def close(self) -> None:
         """Give up this process's hold on the lock; the file goes first."""
-        if remove:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
         os.close(self.fd)
 
 

@@ -44,18 +44,10 @@ import stat
 import sys
 import threading
 import time
-from datetime import datetime, timezone
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    NamedTuple,
-    NoReturn,
-    Sequence,
-)
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta, timezone
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     import argparse
@@ -85,7 +77,11 @@ MOVES = {  # every legal change of state; whatever is not here does not happen
     COMPLETED: (),
 }
 
+ENDED = (COMPLETED, DEAD, CANCELLED)
+DUE, LATER, BLOCKED = 1, 0, -1  # what a pending job is; whatever is not pending counts as due
+
 OK, NO, USAGE, FAULT, TIMED_OUT, SIGNALLED = 0, 1, 2, 4, 124, 128  # exit codes
+TRY_LATER = 75  # a job's exit code (EX_TEMPFAIL of sysexits.h): not now, and it is nobody's fault
 
 
 class QueueError(Exception):
@@ -123,7 +119,8 @@ class Job(NamedTuple):
 
     `attempts` counts the starts since the job was enqueued or retried from the dead letter queue;
     `run` counts every start ever and names one attempt of the job. `max_retries` (how often it may
-    start) and `timeout` (seconds, 0 is none) are None where the configuration decides.
+    start) and `timeout` (seconds, 0 is none) are None where the configuration decides. `recurs` is
+    the schedule that goes on after this job, `series` its name, `planned` the time it gave the job.
     """
 
     seq: int
@@ -146,6 +143,11 @@ class Job(NamedTuple):
     last_error: str | None
     run: int
     cancelling: int
+    due: int
+    snoozes: int
+    recurs: str | None
+    series: str | None
+    planned: float | None
 
 
 class Attempt(NamedTuple):
@@ -254,6 +256,94 @@ def names(value: object) -> list[str]:
     return [name(item) for item in value]
 
 
+def interval(value: object) -> float:
+    """Check how often a job recurs."""
+    if seconds(value) < 1:
+        raise ValueError("must be at least 1 second")
+    return seconds(value)
+
+
+CRON = (  # each field's first and last value, and the names of its values
+    (0, 59, ()),
+    (0, 23, ()),
+    (1, 31, ()),
+    (1, 12, "jan feb mar apr may jun jul aug sep oct nov dec".split()),
+    (0, 7, "sun mon tue wed thu fri sat".split()),
+)
+CRON_WORDS = {
+    "@hourly": "0 * * * *",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@weekly": "0 0 * * 0",
+    "@monthly": "0 0 1 * *",
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+}
+
+
+def cron_field(field: str, low: int, high: int, names: Sequence[str]) -> set[int]:
+    """Return the values of one field: `*`, `5`, `1-5`, `*/15`, `mon-fri`, or a list of those."""
+    values: set[int] = set()
+    for part in field.split(","):
+        match = re.fullmatch(r"(?:\*|(\w+)(?:-(\w+))?)(?:/([1-9]\d*))?", part)
+        if not match:
+            raise ValueError(f"has a bad field {field!r}")
+        first, last, step = match.groups()
+        ends = [names.index(end) + low if end in names else end for end in (first, last) if end]
+        if not all(str(end).isdecimal() and low <= int(end) <= high for end in ends):
+            raise ValueError(f"has {part!r} where {low} to {high} is meant")
+        begin = int(ends[0]) if ends else low
+        end = int(ends[-1]) if ends and (last or not step) else high
+        if begin > end:
+            raise ValueError(f"has an empty range {part!r}")
+        values.update(range(begin, end + 1, int(step or 1)))
+    return values
+
+
+def cron_next(rule: str, after: float) -> float:
+    """Return the first time after a time that a rule of five fields names, in local time.
+
+    As in cron, a day has to match either of day and weekday where both are restricted. A time that
+    the clock skips in spring counts an hour later; one that comes twice in autumn counts once,
+    unless the rule is for every hour.
+    """
+    fields = CRON_WORDS.get(rule.strip().lower(), rule).lower().split()
+    if len(fields) != len(CRON):
+        raise ValueError("must have five fields: minute hour day month weekday, or be @daily ...")
+    values = [cron_field(field, *limits) for field, limits in zip(fields, CRON)]
+    minutes, hours, days, months, weekdays = values
+    either = not fields[2].startswith("*") and not fields[4].startswith("*")
+    folds = (0, 1) if len(hours) == 24 else (0,)
+    day = datetime.fromtimestamp(after, timezone.utc).astimezone().date()
+    for _ in range(8 * 366 + 2):  # the 29th of February is at most 8 years away
+        match = day.day in days, bool({day.isoweekday(), day.isoweekday() % 7} & weekdays)
+        if day.month in months and (any(match) if either else all(match)):
+            times = [
+                datetime(day.year, day.month, day.day, h, m, fold=f).timestamp()  # noqa: DTZ001
+                for h in hours
+                for m in minutes
+                for f in folds
+            ]
+            if max(times) > after:
+                return min(when for when in times if when > after)
+        day += timedelta(days=1)
+    raise ValueError("names a day that never comes")
+
+
+def cron(value: object) -> str:
+    """Check a rule of five fields."""
+    cron_next(text(value), time.time())
+    return text(value)
+
+
+def recurrence(recurs: str, planned: float, now: float) -> float:
+    """Return when a schedule's next job is due: by the schedule, and none of what was missed."""
+    kind, _, rule = recurs.partition(" ")
+    if kind == "cron":
+        return cron_next(rule, max(planned, now))
+    return planned + float(rule) * max(1, (now - planned) // float(rule) + 1)
+
+
 def directory(value: object) -> str:
     """Check a directory, which need not exist yet, and make it absolute."""
     return os.path.abspath(text(value))
@@ -281,6 +371,9 @@ FIELDS: dict[str, Callable[[object], Any]] = {  # what a job may be given, each 
     "max_retries": whole(1, 1_000_000),
     "cwd": directory,
     "env": environment,
+    "after": names,
+    "every": interval,
+    "cron": cron,
 }
 
 
@@ -291,6 +384,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     choices = list(known)
     close = difflib.get_close_matches(word, choices, 1, 0.5)
     return f": did you mean {close[0]}?" if close else f"; known are {', '.join(choices)}"
+
+
+CONFLICTS = {  # what says when a job runs, and what it cannot be said together with
+    "delay": ("run_at", "cron"),
+    "run_at": ("delay", "cron"),
+    "every": ("cron",),
+    "cron": ("every", "delay", "run_at"),
+}
 
 
 def check_fields(fields: Mapping[str, object]) -> dict[str, Any]:
@@ -306,8 +407,10 @@ def check_fields(fields: Mapping[str, object]) -> dict[str, Any]:
             raise BadInput(f"{key} {error}") from None
     if "command" not in checked:
         raise BadInput("a job needs a command")
-    if "delay" in checked and "run_at" in checked:
-        raise BadInput("a job has a delay or a run_at, not both")
+    for key in checked:
+        for other in CONFLICTS.get(key, ()):
+            if other in checked:
+                raise BadInput(f"a job has {key} or {other}, not both")
     return checked
 
 
@@ -319,14 +422,14 @@ class Setting(NamedTuple):
     meaning: str
 
 
+def literal(value: str) -> int | str:
+    """Return the whole number that a word is, else the word."""
+    return int(value) if re.fullmatch(r"[+-]?\d{1,18}", value.strip()) else value
+
+
 def number(low: int, high: int) -> Callable[[str], int]:
     """Return a reader for a whole number in a range."""
-    check = whole(low, high)
-
-    def read(value: str) -> int:
-        return check(int(value) if re.fullmatch(r"[+-]?\d{1,18}", value.strip()) else None)
-
-    return read
+    return lambda value: whole(low, high)(literal(value))
 
 
 def base(value: str) -> float:
@@ -351,6 +454,11 @@ def prefix(value: str) -> tuple[str, ...]:
     return words
 
 
+def exit_codes(value: str) -> tuple[int, ...]:
+    """Read a list of exit codes; it may be empty."""
+    return tuple(number(1, 255)(code) for code in value.split(",") if value.strip())
+
+
 def durability(value: str) -> str:
     """Read one of the two durabilities."""
     if value not in ("normal", "full"):
@@ -367,6 +475,9 @@ SETTINGS = {
     "kill_grace": Setting(5.0, seconds, "from TERM to KILL when a job is ended"),
     "output_limit": Setting(65536, number(0, 1 << 28), "how many bytes of output are kept"),
     "shell": Setting(SHELL, prefix, "what runs a command: the command is its last argument"),
+    "max_snoozes": Setting(20, number(0, 1_000_000), "how often a job may exit 75: try me later"),
+    "no_retry_exit_codes": Setting((), exit_codes, "exit codes that are final, such as 2,126,127"),
+    "retention": Setting(0.0, seconds, "when what completed or was cancelled is pruned (0: never)"),
     "synchronous": Setting("normal", durability, "full: each result synced before the next claim"),
 }
 
@@ -406,7 +517,12 @@ def exit_meaning(code: int) -> str | None:
         return None
     if code < 0:
         return f"killed by {signal_name(-code)}"
-    known = {126: "not executable", 127: "command not found", 9009: "command not found"}
+    known = {
+        TRY_LATER: "try later",
+        126: "not executable",
+        127: "command not found",
+        9009: "command not found",
+    }
     if 128 < code <= 128 + 64 and code not in known:
         known[code] = f"128 + {signal_name(code - 128)}"
     return f"exit code {code} ({known[code]})" if code in known else f"exit code {code}"
@@ -509,48 +625,155 @@ CREATE TRIGGER count_gone AFTER DELETE ON jobs BEGIN
 END;
 PRAGMA user_version = 1;
 """,
+    """
+ALTER TABLE jobs ADD COLUMN snoozes INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN recurs TEXT;
+ALTER TABLE jobs ADD COLUMN series TEXT;
+ALTER TABLE jobs ADD COLUMN planned REAL;
+DROP INDEX jobs_state;
+CREATE INDEX jobs_state ON jobs (state, due, updated_at);
+CREATE INDEX jobs_series ON jobs (series, seq) WHERE series IS NOT NULL;
+CREATE INDEX jobs_recurs ON jobs (series) WHERE recurs IS NOT NULL;
+CREATE TABLE needs (
+  parent INTEGER NOT NULL,
+  child INTEGER NOT NULL,               -- is blocked until the parent has completed: met
+  met INTEGER NOT NULL,
+  PRIMARY KEY (parent, child)
+) WITHOUT ROWID;
+CREATE INDEX needs_child ON needs (child, met);
+CREATE TABLE paused (queue TEXT PRIMARY KEY) WITHOUT ROWID;  -- '': all of them
+UPDATE jobs SET due = 1 WHERE state <> 'pending' AND due <> 1;
+DROP TABLE counts;
+CREATE TABLE counts (
+  queue TEXT NOT NULL, state TEXT NOT NULL, due INTEGER NOT NULL, jobs INTEGER NOT NULL,
+  PRIMARY KEY (queue, state, due)
+) WITHOUT ROWID;
+INSERT INTO counts SELECT queue, state, due, count(*) FROM jobs GROUP BY queue, state, due;
+DROP TRIGGER count_added;
+DROP TRIGGER count_moved;
+DROP TRIGGER count_gone;
+CREATE TRIGGER count_added AFTER INSERT ON jobs BEGIN
+  INSERT INTO counts VALUES (new.queue, new.state, new.due, 1)
+    ON CONFLICT (queue, state, due) DO UPDATE SET jobs = jobs + 1;
+END;
+CREATE TRIGGER count_moved AFTER UPDATE OF state, due ON jobs
+  WHEN old.state <> new.state OR old.due <> new.due BEGIN
+  UPDATE counts SET jobs = jobs - 1 WHERE queue = old.queue AND state = old.state AND due = old.due;
+  INSERT INTO counts VALUES (new.queue, new.state, new.due, 1)
+    ON CONFLICT (queue, state, due) DO UPDATE SET jobs = jobs + 1;
+END;
+CREATE TRIGGER count_gone AFTER DELETE ON jobs BEGIN
+  UPDATE counts SET jobs = jobs - 1 WHERE queue = old.queue AND state = old.state AND due = old.due;
+END;
+PRAGMA user_version = 2;
+""",
 )
 
 JOB = "SELECT " + ", ".join(Job._fields) + " FROM jobs "
 LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'jobs'"
-INSERT = """
-INSERT INTO jobs (seq, id, queue, command, cwd, env, state, priority, max_retries, timeout,
-                  created_at, updated_at, run_after, due)
-VALUES (?, ?, ?, ?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?)"""
-IDS_BETWEEN = "SELECT id FROM jobs WHERE seq BETWEEN :first AND :last ORDER BY seq"
+NEW = """seq id queue command cwd env priority max_retries timeout created_at updated_at run_after
+due recurs series planned""".split()
+VALUES = ", ".join(":" + column for column in NEW)
+INSERT = f"INSERT INTO jobs (state, {', '.join(NEW)}) VALUES ('pending', {VALUES})"
+IDS_BETWEEN = (
+    "SELECT coalesce(series, id) FROM jobs WHERE seq BETWEEN :first AND :last ORDER BY seq"
+)
 ONE = JOB + "WHERE id = :id"
-ALL = JOB + "ORDER BY seq"
-LATEST = JOB + "WHERE state = :state ORDER BY updated_at DESC, seq DESC LIMIT :limit"
-COUNTS = "SELECT queue, state, jobs FROM counts WHERE jobs > 0"
+BY_SEQ = JOB + "WHERE seq = :seq"
+NEWEST = JOB + "WHERE series = :id ORDER BY seq DESC LIMIT 1"
+RECENT_IDS = "SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000"
+ALL = JOB + "WHERE (:queue IS NULL OR queue = :queue) ORDER BY seq"
+LATEST = (
+    JOB
+    + """WHERE state = :state AND due = :due AND (:queue IS NULL OR queue = :queue)
+ORDER BY updated_at DESC, seq DESC LIMIT :limit"""
+)
+GOES_ON = "recurs IS NOT NULL AND state IN ('pending', 'processing')"
+SCHEDULE = "SELECT 1 FROM jobs WHERE series = :id AND " + GOES_ON
+RECURRING = JOB + f"INDEXED BY jobs_recurs WHERE {GOES_ON} ORDER BY series"
+OLDEST = JOB + "WHERE state = 'pending' AND due = 1 ORDER BY updated_at LIMIT 1"
+RECENT_LIMIT = 5000
+RECENT = f"""
+SELECT count(*), min(updated_at) FROM (
+  SELECT updated_at FROM jobs WHERE state = :state AND due = 1 AND updated_at > :since
+  ORDER BY updated_at DESC LIMIT {RECENT_LIMIT})"""
+TALLY = "SELECT queue, state, due, jobs FROM counts WHERE jobs > 0"
 ATTEMPTS = "SELECT " + ", ".join(Attempt._fields) + " FROM attempts WHERE job = :seq ORDER BY run"
 
-WAITING_QUEUES = "SELECT queue FROM counts WHERE state = 'pending' AND jobs > 0"
+WAITING_QUEUES = """
+SELECT DISTINCT queue FROM counts WHERE state = 'pending' AND due >= 0 AND jobs > 0
+  AND queue NOT IN paused AND '' NOT IN paused"""
 NEXT_DUE = (
     JOB
     + """WHERE state = 'pending' AND due = 1 AND queue = :queue
 ORDER BY priority DESC, run_after, seq LIMIT 1"""
 )
+BEFORE = """
+SELECT count(*) FROM (
+  SELECT 1 FROM jobs WHERE state = 'pending' AND due = 1 AND queue = :queue
+    AND priority > :priority
+  UNION ALL SELECT 1 FROM jobs WHERE state = 'pending' AND due = 1 AND queue = :queue
+    AND priority = :priority AND (run_after, seq) < (:run_after, :seq) LIMIT 100000)"""
 MAKE_DUE = """
 UPDATE jobs SET due = 1 WHERE seq IN (
   SELECT seq FROM jobs WHERE state = 'pending' AND due = 0 AND queue = :queue
     AND run_after <= :now ORDER BY run_after LIMIT 500)"""
 NEXT_LATER = """
 SELECT min(run_after) FROM jobs WHERE state = 'pending' AND due = 0 AND queue = :queue"""
+NEXT_AWAITED = NEXT_LATER + " AND (recurs IS NULL OR attempts > 0)"
 CLAIM = """
 UPDATE jobs SET state = 'processing', attempts = attempts + 1, run = run + 1,
   locked_by = :worker, locked_at = :now, updated_at = :now
 WHERE seq = :seq AND state = 'pending'"""
 END_CLAIM = """
-UPDATE jobs SET state = :state, attempts = :attempts, exit_code = :exit_code, last_error = :error,
-  run_after = :run_after, due = :due, updated_at = :now,
-  locked_by = NULL, locked_at = NULL, cancelling = 0
+UPDATE jobs SET state = :state, attempts = :attempts, exit_code = :exit_code,
+  last_error = :last_error, run_after = :run_after, due = :due, updated_at = :updated_at,
+  snoozes = :snoozes, recurs = :recurs, locked_by = NULL, locked_at = NULL, cancelling = 0
 WHERE seq = :seq AND state = 'processing' AND locked_by = :worker AND run = :run"""
 ADD_ATTEMPT = "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 CLAIMED = JOB + "WHERE state = 'processing'"
 RETRY = """
-UPDATE jobs SET state = 'pending', attempts = 0, run_after = :now, due = 1, updated_at = :now
-WHERE id = :id AND state IN ('dead', 'cancelled')"""
+UPDATE jobs SET state = 'pending', attempts = 0, snoozes = 0, run_after = :now, updated_at = :now,
+  due = CASE WHEN EXISTS (SELECT 1 FROM needs WHERE child = seq AND met = 0) THEN -1 ELSE 1 END
+WHERE seq = :seq AND state IN ('dead', 'cancelled')"""
 DEAD_IDS = "SELECT id FROM jobs WHERE state = 'dead' ORDER BY updated_at"
+CANCEL_WAITING = """
+UPDATE jobs SET state = 'cancelled', due = 1, updated_at = :now,
+  last_error = 'cancelled by the operator'
+WHERE seq = :seq AND state = 'pending'"""
+CANCEL_RUNNING = "UPDATE jobs SET cancelling = 1 WHERE seq = :seq AND state = 'processing'"
+
+NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :met)"
+MEET = "UPDATE needs SET met = 1 WHERE parent = :seq"
+UNBLOCK = """
+UPDATE jobs SET due = run_after <= :now WHERE seq IN (SELECT child FROM needs WHERE parent = :seq)
+  AND state = 'pending' AND due = -1
+  AND NOT EXISTS (SELECT 1 FROM needs WHERE child = jobs.seq AND met = 0)"""
+PARENTS = (
+    JOB + "JOIN needs ON parent = seq WHERE child = :seq AND met = 0 ORDER BY parent LIMIT 100"
+)
+CHILDREN = """
+WITH RECURSIVE below (child) AS (
+  SELECT child FROM needs WHERE parent = :seq
+  UNION SELECT needs.child FROM needs JOIN below ON parent = below.child)
+SELECT child FROM below"""
+BLOCKED_JOBS = JOB + "WHERE state = 'pending' AND due = -1 ORDER BY updated_at LIMIT :limit"
+
+PRUNABLE = """
+SELECT seq FROM jobs WHERE state = :state AND due = 1 AND updated_at <= :before
+  AND NOT EXISTS (SELECT 1 FROM needs WHERE parent = jobs.seq AND met = 0)
+ORDER BY updated_at LIMIT :limit"""
+WAITS_FOR = "SELECT 1 FROM needs WHERE parent = :seq AND met = 0"
+SLICE = 200  # jobs in a transaction of `prune`, at first
+FORGET = (
+    "DELETE FROM attempts WHERE job = :seq",
+    "DELETE FROM needs WHERE parent = :seq",
+    "DELETE FROM needs WHERE child = :seq",
+    "DELETE FROM jobs WHERE seq = :seq",
+)
+PAUSED = "SELECT queue FROM paused"
+PAUSE = "INSERT OR IGNORE INTO paused VALUES (:queue)"
+RESUME = "DELETE FROM paused WHERE :queue IN ('', queue)"
 
 SETTINGS_STORED = "SELECT key, value FROM config"
 SET = "INSERT INTO config VALUES (:key, :value) ON CONFLICT (key) DO UPDATE SET value = :value"
@@ -947,7 +1170,7 @@ class Ending(NamedTuple):
 
 def sequel(job: Job, ending: Ending, config: Mapping[str, Any]) -> Job:
     """Return the job as it goes on after an attempt: the one rule of retries."""
-    now = ending.finished
+    now, ran = ending.finished, ending.fate == "ran"
     after = job._replace(exit_code=ending.exit_code, last_error=ending.error, updated_at=now)
     if ending.fate == "returned" and not job.cancelling:
         return after._replace(state=PENDING, attempts=job.attempts - 1, exit_code=job.exit_code)
@@ -955,9 +1178,13 @@ def sequel(job: Job, ending: Ending, config: Mapping[str, Any]) -> Job:
         return after._replace(state=COMPLETED)
     if ending.fate == "cancelled" or job.cancelling:
         return after._replace(state=CANCELLED)
-    if job.attempts >= (job.max_retries or config["max_retries"]):
+    if ran and ending.exit_code == TRY_LATER and job.snoozes < config["max_snoozes"]:
+        after = after._replace(attempts=job.attempts - 1, snoozes=job.snoozes + 1)
+        return after._replace(state=PENDING, run_after=now + backoff(after.snoozes, config))
+    final = ran and ending.exit_code in config["no_retry_exit_codes"]
+    if final or job.attempts >= (job.max_retries or config["max_retries"]):
         return after._replace(state=DEAD)
-    pause = backoff(job.attempts, config) if ending.fate == "ran" else 0
+    pause = backoff(job.attempts, config) if ran else 0
     return after._replace(state=PENDING, run_after=now + pause)
 
 
@@ -989,95 +1216,160 @@ class Queue:
         """Close this thread's connection."""
         self.db.close()
 
+    def _jobs(self, sql: str, **args: object) -> Iterator[Job]:
+        return (Job(*row) for row in self.db.execute(sql, args))
+
     # adding
 
-    def enqueue(self, command: str, **fields: object) -> str:
+    def enqueue(self, command: str, *, if_absent: bool = False, **fields: object) -> str:
         """Add a job and return its id.
 
         Fields: id, queue, priority (higher first), delay or run_at, timeout (0: none),
-        max_retries, cwd (default: here), env (a mapping).
+        max_retries, cwd (default: here), env (a mapping), after (ids of jobs that have to complete
+        first), every (seconds) or cron (five fields). With `if_absent` a taken id is no error.
         """
-        return next(self.enqueue_many([{"command": command, **fields}]))
+        return next(self.enqueue_many([{"command": command, **fields}], if_absent=if_absent))
 
-    def enqueue_many(self, jobs: Iterable[Mapping[str, object]]) -> Iterator[str]:
-        """Add all the jobs or, where one is bad, none; return their ids in order."""
-        here, now = os.getcwd(), self.clock()
+    def enqueue_many(
+        self, jobs: Iterable[Mapping[str, object]], *, if_absent: bool = False
+    ) -> Iterator[str]:
+        """Add all the jobs or, where one is bad, none; return their ids in order.
+
+        With `if_absent` a job whose id is taken is left as it is, and its id comes last.
+        """
+        now, taken = self.clock(), []
+        blank = dict.fromkeys(NEW, None)
+        blank.update(queue="default", priority=0, cwd=os.getcwd(), created_at=now, updated_at=now)
         with self.db.transaction():
             first = seq = self.db.execute(LAST_SEQ).fetchone()[0] + 1
             for fields in jobs:
-                seq = self._insert(seq, check_fields(fields), here, now) + 1
+                job = check_fields(fields)
+                if "id" in job and self._taken(job["id"]):
+                    if not if_absent:
+                        raise BadInput(f"there is a job {job['id']} already")
+                    taken.append(job["id"])
+                else:
+                    seq = self._add({**blank, **job, "seq": seq}, now) + 1
         self.db.run.ring()
         rows = self.db.execute(IDS_BETWEEN, {"first": first, "last": seq - 1})
-        return (row[0] for row in rows)
+        return chain((row[0] for row in rows), taken)
 
-    def _insert(self, seq: int, job: dict[str, Any], here: str, now: float) -> int:
-        """Insert a checked job; its id is its number, where it has none, or the next free one."""
-        get = job.get
-        run_after = get("run_at", now) + get("delay", 0)
-        env = None
-        if "env" in job:
+    def _taken(self, job_id: str) -> bool:
+        """Tell whether a job or a schedule that goes on has that id."""
+        return any(self.db.execute(sql, {"id": job_id}).fetchone() for sql in (ONE, SCHEDULE))
+
+    def _add(self, row: dict[str, Any], now: float) -> int:
+        """Insert a checked job, and what it waits for; return its number."""
+        when = row.get("run_at", now + row.get("delay", 0))
+        if "every" in row:
+            row.update(recurs=f"every {row['every']}", planned=when)
+        if "cron" in row:
+            when = cron_next(row["cron"], now)
+            row.update(recurs=f"cron {row['cron']}", planned=when)
+        if row["env"] is not None:
             import json
 
-            env = json.dumps(job["env"])
+            row["env"] = json.dumps(row["env"])
+        parents = [self.get(parent) for parent in row.get("after", ())]
+        blocked = any(parent.state != COMPLETED for parent in parents)
+        row.update(run_after=when, due=BLOCKED if blocked else when <= now)
+        seq = self._insert(row)
+        for parent in parents:
+            met = parent.state == COMPLETED
+            self.db.execute(NEED, {"parent": parent.seq, "child": seq, "met": met})
+        return seq
+
+    def _insert(self, row: dict[str, Any]) -> int:
+        """Insert a job under its id or, where it has none, its number: the next free one."""
+        given = row["id"]
         while True:
+            row["id"] = given or str(row["seq"])
+            if row["recurs"]:
+                row.update(series=row["id"], id=self._occurrence(row["id"]))
             try:
-                self.db.execute(
-                    INSERT,
-                    (
-                        seq,
-                        get("id") or str(seq),
-                        get("queue", "default"),
-                        job["command"],
-                        get("cwd", here),
-                        env,
-                        get("priority", 0),
-                        get("max_retries"),
-                        get("timeout"),
-                        now,
-                        now,
-                        run_after,
-                        run_after <= now,
-                    ),
-                )
+                self.db.execute(INSERT, row)
             except sqlite3.IntegrityError:
-                if "id" in job:
-                    raise BadInput(f"there is a job {job['id']} already") from None
-                seq += 1
+                row["seq"] += 1
             else:
-                return seq
+                return int(row["seq"])
+
+    def _occurrence(self, series: str) -> str:
+        """Return the id of the next job of a schedule: its name and a number."""
+        newest = next(self._jobs(NEWEST, id=series), None)
+        number = int(newest.id.rpartition(".")[2]) + 1 if newest else 1
+        while self.db.execute(ONE, {"id": f"{series}.{number}"}).fetchone():
+            number += 1
+        return f"{series}.{number}"
 
     # reading
 
     def get(self, job_id: str) -> Job:
-        """Return one job, or raise NotFound."""
-        row = self.db.execute(ONE, {"id": job_id}).fetchone()
-        if row is None:
-            raise NotFound(f"no job {printable(job_id)} in {self.db.path}")
-        return Job(*row)
+        """Return one job, the newest of a schedule for the schedule's name, or raise NotFound."""
+        for sql in (ONE, NEWEST):
+            for job in self._jobs(sql, id=job_id):
+                return job
+        recent = (row[0] for row in self.db.execute(RECENT_IDS))
+        near = nearest(job_id, recent)
+        near = near if near.startswith(":") else ""
+        raise NotFound(f"no job {printable(job_id)} in {self.db.path}{near}")
 
-    def jobs(self, states: Sequence[str] = (), limit: int | None = None) -> Iterator[Job]:
+    def jobs(
+        self, states: Sequence[str] = (), limit: int | None = None, queue: str | None = None
+    ) -> Iterator[Job]:
         """Yield jobs in order of arrival; with a limit, the ones that changed last."""
         if limit is None:
-            found = (Job(*row) for row in self.db.execute(ALL))
+            found = self._jobs(ALL, queue=queue)
             return (job for job in found if not states or job.state in states)
         latest: list[Job] = []
         for state in states or STATES:
-            rows = self.db.execute(LATEST, {"state": state, "limit": limit})
-            latest.extend(Job(*row) for row in rows)
+            for due in (DUE, LATER, BLOCKED) if state == PENDING else (DUE,):
+                latest.extend(self._jobs(LATEST, state=state, due=due, queue=queue, limit=limit))
         latest.sort(key=lambda job: job.updated_at)
         return iter(sorted(latest[-limit:]))
+
+    def recurring(self) -> list[Job]:
+        """Return the waiting or running job of each schedule."""
+        return list(self._jobs(RECURRING))
+
+    def parents(self, job: Job) -> list[Job]:
+        """Return the jobs, up to 100, that a blocked job waits for."""
+        return list(self._jobs(PARENTS, seq=job.seq))
+
+    def oldest(self) -> Job | None:
+        """Return the due job that has waited longest."""
+        return next(self._jobs(OLDEST), None)
+
+    def before(self, job: Job) -> int:
+        """Return how many due jobs of its queue come before a due job, counted up to 100,000."""
+        return int(self.db.execute(BEFORE, job._asdict()).fetchone()[0])
 
     def attempts(self, job: Job) -> list[Attempt]:
         """Return the attempts of a job that have ended, the first one first."""
         return [Attempt(*row) for row in self.db.execute(ATTEMPTS, {"seq": job.seq})]
 
+    def tally(self) -> list[tuple[str, str, int, int]]:
+        """Return the number of jobs by queue, state and whether they are due, later or blocked."""
+        return self.db.execute(TALLY).fetchall()
+
     def counts(self, queues: Sequence[str] = ()) -> dict[str, int]:
         """Return the number of jobs in each state, in these queues or in all."""
         counts = dict.fromkeys(STATES, 0)
-        for queue, state, jobs in self.db.execute(COUNTS):
+        for queue, state, _, jobs in self.tally():
             if not queues or queue in queues:
                 counts[state] += jobs
         return counts
+
+    def rate(self) -> float:
+        """Return how many jobs ended in a second, over the last minute."""
+        since, ended = self.clock() - 60, 0.0
+        for state in (COMPLETED, DEAD):
+            jobs, first = self.db.execute(RECENT, {"state": state, "since": since}).fetchone()
+            ended += jobs / max(self.clock() - first, 0.001) if jobs >= RECENT_LIMIT else jobs / 60
+        return ended
+
+    def version(self) -> int:
+        """Return a number that changes when another connection has changed anything."""
+        return int(self.db.execute(DATA_VERSION).fetchone()[0])
 
     def config(self) -> dict[str, Any]:
         """Return the value of every setting."""
@@ -1102,15 +1394,87 @@ class Queue:
         with self.db.transaction():
             if ids is None:
                 ids = [row[0] for row in self.db.execute(DEAD_IDS)]
-            done = list(ids)
-            for job_id in done:
-                asked = {"id": job_id, "now": self.clock()}
-                if not self.db.execute(RETRY, asked).rowcount:
-                    raise NotFound(
-                        f"job {self.get(job_id).id} is {self.get(job_id).state}, not dead"
-                    )
+            jobs = [self.get(job_id) for job_id in ids]
+            for job in jobs:
+                if not self.db.execute(RETRY, {"seq": job.seq, "now": self.clock()}).rowcount:
+                    raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
         self.db.run.ring()
-        return done
+        return [job.id for job in jobs]
+
+    def cancel(self, ids: Iterable[str], *, cascade: bool = False) -> list[Job]:
+        """Call off jobs, with `cascade` also those that wait for them; return them as they are now.
+
+        A waiting job is cancelled at once; a running one is `cancelling` until its worker has ended
+        it. One that has ended stays as it is. A schedule ends with its waiting or running job.
+        """
+        with self.db.transaction():
+            jobs = {job.seq: job for job in map(self.get, ids)}
+            for seq in list(jobs) if cascade else []:
+                for row in self.db.execute(CHILDREN, {"seq": seq}):
+                    jobs.update((job.seq, job) for job in self._jobs(BY_SEQ, seq=row[0]))
+            for seq in jobs:
+                self.db.execute(CANCEL_WAITING, {"seq": seq, "now": self.clock()})
+                self.db.execute(CANCEL_RUNNING, {"seq": seq})
+        self.db.run.ring()
+        return [self.get(job.id) for job in jobs.values()]
+
+    def pause(self, queue: str = "") -> None:
+        """Start no more jobs of a queue, or of any; running ones go on."""
+        with self.db.transaction():
+            self.db.execute(PAUSE, {"queue": queue})
+
+    def resume(self, queue: str = "") -> None:
+        """Undo `pause` for a queue, or for all of them."""
+        with self.db.transaction():
+            self.db.execute(RESUME, {"queue": queue})
+        self.db.run.ring()
+
+    def paused(self) -> list[str]:
+        """Return the paused queues; "" stands for all."""
+        return [row[0] for row in self.db.execute(PAUSED)]
+
+    def prune(self, older_than: float = 0, states: Sequence[str] = (COMPLETED, CANCELLED)) -> int:
+        """Delete jobs that ended so many seconds ago; return how many there were.
+
+        One that a blocked job waits for stays. The work is done in slices, so that nobody else
+        waits for long.
+        """
+        before, total = self.clock() - older_than, 0
+        for state in states:
+            size, pruned = SLICE, 1
+            while pruned:
+                began = time.monotonic()
+                pruned = self.prune_slice(before, state, size)
+                took = time.monotonic() - began
+                size = max(10, min(SLICE * 10, int(size * 0.02 / max(took, 0.001))))
+                total += pruned
+                time.sleep(min(took, 0.05))
+        return total
+
+    def purge(self, ids: Iterable[str]) -> int:
+        """Delete dead or cancelled jobs; return how many."""
+        with self.db.transaction():
+            jobs = [self.get(job_id) for job_id in ids]
+            for job in jobs:
+                if job.state not in (DEAD, CANCELLED):
+                    raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
+                if self.db.execute(WAITS_FOR, {"seq": job.seq}).fetchone():
+                    raise NotFound(f"a blocked job waits for job {job.id}: cancel it first")
+                self._forget(job.seq)
+        return len(jobs)
+
+    def _forget(self, seq: int) -> None:
+        for sql in FORGET:
+            self.db.execute(sql, {"seq": seq})
+
+    def prune_slice(self, before: float, state: str, limit: int = SLICE) -> int:
+        """Delete the first few jobs that ended before a time; return how many."""
+        asked = {"state": state, "before": before, "limit": limit}
+        with self.db.transaction():
+            rows = self.db.execute(PRUNABLE, asked).fetchall()
+            for row in rows:
+                self._forget(row[0])
+        return len(rows)
 
     # working
 
@@ -1120,23 +1484,23 @@ class Queue:
             self.config()
             return self._claim(worker, queues)
 
+    def _waiting(self, queues: Sequence[str]) -> list[str]:
+        """Return the queues, all or of these, in which jobs wait that are not held up."""
+        waiting = [row[0] for row in self.db.execute(WAITING_QUEUES)]
+        return [queue for queue in waiting if not queues or queue in queues]
+
     def _claim(self, worker: str, queues: Sequence[str]) -> Job | None:
-        now, found = self.clock(), []
-        for queue in queues or [row[0] for row in self.db.execute(WAITING_QUEUES)]:
+        now = self.clock()
+        found: list[Job] = []
+        for queue in self._waiting(queues):
             self.db.execute(MAKE_DUE, {"queue": queue, "now": now})
-            found.extend(self.db.execute(NEXT_DUE, {"queue": queue}).fetchall())
+            found.extend(self._jobs(NEXT_DUE, queue=queue))
         if not found:
             return None
-        job = min((Job(*row) for row in found), key=lambda j: (-j.priority, j.run_after, j.seq))
+        job = min(found, key=lambda j: (-j.priority, j.run_after, j.seq))
         self.db.execute(CLAIM, {"seq": job.seq, "worker": worker, "now": now})
-        return job._replace(
-            state=PROCESSING,
-            attempts=job.attempts + 1,
-            run=job.run + 1,
-            locked_by=worker,
-            locked_at=now,
-            updated_at=now,
-        )
+        job = job._replace(state=PROCESSING, attempts=job.attempts + 1, run=job.run + 1)
+        return job._replace(locked_by=worker, locked_at=now, updated_at=now)
 
     def finish(
         self, job: Job, ending: Ending, claim: Callable[[], Sequence[str]] | None = None
@@ -1147,55 +1511,73 @@ class Queue:
         meanwhile, so the result changes nothing.
         """
         with self.db.transaction():
-            after = self._end(job, ending)
-            return after, self._claim(job.locked_by or "", claim()) if claim else None
+            after, more = self._end(job, ending)
+            following = self._claim(job.locked_by or "", claim()) if claim else None
+        if more:
+            self.db.run.ring()
+        return after, following
 
-    def _end(self, job: Job, ending: Ending) -> Job | None:
-        row = ending.error is not None and self.db.execute(ONE, {"id": job.id}).fetchone()
-        if row:  # is it being cancelled meanwhile?
-            job = job._replace(cancelling=Job(*row).cancelling)
+    def _end(self, job: Job, ending: Ending) -> tuple[Job | None, bool]:
+        """Return the job after its attempt, and whether that gave other jobs a time to run."""
+        if ending.error is not None or job.recurs:  # is it being cancelled meanwhile?
+            asked = next(self._jobs(ONE, id=job.id), job)
+            job = job._replace(cancelling=asked.cancelling)
         after = sequel(job, ending, self.config())
-        changed = self.db.execute(
-            END_CLAIM,
-            {
-                "state": after.state,
-                "attempts": after.attempts,
-                "exit_code": after.exit_code,
-                "error": after.last_error,
-                "run_after": after.run_after,
-                "due": after.run_after <= ending.finished,
-                "now": ending.finished,
-                "seq": job.seq,
-                "worker": job.locked_by,
-                "run": job.run,
-            },
-        ).rowcount
-        if changed != 1:
-            return None
-        self.db.execute(
-            ADD_ATTEMPT, (job.seq, job.run, job.locked_by, *ending[3:5], *ending[1:3], *ending[5:])
-        )
-        return after
+        over = after.state in (COMPLETED, DEAD)
+        recurs = job.recurs and over and not job.cancelling
+        row = after._replace(
+            due=after.state != PENDING or after.run_after <= ending.finished,
+            recurs=None if over else job.recurs,
+        )._asdict()
+        if self.db.execute(END_CLAIM, {**row, "worker": job.locked_by}).rowcount != 1:
+            return None, False
+        times, how, rest = ending[3:5], ending[1:3], ending[5:]
+        self.db.execute(ADD_ATTEMPT, (job.seq, job.run, job.locked_by, *times, *how, *rest))
+        met = after.state == COMPLETED and self.db.execute(MEET, {"seq": job.seq}).rowcount
+        if met:
+            self.db.execute(UNBLOCK, {"seq": job.seq, "now": ending.finished})
+        if recurs:
+            self._recur(job, ending.finished)
+        return after, bool(met or recurs)
+
+    def _recur(self, job: Job, now: float) -> None:
+        """Add the next job of a schedule, as its last one ends."""
+        when = recurrence(str(job.recurs), job.planned or now, now)
+        row = {**job._asdict(), "id": job.series, "created_at": now, "updated_at": now}
+        seq = self.db.execute(LAST_SEQ).fetchone()[0] + 1
+        self._insert({**row, "seq": seq, "run_after": when, "planned": when, "due": LATER})
 
     def claimed(self) -> list[Job]:
         """Return the jobs that are claimed by a worker, living or dead."""
-        return [Job(*row) for row in self.db.execute(CLAIMED)]
+        return list(self._jobs(CLAIMED))
 
-    def next_time(self, queues: Sequence[str] = ()) -> float | None:
+    def next_time(self, queues: Sequence[str] = (), sql: str = NEXT_LATER) -> float | None:
         """Return when the next job becomes due by itself."""
-        waiting = queues or [row[0] for row in self.db.execute(WAITING_QUEUES)]
-        times = [self.db.execute(NEXT_LATER, {"queue": queue}).fetchone()[0] for queue in waiting]
+        waiting = self._waiting(queues)
+        times = [self.db.execute(sql, {"queue": queue}).fetchone()[0] for queue in waiting]
         return min((when for when in times if when is not None), default=None)
 
-    def unfinished(self, queues: Sequence[str], horizon: float) -> bool:
-        """Tell whether anything is running, due, or becomes due within so many seconds."""
-        counts = self.counts(queues)
-        if counts[PROCESSING] or not counts[PENDING]:
-            return bool(counts[PROCESSING])
-        waiting = queues or [row[0] for row in self.db.execute(WAITING_QUEUES)]
-        if any(self.db.execute(NEXT_DUE, {"queue": queue}).fetchone() for queue in waiting):
+    def unfinished(self, queues: Sequence[str] = (), horizon: float = FOREVER) -> bool:
+        """Tell whether anything runs, is due, or becomes due within so many seconds.
+
+        Not counted: what is blocked, what is paused, and the next job of a schedule.
+        """
+        if self.counts(queues)[PROCESSING]:
             return True
-        return (self.next_time(queues) or 0) <= self.clock() + horizon
+        if any(self.db.execute(NEXT_DUE, {"queue": q}).fetchone() for q in self._waiting(queues)):
+            return True
+        soonest = self.next_time(queues, NEXT_AWAITED)
+        return soonest is not None and soonest <= self.clock() + horizon
+
+    def held(self, queues: Sequence[str] = ()) -> list[str]:
+        """Return the paused queues, all or of these, in which jobs wait."""
+        waiting = set(self._waiting(queues))
+        rows = [row for row in self.tally() if row[1] == PENDING and row[2] != BLOCKED]
+        return sorted({q for q, *_ in rows if q not in waiting and (not queues or q in queues)})
+
+    def blocked(self, limit: int = 10) -> list[Job]:
+        """Return the jobs that have been blocked longest."""
+        return list(self._jobs(BLOCKED_JOBS, limit=limit))
 
 
 # --- processes: launch, find, end; the only place with signals and kills --------------------------
@@ -1648,6 +2030,13 @@ class Worker:
                 return following
 
 
+def blocked_by(parents: Sequence[Job]) -> str:
+    """Return what a job waits for, in words."""
+    words = [f"{printable(job.id)} ({job.state})" for job in parents[:3]]
+    more = f" and {len(parents) - 3} more" if len(parents) > 3 else ""
+    return f"blocked by {', '.join(words)}{more}"
+
+
 def event(job: Job, after: Job | None, ending: Ending) -> tuple[str, str, str]:
     """Return the news of an attempt's end: ("ended", the state now, a line for people)."""
     name, took = printable(job.id), span(ending.finished - ending.started)
@@ -1730,6 +2119,9 @@ class Pool:
         self, queue: Queue, count: int, queues: Sequence[str], say: Callable[[str], None]
     ) -> None:
         """Prepare a pool of so many workers; `say` gets a line for each event."""
+        self.tick: Callable[[], None] = lambda: None  # is called at every turn
+        self.told = False  # that it waits for a paused queue
+        self.prune_at = 0.0
         self.queue, self.db, self.run_dir = queue, queue.db, queue.db.run
         self.count, self.queues, self.say = count, queues, say
         self.name = "pool-" + os.urandom(4).hex()
@@ -1780,6 +2172,7 @@ class Pool:
 
     def turn(self) -> None:
         """Wait for something to happen, take it in, act on it."""
+        self.tick()
         self.wait()
         for member in list(self.members):
             try:
@@ -1901,16 +2294,27 @@ class Pool:
             if word and not (self.now or (self.stopping and word == "stop")):
                 self.stop("asked to stop", word)
         self.recover()
-        version = self.db.execute(DATA_VERSION).fetchone()[0]
+        version = self.queue.version()
         if version != self.version:
             self.version = version
             self.news += 1
             self.next_time = self.queue.next_time(self.queues) or float("inf")
+        if time.monotonic() >= self.prune_at:
+            self.prune()
+
+    def prune(self) -> None:
+        """Delete a slice of what is older than the retention; look again in a minute, or soon."""
+        retention, pruned = self.queue.config()["retention"], 0
+        for state in (COMPLETED, CANCELLED) if retention else ():
+            pruned += self.queue.prune_slice(self.queue.clock() - retention, state)
+        self.prune_at = time.monotonic() + (0 if pruned >= SLICE else 60)
 
     def recover(self) -> None:
         """Put jobs whose worker is gone back into the queue, once all their processes are gone."""
-        living = {member.name for member in self.members}
+        living = {member.name: member for member in self.members}
         for job in self.queue.claimed():
+            if job.locked_by in living and job.cancelling:
+                living[job.locked_by].send(run_key(job))
             if job.locked_by in living or not self.run_dir.free(job.locked_by):
                 continue
             key = run_key(job)
@@ -1955,7 +2359,20 @@ class Pool:
         elif self.drain and len(idle) == self.count and not self.enders:
             with contextlib.suppress(Locked):
                 if not self.queue.unfinished(self.queues, self.horizon):
-                    self.stop("")
+                    self.drained()
+
+    def drained(self) -> None:
+        """Leave, now that nothing is left to run, unless a paused queue may be resumed."""
+        held = self.queue.held(self.queues)
+        if not held:
+            for job in self.queue.blocked():
+                if not self.queues or job.queue in self.queues:
+                    self.code = NO
+                    self.say(f"job {printable(job.id)} is {blocked_by(self.queue.parents(job))}")
+            self.stop("")
+        elif not self.told:
+            self.told = True
+            self.say(f"waiting: paused with jobs in {', '.join(map(printable, held))}; see resume")
 
     def sync(self) -> None:
         """Make what the workers recorded durable: they do not wait for the disk themselves.
@@ -2042,12 +2459,14 @@ def work(  # noqa: PLR0913
     insecure: bool = False,
     signals: bool = False,
     say: Callable[[str], None] = lambda _: None,
+    tick: Callable[[], None] = lambda: None,
 ) -> int:
     """Run jobs with `count` workers until stopped or, with `drain`, until nothing is left to run.
 
     Jobs that are due more than `horizon` seconds from now are not waited for. Returns the exit
     code: 0, 1 if a drain left a dead job, 128+n if signal n ended the jobs. `signals` lets INT,
     TERM and HUP stop it, which only a main thread may ask for; `queuectl worker stop` always can.
+    `say` gets a line for each event, `tick` is called at least once a second.
     """
     queue = Queue(path)
     reason = distrust(queue.db)
@@ -2058,7 +2477,7 @@ def work(  # noqa: PLR0913
     if kind:
         say(f"warning: {queue.db.path} is on {kind}; SQLite needs a local disk")
     pool = Pool(queue, count, queues, say)
-    pool.drain, pool.horizon = drain, horizon
+    pool.drain, pool.horizon, pool.tick = drain, horizon, tick
     if signals:
         signal.pthread_sigmask(signal.SIG_SETMASK, [])  # else the fork server misses its SIGCHLD
         pool.waker = Waker(dict.fromkeys(STOP_SIGNALS, pool.on_signal))
@@ -2072,15 +2491,32 @@ def work(  # noqa: PLR0913
 # --- reports: jobs as text ------------------------------------------------------------------------
 
 
-def table(
-    headings: Sequence[str], rows: Iterable[Sequence[object]], width: int = 0
-) -> Iterator[str]:
-    """Yield aligned lines; with a width, the last column is cut to fit."""
-    lines = [[printable(str(cell)) for cell in row] for row in (headings, *rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
+def breadth(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    import unicodedata
+
+    wide = 0 if text.isascii() else sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide
+
+
+def fit(text: str, width: int) -> str:
+    """Cut a text to the width of a terminal, where there is one (not 0)."""
+    if not 0 < width < breadth(text):
+        return text
+    while breadth(text) >= width:
+        text = text[: -max(1, (breadth(text) - width) // 2)]
+    return text + "…"
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
+    """Yield aligned lines; a column that is empty in every row is left out."""
+    lines = [[printable(str(cell)) for cell in row] for row in rows]
+    shown = [i for i in range(len(headings)) if not lines or any(line[i] for line in lines)]
+    lines = [[line[i] for i in shown] for line in (headings, *lines)]
+    widths = [max(map(breadth, column)) for column in zip(*lines)]
     for line in lines:
-        text = "  ".join(cell.ljust(size) for cell, size in zip(line, widths)).rstrip()
-        yield text[: width - 1] + "…" if 0 < width < len(text) else text
+        pads = (" " * (width - breadth(cell)) for cell, width in zip(line, widths))
+        yield "  ".join(map("".join, zip(line, pads))).rstrip()
 
 
 def ago(when: float, now: float) -> str:
@@ -2095,11 +2531,12 @@ def job_facts(job: Job, config: Mapping[str, Any]) -> dict[str, Any]:
     import json
 
     facts: dict[str, Any] = job._asdict()
-    for key in ("created_at", "updated_at", "run_after", "locked_at"):
+    for key in ("created_at", "updated_at", "run_after", "locked_at", "planned"):
         facts[key] = iso(facts[key])
     for key in ("max_retries", "timeout"):
         facts[key] = config[key] if facts[key] is None else facts[key]
-    facts["env"] = json.loads(job.env) if job.env else {}
+    facts.update(env=json.loads(job.env) if job.env else {}, cancelling=bool(job.cancelling))
+    facts["blocked"] = facts.pop("due") == BLOCKED
     return facts
 
 
@@ -2111,22 +2548,56 @@ def attempt_facts(attempt: Attempt) -> dict[str, Any]:
     return facts
 
 
-def job_row(job: Job, config: Mapping[str, Any], now: float) -> tuple[object, ...]:
+def why(queue: Queue, job: Job) -> str:
+    """Return why a job does not run, in one line; empty where it runs or has ended."""
+    if job.state != PENDING:
+        return ""
+    if job.due == BLOCKED:
+        return blocked_by(queue.parents(job))
+    paused = [name for name in queue.paused() if name in ("", job.queue)]
+    if job.run_after > queue.clock():
+        return "due " + ago(job.run_after, queue.clock())
+    if paused:
+        return f"queue {printable(job.queue)} is paused" if paused[0] else "all queues are paused"
+    served = [pool.get("queues") for pool in queue.db.run.holders("pool").values()]
+    if not any(not queues or job.queue in queues for queues in served):
+        return (
+            f"no worker serves queue {printable(job.queue)}" if served else "no worker is running"
+        )
+    before = queue.before(job)
+    return f"{before} job{'s' * (before != 1)} before it" if before else "next to run"
+
+
+def schedule(job: Job) -> str:
+    """Return a schedule as a person writes it."""
+    kind, _, rule = (job.recurs or "").partition(" ")
+    return f"every {span(float(rule))}" if kind == "every" else rule
+
+
+def job_row(queue: Queue, job: Job, config: Mapping[str, Any]) -> tuple[object, ...]:
     """Return a job as a row of a list."""
     when = job.run_after if job.state == PENDING else job.updated_at
     tries = f"{job.attempts}/{job.max_retries or config['max_retries']}"
     reason = job.last_error or "" if job.state in (DEAD, PENDING, CANCELLED) else ""
-    return job.id, job.state, tries, ago(when, now), reason, job.command
+    if job.due == BLOCKED:
+        reason = blocked_by(queue.parents(job))
+    place = "" if job.queue == "default" else job.queue
+    return job.id, job.state, place, tries, ago(when, queue.clock()), reason, job.command
 
 
-JOB_HEADINGS = ("ID", "STATE", "TRIES", "WHEN", "WHY", "COMMAND")
+JOB_HEADINGS = ("ID", "STATE", "QUEUE", "TRIES", "WHEN", "WHY", "COMMAND")
 
 
-def job_text(job: Job, attempts: Sequence[Attempt], config: Mapping[str, Any]) -> Iterator[str]:
+def job_text(queue: Queue, job: Job) -> Iterator[str]:
     """Yield everything about a job for people."""
-    for key, value in job_facts(job, config).items():
-        if value not in (None, {}) and key not in ("seq", "run", "cancelling"):
+    hidden = ("seq", "run", "cancelling", "blocked", "recurs", "planned", "snoozes")
+    facts = {k: v for k, v in job_facts(job, queue.config()).items() if k not in hidden}
+    facts.update(why=why(queue, job), schedule=schedule(job), snoozes=job.snoozes)
+    facts["state"] += " (being cancelled)" if job.cancelling else ""
+    for key, value in facts.items():
+        if value not in (None, {}, "", 0) or key == "priority":
             yield f"{key:<12} {printable(str(value))}"
+    attempts = queue.attempts(job)
     if attempts:
         yield ""
         rows = (
@@ -2134,6 +2605,98 @@ def job_text(job: Job, attempts: Sequence[Attempt], config: Mapping[str, Any]) -
             for a in attempts
         )
         yield from table(("RUN", "STARTED", "TOOK", "ENDED", "WORKER"), rows)
+
+
+def workers(queue: Queue) -> list[tuple[str, dict[str, Any], Job | None]]:
+    """Return each living worker's name, what it says about itself, and the job it runs."""
+    running = {job.locked_by: job for job in queue.claimed()}
+    living = queue.db.run.holders("worker")
+    return [(name, facts, running.get(name)) for name, facts in living.items()]
+
+
+def worker_facts(queue: Queue) -> Iterator[dict[str, Any]]:
+    """Yield each living worker as JSON shows it."""
+    for name, at, job in workers(queue):
+        doing = {"job": job and job.id, "since": job and iso(job.locked_at)}
+        pool = "pool-" + name.split("-")[1]
+        yield {"worker": name, "pool": pool, "pid": at.get("pid"), "slot": at.get("slot"), **doing}
+
+
+def worker_rows(queue: Queue) -> Iterator[tuple[object, ...]]:
+    """Yield each living worker as a row of a list."""
+    now = queue.clock()
+    for name, at, job in workers(queue):
+        doing = (job.id, ago(job.locked_at or now, now), job.command) if job else ("idle", "", "")
+        yield name, at.get("pid", "?"), *doing
+
+
+WORKER_HEADINGS = ("WORKER", "PID", "JOB", "SINCE", "COMMAND")
+
+
+def status_facts(queue: Queue) -> dict[str, Any]:
+    """Return the state of the whole queue as JSON shows it."""
+    oldest = queue.oldest()
+    kinds = {DUE: "due", LATER: "scheduled", BLOCKED: "blocked"}
+    facts: dict[str, Any] = dict.fromkeys((*STATES, *kinds.values()), 0)
+    queues: dict[str, dict[str, int]] = {}
+    for name, state, due, jobs in queue.tally():
+        facts[state] += jobs
+        facts[kinds[due]] += jobs if state == PENDING else 0
+        queues.setdefault(name, dict.fromkeys(STATES, 0))[state] += jobs
+    facts.update(queues=queues, paused=queue.paused(), rate=round(queue.rate(), 3))
+    facts["oldest"] = oldest and job_facts(oldest, queue.config())
+    return {**facts, "workers": list(worker_facts(queue))}
+
+
+def status_text(queue: Queue, *, full: bool = False) -> Iterator[str]:
+    """Yield the state of the whole queue for people; the full view is the one to watch."""
+    facts, oldest = status_facts(queue), queue.oldest()
+    kinds = ", ".join(f"{facts[kind]} {kind}" for kind in ("due", "scheduled", "blocked"))
+    notes = {PENDING: f"  ({kinds})"} if facts["scheduled"] or facts["blocked"] else {}
+    for state in STATES:
+        yield f"{state:<10} {facts[state]:>8}{notes.get(state, '')}"
+    yield f"{'workers':<10} {len(facts['workers']):>8}"
+    if full:
+        yield f"{'rate':<10} {facts['rate']:>8.1f}  jobs/s over the last minute"
+    if facts["paused"]:
+        yield "paused     " + ", ".join(printable(name) or "all queues" for name in facts["paused"])
+    if oldest:
+        since = ago(oldest.run_after, queue.clock())
+        yield f"oldest     job {printable(oldest.id)}, due {since}; {why(queue, oldest)}"
+    if len(facts["queues"]) > 1 or set(facts["queues"]) - {"default"}:
+        yield ""
+        rows = ((name, *states.values()) for name, states in facts["queues"].items())
+        yield from table(("QUEUE", *map(str.upper, STATES)), rows)
+    if facts["workers"]:
+        yield ""
+        yield from table(WORKER_HEADINGS, worker_rows(queue))
+    failed = list(queue.jobs((DEAD,), 5)) if full else []
+    if failed:
+        yield ""
+        rows = ((job.id, ago(job.updated_at, queue.clock()), job.last_error) for job in failed)
+        yield from table(("LAST FAILED", "WHEN", "WHY"), rows)
+
+
+class Progress:
+    """How far a queue has come since it was first looked at."""
+
+    def __init__(self, queue: Queue) -> None:
+        """Begin to count."""
+        self.queue, self.first = queue, queue.counts()
+        self.samples = [(time.monotonic(), 0)]
+
+    def line(self) -> str:
+        """Return what is done of what there was, how fast, the time left, and what failed."""
+        counts, now = self.queue.counts(), time.monotonic()
+        done = sum(max(0, counts[state] - self.first[state]) for state in ENDED)
+        left, failed = counts[PENDING] + counts[PROCESSING], counts[DEAD] - self.first[DEAD]
+        self.samples = [s for s in self.samples if s[0] > now - 10][-50:] or self.samples[-1:]
+        began, before = self.samples[0]
+        rate = (done - before) / max(now - began, 0.001)
+        self.samples.append((now, done))
+        eta = f", {span(round(left / rate))} left" if rate and left else ""
+        failures = f", {failed} failed" if failed > 0 else ""
+        return f"{done}/{done + left} jobs, {rate:.1f}/s{eta}{failures}"
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -2153,10 +2716,70 @@ def arg(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return names, options
 
 
+def flag(name: str, help: str) -> tuple[tuple[str, ...], dict[str, Any]]:  # noqa: A002
+    """Describe an option without a value."""
+    return arg(name, action="store_true", help=help)
+
+
+def terminal(stream: Any) -> int:
+    """Return the width of the terminal that a stream is; 0 where it is none, or a dumb one."""
+    import shutil
+
+    if not stream or not stream.isatty() or os.environ.get("TERM") == "dumb":
+        return 0
+    return shutil.get_terminal_size().columns
+
+
+class Lines:
+    """Lines for a person on stderr and, on a terminal, one that changes below them."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self.below, self.due = "", 0.0
+
+    def write(self, text: str) -> None:
+        """Write to stderr; that nobody reads it any more is no reason to stop."""
+        if sys.stderr:
+            with contextlib.suppress(OSError):
+                print(text, end="", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line, above the one that changes."""
+        self.write(("\r\x1b[K" if self.below else "") + text + "\n" + self.below)
+
+    def show(self, line: Callable[[], str]) -> None:
+        """Draw the line that changes anew, at most five times a second."""
+        width = terminal(sys.stderr)
+        if width and time.monotonic() >= self.due:
+            self.due = time.monotonic() + 0.2
+            self.below = fit(line(), width - 1)
+            self.write("\r\x1b[K" + self.below)
+
+    def clear(self) -> None:
+        """Remove the line that changes."""
+        if self.below:
+            self.write("\r\x1b[K")
+        self.below = ""
+
+
+LINES = Lines()
+
+
 def say(text: str) -> None:
     """Tell a person something: on stderr, where it is open."""
-    if sys.stderr:
-        print(f"queuectl: {text}", file=sys.stderr, flush=True)
+    LINES.say(f"queuectl: {text}")
+
+
+def show(lines: Iterable[str]) -> None:
+    """Print lines on stdout; on a terminal cut to its width, and states in colour."""
+    width = terminal(sys.stdout)
+    colours = {DEAD: 31, COMPLETED: 32, PROCESSING: 36, CANCELLED: 33}
+    for line in lines:
+        text = fit(line, width)
+        if width and not os.environ.get("NO_COLOR"):
+            pattern = rf"(?:(?<=  )|^)({'|'.join(colours)})(?=  |$)"
+            text = re.sub(pattern, lambda m: f"\x1b[{colours[m[0]]}m{m[0]}\x1b[m", text, count=1)
+        print(text)
 
 
 def show_json(facts: Mapping[str, Any]) -> None:
@@ -2171,7 +2794,17 @@ def opened(args: argparse.Namespace, *, readonly: bool = True, create: bool = Fa
     return Queue(args.db, readonly=readonly, create=create)
 
 
-def from_json(source: str) -> list[Mapping[str, object]]:
+def changes(queue: Queue, timeout: float | None = None) -> Iterator[None]:
+    """Yield at once, and whenever something has changed; end after so many seconds."""
+    began, version = time.monotonic(), -1
+    while timeout is None or time.monotonic() - began <= timeout:
+        if queue.version() != version:
+            version = queue.version()
+            yield
+        time.sleep(0.01)
+
+
+def from_json(source: str) -> list[dict[str, object]]:
     """Return the jobs that a JSON object, or an array of them, describes."""
     import json
 
@@ -2187,14 +2820,30 @@ def from_json(source: str) -> list[Mapping[str, object]]:
     return jobs
 
 
-def from_lines(lines: Iterable[bytes], at: list[int]) -> Iterator[Mapping[str, object]]:
+def from_lines(lines: Iterable[bytes], at: list[int]) -> Iterator[dict[str, object]]:
     """Yield the jobs of JSON lines; `at` has the line's number, for error messages."""
     for at[0], line in enumerate(lines, 1):
+        if at[0] % 1000 == 0:
+            LINES.show(lambda: f"{at[0]} lines")
         if line.strip():
             try:
                 yield from from_json(line.decode())
             except UnicodeDecodeError as error:
                 raise BadInput(f"not UTF-8: {error.reason}") from None
+
+
+def with_options(args: argparse.Namespace, job: dict[str, object]) -> dict[str, object]:
+    """Return a job with what the options of `enqueue` say about it."""
+    given = {key: getattr(args, key) for key in FIELDS if getattr(args, key, None) is not None}
+    replaced = {other for key in given for other in CONFLICTS.get(key, ())}
+    job = {key: value for key, value in job.items() if key not in replaced}
+    if args.env:
+        pairs = dict(pair.split("=", 1) if "=" in pair else (pair, None) for pair in args.env)
+        if None in pairs.values():
+            raise BadInput("--env is NAME=VALUE")
+        had = job.get("env", {})
+        given["env"] = {**had, **pairs} if isinstance(had, dict) else had
+    return {**job, **given}
 
 
 def enqueue_lines(args: argparse.Namespace) -> Iterator[str]:
@@ -2209,54 +2858,95 @@ def enqueue_lines(args: argparse.Namespace) -> Iterator[str]:
         try:
             if not os.path.lexists(args.db):  # no queue is made for bad input
                 for job in from_lines(spool, at):
-                    check_fields(job)
+                    check_fields(with_options(args, job))
                 spool.seek(0)
+            jobs = (with_options(args, job) for job in from_lines(spool, at))
             with opened(args, readonly=False, create=True) as queue:
-                yield from queue.enqueue_many(from_lines(spool, at))
+                yield from queue.enqueue_many(jobs, if_absent=args.if_absent)
         except BadInput as error:
             raise BadInput(f"line {at[0]}: {error}") from None
+        finally:
+            LINES.clear()
 
 
 def cmd_enqueue(args: argparse.Namespace) -> int:
     """Add jobs; print their ids."""
-    words: list[str] = args.command
-    first = words[0].lstrip()
+    words: list[str] = args.words
     if words == ["-"]:
         for job_id in enqueue_lines(args):
             print(job_id)
         return OK
-    jobs: list[Mapping[str, object]]
     if len(words) > 1:
-        jobs = [{"command": " ".join(shlex.quote(word) for word in words)}]
+        jobs: list[dict[str, object]] = [{"command": " ".join(map(shlex.quote, words))}]
+    elif words[0].lstrip()[:1] in ("{", "["):
+        jobs = from_json(words[0])
     else:
-        jobs = from_json(words[0]) if first[:1] in ("{", "[") else [{"command": words[0]}]
+        jobs = [{"command": words[0]}]
+    jobs = [with_options(args, job) for job in jobs]
     for job in jobs:
         check_fields(job)  # before a queue is made for it
     with opened(args, readonly=False, create=True) as queue:
-        for job_id in queue.enqueue_many(jobs):
+        for job_id in queue.enqueue_many(jobs, if_absent=args.if_absent):
             print(job_id)
     return OK
 
 
 def cmd_worker_start(args: argparse.Namespace) -> int:
-    """Run a pool in the foreground."""
+    """Run a pool, here or in the background."""
+    if args.detach:
+        return detach(args)
+    progress: list[Progress] = []
 
     def event_line(text: str) -> None:
-        if not args.quiet and sys.stderr:
-            with contextlib.suppress(OSError):  # nobody reads it any more: the work goes on
-                print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
+        if not args.quiet:
+            LINES.say(time.strftime("%H:%M:%S ") + text)
+
+    def tick() -> None:
+        if terminal(sys.stderr) and not args.quiet:
+            if not progress:
+                progress.append(Progress(Queue(args.db, readonly=True)))
+            LINES.show(progress[0].line)
 
     event_line(f"{args.count} worker{'s' * (args.count > 1)} on {os.path.realpath(args.db)}")
-    return work(
-        args.db,
-        args.count,
-        queues=args.queue or (),
-        drain=args.drain,
-        horizon=args.horizon,
-        insecure=args.insecure,
-        signals=True,
-        say=event_line,
+    options = {"queues": args.queue or (), "drain": args.drain, "horizon": args.horizon}
+    try:
+        return work(
+            args.db,
+            args.count,
+            **options,
+            insecure=args.insecure,
+            signals=True,
+            say=event_line,
+            tick=tick,
+        )
+    finally:
+        LINES.clear()
+
+
+def detach(args: argparse.Namespace) -> int:
+    """Start a pool in a session of its own, and say where it writes."""
+    import subprocess
+
+    with opened(args, readonly=False, create=True) as queue:
+        run, log = queue.db.run, queue.db.run.file("workers.log")
+    argv = [sys.executable, sys.argv[0], *(word for word in args.argv if word != "--detach")]
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    size = os.fstat(fd).st_size
+    pool = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, start_new_session=True
     )
+    os.close(fd)
+    while pool.poll() is None:
+        for name, facts in run.holders("pool").items():
+            if facts.get("pid") == pool.pid:
+                say(f"{name} runs as process {pool.pid}; its log is {log}")
+                pool.returncode = OK  # it is not waited for
+                return OK
+        time.sleep(0.01)
+    with open(log, errors="replace") as file:
+        file.seek(size)
+        LINES.write(file.read())
+    return pool.returncode
 
 
 def cmd_worker_stop(args: argparse.Namespace) -> int:
@@ -2286,47 +2976,47 @@ def cmd_worker_stop(args: argparse.Namespace) -> int:
     return OK
 
 
-def cmd_status(args: argparse.Namespace) -> int:
-    """Show the counts and the living workers."""
+def cmd_worker_list(args: argparse.Namespace) -> int:
+    """List the living workers."""
     with opened(args) as queue:
-        counts, now = queue.counts(), time.time()
-        running = {job.locked_by: job for job in queue.claimed()}
-        workers = queue.db.run.holders("worker")
-    if args.json:
-        facts = [
-            {
-                "worker": worker,
-                "pid": at.get("pid"),
-                "job": running[worker].id if worker in running else None,
-            }
-            for worker, at in workers.items()
-        ]
-        show_json({**counts, "workers": facts})
-        return OK
-    for state in STATES:
-        print(f"{state:<10} {counts[state]:>8}")
-    print(f"{'workers':<10} {len(workers):>8}")
-    for worker, at in workers.items():
-        job = running.get(worker)
-        doing = f"{printable(job.id)}, since {ago(job.locked_at or now, now)}" if job else "idle"
-        print(f"  {worker}  pid {at.get('pid', '?')}  {doing}")
+        if args.json:
+            for facts in worker_facts(queue):
+                show_json(facts)
+        else:
+            show(table(WORKER_HEADINGS, worker_rows(queue)))
     return OK
 
 
-def print_jobs(args: argparse.Namespace, states: Sequence[str]) -> int:
-    """Print jobs, and say so where not all of them were."""
+def cmd_status(args: argparse.Namespace) -> int:
+    """Show the counts and the living workers, once or again and again."""
     with opened(args) as queue:
-        config, now, counts = queue.config(), time.time(), queue.counts()
-        limit = args.limit if args.limit is not None or args.json else 100
-        jobs = queue.jobs(states, limit or None)
-        if args.json:
-            for job in jobs:
-                show_json(job_facts(job, config))
-            return OK
-        rows = [job_row(job, config, now) for job in jobs]
-        width = os.get_terminal_size().columns if sys.stdout.isatty() else 0
-        for line in table(JOB_HEADINGS, rows, width):
-            print(line)
+        while True:
+            if args.json:
+                show_json(status_facts(queue))
+            elif args.watch and terminal(sys.stdout):
+                sys.stdout.write("\x1b[H\x1b[J")
+                height = os.get_terminal_size(sys.stdout.fileno()).lines
+                show(list(status_text(queue, full=True))[: height - 1])
+            else:
+                show(status_text(queue, full=args.watch))
+            sys.stdout.flush()
+            if not args.watch:
+                return OK
+            time.sleep(1)
+
+
+def print_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str]) -> int:
+    """Print jobs, and say so where not all of them were."""
+    config, name = queue.config(), getattr(args, "queue", None)
+    limit = args.limit if args.limit is not None or args.json else 100
+    jobs = queue.jobs(states, limit or None, name)
+    if args.json:
+        for job in jobs:
+            show_json(job_facts(job, config))
+        return OK
+    rows = [job_row(queue, job, config) for job in jobs]
+    show(table(JOB_HEADINGS, rows))
+    counts = queue.counts([name] if name else ())
     there = sum(counts[state] for state in states or STATES)
     if len(rows) < there:
         say(f"{len(rows)} of {there} jobs shown; --limit 0 shows all")
@@ -2334,13 +3024,181 @@ def print_jobs(args: argparse.Namespace, states: Sequence[str]) -> int:
 
 
 def cmd_list(args: argparse.Namespace) -> int:
-    """List jobs."""
-    return print_jobs(args, args.state or ())
+    """List jobs, or schedules."""
+    with opened(args) as queue:
+        if not args.recurring:
+            return print_jobs(args, queue, args.state or ())
+        jobs, now = queue.recurring(), queue.clock()
+        if args.json:
+            for job in jobs:
+                show_json(job_facts(job, queue.config()))
+            return OK
+        rows = [(j.series, schedule(j), ago(j.run_after, now), j.id, j.command) for j in jobs]
+        show(table(("ID", "SCHEDULE", "NEXT", "JOB", "COMMAND"), rows))
+    return OK
+
+
+def cmd_show(args: argparse.Namespace) -> int:
+    """Show everything about one job."""
+    with opened(args) as queue:
+        job = queue.get(args.id)
+        if args.json:
+            runs = [attempt_facts(attempt) for attempt in queue.attempts(job)]
+            facts = {**job_facts(job, queue.config()), "why": why(queue, job) or None}
+            after = [parent.id for parent in queue.parents(job)]
+            show_json({**facts, "after": after, "runs": runs})
+        else:
+            show(job_text(queue, job))
+    return OK
+
+
+def outcome(queue: Queue, ids: Sequence[str], dead: int) -> list[Job] | None:
+    """Return the jobs that were waited for once they have ended; for all, those that failed."""
+    if ids:
+        jobs = [queue.get(job_id) for job_id in ids]
+        return jobs if all(job.state in ENDED for job in jobs) else None
+    if queue.unfinished() or queue.held():
+        return None
+    died = max(0, queue.counts()[DEAD] - dead)
+    return sorted(queue.jobs((DEAD,), died), key=lambda job: job.updated_at) + queue.blocked(1)
+
+
+def exit_of(job: Job) -> int:
+    """Return a job's exit code as a shell has it; one without an exit code failed all the same."""
+    if job.state == COMPLETED:
+        return OK
+    code = job.exit_code or NO
+    return SIGNALLED - code if code < 0 else code
+
+
+def cmd_wait(args: argparse.Namespace) -> int:
+    """Wait until jobs have ended; return what the first failed one returned."""
+    if bool(args.ids) == args.all:
+        raise BadInput("name the jobs to wait for, or say --all")
+    with opened(args) as queue:
+        ids = [queue.get(job_id).id for job_id in args.ids]
+        progress, dead = Progress(queue), queue.counts()[DEAD]
+        try:
+            for _ in changes(queue, args.timeout):
+                jobs = outcome(queue, ids, dead)
+                if jobs is not None:
+                    return next(filter(None, map(exit_of, jobs)), OK)
+                LINES.show(progress.line)
+        finally:
+            LINES.clear()
+    return TIMED_OUT
+
+
+def write_output(chunks: Iterable[bytes]) -> None:
+    """Write a job's output: as it is, or on a terminal with control characters escaped."""
+    import codecs
+
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    for chunk in chunks:
+        if sys.stdout.isatty():
+            print(
+                "".join(c if c in "\n\t" else printable(c) for c in decoder.decode(chunk)), end=""
+            )
+        else:
+            sys.stdout.buffer.write(chunk)
+        sys.stdout.flush()
+
+
+def follow(queue: Queue, job: Job, fd: int) -> Iterator[bytes]:
+    """Yield the output of a running attempt as it comes, until the attempt has ended."""
+    limit = queue.config()["output_limit"]
+    at, chunk = tail(fd, limit)
+    while True:
+        now = queue.get(job.id)
+        over = (now.state, now.run) != (PROCESSING, job.run)
+        while chunk:
+            yield chunk
+            at += len(chunk)
+            at = 0 if os.fstat(fd).st_size < at else at  # a runaway's output was cut
+            chunk = os.pread(fd, 1 << 16, at)
+        if over:
+            return
+        time.sleep(0.03)
+        chunk = os.pread(fd, 1 << 16, at)
+
+
+def next_run(queue: Queue, job: Job) -> Job:
+    """Return a waiting job once it runs, has run, or has ended without that."""
+    for _ in changes(queue):
+        now = queue.get(job.id)
+        if now.run > job.run or now.state in ENDED:
+            return now
+    return job
+
+
+def cmd_logs(args: argparse.Namespace) -> int:
+    """Write the output of one attempt: of the one that is named, or runs, or ran last."""
+    with opened(args) as queue:
+        job = queue.get(args.id)
+        if job.state == PENDING and not args.run:
+            say(f"job {printable(job.id)} waits: {why(queue, job)}")
+            job = next_run(queue, job) if args.follow else job
+        run = args.run or job.run
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(queue.db.run.file(job.seq, run, "out"), os.O_RDONLY)
+            cut, output = tail(fd, queue.config()["output_limit"])
+            if cut:
+                say(f"{cut} bytes of output before this were not kept")
+            write_output(follow(queue, job, fd) if args.follow else [output])
+            return OK
+        attempts = {attempt.run: attempt for attempt in queue.attempts(job)}
+        if args.run and run not in attempts:
+            raise NotFound(f"job {job.id} has no run {run}; it has {len(attempts)}")
+        attempt = attempts.get(run) or next(reversed(list(attempts.values())), None)
+        if attempt and attempt.cut:
+            say(f"{attempt.cut} bytes of output before this were not kept")
+        write_output([attempt.output] if attempt else [])
+    return OK
+
+
+def cmd_cancel(args: argparse.Namespace) -> int:
+    """Cancel jobs; return once the running ones have been ended."""
+    code = OK
+    with opened(args, readonly=False) as queue:
+        jobs = queue.cancel(args.ids, cascade=args.cascade)
+        for _ in changes(queue):
+            jobs = [queue.get(job.id) for job in jobs]
+            if not any(job.cancelling for job in jobs) or not queue.db.run.holders("pool"):
+                break
+        for job in jobs:
+            if job.state == CANCELLED or job.cancelling:
+                print(job.id)
+            else:
+                say(f"job {printable(job.id)} is {job.state}; it stays so")
+                code = NO
+    return code
+
+
+def cmd_pause(args: argparse.Namespace) -> int:
+    """Start no new jobs."""
+    with opened(args, readonly=False, create=True) as queue:
+        queue.pause(args.queue or "")
+    return OK
+
+
+def cmd_resume(args: argparse.Namespace) -> int:
+    """Start jobs again."""
+    with opened(args, readonly=False) as queue:
+        queue.resume(args.queue or "")
+    return OK
+
+
+def cmd_prune(args: argparse.Namespace) -> int:
+    """Delete ended jobs."""
+    with opened(args, readonly=False) as queue:
+        print(queue.prune(args.older_than, args.state or (COMPLETED, CANCELLED)), "pruned")
+    return OK
 
 
 def cmd_dlq_list(args: argparse.Namespace) -> int:
     """List dead jobs."""
-    return print_jobs(args, (DEAD,))
+    with opened(args) as queue:
+        return print_jobs(args, queue, (DEAD,))
 
 
 def cmd_dlq_retry(args: argparse.Namespace) -> int:
@@ -2353,38 +3211,15 @@ def cmd_dlq_retry(args: argparse.Namespace) -> int:
     return OK
 
 
-def cmd_show(args: argparse.Namespace) -> int:
-    """Show everything about one job."""
-    with opened(args) as queue:
-        job, config = queue.get(args.id), queue.config()
-        attempts = queue.attempts(job)
-    if args.json:
-        runs = [attempt_facts(attempt) for attempt in attempts]
-        show_json({**job_facts(job, config), "runs": runs})
-        return OK
-    for line in job_text(job, attempts, config):
-        print(line)
-    return OK
-
-
-def cmd_logs(args: argparse.Namespace) -> int:
-    """Write the output of a job's last attempt, or of the one that is running."""
-    with opened(args) as queue:
-        job, attempts = queue.get(args.id), queue.attempts(queue.get(args.id))
-        cut, output = (attempts[-1].cut, attempts[-1].output) if attempts else (0, b"")
-        with contextlib.suppress(FileNotFoundError):
-            fd = os.open(queue.db.run.file(job.seq, job.run, "out"), os.O_RDONLY)
-            cut, output = tail(fd, queue.config()["output_limit"])
-            os.close(fd)
-    if cut:
-        say(f"{cut} bytes of output before this were not kept")
-    if not attempts and job.state == PENDING:
-        say(f"job {job.id} has not run yet; it is due {ago(job.run_after, time.time())}")
-    if sys.stdout.isatty():
-        lines = output.decode(errors="backslashreplace").split("\n")
-        print("\n".join("\t".join(map(printable, line.split("\t"))) for line in lines), end="")
-    else:
-        sys.stdout.buffer.write(output)
+def cmd_dlq_purge(args: argparse.Namespace) -> int:
+    """Delete dead jobs."""
+    if bool(args.ids) == (args.all or args.older_than is not None):
+        raise BadInput("name the jobs to purge, or say --all or --older-than DURATION")
+    with opened(args, readonly=False) as queue:
+        if args.ids:
+            print(queue.purge(args.ids), "purged")
+        else:
+            print(queue.prune(args.older_than or 0, (DEAD,)), "purged")
     return OK
 
 
@@ -2421,13 +3256,14 @@ def cmd_config_list(args: argparse.Namespace) -> int:
             show_json({"key": key, "value": value, "default": SETTINGS[key].default})
         return OK
     rows = [(key, setting_text(value), SETTINGS[key].meaning) for key, value in config.items()]
-    for line in table(("KEY", "VALUE", "MEANING"), rows):
-        print(line)
+    show(table(("KEY", "VALUE", "MEANING"), rows))
     return OK
 
 
 def setting_text(value: object) -> str:
     """Return a value as `config set` takes it."""
+    if isinstance(value, tuple) and all(isinstance(item, int) for item in value):
+        return ",".join(map(str, value))
     if isinstance(value, tuple):
         return " ".join(shlex.quote(word) for word in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -2447,111 +3283,100 @@ def typed(read: Callable[[Any], Any]) -> Callable[[str], Any]:
     return convert
 
 
-JSON = arg("--json", action="store_true", help="for programs: see the README for the fields")
-LIMIT = arg(
-    "--limit", type=typed(number(0, 10**9)), metavar="N", help="the N that changed last; 0: all"
-)
-JOB_ID = arg("id", metavar="ID")
+# fmt: off
+JSON = flag("--json", "for programs: see the README for the fields")
+LIMIT = arg("--limit", type=typed(number(0, 10**9)), metavar="N",
+            help="the N that changed last; 0: all")
+STATE = arg("--state", action="append", choices=STATES, help="may be given several times")
+TIMEOUT = arg("--timeout", type=typed(seconds), metavar="DURATION", help="wait no longer; exit 124")
+AGE = {"type": typed(seconds), "metavar": "DURATION", "help": "only what ended so long ago"}
+QUEUE = arg("--queue", metavar="QUEUE", help="only this queue")
+ID = arg("id", metavar="ID")
+IDS = arg("ids", nargs="*", metavar="ID")
 KEY = arg("key", metavar="KEY", help="one of: " + ", ".join(SETTINGS))
 
 COMMANDS = {
-    "enqueue": Command(
-        cmd_enqueue,
-        "add a job; prints its id",
-        "enqueue 'make all'",
-        (
-            arg(
-                "command",
-                nargs="+",
-                metavar="JSON | - | COMMAND | -- ARG...",
-                help="a JSON object or array, JSON lines on stdin, a shell line, or words",
-            ),
-        ),
-    ),
-    "worker start": Command(
-        cmd_worker_start,
-        "run jobs, until stopped",
-        "worker start --count 4",
-        (
-            arg(
-                "--count", type=typed(number(1, 1000)), default=1, metavar="N", help="at a time (1)"
-            ),
-            arg("--queue", action="append", metavar="QUEUE", help="serve only these queues"),
-            arg(
-                "--drain",
-                action="store_true",
-                help="leave when nothing is left to run; 1: some died",
-            ),
-            arg(
-                "--horizon",
-                type=typed(seconds),
-                default=FOREVER,
-                metavar="DURATION",
-                help="with --drain: do not wait for what is due later than this",
-            ),
-            arg("--quiet", action="store_true", help="no line for each event"),
-            arg("--insecure", action="store_true", help="even if others may write to the queue"),
-        ),
-    ),
+    "enqueue": Command(cmd_enqueue, "add a job; prints its id", "enqueue 'make all'", (
+        arg("words", nargs="+", metavar="JSON | - | COMMAND | -- ARG...",
+            help="a JSON object or array, JSON lines on stdin, a shell line, or words"),
+        arg("--id", help="a name for it (else its number)"),
+        arg("--priority", type=literal, metavar="N", help="higher first (0)"),
+        arg("--delay", metavar="DURATION", help="not before so long from now"),
+        arg("--at", dest="run_at", metavar="TIME", help="not before: 2030-01-31T08:00"),
+        arg("--timeout", metavar="DURATION", help="end it after so long (0: never)"),
+        arg("--max-retries", type=literal, metavar="N", help="how often it is tried"),
+        arg("--queue", metavar="QUEUE", help="the queue it waits in (default)"),
+        arg("--after", metavar="ID,...", help="once these have completed"),
+        arg("--every", metavar="DURATION", help="again and again"),
+        arg("--cron", metavar="RULE", help="again and again: '0 3 * * mon-fri', @daily"),
+        arg("--cwd", metavar="DIR", help="where it runs (here)"),
+        arg("--env", action="append", metavar="NAME=VALUE", help="may be given several times"),
+        flag("--if-absent", "a taken id is no error"))),
+    "worker start": Command(cmd_worker_start, "run jobs, until stopped", "worker start --count 4", (
+        arg("--count", type=typed(number(1, 1000)), default=1, metavar="N", help="at a time (1)"),
+        arg("--queue", action="append", metavar="QUEUE", help="serve only these queues"),
+        flag("--drain", "leave when nothing is left to run; exit 1: some died or are blocked"),
+        arg("--horizon", type=typed(seconds), default=FOREVER, metavar="DURATION",
+            help="with --drain: do not wait for what is due later than this"),
+        flag("--detach", "in the background, with a log"),
+        flag("--quiet", "no line for each event"),
+        flag("--insecure", "even if others may write to the queue"))),
     "worker stop": Command(
-        cmd_worker_stop,
-        "let workers finish their jobs and leave",
-        "worker stop --timeout 1m",
-        (
-            arg(
-                "--now", action="store_true", help="end the running jobs; they go back to the queue"
-            ),
-            arg(
-                "--timeout",
-                type=typed(seconds),
-                metavar="DURATION",
-                help="wait no longer; exit 124",
-            ),
-        ),
-    ),
-    "status": Command(cmd_status, "show counts and workers", "status --json", (JSON,)),
-    "list": Command(
-        cmd_list,
-        "list jobs",
-        "list --state dead --limit 20",
-        (
-            arg("--state", action="append", choices=STATES, help="may be given several times"),
-            LIMIT,
-            JSON,
-        ),
-    ),
-    "show": Command(cmd_show, "show everything about a job", "show 7", (JOB_ID, JSON)),
-    "logs": Command(cmd_logs, "write the output of a job", "logs 7", (JOB_ID,)),
+        cmd_worker_stop, "let workers finish their jobs and leave", "worker stop --timeout 1m",
+        (flag("--now", "end the running jobs; they go back to the queue"), TIMEOUT)),
+    "worker list": Command(cmd_worker_list, "list the living workers", "worker list", (JSON,)),
+    "status": Command(cmd_status, "show counts and workers", "status --watch", (
+        flag("--watch", "again every second, with rate and failures"), JSON)),
+    "list": Command(cmd_list, "list jobs", "list --state dead --limit 20", (
+        STATE, QUEUE, flag("--recurring", "the schedules, and when each is next"), LIMIT, JSON)),
+    "show": Command(cmd_show, "show everything about a job", "show 7", (ID, JSON)),
+    "logs": Command(cmd_logs, "write the output of a job", "logs 7 -f", (
+        ID, arg("-f", "--follow", action="store_true", help="until it ends"),
+        arg("--run", type=typed(number(1, 10**9)), metavar="N", help="of that attempt"))),
+    "wait": Command(
+        cmd_wait, "wait for jobs; exits as the first that failed did", "wait 7 8 --timeout 10m",
+        (IDS, flag("--all", "until nothing is left to run"), TIMEOUT)),
+    "cancel": Command(cmd_cancel, "call jobs off, waiting or running", "cancel 7", (
+        arg("ids", nargs="+", metavar="ID"), flag("--cascade", "and those that wait for them"))),
+    "pause": Command(cmd_pause, "start no new jobs", "pause --queue gpu", (QUEUE,)),
+    "resume": Command(cmd_resume, "start jobs again", "resume", (QUEUE,)),
     "dlq list": Command(cmd_dlq_list, "list the dead letter queue", "dlq list", (LIMIT, JSON)),
     "dlq retry": Command(
-        cmd_dlq_retry,
-        "put dead or cancelled jobs back, with no attempts used",
-        "dlq retry 7",
-        (
-            arg("ids", nargs="*", metavar="ID"),
-            arg("--all", action="store_true", help="every dead job"),
-        ),
-    ),
+        cmd_dlq_retry, "put dead or cancelled jobs back, with no attempts used", "dlq retry 7",
+        (IDS, flag("--all", "every dead job"))),
+    "dlq purge": Command(cmd_dlq_purge, "delete dead jobs", "dlq purge --older-than 30d", (
+        IDS, flag("--all", "every dead job"), arg("--older-than", **AGE))),
+    "prune": Command(
+        cmd_prune, "delete what has completed or was cancelled", "prune --older-than 7d", (
+            arg("--older-than", default=0.0, **AGE),
+            arg("--state", action="append", choices=ENDED, help="only this state; repeatable"))),
     "config get": Command(cmd_config_get, "print a setting", "config get timeout", (KEY,)),
-    "config set": Command(
-        cmd_config_set,
-        "change a setting",
-        "config set backoff_base 3",
-        (KEY, arg("value", metavar="VALUE")),
-    ),
+    "config set": Command(cmd_config_set, "change a setting", "config set backoff_base 3",
+                          (KEY, arg("value", metavar="VALUE"))),
     "config unset": Command(
-        cmd_config_unset, "go back to the default", "config unset timeout", (KEY,)
-    ),
+        cmd_config_unset, "go back to the default", "config unset timeout", (KEY,)),
     "config list": Command(cmd_config_list, "list the settings", "config list", (JSON,)),
 }
+# fmt: on
 
 EXAMPLES = """
 examples:
   queuectl enqueue 'make all'                  add a job
   queuectl worker start --count 4              run jobs, four at a time
-  queuectl status                              what is going on
+  queuectl status --watch                      see what is going on
   queuectl dlq retry --all                     try the failed ones again
 """
+
+
+def suggestion(message: str) -> str:
+    """Return the nearest word that would have been right, where argparse names a wrong one."""
+    import difflib
+
+    wrong = re.search(r"(?:unrecognized arguments: |invalid choice: ')([^\s']+)", message)
+    words = {word for words in COMMANDS for word in words.split()}
+    options = {n for command in COMMANDS.values() for names, _ in command.arguments for n in names}
+    near = difflib.get_close_matches(wrong[1].split("=")[0], words | options, 1) if wrong else ()
+    return f": did you mean {near[0]}?" if near else ""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -2560,11 +3385,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
+            message = re.sub(r"^argument : | \(choose from .*", "", message) + suggestion(message)
             raise BadInput(f"{message} ({self.prog} --help says more)")
+
+        def format_help(self) -> str:
+            return re.sub(r"\n +\n", "\n", super().format_help())
 
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(
         prog="queuectl",
+        usage="queuectl [--db PATH] COMMAND ...",
         description="A durable job queue for shell commands.",
         epilog=EXAMPLES,
         formatter_class=raw,
@@ -2573,7 +3403,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"queuectl {__version__}")
     where = os.environ.get("QUEUECTL_DB") or "queuectl.db"
     parser.add_argument("--db", default=where, metavar="PATH", help="the queue ($QUEUECTL_DB)")
-    groups = {"": parser.add_subparsers(metavar="COMMAND", required=True)}
+    groups = {"": parser.add_subparsers(title="commands", metavar="", required=True)}
     for words, command in COMMANDS.items():
         family, _, verb = words.rpartition(" ")
         if family not in groups:
@@ -2590,7 +3420,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         for names, options in command.arguments:
             leaf.add_argument(*names, **options)
-        leaf.set_defaults(run=command.run)
+        leaf.set_defaults(call=command.run)
     return parser
 
 
@@ -2616,8 +3446,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # whatever a job is called can be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        args = build_parser().parse_args(argv)
-        code: int = args.run(args)
+        words = sys.argv[1:] if argv is None else list(argv)
+        args = build_parser().parse_args(words or ["--help"])
+        args.argv = words
+        code: int = args.call(args)
         if sys.stdout:
             sys.stdout.flush()
         return code
@@ -2635,6 +3467,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(printable(f"{where}: {why}" if where else str(why)))
         return FAULT
     except KeyboardInterrupt:
+        LINES.clear()
         return SIGNALLED + signal.SIGINT
 
 

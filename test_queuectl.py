@@ -388,10 +388,30 @@ class Library(Case):
             "NEXT_LATER": "jobs_later",
             "CLAIMED": "jobs_state",
             "LATEST": "jobs_state",
+            "OLDEST": "jobs_state",
+            "RECENT": "jobs_state",
+            "PRUNABLE": "jobs_state",
+            "NEXT_AWAITED": "jobs_later",
+            "BEFORE": "jobs_due",
+            "NEWEST": "jobs_series",
+            "SCHEDULE": "jobs_recurs",
+            "RECURRING": "jobs_recurs",
+            "UNBLOCK": "needs_child",
+            "MEET": "PRIMARY KEY",
+            "PARENTS": "needs_child",
             "ONE": "sqlite_autoindex_jobs_1",
         }
         for name, index in hot.items():
-            args = {"queue": "q", "now": 1, "state": "dead", "limit": 5, "id": "1"}
+            args = {
+                "queue": "q",
+                "now": 1,
+                "state": "dead",
+                "limit": 5,
+                "id": "1",
+                "due": 1,
+                "seq": 1,
+            }
+            args.update(since=1, before=1, priority=0, run_after=1)
             sql = "EXPLAIN QUERY PLAN " + getattr(queuectl, name)
             plan = " ".join(str(row[-1]) for row in self.queue.db.execute(sql, args))
             with self.subTest(name):
@@ -674,7 +694,6 @@ class CommandLine(Case):
 
     def test_bad_usage_gets_one_line(self) -> None:
         for words in (
-            "",
             "enqeue x",
             "enqueue",
             "list --state lost",
@@ -1354,8 +1373,9 @@ class TestOutput(Live):
     def on_terminal(self, *args: str) -> bytes:
         """Return what a command sends to a terminal."""
         terminal, slave = pty.openpty()
+        env = {**os.environ, "TERM": "xterm", "NO_COLOR": "1"}
         process = subprocess.Popen(
-            [*PYTHON, PROGRAM, *args], stdout=slave, stderr=slave, cwd=self.dir
+            [*PYTHON, PROGRAM, *args], stdout=slave, stderr=slave, cwd=self.dir, env=env
         )
         os.close(slave)
         shown = b""
@@ -1504,7 +1524,7 @@ class Readme(Case):
 
     def test_every_setting_and_field_and_option_is_documented(self) -> None:
         for name in (*queuectl.SETTINGS, *queuectl.FIELDS, *queuectl.STATES):
-            self.assertIn(f"`{name}`", self.text)
+            self.assertTrue(f"`{name}`" in self.text, name)
         for command in queuectl.COMMANDS.values():
             for names, _ in command.arguments:
                 if names[0].startswith("--"):

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
     Child = subprocess.Popen[bytes]
+    Argument = tuple[tuple[str, ...], dict[str, Any]]
 
 __version__ = "1.0"
 __all__ = ["Attempt", "Job", "Queue", "QueueError", "work"]
@@ -78,6 +79,7 @@ MOVES = {  # every legal change of state; whatever is not here does not happen
 }
 
 ENDED = (COMPLETED, DEAD, CANCELLED)
+PRUNED = (COMPLETED, CANCELLED)  # unless told otherwise: dead letters stay until they are purged
 DUE, LATER, BLOCKED = 1, 0, -1  # what a pending job is; whatever is not pending counts as due
 
 OK, NO, USAGE, FAULT, TIMED_OUT, SIGNALLED = 0, 1, 2, 4, 124, 128  # exit codes
@@ -1433,7 +1435,7 @@ class Queue:
         """Return the paused queues; "" stands for all."""
         return [row[0] for row in self.db.execute(PAUSED)]
 
-    def prune(self, older_than: float = 0, states: Sequence[str] = (COMPLETED, CANCELLED)) -> int:
+    def prune(self, older_than: float = 0, states: Sequence[str] = PRUNED) -> int:
         """Delete jobs that ended so many seconds ago; return how many there were.
 
         One that a blocked job waits for stays. The work is done in slices, so that nobody else
@@ -2305,7 +2307,7 @@ class Pool:
     def prune(self) -> None:
         """Delete a slice of what is older than the retention; look again in a minute, or soon."""
         retention, pruned = self.queue.config()["retention"], 0
-        for state in (COMPLETED, CANCELLED) if retention else ():
+        for state in PRUNED if retention else ():
             pruned += self.queue.prune_slice(self.queue.clock() - retention, state)
         self.prune_at = time.monotonic() + (0 if pruned >= SLICE else 60)
 
@@ -2703,22 +2705,26 @@ class Progress:
 
 
 class Command(NamedTuple):
-    """A subcommand: what runs it, what it is for, an example, and its arguments."""
+    """A subcommand: what runs it and on which queue, what it is for, and its arguments.
 
-    run: Callable[[argparse.Namespace], int]
+    `access` is "read", "write", "make" (a queue where there is none), or "" (it opens its own).
+    """
+
+    run: Callable[..., int | None]
+    access: str
     help: str
     example: str
-    arguments: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = ()
+    arguments: tuple[Argument, ...] = ()
 
 
-def arg(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+def arg(*names: str, **options: Any) -> Argument:
     """Describe one argument of a command, as argparse takes it."""
     return names, options
 
 
-def flag(name: str, help: str) -> tuple[tuple[str, ...], dict[str, Any]]:  # noqa: A002
+def flag(name: str, meaning: str) -> Argument:
     """Describe an option without a value."""
-    return arg(name, action="store_true", help=help)
+    return arg(name, action="store_true", help=meaning)
 
 
 def terminal(stream: Any) -> int:
@@ -2782,16 +2788,12 @@ def show(lines: Iterable[str]) -> None:
         print(text)
 
 
-def show_json(facts: Mapping[str, Any]) -> None:
-    """Print one object on one line, in ASCII."""
+def show_json(objects: Iterable[Mapping[str, Any]]) -> None:
+    """Print each object on one line, in ASCII."""
     import json
 
-    print(json.dumps(facts))
-
-
-def opened(args: argparse.Namespace, *, readonly: bool = True, create: bool = False) -> Queue:
-    """Open the queue that the command line names."""
-    return Queue(args.db, readonly=readonly, create=create)
+    for facts in objects:
+        print(json.dumps(facts))
 
 
 def changes(queue: Queue, timeout: float | None = None) -> Iterator[None]:
@@ -2861,12 +2863,10 @@ def enqueue_lines(args: argparse.Namespace) -> Iterator[str]:
                     check_fields(with_options(args, job))
                 spool.seek(0)
             jobs = (with_options(args, job) for job in from_lines(spool, at))
-            with opened(args, readonly=False, create=True) as queue:
+            with Queue(args.db) as queue:
                 yield from queue.enqueue_many(jobs, if_absent=args.if_absent)
         except BadInput as error:
             raise BadInput(f"line {at[0]}: {error}") from None
-        finally:
-            LINES.clear()
 
 
 def cmd_enqueue(args: argparse.Namespace) -> int:
@@ -2885,7 +2885,7 @@ def cmd_enqueue(args: argparse.Namespace) -> int:
     jobs = [with_options(args, job) for job in jobs]
     for job in jobs:
         check_fields(job)  # before a queue is made for it
-    with opened(args, readonly=False, create=True) as queue:
+    with Queue(args.db) as queue:
         for job_id in queue.enqueue_many(jobs, if_absent=args.if_absent):
             print(job_id)
     return OK
@@ -2908,26 +2908,15 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
             LINES.show(progress[0].line)
 
     event_line(f"{args.count} worker{'s' * (args.count > 1)} on {os.path.realpath(args.db)}")
-    options = {"queues": args.queue or (), "drain": args.drain, "horizon": args.horizon}
-    try:
-        return work(
-            args.db,
-            args.count,
-            **options,
-            insecure=args.insecure,
-            signals=True,
-            say=event_line,
-            tick=tick,
-        )
-    finally:
-        LINES.clear()
+    options = {key: getattr(args, key) for key in ("drain", "horizon", "insecure", "queues")}
+    return work(args.db, args.count, **options, signals=True, say=event_line, tick=tick)
 
 
 def detach(args: argparse.Namespace) -> int:
     """Start a pool in a session of its own, and say where it writes."""
     import subprocess
 
-    with opened(args, readonly=False, create=True) as queue:
+    with Queue(args.db) as queue:
         run, log = queue.db.run, queue.db.run.file("workers.log")
     argv = [sys.executable, sys.argv[0], *(word for word in args.argv if word != "--detach")]
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -2949,107 +2938,95 @@ def detach(args: argparse.Namespace) -> int:
     return pool.returncode
 
 
-def cmd_worker_stop(args: argparse.Namespace) -> int:
+def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
     """Ask every pool to stop, and wait until they are gone."""
-    with opened(args) as queue:
-        run = queue.db.run
-        pools = run.holders("pool")
-        if not pools:
-            say("no workers are running")
-            return OK
-        for pool in pools:
-            fd = os.open(run.file(pool, "stop"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            os.write(fd, b"now" if args.now else b"stop")
-            os.close(fd)
-        run.ring()
-        began, told = time.monotonic(), False
-        while not all(run.free(pool) for pool in pools):
-            waited = time.monotonic() - began
-            if args.timeout is not None and waited > args.timeout:
-                say(f"still running after {span(args.timeout)}")
-                return TIMED_OUT
-            if waited > 1 and not told:
-                told = True
-                busy = ", ".join(printable(job.id) for job in queue.claimed())
-                say(f"waiting for {busy or 'the workers to leave'}")
-            time.sleep(0.02)
+    run = queue.db.run
+    pools = run.holders("pool")
+    for pool in pools:
+        fd = os.open(run.file(pool, "stop"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.write(fd, b"now" if args.now else b"stop")
+        os.close(fd)
+    run.ring()
+    if not pools:
+        say("no workers are running")
+    began, told = time.monotonic(), False
+    while not all(run.free(pool) for pool in pools):
+        waited = time.monotonic() - began
+        if args.timeout is not None and waited > args.timeout:
+            say(f"still running after {span(args.timeout)}")
+            return TIMED_OUT
+        if waited > 1 and not told:
+            told = True
+            busy = ", ".join(printable(job.id) for job in queue.claimed())
+            say(f"waiting for {busy or 'the workers to leave'}")
+        time.sleep(0.02)
     return OK
 
 
-def cmd_worker_list(args: argparse.Namespace) -> int:
+def cmd_worker_list(args: argparse.Namespace, queue: Queue) -> None:
     """List the living workers."""
-    with opened(args) as queue:
-        if args.json:
-            for facts in worker_facts(queue):
-                show_json(facts)
-        else:
-            show(table(WORKER_HEADINGS, worker_rows(queue)))
-    return OK
+    if args.json:
+        show_json(worker_facts(queue))
+    else:
+        show(table(WORKER_HEADINGS, worker_rows(queue)))
 
 
-def cmd_status(args: argparse.Namespace) -> int:
+def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
     """Show the counts and the living workers, once or again and again."""
-    with opened(args) as queue:
-        while True:
-            if args.json:
-                show_json(status_facts(queue))
-            elif args.watch and terminal(sys.stdout):
-                sys.stdout.write("\x1b[H\x1b[J")
-                height = os.get_terminal_size(sys.stdout.fileno()).lines
-                show(list(status_text(queue, full=True))[: height - 1])
-            else:
-                show(status_text(queue, full=args.watch))
-            sys.stdout.flush()
-            if not args.watch:
-                return OK
-            time.sleep(1)
+    while True:
+        if args.json:
+            show_json([status_facts(queue)])
+        elif args.watch and terminal(sys.stdout):
+            sys.stdout.write("\x1b[H\x1b[J")
+            height = os.get_terminal_size(sys.stdout.fileno()).lines
+            show(list(status_text(queue, full=True))[: height - 1])
+        else:
+            show(status_text(queue, full=args.watch))
+        sys.stdout.flush()
+        if not args.watch:
+            return
+        time.sleep(1)
 
 
-def print_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str]) -> int:
+def print_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str]) -> None:
     """Print jobs, and say so where not all of them were."""
     config, name = queue.config(), getattr(args, "queue", None)
     limit = args.limit if args.limit is not None or args.json else 100
     jobs = queue.jobs(states, limit or None, name)
     if args.json:
-        for job in jobs:
-            show_json(job_facts(job, config))
-        return OK
+        show_json(job_facts(job, config) for job in jobs)
+        return
     rows = [job_row(queue, job, config) for job in jobs]
     show(table(JOB_HEADINGS, rows))
     counts = queue.counts([name] if name else ())
     there = sum(counts[state] for state in states or STATES)
     if len(rows) < there:
         say(f"{len(rows)} of {there} jobs shown; --limit 0 shows all")
-    return OK
 
 
-def cmd_list(args: argparse.Namespace) -> int:
+def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
     """List jobs, or schedules."""
-    with opened(args) as queue:
-        if not args.recurring:
-            return print_jobs(args, queue, args.state or ())
-        jobs, now = queue.recurring(), queue.clock()
-        if args.json:
-            for job in jobs:
-                show_json(job_facts(job, queue.config()))
-            return OK
+    if not args.recurring:
+        print_jobs(args, queue, args.state or ())
+        return
+    jobs, now = queue.recurring(), queue.clock()
+    if args.json:
+        show_json(job_facts(job, queue.config()) for job in jobs)
+    else:
         rows = [(j.series, schedule(j), ago(j.run_after, now), j.id, j.command) for j in jobs]
         show(table(("ID", "SCHEDULE", "NEXT", "JOB", "COMMAND"), rows))
-    return OK
 
 
-def cmd_show(args: argparse.Namespace) -> int:
+def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
     """Show everything about one job."""
-    with opened(args) as queue:
-        job = queue.get(args.id)
-        if args.json:
-            runs = [attempt_facts(attempt) for attempt in queue.attempts(job)]
-            facts = {**job_facts(job, queue.config()), "why": why(queue, job) or None}
-            after = [parent.id for parent in queue.parents(job)]
-            show_json({**facts, "after": after, "runs": runs})
-        else:
-            show(job_text(queue, job))
-    return OK
+    job = queue.get(args.id)
+    if args.json:
+        runs = [attempt_facts(attempt) for attempt in queue.attempts(job)]
+        after = [parent.id for parent in queue.parents(job)]
+        more = {"why": why(queue, job) or None, "after": after, "runs": runs}
+        show_json([{**job_facts(job, queue.config()), **more}])
+    else:
+        show(job_text(queue, job))
 
 
 def outcome(queue: Queue, ids: Sequence[str], dead: int) -> list[Job] | None:
@@ -3071,21 +3048,15 @@ def exit_of(job: Job) -> int:
     return SIGNALLED - code if code < 0 else code
 
 
-def cmd_wait(args: argparse.Namespace) -> int:
+def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     """Wait until jobs have ended; return what the first failed one returned."""
-    if bool(args.ids) == args.all:
-        raise BadInput("name the jobs to wait for, or say --all")
-    with opened(args) as queue:
-        ids = [queue.get(job_id).id for job_id in args.ids]
-        progress, dead = Progress(queue), queue.counts()[DEAD]
-        try:
-            for _ in changes(queue, args.timeout):
-                jobs = outcome(queue, ids, dead)
-                if jobs is not None:
-                    return next(filter(None, map(exit_of, jobs)), OK)
-                LINES.show(progress.line)
-        finally:
-            LINES.clear()
+    ids = [queue.get(job_id).id for job_id in named(args)]
+    progress, dead = Progress(queue), queue.counts()[DEAD]
+    for _ in changes(queue, args.timeout):
+        jobs = outcome(queue, ids, dead)
+        if jobs is not None:
+            return next(filter(None, map(exit_of, jobs)), OK)
+        LINES.show(progress.line)
     return TIMED_OUT
 
 
@@ -3131,133 +3102,75 @@ def next_run(queue: Queue, job: Job) -> Job:
     return job
 
 
-def cmd_logs(args: argparse.Namespace) -> int:
+def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
     """Write the output of one attempt: of the one that is named, or runs, or ran last."""
-    with opened(args) as queue:
-        job = queue.get(args.id)
-        if job.state == PENDING and not args.run:
-            say(f"job {printable(job.id)} waits: {why(queue, job)}")
-            job = next_run(queue, job) if args.follow else job
-        run = args.run or job.run
-        with contextlib.suppress(FileNotFoundError):
-            fd = os.open(queue.db.run.file(job.seq, run, "out"), os.O_RDONLY)
-            cut, output = tail(fd, queue.config()["output_limit"])
-            if cut:
-                say(f"{cut} bytes of output before this were not kept")
-            write_output(follow(queue, job, fd) if args.follow else [output])
-            return OK
+    job = queue.get(args.id)
+    if job.state == PENDING and not args.run:
+        say(f"job {printable(job.id)} waits: {why(queue, job)}")
+        job = next_run(queue, job) if args.follow else job
+    run, chunks = args.run or job.run, None
+    try:
+        fd = os.open(queue.db.run.file(job.seq, run, "out"), os.O_RDONLY)
+        cut, output = tail(fd, queue.config()["output_limit"])
+        chunks = follow(queue, job, fd) if args.follow else [output]
+    except FileNotFoundError:
         attempts = {attempt.run: attempt for attempt in queue.attempts(job)}
         if args.run and run not in attempts:
-            raise NotFound(f"job {job.id} has no run {run}; it has {len(attempts)}")
-        attempt = attempts.get(run) or next(reversed(list(attempts.values())), None)
-        if attempt and attempt.cut:
-            say(f"{attempt.cut} bytes of output before this were not kept")
-        write_output([attempt.output] if attempt else [])
-    return OK
+            raise NotFound(f"job {job.id} has no run {run}; it has {len(attempts)}") from None
+        attempt = attempts.get(run) or attempts.get(max(attempts, default=0))
+        cut, chunks = (attempt.cut, [attempt.output]) if attempt else (0, [])
+    if cut:
+        say(f"{cut} bytes of output before this were not kept")
+    write_output(chunks)
 
 
-def cmd_cancel(args: argparse.Namespace) -> int:
+def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
     """Cancel jobs; return once the running ones have been ended."""
-    code = OK
-    with opened(args, readonly=False) as queue:
-        jobs = queue.cancel(args.ids, cascade=args.cascade)
-        for _ in changes(queue):
-            jobs = [queue.get(job.id) for job in jobs]
-            if not any(job.cancelling for job in jobs) or not queue.db.run.holders("pool"):
-                break
-        for job in jobs:
-            if job.state == CANCELLED or job.cancelling:
-                print(job.id)
-            else:
-                say(f"job {printable(job.id)} is {job.state}; it stays so")
-                code = NO
+    jobs, code = queue.cancel(args.ids, cascade=args.cascade), OK
+    for _ in changes(queue):
+        jobs = [queue.get(job.id) for job in jobs]
+        if not any(job.cancelling for job in jobs) or not queue.db.run.holders("pool"):
+            break
+    for job in jobs:
+        if job.state == CANCELLED or job.cancelling:
+            print(job.id)
+        else:
+            say(f"job {printable(job.id)} is {job.state}; it stays so")
+            code = NO
     return code
 
 
-def cmd_pause(args: argparse.Namespace) -> int:
-    """Start no new jobs."""
-    with opened(args, readonly=False, create=True) as queue:
-        queue.pause(args.queue or "")
-    return OK
+def named(args: argparse.Namespace, also: object = None) -> list[str]:
+    """Return the ids that a command names, none for all: exactly one of the two must be said."""
+    if bool(args.ids) == (args.all or also is not None):
+        raise BadInput("name the jobs, or say --all")
+    return list(args.ids)
 
 
-def cmd_resume(args: argparse.Namespace) -> int:
-    """Start jobs again."""
-    with opened(args, readonly=False) as queue:
-        queue.resume(args.queue or "")
-    return OK
-
-
-def cmd_prune(args: argparse.Namespace) -> int:
-    """Delete ended jobs."""
-    with opened(args, readonly=False) as queue:
-        print(queue.prune(args.older_than, args.state or (COMPLETED, CANCELLED)), "pruned")
-    return OK
-
-
-def cmd_dlq_list(args: argparse.Namespace) -> int:
-    """List dead jobs."""
-    with opened(args) as queue:
-        return print_jobs(args, queue, (DEAD,))
-
-
-def cmd_dlq_retry(args: argparse.Namespace) -> int:
-    """Put dead jobs back."""
-    if bool(args.ids) == args.all:
-        raise BadInput("name the jobs to retry, or say --all")
-    with opened(args, readonly=False) as queue:
-        for job_id in queue.retry(args.ids or None):
-            print(job_id)
-    return OK
-
-
-def cmd_dlq_purge(args: argparse.Namespace) -> int:
+def cmd_dlq_purge(args: argparse.Namespace, queue: Queue) -> None:
     """Delete dead jobs."""
-    if bool(args.ids) == (args.all or args.older_than is not None):
-        raise BadInput("name the jobs to purge, or say --all or --older-than DURATION")
-    with opened(args, readonly=False) as queue:
-        if args.ids:
-            print(queue.purge(args.ids), "purged")
-        else:
-            print(queue.prune(args.older_than or 0, (DEAD,)), "purged")
-    return OK
+    ids = named(args, args.older_than)
+    print(queue.purge(ids) if ids else queue.prune(args.older_than or 0, (DEAD,)), "purged")
 
 
-def cmd_config_get(args: argparse.Namespace) -> int:
-    """Print one value."""
-    key = check_setting(args.key)
-    with opened(args) as queue:
-        print(setting_text(queue.config()[key]))
-    return OK
-
-
-def cmd_config_set(args: argparse.Namespace) -> int:
+def cmd_config_set(args: argparse.Namespace) -> None:
     """Store one value."""
-    check_setting(args.key, args.value)
-    with opened(args, readonly=False, create=True) as queue:
+    check_setting(args.key, args.value)  # before a queue is made for it
+    with Queue(args.db) as queue:
         queue.configure(args.key, args.value)
-    return OK
 
 
-def cmd_config_unset(args: argparse.Namespace) -> int:
-    """Go back to a default."""
-    check_setting(args.key)
-    with opened(args, readonly=False) as queue:
-        queue.configure(args.key, None)
-    return OK
-
-
-def cmd_config_list(args: argparse.Namespace) -> int:
+def cmd_config_list(args: argparse.Namespace, queue: Queue) -> None:
     """List every setting."""
-    with opened(args) as queue:
-        config = queue.config()
+    config = queue.config()
     if args.json:
-        for key, value in config.items():
-            show_json({"key": key, "value": value, "default": SETTINGS[key].default})
-        return OK
+        show_json(
+            {"key": key, "value": value, "default": SETTINGS[key].default}
+            for key, value in config.items()
+        )
+        return
     rows = [(key, setting_text(value), SETTINGS[key].meaning) for key, value in config.items()]
     show(table(("KEY", "VALUE", "MEANING"), rows))
-    return OK
 
 
 def setting_text(value: object) -> str:
@@ -3284,27 +3197,28 @@ def typed(read: Callable[[Any], Any]) -> Callable[[str], Any]:
 
 
 # fmt: off
+DURATION = {"type": typed(seconds), "metavar": "DURATION"}
+COUNT = {"metavar": "N"}
 JSON = flag("--json", "for programs: see the README for the fields")
 LIMIT = arg("--limit", type=typed(number(0, 10**9)), metavar="N",
             help="the N that changed last; 0: all")
 STATE = arg("--state", action="append", choices=STATES, help="may be given several times")
-TIMEOUT = arg("--timeout", type=typed(seconds), metavar="DURATION", help="wait no longer; exit 124")
-AGE = {"type": typed(seconds), "metavar": "DURATION", "help": "only what ended so long ago"}
+TIMEOUT = arg("--timeout", help="wait no longer; exit 124", **DURATION)
 QUEUE = arg("--queue", metavar="QUEUE", help="only this queue")
-ID = arg("id", metavar="ID")
-IDS = arg("ids", nargs="*", metavar="ID")
-KEY = arg("key", metavar="KEY", help="one of: " + ", ".join(SETTINGS))
+ID, IDS = arg("id", metavar="ID"), arg("ids", nargs="*", metavar="ID")
+EVERY_DEAD = flag("--all", "every dead job")
+KEY = arg("key", metavar="KEY", type=check_setting, help="one of: " + ", ".join(SETTINGS))
 
 COMMANDS = {
-    "enqueue": Command(cmd_enqueue, "add a job; prints its id", "enqueue 'make all'", (
+    "enqueue": Command(cmd_enqueue, "", "add a job; prints its id", "enqueue 'make all'", (
         arg("words", nargs="+", metavar="JSON | - | COMMAND | -- ARG...",
             help="a JSON object or array, JSON lines on stdin, a shell line, or words"),
         arg("--id", help="a name for it (else its number)"),
-        arg("--priority", type=literal, metavar="N", help="higher first (0)"),
+        arg("--priority", type=literal, help="higher first (0)", **COUNT),
         arg("--delay", metavar="DURATION", help="not before so long from now"),
         arg("--at", dest="run_at", metavar="TIME", help="not before: 2030-01-31T08:00"),
         arg("--timeout", metavar="DURATION", help="end it after so long (0: never)"),
-        arg("--max-retries", type=literal, metavar="N", help="how often it is tried"),
+        arg("--max-retries", type=literal, help="how often it is tried", **COUNT),
         arg("--queue", metavar="QUEUE", help="the queue it waits in (default)"),
         arg("--after", metavar="ID,...", help="once these have completed"),
         arg("--every", metavar="DURATION", help="again and again"),
@@ -3312,50 +3226,67 @@ COMMANDS = {
         arg("--cwd", metavar="DIR", help="where it runs (here)"),
         arg("--env", action="append", metavar="NAME=VALUE", help="may be given several times"),
         flag("--if-absent", "a taken id is no error"))),
-    "worker start": Command(cmd_worker_start, "run jobs, until stopped", "worker start --count 4", (
-        arg("--count", type=typed(number(1, 1000)), default=1, metavar="N", help="at a time (1)"),
-        arg("--queue", action="append", metavar="QUEUE", help="serve only these queues"),
-        flag("--drain", "leave when nothing is left to run; exit 1: some died or are blocked"),
-        arg("--horizon", type=typed(seconds), default=FOREVER, metavar="DURATION",
-            help="with --drain: do not wait for what is due later than this"),
-        flag("--detach", "in the background, with a log"),
-        flag("--quiet", "no line for each event"),
-        flag("--insecure", "even if others may write to the queue"))),
+    "worker start": Command(
+        cmd_worker_start, "", "run jobs, until stopped", "worker start --count 4", (
+            arg("--count", type=typed(number(1, 1000)), default=1, help="at a time (1)", **COUNT),
+            arg("--queue", dest="queues", action="append", metavar="QUEUE", default=[],
+                help="serve only these queues"),
+            flag("--drain", "leave when nothing is left to run; exit 1: some died or are blocked"),
+            arg("--horizon", default=FOREVER, **DURATION,
+                help="with --drain: do not wait for what is due later than this"),
+            flag("--detach", "in the background, with a log"),
+            flag("--quiet", "no line for each event"),
+            flag("--insecure", "even if others may write to the queue"))),
     "worker stop": Command(
-        cmd_worker_stop, "let workers finish their jobs and leave", "worker stop --timeout 1m",
+        cmd_worker_stop, "read", "let workers finish their jobs and leave", "worker stop --now",
         (flag("--now", "end the running jobs; they go back to the queue"), TIMEOUT)),
-    "worker list": Command(cmd_worker_list, "list the living workers", "worker list", (JSON,)),
-    "status": Command(cmd_status, "show counts and workers", "status --watch", (
+    "worker list": Command(
+        cmd_worker_list, "read", "list the living workers", "worker list", (JSON,)),
+    "status": Command(cmd_status, "read", "show counts and workers", "status --watch", (
         flag("--watch", "again every second, with rate and failures"), JSON)),
-    "list": Command(cmd_list, "list jobs", "list --state dead --limit 20", (
+    "list": Command(cmd_list, "read", "list jobs", "list --state dead --limit 20", (
         STATE, QUEUE, flag("--recurring", "the schedules, and when each is next"), LIMIT, JSON)),
-    "show": Command(cmd_show, "show everything about a job", "show 7", (ID, JSON)),
-    "logs": Command(cmd_logs, "write the output of a job", "logs 7 -f", (
+    "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
+    "logs": Command(cmd_logs, "read", "write the output of a job", "logs 7 -f", (
         ID, arg("-f", "--follow", action="store_true", help="until it ends"),
-        arg("--run", type=typed(number(1, 10**9)), metavar="N", help="of that attempt"))),
+        arg("--run", type=typed(number(1, 10**9)), help="of that attempt", **COUNT))),
     "wait": Command(
-        cmd_wait, "wait for jobs; exits as the first that failed did", "wait 7 8 --timeout 10m",
+        cmd_wait, "read", "wait for jobs; exits as the first that failed did", "wait 7 8",
         (IDS, flag("--all", "until nothing is left to run"), TIMEOUT)),
-    "cancel": Command(cmd_cancel, "call jobs off, waiting or running", "cancel 7", (
+    "cancel": Command(cmd_cancel, "write", "call jobs off, waiting or running", "cancel 7", (
         arg("ids", nargs="+", metavar="ID"), flag("--cascade", "and those that wait for them"))),
-    "pause": Command(cmd_pause, "start no new jobs", "pause --queue gpu", (QUEUE,)),
-    "resume": Command(cmd_resume, "start jobs again", "resume", (QUEUE,)),
-    "dlq list": Command(cmd_dlq_list, "list the dead letter queue", "dlq list", (LIMIT, JSON)),
+    "pause": Command(
+        lambda args, queue: queue.pause(args.queue or ""),
+        "make", "start no new jobs", "pause --queue gpu", (QUEUE,)),
+    "resume": Command(
+        lambda args, queue: queue.resume(args.queue or ""),
+        "write", "start jobs again", "resume", (QUEUE,)),
+    "dlq list": Command(
+        lambda args, queue: print_jobs(args, queue, (DEAD,)),
+        "read", "list the dead letter queue", "dlq list", (LIMIT, JSON)),
     "dlq retry": Command(
-        cmd_dlq_retry, "put dead or cancelled jobs back, with no attempts used", "dlq retry 7",
-        (IDS, flag("--all", "every dead job"))),
-    "dlq purge": Command(cmd_dlq_purge, "delete dead jobs", "dlq purge --older-than 30d", (
-        IDS, flag("--all", "every dead job"), arg("--older-than", **AGE))),
+        lambda args, queue: show(queue.retry(named(args) or None)),
+        "write", "put dead or cancelled jobs back, with no attempts used", "dlq retry 7",
+        (IDS, EVERY_DEAD)),
+    "dlq purge": Command(
+        cmd_dlq_purge, "write", "delete dead jobs", "dlq purge --older-than 30d",
+        (IDS, EVERY_DEAD, arg("--older-than", help="only what died so long ago", **DURATION))),
     "prune": Command(
-        cmd_prune, "delete what has completed or was cancelled", "prune --older-than 7d", (
-            arg("--older-than", default=0.0, **AGE),
+        lambda args, queue: print(queue.prune(args.older_than, args.state or PRUNED), "pruned"),
+        "write", "delete what has completed or was cancelled", "prune --older-than 7d", (
+            arg("--older-than", default=0.0, help="only what ended so long ago", **DURATION),
             arg("--state", action="append", choices=ENDED, help="only this state; repeatable"))),
-    "config get": Command(cmd_config_get, "print a setting", "config get timeout", (KEY,)),
-    "config set": Command(cmd_config_set, "change a setting", "config set backoff_base 3",
-                          (KEY, arg("value", metavar="VALUE"))),
+    "config get": Command(
+        lambda args, queue: print(setting_text(queue.config()[args.key])),
+        "read", "print a setting", "config get timeout", (KEY,)),
+    "config set": Command(
+        cmd_config_set, "", "change a setting", "config set backoff_base 3",
+        (KEY, arg("value", metavar="VALUE"))),
     "config unset": Command(
-        cmd_config_unset, "go back to the default", "config unset timeout", (KEY,)),
-    "config list": Command(cmd_config_list, "list the settings", "config list", (JSON,)),
+        lambda args, queue: queue.configure(args.key, None),
+        "write", "go back to the default", "config unset timeout", (KEY,)),
+    "config list": Command(
+        cmd_config_list, "read", "list the settings", "config list", (JSON,)),
 }
 # fmt: on
 
@@ -3391,15 +3322,9 @@ def build_parser() -> argparse.ArgumentParser:
         def format_help(self) -> str:
             return re.sub(r"\n +\n", "\n", super().format_help())
 
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(
-        prog="queuectl",
-        usage="queuectl [--db PATH] COMMAND ...",
-        description="A durable job queue for shell commands.",
-        epilog=EXAMPLES,
-        formatter_class=raw,
-        allow_abbrev=False,
-    )
+    style: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    about, usage = "A durable job queue for shell commands.", "queuectl [--db PATH] COMMAND ..."
+    parser = Parser("queuectl", usage=usage, description=about, epilog=EXAMPLES, **style)
     parser.add_argument("--version", action="version", version=f"queuectl {__version__}")
     where = os.environ.get("QUEUECTL_DB") or "queuectl.db"
     parser.add_argument("--db", default=where, metavar="PATH", help="the queue ($QUEUECTL_DB)")
@@ -3408,19 +3333,15 @@ def build_parser() -> argparse.ArgumentParser:
         family, _, verb = words.rpartition(" ")
         if family not in groups:
             verbs = ", ".join(w.split()[1] for w in COMMANDS if w.startswith(family + " "))
-            sub = groups[""].add_parser(family, help=verbs, allow_abbrev=False)
+            sub = groups[""].add_parser(family, help=verbs, **style)
             groups[family] = sub.add_subparsers(metavar="COMMAND", required=True)
+        about, example = command.help.capitalize() + ".", f"example: queuectl {command.example}"
         leaf = groups[family].add_parser(
-            verb,
-            help=command.help,
-            description=command.help[0].upper() + command.help[1:] + ".",
-            epilog=f"example: queuectl {command.example}",
-            formatter_class=raw,
-            allow_abbrev=False,
+            verb, help=command.help, description=about, epilog=example, **style
         )
         for names, options in command.arguments:
             leaf.add_argument(*names, **options)
-        leaf.set_defaults(call=command.run)
+        leaf.set_defaults(chosen=command)
     return parser
 
 
@@ -3440,6 +3361,16 @@ def discard_output() -> None:
         os.close(fd)
 
 
+def execute(args: argparse.Namespace) -> int:
+    """Run a command on the queue that it needs."""
+    command: Command = args.chosen
+    if not command.access:
+        return command.run(args) or OK
+    readonly, create = command.access == "read", command.access == "make"
+    with Queue(args.db, readonly=readonly, create=create) as queue:
+        return command.run(args, queue) or OK
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; the one place that says what went wrong."""
     fill_standard_streams()
@@ -3449,7 +3380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else list(argv)
         args = build_parser().parse_args(words or ["--help"])
         args.argv = words
-        code: int = args.call(args)
+        code = execute(args)
         if sys.stdout:
             sys.stdout.flush()
         return code
@@ -3467,8 +3398,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(printable(f"{where}: {why}" if where else str(why)))
         return FAULT
     except KeyboardInterrupt:
-        LINES.clear()
         return SIGNALLED + signal.SIGINT
+    finally:
+        LINES.clear()
 
 
 if __name__ == "__main__":

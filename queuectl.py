@@ -1695,7 +1695,6 @@ def kept(run: RunDirectory, job: Job) -> tuple[str | None, Ending | None]:
 def run_worker(path: str, name: str, slot: int, queues: Sequence[str], pool: Connection) -> None:
     """Be a worker: where a worker process starts."""
     Worker(path, name, slot, queues, pool).main()
-    os._exit(0)  # without closing the database: SQLite would remove a -wal of that name
 
 
 # --- pool: starts the workers, wakes them, recovers what the dead left ----------------------------
@@ -1893,7 +1892,6 @@ class Pool:
     def look(self) -> None:
         """Look at what rings no bell: stop requests, the file itself, other writers, the dead."""
         if self.db.identity() != self.identity:
-            LEAKED.append(self.db.connection)
             self.fail(Fault(f"{self.db.path} was moved away or replaced"))
             return
         with contextlib.suppress(OSError), open(self.run_dir.file(self.name, "stop")) as file:
@@ -1967,9 +1965,6 @@ class Pool:
             if self.wal < 0:
                 self.wal = os.open(self.db.path + "-wal", os.O_RDONLY)
             sync_file(self.wal)
-
-
-LEAKED: list[sqlite3.Connection] = []  # not closed: SQLite would remove the -wal of another file
 
 
 def sync_file(fd: int) -> None:
@@ -2623,8 +2618,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except QueueError as error:
         say(printable(str(error)))
-        if LEAKED:
-            os._exit(error.code)
         return error.code
     except BrokenPipeError:
         discard_output()

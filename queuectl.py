@@ -740,8 +740,8 @@ class Database:
             os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             os.chmod(new, 0o600)  # whatever the umask
             with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as db:
-                db.execute("PRAGMA journal_mode = WAL")
                 migrate(db)
+                db.execute("PRAGMA journal_mode = WAL")  # last: a log would hide a full disk
             os.rename(new, self.path)
             sync_directory(os.path.dirname(self.path))
         finally:

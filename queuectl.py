@@ -447,6 +447,7 @@ def span(duration: float) -> str:
 # --- SQL -----------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x51554354  # "QUCT"
+APPLICATION = "PRAGMA application_id"
 VERSION = "PRAGMA user_version"
 DATA_VERSION = "PRAGMA data_version"  # changes when another connection has written
 SCHEMA = (  # one script for each version, which ends by saying so
@@ -758,14 +759,20 @@ class Database:
         if info.st_size == 0:
             raise Fault(f"{self.path} is empty, not a queue; remove it to start a new one")
         self._refuse_planted(info.st_uid)
-        with contextlib.closing(self._open("ro")) as db:
-            ours = self._retry(lambda: db.execute("PRAGMA application_id").fetchone()[0])
-            version = int(self._retry(lambda: db.execute(VERSION).fetchone()[0]))
+        try:
+            ours = self._number(APPLICATION, "ro&immutable=1")  # puts no log beside a stranger's
+        except sqlite3.DatabaseError:
+            ours = self._number(APPLICATION, "ro")  # torn, perhaps, and mended by its log
         if ours != APPLICATION_ID:
             raise Fault(f"{self.path} is another program's database, not a queue")
+        version = self._number(VERSION, "ro")
         if version > len(SCHEMA):
             raise Fault(f"{self.path} was made by a newer queuectl (schema {version})")
         return version
+
+    def _number(self, pragma: str, mode: str) -> int:
+        with contextlib.closing(self._open(mode)) as db:
+            return int(self._retry(lambda: db.execute(pragma).fetchone()[0]))
 
     def _refuse_planted(self, owner: int) -> None:
         """Refuse a stranger's log. As root, SQLite would make it the owner's when it opens it."""

@@ -952,12 +952,13 @@ class Ending(NamedTuple):
     output: bytes = b""
 
 
-def sequel(job: Job, ending: Ending, config: Mapping[str, Any]) -> Job:
+def sequel(job: Job, ending: Ending, config: Mapping[str, Any], now: float) -> Job:
     """Return the job as it goes on after an attempt: the one rule of retries."""
-    now = ending.finished
+    now = min(now, ending.finished)  # the clock may have been set back meanwhile
     after = job._replace(exit_code=ending.exit_code, last_error=ending.error, updated_at=now)
     if ending.fate == "returned" and not job.cancelling:
-        return after._replace(state=PENDING, attempts=job.attempts - 1, exit_code=job.exit_code)
+        after = after._replace(exit_code=job.exit_code, run_after=min(job.run_after, now))
+        return after._replace(state=PENDING, attempts=job.attempts - 1)
     if ending.error is None:
         return after._replace(state=COMPLETED)
     if ending.fate == "cancelled" or job.cancelling:
@@ -1161,7 +1162,8 @@ class Queue:
         row = ending.error is not None and self.db.execute(ONE, {"id": job.id}).fetchone()
         if row:  # is it being cancelled meanwhile?
             job = job._replace(cancelling=Job(*row).cancelling)
-        after = sequel(job, ending, self.config())
+        now = self.clock()
+        after = sequel(job, ending, self.config(), now)
         changed = self.db.execute(
             END_CLAIM,
             {
@@ -1170,8 +1172,8 @@ class Queue:
                 "exit_code": after.exit_code,
                 "error": after.last_error,
                 "run_after": after.run_after,
-                "due": after.run_after <= ending.finished,
-                "now": ending.finished,
+                "due": after.run_after <= now,
+                "now": after.updated_at,
                 "seq": job.seq,
                 "worker": job.locked_by,
                 "run": job.run,
@@ -1664,7 +1666,7 @@ def event(job: Job, after: Job | None, ending: Ending) -> tuple[str, str, str]:
     if after.state == COMPLETED:
         return "ended", COMPLETED, f"job {name} completed in {took}"
     if after.state == PENDING and ending.fate == "ran":
-        again = span(after.run_after - ending.finished)
+        again = span(after.run_after - after.updated_at)
         return (
             "ended",
             PENDING,

@@ -283,7 +283,7 @@ class Rules(unittest.TestCase):
             with self.subTest(fate=fate, error=error, attempts=attempts):
                 job = a_job(attempts=attempts, cancelling=cancelling)
                 ending = queuectl.Ending(fate, None, error, 100.0, 200.0)
-                after = queuectl.sequel(job, ending, config)
+                after = queuectl.sequel(job, ending, config, 200.0)
                 self.assertEqual((after.state, after.attempts), (state, left))
                 self.assertIn(after.state, queuectl.MOVES["processing"])
 

@@ -1459,6 +1459,7 @@ class Worker:
         self.db.durable(self.config["synchronous"])
         self.db.patient = self.patient
         self.stopping = self.now = self.alone = False
+        self.starved = False  # the machine could not start a job: that is said once
         self.cancelled: str | None = None
         self.news: list[tuple[str, ...]] = []
         self.flush_at = float("inf")
@@ -1568,6 +1569,7 @@ class Worker:
             child = launch(job, self.config["shell"], self.environment(job), out)
         except OSError as failure:
             return self.unstartable(job, failure, started), out
+        self.starved = False
         if not PROC:
             self.held.note(**self.facts, run=run_key(job), job_pid=child.pid, launched=started)
         fate, error = self.watch(job, child, out)
@@ -1599,8 +1601,9 @@ class Worker:
         if error.filename:
             reason += f": {error.filename}"
         if error.errno not in (*EXHAUSTED, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            self.starved = False
             return Ending("ran", None, reason, started, self.queue.clock())
-        self.complain(f"job {job.id} {reason}; trying again")
+        self.starved = self.complain(f"job {job.id} {reason}; trying again", warned=self.starved)
         return Ending("returned", None, reason, started, self.queue.clock())
 
     def watch(self, job: Job, child: Child, out: Output) -> tuple[str, str | None]:
@@ -1653,7 +1656,8 @@ class Worker:
             else:
                 if out:
                     out.close()
-                self.tell(*event(job, after, ending))
+                if not self.starved:
+                    self.tell(*event(job, after, ending))
                 return following
 
 

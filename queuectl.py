@@ -1622,7 +1622,7 @@ class Worker:
             self.wait(min(deadline, now + pause))
             if time.monotonic() > now + pause:
                 full = out.trim(self.config["output_limit"])
-                pause = 0.01 if full else min(pause * 2, 0.64)
+                pause = 0.01 if full else min(pause * 2, 0.1)
         return "ran", None
 
     def end(self, job: Job, child: Child, out: Output) -> None:

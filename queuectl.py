@@ -2635,7 +2635,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         discard_output()
         return SIGNALLED + 13
-    except (OSError, sqlite3.Error) as error:  # the machine's fault wherever it shows
+    except (OSError, sqlite3.Error, ImportError) as error:  # the machine's fault, all over
         discard_output()
         where, why = getattr(error, "filename", None), getattr(error, "strerror", None) or error
         say(printable(f"{where}: {why}" if where else str(why)))

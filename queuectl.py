@@ -1380,7 +1380,8 @@ class Ender:
         if time.monotonic() >= self.deadline:
             send_signal(found, signal.SIGKILL)
         else:
-            send_signal(set(found) - self.asked, signal.SIGTERM, signal.SIGCONT)
+            news = [pid for pid in found if pid not in self.asked]  # parents first, as a rule
+            send_signal(news, signal.SIGTERM, signal.SIGCONT)
             self.asked.update(found)
         return not found and self.run.free(self.job.seq, self.job.run, "out")
 

@@ -565,6 +565,7 @@ def span(duration: float) -> str:
 # --- SQL -----------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x51554354  # "QUCT"
+APPLICATION = "PRAGMA application_id"
 VERSION = "PRAGMA user_version"
 DATA_VERSION = "PRAGMA data_version"  # changes when another connection has written
 SCHEMA = (  # one script for each version, which ends by saying so
@@ -965,8 +966,8 @@ class Database:
             os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             os.chmod(new, 0o600)  # whatever the umask
             with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as db:
-                db.execute("PRAGMA journal_mode = WAL")
                 migrate(db)
+                db.execute("PRAGMA journal_mode = WAL")  # last: a log would hide a full disk
             os.rename(new, self.path)
             sync_directory(os.path.dirname(self.path))
         finally:
@@ -983,14 +984,20 @@ class Database:
         if info.st_size == 0:
             raise Fault(f"{self.path} is empty, not a queue; remove it to start a new one")
         self._refuse_planted(info.st_uid)
-        with contextlib.closing(self._open("ro")) as db:
-            ours = self._retry(lambda: db.execute("PRAGMA application_id").fetchone()[0])
-            version = int(self._retry(lambda: db.execute(VERSION).fetchone()[0]))
+        try:
+            ours = self._number(APPLICATION, "ro&immutable=1")  # puts no log beside a stranger's
+        except sqlite3.DatabaseError:
+            ours = self._number(APPLICATION, "ro")  # torn, perhaps, and mended by its log
         if ours != APPLICATION_ID:
             raise Fault(f"{self.path} is another program's database, not a queue")
+        version = self._number(VERSION, "ro")
         if version > len(SCHEMA):
             raise Fault(f"{self.path} was made by a newer queuectl (schema {version})")
         return version
+
+    def _number(self, pragma: str, mode: str) -> int:
+        with contextlib.closing(self._open(mode)) as db:
+            return int(self._retry(lambda: db.execute(pragma).fetchone()[0]))
 
     def _refuse_planted(self, owner: int) -> None:
         """Refuse a stranger's log. As root, SQLite would make it the owner's when it opens it."""
@@ -1170,12 +1177,13 @@ class Ending(NamedTuple):
     output: bytes = b""
 
 
-def sequel(job: Job, ending: Ending, config: Mapping[str, Any]) -> Job:
+def sequel(job: Job, ending: Ending, config: Mapping[str, Any], now: float) -> Job:
     """Return the job as it goes on after an attempt: the one rule of retries."""
-    now, ran = ending.finished, ending.fate == "ran"
+    now, ran = min(now, ending.finished), ending.fate == "ran"  # the clock may be back meanwhile
     after = job._replace(exit_code=ending.exit_code, last_error=ending.error, updated_at=now)
     if ending.fate == "returned" and not job.cancelling:
-        return after._replace(state=PENDING, attempts=job.attempts - 1, exit_code=job.exit_code)
+        after = after._replace(exit_code=job.exit_code, run_after=min(job.run_after, now))
+        return after._replace(state=PENDING, attempts=job.attempts - 1)
     if ending.error is None:
         return after._replace(state=COMPLETED)
     if ending.fate == "cancelled" or job.cancelling:
@@ -1524,11 +1532,12 @@ class Queue:
         if ending.error is not None or job.recurs:  # is it being cancelled meanwhile?
             asked = next(self._jobs(ONE, id=job.id), job)
             job = job._replace(cancelling=asked.cancelling)
-        after = sequel(job, ending, self.config())
+        now = self.clock()
+        after = sequel(job, ending, self.config(), now)
         over = after.state in (COMPLETED, DEAD)
         recurs = job.recurs and over and not job.cancelling
         row = after._replace(
-            due=after.state != PENDING or after.run_after <= ending.finished,
+            due=after.state != PENDING or after.run_after <= now,
             recurs=None if over else job.recurs,
         )._asdict()
         if self.db.execute(END_CLAIM, {**row, "worker": job.locked_by}).rowcount != 1:
@@ -1537,9 +1546,9 @@ class Queue:
         self.db.execute(ADD_ATTEMPT, (job.seq, job.run, job.locked_by, *times, *how, *rest))
         met = after.state == COMPLETED and self.db.execute(MEET, {"seq": job.seq}).rowcount
         if met:
-            self.db.execute(UNBLOCK, {"seq": job.seq, "now": ending.finished})
+            self.db.execute(UNBLOCK, {"seq": job.seq, "now": now})
         if recurs:
-            self._recur(job, ending.finished)
+            self._recur(job, now)
         return after, bool(met or recurs)
 
     def _recur(self, job: Job, now: float) -> None:
@@ -1755,7 +1764,8 @@ class Ender:
         if time.monotonic() >= self.deadline:
             send_signal(found, signal.SIGKILL)
         else:
-            send_signal(set(found) - self.asked, signal.SIGTERM, signal.SIGCONT)
+            news = [pid for pid in found if pid not in self.asked]  # parents first, as a rule
+            send_signal(news, signal.SIGTERM, signal.SIGCONT)
             self.asked.update(found)
         return not found and self.run.free(self.job.seq, self.job.run, "out")
 
@@ -1834,6 +1844,7 @@ class Worker:
         self.db.durable(self.config["synchronous"])
         self.db.patient = self.patient
         self.stopping = self.now = self.alone = False
+        self.starved = False  # the machine could not start a job: that is said once
         self.cancelled: str | None = None
         self.news: list[tuple[str, ...]] = []
         self.flush_at = float("inf")
@@ -1943,6 +1954,7 @@ class Worker:
             child = launch(job, self.config["shell"], self.environment(job), out)
         except OSError as failure:
             return self.unstartable(job, failure, started), out
+        self.starved = False
         if not PROC:
             self.held.note(**self.facts, run=run_key(job), job_pid=child.pid, launched=started)
         fate, error = self.watch(job, child, out)
@@ -1974,8 +1986,9 @@ class Worker:
         if error.filename:
             reason += f": {error.filename}"
         if error.errno not in (*EXHAUSTED, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            self.starved = False
             return Ending("ran", None, reason, started, self.queue.clock())
-        self.complain(f"job {job.id} {reason}; trying again")
+        self.starved = self.complain(f"job {job.id} {reason}; trying again", warned=self.starved)
         return Ending("returned", None, reason, started, self.queue.clock())
 
     def watch(self, job: Job, child: Child, out: Output) -> tuple[str, str | None]:
@@ -1994,7 +2007,7 @@ class Worker:
             self.wait(min(deadline, now + pause))
             if time.monotonic() > now + pause:
                 full = out.trim(self.config["output_limit"])
-                pause = 0.01 if full else min(pause * 2, 0.64)
+                pause = 0.01 if full else min(pause * 2, 0.1)
         return "ran", None
 
     def end(self, job: Job, child: Child, out: Output) -> None:
@@ -2028,7 +2041,8 @@ class Worker:
             else:
                 if out:
                     out.close()
-                self.tell(*event(job, after, ending))
+                if not self.starved:
+                    self.tell(*event(job, after, ending))
                 return following
 
 
@@ -2048,7 +2062,7 @@ def event(job: Job, after: Job | None, ending: Ending) -> tuple[str, str, str]:
     if after.state == COMPLETED:
         return "ended", COMPLETED, f"job {name} completed in {took}"
     if after.state == PENDING and ending.fate == "ran":
-        again = span(after.run_after - ending.finished)
+        again = span(after.run_after - after.updated_at)
         return (
             "ended",
             PENDING,
@@ -2086,7 +2100,6 @@ def kept(run: RunDirectory, job: Job) -> tuple[str | None, Ending | None]:
 def run_worker(path: str, name: str, slot: int, queues: Sequence[str], pool: Connection) -> None:
     """Be a worker: where a worker process starts."""
     Worker(path, name, slot, queues, pool).main()
-    os._exit(0)  # without closing the database: SQLite would remove a -wal of that name
 
 
 # --- pool: starts the workers, wakes them, recovers what the dead left ----------------------------
@@ -2288,7 +2301,6 @@ class Pool:
     def look(self) -> None:
         """Look at what rings no bell: stop requests, the file itself, other writers, the dead."""
         if self.db.identity() != self.identity:
-            LEAKED.append(self.db.connection)
             self.fail(Fault(f"{self.db.path} was moved away or replaced"))
             return
         with contextlib.suppress(OSError), open(self.run_dir.file(self.name, "stop")) as file:
@@ -2386,9 +2398,6 @@ class Pool:
             if self.wal < 0:
                 self.wal = os.open(self.db.path + "-wal", os.O_RDONLY)
             sync_file(self.wal)
-
-
-LEAKED: list[sqlite3.Connection] = []  # not closed: SQLite would remove the -wal of another file
 
 
 def sync_file(fd: int) -> None:
@@ -3386,13 +3395,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except QueueError as error:
         say(printable(str(error)))
-        if LEAKED:
-            os._exit(error.code)
         return error.code
     except BrokenPipeError:
         discard_output()
         return SIGNALLED + 13
-    except (OSError, sqlite3.Error) as error:  # the machine's fault wherever it shows
+    except (OSError, sqlite3.Error, ImportError) as error:  # the machine's fault, all over
         discard_output()
         where, why = getattr(error, "filename", None), getattr(error, "strerror", None) or error
         say(printable(f"{where}: {why}" if where else str(why)))

@@ -567,6 +567,10 @@ def span(duration: float) -> str:
 APPLICATION_ID = 0x51554354  # "QUCT"
 APPLICATION = "PRAGMA application_id"
 VERSION = "PRAGMA user_version"
+TABLES = "SELECT count(*) FROM sqlite_master"
+GUEST_VERSION = "SELECT value FROM config WHERE key = 'schema'"
+OUTER = ("BEGIN IMMEDIATE", "COMMIT", "ROLLBACK")
+INNER = ("SAVEPOINT part", "RELEASE part", "ROLLBACK TO part", "RELEASE part")
 DATA_VERSION = "PRAGMA data_version"  # changes when another connection has written
 SCHEMA = (  # one script for each version, which ends by saying so
     f"PRAGMA application_id = {APPLICATION_ID};"
@@ -912,12 +916,31 @@ def statements(script: str) -> Iterator[str]:
 
 
 def migrate(db: sqlite3.Connection) -> None:
-    """Bring the schema up to date; the changes and their number commit together."""
+    """Bring the schema up to date; the changes and their number commit together.
+
+    The numbers that SQLite keeps in a file are its owner's. In another program's database the
+    queue keeps its version among its settings.
+    """
     db.execute("BEGIN IMMEDIATE")
-    for version in range(db.execute(VERSION).fetchone()[0], len(SCHEMA)):
+    tables = db.execute(TABLES).fetchone()[0]
+    guest = bool(tables) and db.execute(APPLICATION).fetchone()[0] != APPLICATION_ID
+    for version in range(schema_version(db), len(SCHEMA)):
         for statement in statements(SCHEMA[version]):
-            db.execute(statement)
+            if not (guest and statement.startswith("PRAGMA")):
+                db.execute(statement)
+        if guest:
+            db.execute(SET, {"key": "schema", "value": str(version + 1)})
     db.execute("COMMIT")
+
+
+def schema_version(db: sqlite3.Connection) -> int:
+    """Return the version of the queue's tables, 0 where there are none."""
+    if db.execute(APPLICATION).fetchone()[0] == APPLICATION_ID:
+        return int(db.execute(VERSION).fetchone()[0])
+    with contextlib.suppress(sqlite3.OperationalError):  # no such table
+        for row in db.execute(GUEST_VERSION):
+            return int(row[0])
+    return 0
 
 
 def sync_directory(path: str) -> None:
@@ -937,8 +960,13 @@ class Database:
     and after a fork. `patient` is asked with the seconds waited whether to wait on for a lock.
     """
 
-    def __init__(self, path: str, *, create: bool = False, readonly: bool = False) -> None:
-        """Check that the file is ours, or make it; raise Fault and change nothing if it is not."""
+    def __init__(
+        self, path: str, *, create: bool = False, readonly: bool = False, guest: bool = False
+    ) -> None:
+        """Check that the file is ours, or make it; raise Fault and change nothing if it is not.
+
+        As a guest, the queue puts its tables into another program's database.
+        """
         self.path = os.path.realpath(path)  # one database has one run directory
         self.mode = "ro" if readonly else "rw"
         self.run = RunDirectory(self.path)
@@ -948,8 +976,10 @@ class Database:
         with self.faults():
             if create and not os.path.lexists(path):
                 self._create()
-            if self._inspect() < len(SCHEMA) and not readonly:
-                self._retry(lambda: migrate(self.connection))
+            if self._inspect(guest=guest) < len(SCHEMA):
+                with contextlib.closing(self._open("rw")) as db:
+                    self._retry(lambda: db.execute("PRAGMA journal_mode = WAL"))
+                    self._retry(lambda: migrate(db))
 
     def _create(self) -> None:
         """Make the file whole under another name, so that nobody ever sees half of it."""
@@ -973,7 +1003,7 @@ class Database:
         finally:
             making.close()
 
-    def _inspect(self) -> int:
+    def _inspect(self, *, guest: bool) -> int:
         """Return the version of the schema, without writing a byte to the file."""
         try:
             info = os.stat(self.path)
@@ -981,23 +1011,20 @@ class Database:
             raise NotFound(f"there is no queue at {self.path}") from None
         if not stat.S_ISREG(info.st_mode):
             raise Fault(f"{self.path} is not a file")
-        if info.st_size == 0:
+        if info.st_size == 0 and not guest:
             raise Fault(f"{self.path} is empty, not a queue; remove it to start a new one")
         self._refuse_planted(info.st_uid)
-        try:
-            ours = self._number(APPLICATION, "ro&immutable=1")  # puts no log beside a stranger's
-        except sqlite3.DatabaseError:
-            ours = self._number(APPLICATION, "ro")  # torn, perhaps, and mended by its log
-        if ours != APPLICATION_ID:
+        logged = os.path.exists(self.path + "-wal")
+        version = self._version("ro" if logged else "ro&immutable=1")  # puts no log beside it
+        if not version and not guest:
             raise Fault(f"{self.path} is another program's database, not a queue")
-        version = self._number(VERSION, "ro")
         if version > len(SCHEMA):
             raise Fault(f"{self.path} was made by a newer queuectl (schema {version})")
         return version
 
-    def _number(self, pragma: str, mode: str) -> int:
+    def _version(self, mode: str) -> int:
         with contextlib.closing(self._open(mode)) as db:
-            return int(self._retry(lambda: db.execute(pragma).fetchone()[0]))
+            return int(self._retry(lambda: schema_version(db)))
 
     def _refuse_planted(self, owner: int) -> None:
         """Refuse a stranger's log. As root, SQLite would make it the owner's when it opens it."""
@@ -1018,11 +1045,11 @@ class Database:
     def connection(self) -> sqlite3.Connection:
         """The connection of this thread."""
         if getattr(self._local, "pid", None) != os.getpid():
-            self._local.db = self._open(self.mode)
+            with self.faults():
+                self._local.db = self._open(self.mode)
+                for pragma in ("fullfsync = 1", f"synchronous = {self.synchronous}"):
+                    self._retry(lambda: self._local.db.execute(f"PRAGMA {pragma}"))  # noqa: B023
             self._local.pid = os.getpid()
-            self._retry(lambda: self._local.db.execute("PRAGMA fullfsync = 1"))
-            pragma = f"PRAGMA synchronous = {self.synchronous}"
-            self._retry(lambda: self._local.db.execute(pragma))
         return self._local.db  # type: ignore[no-any-return]
 
     def fault(self, error: sqlite3.Error) -> Fault:
@@ -1035,6 +1062,8 @@ class Database:
         """Turn what SQLite and the file system raise into our errors."""
         try:
             yield
+        except sqlite3.IntegrityError:
+            raise
         except sqlite3.Error as error:
             raise self.fault(error) from error
         except OSError as error:
@@ -1071,17 +1100,26 @@ class Database:
             raise self.fault(error) from error
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Write: all of it or, on any exception, nothing. The only place that begins one."""
-        self.execute("BEGIN IMMEDIATE")
+    def transaction(self, *, ring: bool = False) -> Iterator[sqlite3.Connection]:
+        """Write: all of it or, on any exception, nothing. The only place that begins one.
+
+        Within another one it is a part, which may fail alone. `ring` wakes the pools when all of it
+        is stored.
+        """
+        db, local = self.connection, self._local
+        begin, end, *back = INNER if db.in_transaction else OUTER
+        local.ring = (local.ring if db.in_transaction else False) or ring
+        self.execute(begin)
         try:
             with self.faults():
-                yield
-            self.execute("COMMIT")
+                yield db
+            self.execute(end)
         except BaseException:
-            if self.connection.in_transaction:
-                self.connection.execute("ROLLBACK")
+            for sql in back if db.in_transaction else ():
+                db.execute(sql)
             raise
+        if local.ring and not db.in_transaction:
+            self.run.ring()
 
     def durable(self, synchronous: str) -> None:
         """Choose whether each commit is synced (full), or the caller sees to it (normal)."""
@@ -1211,10 +1249,16 @@ class Queue:
         *,
         create: bool = True,
         readonly: bool = False,
+        guest: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Open the queue, and make it where there is none (unless told not to)."""
-        self.db = Database(path, create=create and not readonly, readonly=readonly)
+        """Open the queue, and make it where there is none (unless told not to).
+
+        With `guest`, a database that belongs to another program gets the tables of a queue beside
+        its own (jobs, attempts, config, counts, needs, paused), and is in WAL mode from then on.
+        """
+        create = create and not readonly
+        self.db = Database(path, create=create, readonly=readonly, guest=guest)
         self.clock = clock
         self.settings = {key: setting.default for key, setting in SETTINGS.items()}
 
@@ -1225,6 +1269,16 @@ class Queue:
     def __exit__(self, *exc: object) -> None:
         """Close this thread's connection."""
         self.db.close()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Put what the caller writes to its own tables and what it enqueues into one transaction.
+
+        Yields the connection; all of it is on disk when the block ends, or nothing of it if it
+        raises. The caller begins and commits nothing itself.
+        """
+        with self.db.transaction() as db:
+            yield db
 
     def _jobs(self, sql: str, **args: object) -> Iterator[Job]:
         return (Job(*row) for row in self.db.execute(sql, args))
@@ -1250,7 +1304,7 @@ class Queue:
         now, taken = self.clock(), []
         blank = dict.fromkeys(NEW, None)
         blank.update(queue="default", priority=0, cwd=os.getcwd(), created_at=now, updated_at=now)
-        with self.db.transaction():
+        with self.db.transaction(ring=True):
             first = seq = self.db.execute(LAST_SEQ).fetchone()[0] + 1
             for fields in jobs:
                 job = check_fields(fields)
@@ -1260,7 +1314,6 @@ class Queue:
                     taken.append(job["id"])
                 else:
                     seq = self._add({**blank, **job, "seq": seq}, now) + 1
-        self.db.run.ring()
         rows = self.db.execute(IDS_BETWEEN, {"first": first, "last": seq - 1})
         return chain((row[0] for row in rows), taken)
 
@@ -1395,20 +1448,18 @@ class Queue:
     def configure(self, key: str, value: str | None) -> None:
         """Store a setting, written as on the command line; None goes back to the default."""
         key = check_setting(key, value)
-        with self.db.transaction():
+        with self.db.transaction(ring=True):
             self.db.execute(UNSET if value is None else SET, {"key": key, "value": value})
-        self.db.run.ring()
 
     def retry(self, ids: Iterable[str] | None = None) -> list[str]:
         """Put dead or cancelled jobs (all dead ones, where none is named) back, all or none."""
-        with self.db.transaction():
+        with self.db.transaction(ring=True):
             if ids is None:
                 ids = [row[0] for row in self.db.execute(DEAD_IDS)]
             jobs = [self.get(job_id) for job_id in ids]
             for job in jobs:
                 if not self.db.execute(RETRY, {"seq": job.seq, "now": self.clock()}).rowcount:
                     raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
-        self.db.run.ring()
         return [job.id for job in jobs]
 
     def cancel(self, ids: Iterable[str], *, cascade: bool = False) -> list[Job]:
@@ -1417,7 +1468,7 @@ class Queue:
         A waiting job is cancelled at once; a running one is `cancelling` until its worker has ended
         it. One that has ended stays as it is. A schedule ends with its waiting or running job.
         """
-        with self.db.transaction():
+        with self.db.transaction(ring=True):
             jobs = {job.seq: job for job in map(self.get, ids)}
             for seq in list(jobs) if cascade else []:
                 for row in self.db.execute(CHILDREN, {"seq": seq}):
@@ -1425,7 +1476,6 @@ class Queue:
             for seq in jobs:
                 self.db.execute(CANCEL_WAITING, {"seq": seq, "now": self.clock()})
                 self.db.execute(CANCEL_RUNNING, {"seq": seq})
-        self.db.run.ring()
         return [self.get(job.id) for job in jobs.values()]
 
     def pause(self, queue: str = "") -> None:
@@ -1435,9 +1485,8 @@ class Queue:
 
     def resume(self, queue: str = "") -> None:
         """Undo `pause` for a queue, or for all of them."""
-        with self.db.transaction():
+        with self.db.transaction(ring=True):
             self.db.execute(RESUME, {"queue": queue})
-        self.db.run.ring()
 
     def paused(self) -> list[str]:
         """Return the paused queues; "" stands for all."""
@@ -1521,14 +1570,10 @@ class Queue:
         meanwhile, so the result changes nothing.
         """
         with self.db.transaction():
-            after, more = self._end(job, ending)
-            following = self._claim(job.locked_by or "", claim()) if claim else None
-        if more:
-            self.db.run.ring()
-        return after, following
+            after = self._end(job, ending)
+            return after, self._claim(job.locked_by or "", claim()) if claim else None
 
-    def _end(self, job: Job, ending: Ending) -> tuple[Job | None, bool]:
-        """Return the job after its attempt, and whether that gave other jobs a time to run."""
+    def _end(self, job: Job, ending: Ending) -> Job | None:
         if ending.error is not None or job.recurs:  # is it being cancelled meanwhile?
             asked = next(self._jobs(ONE, id=job.id), job)
             job = job._replace(cancelling=asked.cancelling)
@@ -1541,22 +1586,23 @@ class Queue:
             recurs=None if over else job.recurs,
         )._asdict()
         if self.db.execute(END_CLAIM, {**row, "worker": job.locked_by}).rowcount != 1:
-            return None, False
+            return None
         times, how, rest = ending[3:5], ending[1:3], ending[5:]
         self.db.execute(ADD_ATTEMPT, (job.seq, job.run, job.locked_by, *times, *how, *rest))
-        met = after.state == COMPLETED and self.db.execute(MEET, {"seq": job.seq}).rowcount
-        if met:
-            self.db.execute(UNBLOCK, {"seq": job.seq, "now": now})
+        if after.state == COMPLETED and self.db.execute(MEET, {"seq": job.seq}).rowcount:
+            with self.db.transaction(ring=True):
+                self.db.execute(UNBLOCK, {"seq": job.seq, "now": now})
         if recurs:
             self._recur(job, now)
-        return after, bool(met or recurs)
+        return after
 
     def _recur(self, job: Job, now: float) -> None:
         """Add the next job of a schedule, as its last one ends."""
         when = recurrence(str(job.recurs), job.planned or now, now)
         row = {**job._asdict(), "id": job.series, "created_at": now, "updated_at": now}
-        seq = self.db.execute(LAST_SEQ).fetchone()[0] + 1
-        self._insert({**row, "seq": seq, "run_after": when, "planned": when, "due": LATER})
+        row.update(run_after=when, planned=when, due=LATER)
+        with self.db.transaction(ring=True):
+            self._insert({**row, "seq": self.db.execute(LAST_SEQ).fetchone()[0] + 1})
 
     def claimed(self) -> list[Job]:
         """Return the jobs that are claimed by a worker, living or dead."""
@@ -2163,6 +2209,7 @@ class Pool:
     def main(self) -> int:
         """Run until stopped or drained; return the exit code."""
         with self.db.faults():
+            self.run_dir.make()
             held = Held(self.run_dir.file(self.name))
             facts = {"host": os.uname().nodename, "queues": list(self.queues), "count": self.count}
             held.note(pid=os.getpid(), started=self.queue.clock(), **facts)

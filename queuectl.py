@@ -945,8 +945,11 @@ class Database:
         with self.faults():
             if create and not os.path.lexists(path):
                 self._create()
-            if self._inspect() < len(SCHEMA) and not readonly:
-                self._retry(lambda: migrate(self.connection))
+            if self._inspect() < len(SCHEMA):
+                if readonly:  # whoever only reads needs the new schema, too
+                    Database(path).close()
+                else:
+                    self._retry(lambda: migrate(self.connection))
 
     def _create(self) -> None:
         """Make the file whole under another name, so that nobody ever sees half of it."""

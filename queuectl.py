@@ -3293,7 +3293,7 @@ LIMIT = arg("--limit", type=typed(number(0, 10**9)), metavar="N",
 STATE = arg("--state", action="append", choices=STATES, help="may be given several times")
 TIMEOUT = arg("--timeout", type=typed(seconds), metavar="DURATION", help="wait no longer; exit 124")
 AGE = {"type": typed(seconds), "metavar": "DURATION", "help": "only what ended so long ago"}
-QUEUE = arg("--queue", metavar="QUEUE", help="only this queue")
+QUEUE = arg("--queue", type=typed(name), metavar="QUEUE", help="only this queue")
 ID = arg("id", metavar="ID")
 IDS = arg("ids", nargs="*", metavar="ID")
 KEY = arg("key", metavar="KEY", help="one of: " + ", ".join(SETTINGS))
@@ -3317,7 +3317,8 @@ COMMANDS = {
         flag("--if-absent", "a taken id is no error"))),
     "worker start": Command(cmd_worker_start, "run jobs, until stopped", "worker start --count 4", (
         arg("--count", type=typed(number(1, 1000)), default=1, metavar="N", help="at a time (1)"),
-        arg("--queue", action="append", metavar="QUEUE", help="serve only these queues"),
+        arg("--queue", type=typed(name), action="append", metavar="QUEUE",
+            help="serve only these queues"),
         flag("--drain", "leave when nothing is left to run; exit 1: some died or are blocked"),
         arg("--horizon", type=typed(seconds), default=FOREVER, metavar="DURATION",
             help="with --drain: do not wait for what is due later than this"),

@@ -1273,7 +1273,10 @@ class Queue:
             import json
 
             row["env"] = json.dumps(row["env"])
-        parents = [self.get(parent) for parent in row.get("after", ())]
+        try:
+            parents = [self.get(parent) for parent in row.get("after", ())]
+        except NotFound as error:
+            raise BadInput(f"after: {error}") from None
         blocked = any(parent.state != COMPLETED for parent in parents)
         row.update(run_after=when, due=BLOCKED if blocked else when <= now)
         seq = self._insert(row)

@@ -2810,6 +2810,9 @@ def changes(queue: Queue, timeout: float | None = None) -> Iterator[None]:
         time.sleep(0.01)
 
 
+UNQUOTED = r"\s*\{\s*\w+\s*:"  # what PowerShell leaves of JSON, in as many words as it has blanks
+
+
 def from_json(source: str) -> list[dict[str, object]]:
     """Return the jobs that a JSON object, or an array of them, describes."""
     import json
@@ -2817,8 +2820,8 @@ def from_json(source: str) -> list[dict[str, object]]:
     try:
         value = json.loads(source)
     except (ValueError, RecursionError) as error:
-        hint = "; were its quotes lost? Try: enqueue COMMAND, or: enqueue - with JSON on stdin"
-        lost = hint if re.match(r"\s*\{\s*\w+\s*:", source) else ""
+        hint = "; lost its quotes, in PowerShell? Try: enqueue COMMAND, or JSON on stdin: enqueue -"
+        lost = hint if re.match(UNQUOTED, source) else ""
         raise BadInput(f"bad JSON: {error}{lost}") from None
     jobs = value if isinstance(value, list) else [value]
     if not jobs or not all(isinstance(job, dict) for job in jobs):
@@ -2882,10 +2885,10 @@ def cmd_enqueue(args: argparse.Namespace) -> int:
         for job_id in enqueue_lines(args):
             print(job_id)
         return OK
-    if len(words) > 1:
+    if len(words) > 1 and not re.match(UNQUOTED, words[0]):
         jobs: list[dict[str, object]] = [{"command": " ".join(map(shlex.quote, words))}]
     elif words[0].lstrip()[:1] in ("{", "["):
-        jobs = from_json(words[0])
+        jobs = from_json(" ".join(words))
     else:
         jobs = [{"command": words[0]}]
     jobs = [with_options(args, job) for job in jobs]

@@ -715,7 +715,7 @@ SELECT count(*) FROM (
   UNION ALL SELECT 1 FROM jobs WHERE state = 'pending' AND due = 1 AND queue = :queue
     AND priority = :priority AND (run_after, seq) < (:run_after, :seq) LIMIT 100000)"""
 MAKE_DUE = """
-UPDATE jobs SET due = 1 WHERE seq IN (
+UPDATE jobs SET due = 1, updated_at = run_after WHERE seq IN (
   SELECT seq FROM jobs WHERE state = 'pending' AND due = 0 AND queue = :queue
     AND run_after <= :now ORDER BY run_after LIMIT 500)"""
 NEXT_LATER = """
@@ -746,8 +746,8 @@ CANCEL_RUNNING = "UPDATE jobs SET cancelling = 1 WHERE seq = :seq AND state = 'p
 NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :met)"
 MEET = "UPDATE needs SET met = 1 WHERE parent = :seq"
 UNBLOCK = """
-UPDATE jobs SET due = run_after <= :now WHERE seq IN (SELECT child FROM needs WHERE parent = :seq)
-  AND state = 'pending' AND due = -1
+UPDATE jobs SET due = run_after <= :now, updated_at = :now
+WHERE seq IN (SELECT child FROM needs WHERE parent = :seq) AND state = 'pending' AND due = -1
   AND NOT EXISTS (SELECT 1 FROM needs WHERE child = jobs.seq AND met = 0)"""
 PARENTS = (
     JOB + "JOIN needs ON parent = seq WHERE child = :seq AND met = 0 ORDER BY parent LIMIT 100"

@@ -720,7 +720,7 @@ UPDATE jobs SET due = 1, updated_at = run_after WHERE seq IN (
     AND run_after <= :now ORDER BY run_after LIMIT 500)"""
 NEXT_LATER = """
 SELECT min(run_after) FROM jobs WHERE state = 'pending' AND due = 0 AND queue = :queue"""
-NEXT_AWAITED = NEXT_LATER + " AND (recurs IS NULL OR attempts > 0)"
+NEXT_AWAITED = NEXT_LATER + " AND (recurs IS NULL OR run > 0)"
 CLAIM = """
 UPDATE jobs SET state = 'processing', attempts = attempts + 1, run = run + 1,
   locked_by = :worker, locked_at = :now, updated_at = :now

@@ -1404,6 +1404,8 @@ class Queue:
             for job in jobs:
                 if not self.db.execute(RETRY, {"seq": job.seq, "now": self.clock()}).rowcount:
                     raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
+                if len(self.db.execute(SCHEDULE, {"id": job.series}).fetchall()) > 1:
+                    raise BadInput(f"schedule {job.series} goes on already")
         self.db.run.ring()
         return [job.id for job in jobs]
 

@@ -757,7 +757,11 @@ WITH RECURSIVE below (child) AS (
   SELECT child FROM needs WHERE parent = :seq
   UNION SELECT needs.child FROM needs JOIN below ON parent = below.child)
 SELECT child FROM below"""
-BLOCKED_JOBS = JOB + "WHERE state = 'pending' AND due = -1 ORDER BY updated_at LIMIT :limit"
+BLOCKED_JOBS = (
+    JOB
+    + """WHERE state = 'pending' AND due = -1 AND (:queue IS NULL OR queue = :queue)
+ORDER BY updated_at LIMIT :limit"""
+)
 
 PRUNABLE = """
 SELECT seq FROM jobs WHERE state = :state AND due = 1 AND updated_at <= :before
@@ -1583,9 +1587,10 @@ class Queue:
         rows = [row for row in self.tally() if row[1] == PENDING and row[2] != BLOCKED]
         return sorted({q for q, *_ in rows if q not in waiting and (not queues or q in queues)})
 
-    def blocked(self, limit: int = 10) -> list[Job]:
-        """Return the jobs that have been blocked longest."""
-        return list(self._jobs(BLOCKED_JOBS, limit=limit))
+    def blocked(self, queues: Sequence[str] = (), limit: int = 10) -> list[Job]:
+        """Return the jobs that have been blocked longest, of each of these queues or of all."""
+        asked = queues or (None,)
+        return [j for queue in asked for j in self._jobs(BLOCKED_JOBS, queue=queue, limit=limit)]
 
 
 # --- processes: launch, find, end; the only place with signals and kills --------------------------
@@ -2373,10 +2378,9 @@ class Pool:
         """Leave, now that nothing is left to run, unless a paused queue may be resumed."""
         held = self.queue.held(self.queues)
         if not held:
-            for job in self.queue.blocked():
-                if not self.queues or job.queue in self.queues:
-                    self.code = NO
-                    self.say(f"job {printable(job.id)} is {blocked_by(self.queue.parents(job))}")
+            for job in self.queue.blocked(self.queues):
+                self.code = NO
+                self.say(f"job {printable(job.id)} is {blocked_by(self.queue.parents(job))}")
             self.stop("")
         elif not self.told:
             self.told = True
@@ -3071,7 +3075,9 @@ def outcome(queue: Queue, ids: Sequence[str], dead: int) -> list[Job] | None:
     if queue.unfinished() or queue.held():
         return None
     died = max(0, queue.counts()[DEAD] - dead)
-    return sorted(queue.jobs((DEAD,), died), key=lambda job: job.updated_at) + queue.blocked(1)
+    return sorted(queue.jobs((DEAD,), died), key=lambda job: job.updated_at) + queue.blocked(
+        limit=1
+    )
 
 
 def exit_of(job: Job) -> int:

@@ -2675,6 +2675,8 @@ def status_text(queue: Queue, *, full: bool = False) -> Iterator[str]:
     if oldest:
         since = ago(oldest.run_after, queue.clock())
         yield f"oldest     job {printable(oldest.id)}, due {since}; {why(queue, oldest)}"
+    for job in queue.blocked(limit=1):
+        yield f"blocked    job {printable(job.id)} is {blocked_by(queue.parents(job))}"
     if len(facts["queues"]) > 1 or set(facts["queues"]) - {"default"}:
         yield ""
         rows = ((name, *states.values()) for name, states in facts["queues"].items())

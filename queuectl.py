@@ -2809,11 +2809,11 @@ def opened(args: argparse.Namespace, *, readonly: bool = True, create: bool = Fa
 
 
 def changes(queue: Queue, timeout: float | None = None) -> Iterator[None]:
-    """Yield at once, and whenever something has changed; end after so many seconds."""
-    began, version = time.monotonic(), -1
+    """Yield at once, at every change, and now and then; end after so many seconds."""
+    began, version, look_at = time.monotonic(), -1, 0.0
     while timeout is None or time.monotonic() - began <= timeout:
-        if queue.version() != version:
-            version = queue.version()
+        if queue.version() != version or time.monotonic() >= look_at:
+            version, look_at = queue.version(), time.monotonic() + 0.5
             yield
         time.sleep(0.01)
 

@@ -722,12 +722,12 @@ SELECT count(*) FROM (
   UNION ALL SELECT 1 FROM jobs WHERE state = 'pending' AND due = 1 AND queue = :queue
     AND priority = :priority AND (run_after, seq) < (:run_after, :seq) LIMIT 100000)"""
 MAKE_DUE = """
-UPDATE jobs SET due = 1 WHERE seq IN (
+UPDATE jobs SET due = 1, updated_at = run_after WHERE seq IN (
   SELECT seq FROM jobs WHERE state = 'pending' AND due = 0 AND queue = :queue
     AND run_after <= :now ORDER BY run_after LIMIT 500)"""
 NEXT_LATER = """
 SELECT min(run_after) FROM jobs WHERE state = 'pending' AND due = 0 AND queue = :queue"""
-NEXT_AWAITED = NEXT_LATER + " AND (recurs IS NULL OR attempts > 0)"
+NEXT_AWAITED = NEXT_LATER + " AND (recurs IS NULL OR run > 0)"
 CLAIM = """
 UPDATE jobs SET state = 'processing', attempts = attempts + 1, run = run + 1,
   locked_by = :worker, locked_at = :now, updated_at = :now
@@ -753,8 +753,8 @@ CANCEL_RUNNING = "UPDATE jobs SET cancelling = 1 WHERE seq = :seq AND state = 'p
 NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :met)"
 MEET = "UPDATE needs SET met = 1 WHERE parent = :seq"
 UNBLOCK = """
-UPDATE jobs SET due = run_after <= :now WHERE seq IN (SELECT child FROM needs WHERE parent = :seq)
-  AND state = 'pending' AND due = -1
+UPDATE jobs SET due = run_after <= :now, updated_at = :now
+WHERE seq IN (SELECT child FROM needs WHERE parent = :seq) AND state = 'pending' AND due = -1
   AND NOT EXISTS (SELECT 1 FROM needs WHERE child = jobs.seq AND met = 0)"""
 PARENTS = (
     JOB + "JOIN needs ON parent = seq WHERE child = :seq AND met = 0 ORDER BY parent LIMIT 100"
@@ -764,7 +764,11 @@ WITH RECURSIVE below (child) AS (
   SELECT child FROM needs WHERE parent = :seq
   UNION SELECT needs.child FROM needs JOIN below ON parent = below.child)
 SELECT child FROM below"""
-BLOCKED_JOBS = JOB + "WHERE state = 'pending' AND due = -1 ORDER BY updated_at LIMIT :limit"
+BLOCKED_JOBS = (
+    JOB
+    + """WHERE state = 'pending' AND due = -1 AND (:queue IS NULL OR queue = :queue)
+ORDER BY updated_at LIMIT :limit"""
+)
 
 PRUNABLE = """
 SELECT seq FROM jobs WHERE state = :state AND due = 1 AND updated_at <= :before
@@ -1333,7 +1337,10 @@ class Queue:
             import json
 
             row["env"] = json.dumps(row["env"])
-        parents = [self.get(parent) for parent in row.get("after", ())]
+        try:
+            parents = [self.get(parent) for parent in row.get("after", ())]
+        except NotFound as error:
+            raise BadInput(f"after: {error}") from None
         blocked = any(parent.state != COMPLETED for parent in parents)
         row.update(run_after=when, due=BLOCKED if blocked else when <= now)
         seq = self._insert(row)
@@ -1460,6 +1467,8 @@ class Queue:
             for job in jobs:
                 if not self.db.execute(RETRY, {"seq": job.seq, "now": self.clock()}).rowcount:
                     raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
+                if len(self.db.execute(SCHEDULE, {"id": job.series}).fetchall()) > 1:
+                    raise BadInput(f"schedule {job.series} goes on already")
         return [job.id for job in jobs]
 
     def cancel(self, ids: Iterable[str], *, cascade: bool = False) -> list[Job]:
@@ -1632,9 +1641,10 @@ class Queue:
         rows = [row for row in self.tally() if row[1] == PENDING and row[2] != BLOCKED]
         return sorted({q for q, *_ in rows if q not in waiting and (not queues or q in queues)})
 
-    def blocked(self, limit: int = 10) -> list[Job]:
-        """Return the jobs that have been blocked longest."""
-        return list(self._jobs(BLOCKED_JOBS, limit=limit))
+    def blocked(self, queues: Sequence[str] = (), limit: int = 10) -> list[Job]:
+        """Return the jobs that have been blocked longest, of each of these queues or of all."""
+        asked = queues or (None,)
+        return [j for queue in asked for j in self._jobs(BLOCKED_JOBS, queue=queue, limit=limit)]
 
 
 # --- processes: launch, find, end; the only place with signals and kills --------------------------
@@ -2426,10 +2436,9 @@ class Pool:
         """Leave, now that nothing is left to run, unless a paused queue may be resumed."""
         held = self.queue.held(self.queues)
         if not held:
-            for job in self.queue.blocked():
-                if not self.queues or job.queue in self.queues:
-                    self.code = NO
-                    self.say(f"job {printable(job.id)} is {blocked_by(self.queue.parents(job))}")
+            for job in self.queue.blocked(self.queues):
+                self.code = NO
+                self.say(f"job {printable(job.id)} is {blocked_by(self.queue.parents(job))}")
             self.stop("")
         elif not self.told:
             self.told = True
@@ -2721,6 +2730,8 @@ def status_text(queue: Queue, *, full: bool = False) -> Iterator[str]:
     if oldest:
         since = ago(oldest.run_after, queue.clock())
         yield f"oldest     job {printable(oldest.id)}, due {since}; {why(queue, oldest)}"
+    for job in queue.blocked(limit=1):
+        yield f"blocked    job {printable(job.id)} is {blocked_by(queue.parents(job))}"
     if len(facts["queues"]) > 1 or set(facts["queues"]) - {"default"}:
         yield ""
         rows = ((name, *states.values()) for name, states in facts["queues"].items())
@@ -2853,13 +2864,16 @@ def show_json(objects: Iterable[Mapping[str, Any]]) -> None:
 
 
 def changes(queue: Queue, timeout: float | None = None) -> Iterator[None]:
-    """Yield at once, and whenever something has changed; end after so many seconds."""
-    began, version = time.monotonic(), -1
+    """Yield at once, at every change, and now and then; end after so many seconds."""
+    began, version, look_at = time.monotonic(), -1, 0.0
     while timeout is None or time.monotonic() - began <= timeout:
-        if queue.version() != version:
-            version = queue.version()
+        if queue.version() != version or time.monotonic() >= look_at:
+            version, look_at = queue.version(), time.monotonic() + 0.5
             yield
         time.sleep(0.01)
+
+
+UNQUOTED = r"\s*\{\s*\w+\s*:"  # what PowerShell leaves of JSON, in as many words as it has blanks
 
 
 def from_json(source: str) -> list[dict[str, object]]:
@@ -2869,8 +2883,8 @@ def from_json(source: str) -> list[dict[str, object]]:
     try:
         value = json.loads(source)
     except (ValueError, RecursionError) as error:
-        hint = "; were its quotes lost? Try: enqueue COMMAND, or: enqueue - with JSON on stdin"
-        lost = hint if re.match(r"\s*\{\s*\w+\s*:", source) else ""
+        hint = "; lost its quotes, in PowerShell? Try: enqueue COMMAND, or JSON on stdin: enqueue -"
+        lost = hint if re.match(UNQUOTED, source) else ""
         raise BadInput(f"bad JSON: {error}{lost}") from None
     jobs = value if isinstance(value, list) else [value]
     if not jobs or not all(isinstance(job, dict) for job in jobs):
@@ -2932,10 +2946,10 @@ def cmd_enqueue(args: argparse.Namespace) -> int:
         for job_id in enqueue_lines(args):
             print(job_id)
         return OK
-    if len(words) > 1:
+    if len(words) > 1 and not re.match(UNQUOTED, words[0]):
         jobs: list[dict[str, object]] = [{"command": " ".join(map(shlex.quote, words))}]
     elif words[0].lstrip()[:1] in ("{", "["):
-        jobs = from_json(words[0])
+        jobs = from_json(" ".join(words))
     else:
         jobs = [{"command": words[0]}]
     jobs = [with_options(args, job) for job in jobs]
@@ -3093,7 +3107,9 @@ def outcome(queue: Queue, ids: Sequence[str], dead: int) -> list[Job] | None:
     if queue.unfinished() or queue.held():
         return None
     died = max(0, queue.counts()[DEAD] - dead)
-    return sorted(queue.jobs((DEAD,), died), key=lambda job: job.updated_at) + queue.blocked(1)
+    return sorted(queue.jobs((DEAD,), died), key=lambda job: job.updated_at) + queue.blocked(
+        limit=1
+    )
 
 
 def exit_of(job: Job) -> int:
@@ -3260,7 +3276,7 @@ LIMIT = arg("--limit", type=typed(number(0, 10**9)), metavar="N",
             help="the N that changed last; 0: all")
 STATE = arg("--state", action="append", choices=STATES, help="may be given several times")
 TIMEOUT = arg("--timeout", help="wait no longer; exit 124", **DURATION)
-QUEUE = arg("--queue", metavar="QUEUE", help="only this queue")
+QUEUE = arg("--queue", type=typed(name), metavar="QUEUE", help="only this queue")
 ID, IDS = arg("id", metavar="ID"), arg("ids", nargs="*", metavar="ID")
 EVERY_DEAD = flag("--all", "every dead job")
 KEY = arg("key", metavar="KEY", type=check_setting, help="one of: " + ", ".join(SETTINGS))
@@ -3285,8 +3301,8 @@ COMMANDS = {
     "worker start": Command(
         cmd_worker_start, "", "run jobs, until stopped", "worker start --count 4", (
             arg("--count", type=typed(number(1, 1000)), default=1, help="at a time (1)", **COUNT),
-            arg("--queue", dest="queues", action="append", metavar="QUEUE", default=[],
-                help="serve only these queues"),
+            arg("--queue", dest="queues", type=typed(name), action="append", metavar="QUEUE",
+                default=[], help="serve only these queues"),
             flag("--drain", "leave when nothing is left to run; exit 1: some died or are blocked"),
             arg("--horizon", default=FOREVER, **DURATION,
                 help="with --drain: do not wait for what is due later than this"),

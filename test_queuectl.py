@@ -2266,7 +2266,7 @@ WRONG_JSON = (  # what is given, and a part of the answer
     ('[{"command": "true"}, null]', "a job is a JSON object"),
     ("{", "bad JSON"),
     ('{"command": "true"} {"command": "true"}', "bad JSON"),
-    ("{command:true}", "were its quotes lost?"),
+    ("{command:true}", "lost its quotes"),
     ("[" * 100_000, "bad JSON"),
     ('{"command": ' * 10_000, "bad JSON"),
 )

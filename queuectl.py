@@ -165,11 +165,460 @@ class Attempt(NamedTuple):
     output: bytes
 
 
+# --- system: what differs between POSIX and Windows; the only place with signals and kills --------
+
+BINARY = getattr(os, "O_BINARY", 0)  # else Windows translates line ends
+PROC = sys.platform == "linux"  # processes can be looked into through /proc
+EXHAUSTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # the machine's fault
+
+
+def run_key(job: Job) -> str:
+    """Return what every process of one attempt has in its environment, as QUEUECTL_RUN."""
+    return f"{job.seq}.{job.run}.{job.locked_by}"
+
+
+def others() -> list[int]:
+    """Return the processes of the machine without this one."""
+    return [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and int(pid) != os.getpid()]
+
+
+def read_proc(pid: int, *parts: str) -> bytes:
+    """Return a file of /proc; empty where the process is gone or not ours to look at."""
+    try:
+        with open(os.path.join("/proc", str(pid), *parts), "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def holds(pid: int, path: str) -> bool:
+    """Tell whether a process holds the lock of a file (to have it open is not enough)."""
+    with contextlib.suppress(OSError):
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.stat(f"/proc/{pid}/fd/{fd}"), os.stat(path)):
+                    info = read_proc(pid, "fdinfo", fd)
+                    if re.search(rb"FLOCK +ADVISORY +WRITE", info):
+                        return True
+    return False
+
+
+def group(facts: Mapping[str, Any], job: Job) -> list[int]:
+    """Return the process group of an attempt where there is no /proc: by pid and start time.
+
+    A leader that did not start when the job was launched is a stranger who got the pid later.
+    """
+    import subprocess
+
+    if facts.get("run") != run_key(job) or "job_pid" not in facts:
+        return []
+    env = {**os.environ, "LC_ALL": "C"}
+    table = subprocess.run(
+        ["ps", "-axo", "pid=,pgid=,lstart="], stdout=subprocess.PIPE, check=False, env=env
+    ).stdout.decode(errors="replace")
+    found = []
+    for line in table.splitlines():
+        pid, pgid, *started = line.split()
+        if int(pgid) != facts["job_pid"] or len(started) != 5:
+            continue
+        when = time.mktime(time.strptime(" ".join(started), "%a %b %d %H:%M:%S %Y"))
+        if pid == pgid and abs(when - facts["launched"]) > 2:
+            return []
+        found.append(int(pid))
+    return found
+
+
+def send_signal(pids: Iterable[int], *signals: int) -> None:
+    """Signal processes, each by its own pid; one that is gone meanwhile is fine."""
+    for pid in pids:
+        for number in signals:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+
+
+class Posix:
+    """Linux, macOS and their like. Windows, below, has the same methods."""
+
+    TICK = 0.25  # seconds between a pool's looks at what rings no bell
+    SHELL: tuple[str, ...] = ("/bin/sh", "-c", "--")
+    COMMAND_LIMIT = 131071  # Linux's MAX_ARG_STRLEN
+    STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+
+    def words(self, line: str) -> list[str]:
+        """Split a command line."""
+        return shlex.split(line)
+
+    def line(self, words: Sequence[str]) -> str:
+        """Quote words so that the shell takes them as they are."""
+        return " ".join(map(shlex.quote, words))
+
+    def user(self) -> int | None:
+        """Return who runs us, where files have owners and modes."""
+        return os.geteuid()
+
+    def lock(self, fd: int, *, shared: bool = False) -> bool:
+        """Lock an open file without waiting; False where somebody else has it."""
+        import fcntl
+
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def drop(self, fd: int, path: str) -> None:
+        """Remove a file that this process holds; the name goes while the lock still holds."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        os.close(fd)
+
+    def read(self, fd: int, length: int, at: int) -> bytes:
+        """Read from a place in a file."""
+        return os.pread(fd, length, at)
+
+    def punch(self, fd: int, length: int) -> bool:
+        """Make the beginning of a file a hole (Linux); False where that cannot be done."""
+        import ctypes
+
+        try:
+            fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
+        except (AttributeError, OSError, TypeError):
+            return False
+        keep_size, punch_hole = 1, 2
+        offsets = ctypes.c_int64(0), ctypes.c_int64(length)
+        return bool(fallocate(fd, keep_size | punch_hole, *offsets) == 0)
+
+    def sync(self, path: str) -> None:
+        """Sync a file, on macOS down to the medium."""
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            import fcntl
+
+            if hasattr(fcntl, "F_FULLFSYNC"):
+                fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            else:
+                getattr(os, "fdatasync", os.fsync)(fd)
+        finally:
+            os.close(fd)
+
+    def bell(self, path: str) -> int | None:
+        """Make a bell, and return what is readable when it rings; None where there are none."""
+        os.mkfifo(path, 0o600)
+        return os.open(path, os.O_RDWR | os.O_NONBLOCK)
+
+    def ring(self, path: str) -> None:
+        """Ring a bell: never waits, and nobody listening is fine."""
+        with contextlib.suppress(OSError):  # ENXIO: its pool is gone
+            fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+            try:
+                os.write(fd, b"!")
+            finally:
+                os.close(fd)
+
+    def wakeup(self) -> tuple[int, int] | None:
+        """Return a pipe that signals are written to."""
+        ends = os.pipe()
+        for fd in ends:
+            os.set_blocking(fd, False)
+        return ends
+
+    def unblock(self, *, worker: bool = False) -> None:
+        """Give a process and its jobs the signals they expect, whoever started it."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        if worker:
+            signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, ignore)
+
+    def wait(self, waker: Waker, pool: Connection | None, _: Any, limit: float | None) -> bool:
+        """Wait for a signal, which a job's end is too, or the pool; True if the pool may speak."""
+        import select
+
+        fds = [waker.fd, *([pool.fileno()] if pool else [])]
+        return select.select(fds, [], [], limit)[0] != [waker.fd]
+
+    def __init__(self) -> None:
+        """Begin without having read the environment."""
+        self.inherited: dict[bytes, bytes] = {}
+
+    def launch(self, argv: Sequence[str], job: Job, env: dict[str, str], out: int) -> Child:
+        """Start a job's command in a session of its own; OSError where it cannot be started.
+
+        The output file is passed on a third time, as a descriptor that no redirection closes. What
+        the job was given is UTF-8, whatever this process was told about its locale.
+        """
+        import subprocess
+
+        self.inherited = self.inherited or dict(os.environb)
+        return subprocess.Popen(  # signals are at their defaults: this process has handlers for all
+            [*argv, job.command.encode()],
+            cwd=job.cwd,
+            env={**self.inherited, **{k.encode(): v.encode() for k, v in env.items()}},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            pass_fds=(out,),
+            start_new_session=True,
+        )
+
+    def release(self, child: Child) -> None:
+        """Let go of what a completed job left behind; it goes on."""
+
+    def members(self, job: Job, run: RunDirectory) -> list[int]:
+        """Return an attempt's processes, as far as they can be told from strangers for certain."""
+        if not PROC:
+            return group(run.facts(job.locked_by), job)
+        key = b"\0QUEUECTL_RUN=" + run_key(job).encode() + b"\0"
+        found = [pid for pid in others() if key in b"\0" + read_proc(pid, "environ")]
+        if found or run.free(job.seq, job.run, "out"):
+            return found
+        return [pid for pid in others() if holds(pid, run.file(job.seq, job.run, "out"))]
+
+    def ask(self, pids: Iterable[int]) -> None:
+        """Ask processes to end; a stopped one must hear it, too."""
+        send_signal(pids, signal.SIGTERM, signal.SIGCONT)
+
+    def kill(self, pids: Iterable[int], _: Job) -> None:
+        """End processes."""
+        send_signal(pids, signal.SIGKILL)
+
+    def background(self) -> dict[str, Any]:
+        """Return how to start a process that outlives its terminal."""
+        return {"start_new_session": True}
+
+    def escapes(self) -> None:
+        """Have the terminal understand escape sequences."""
+
+
+class Windows:
+    """A job's processes are in a Job Object, which ends them when its last handle is closed.
+
+    That is when their worker dies. The lock of a file is on a byte far behind its end.
+    """
+
+    TICK = 0.02  # there are no bells
+    SHELL: tuple[str, ...] = ("cmd.exe", "/d", "/s", "/c")
+    COMMAND_LIMIT = 8191
+    STOP_SIGNALS = (signal.SIGINT, getattr(signal, "SIGBREAK", signal.SIGINT))
+    FAR = 1 << 40
+
+    def __init__(self) -> None:
+        """Begin with no jobs."""
+        self.jobs: dict[int, int] = {}  # the handles of the Job Objects, by process
+
+    def kernel(self) -> Any:
+        """Return the system's functions; handles are as wide as pointers."""
+        import ctypes
+
+        kernel: Any = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]
+        kernel.CreateJobObjectW.restype = kernel.OpenJobObjectW.restype = ctypes.c_void_p
+        return kernel
+
+    def words(self, line: str) -> list[str]:
+        """Split a command line, in which a backslash is a part of a path."""
+        return [word.strip('"') for word in shlex.split(line, posix=False)]
+
+    def line(self, words: Sequence[str]) -> str:
+        """Quote words so that the program takes them as they are."""
+        import subprocess
+
+        return subprocess.list2cmdline(words)
+
+    def user(self) -> int | None:
+        """Access control lists keep strangers out of a user's directories."""
+        return None
+
+    def lock(self, fd: int, *, shared: bool = False) -> bool:  # noqa: ARG002
+        """Lock an open file without waiting; False where somebody else has it."""
+        import msvcrt
+
+        os.lseek(fd, self.FAR, os.SEEK_SET)
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        finally:
+            os.lseek(fd, 0, os.SEEK_SET)  # the job writes where this points
+        return True
+
+    def drop(self, fd: int, path: str) -> None:
+        """Remove a file that this process holds: what is open cannot be removed."""
+        os.close(fd)
+        with contextlib.suppress(OSError):  # what a completed job left behind still writes to it
+            os.unlink(path)
+
+    def read(self, fd: int, length: int, at: int) -> bytes:
+        """Read from a place in a file."""
+        os.lseek(fd, at, os.SEEK_SET)
+        return os.read(fd, length)
+
+    def punch(self, fd: int, length: int) -> bool:
+        """Make the beginning of a file a hole."""
+        import ctypes
+        import msvcrt
+
+        set_sparse, set_zero_data, unused = 0x900C4, 0x980C8, ctypes.c_uint32()
+        handle = ctypes.c_void_p(msvcrt.get_osfhandle(fd))  # type: ignore[attr-defined]
+        hole, control = (ctypes.c_int64 * 2)(0, length), self.kernel().DeviceIoControl
+        control(handle, set_sparse, None, 0, None, 0, ctypes.byref(unused), None)
+        control(handle, set_zero_data, hole, 16, None, 0, ctypes.byref(unused), None)
+        return True
+
+    def sync(self, path: str) -> None:
+        """Sync a file."""
+        fd = os.open(path, os.O_RDWR)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def bell(self, path: str) -> int | None:  # noqa: ARG002
+        """There are none: a pool looks every TICK."""
+        return None
+
+    def ring(self, path: str) -> None:
+        """There are none."""
+
+    def wakeup(self) -> tuple[int, int] | None:
+        """There is none: whoever waits does so for a TICK at most, or for a process."""
+        return None
+
+    def unblock(self, *, worker: bool = False) -> None:
+        """Nothing is ever blocked."""
+
+    def wait(self, _: Waker, pool: Connection | None, child: Any, limit: float | None) -> bool:
+        """Wait for a job's end or the pool; True if the pool may speak."""
+        from multiprocessing.connection import wait
+
+        things = [thing for thing in (pool, child and int(child._handle)) if thing]
+        if not things:
+            time.sleep(limit or 0)
+        return pool in wait(things, limit)
+
+    def launch(self, argv: Sequence[str], job: Job, env: dict[str, str], out: int) -> Child:
+        """Start a job's command in a Job Object of its own; OSError where it cannot be started."""
+        import ctypes
+        import subprocess
+
+        line = subprocess.list2cmdline([*argv, job.command])
+        if re.fullmatch(r"(.*[\\/])?cmd(\.exe)?", argv[0], re.IGNORECASE):  # has rules of its own
+            line = subprocess.list2cmdline(argv) + f' "{job.command}"'
+        new_group, suspended = 0x200, 0x4
+        child = subprocess.Popen(
+            line,
+            cwd=job.cwd,
+            env={**os.environ, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            creationflags=new_group | suspended,
+        )
+        process = ctypes.c_void_p(int(child._handle))  # type: ignore[attr-defined]
+        self.jobs[child.pid] = self.kernel().CreateJobObjectW(None, run_key(job))
+        self.limit(child, 0x2000)  # kill on close
+        self.kernel().AssignProcessToJobObject(ctypes.c_void_p(self.jobs[child.pid]), process)
+        ctypes.WinDLL("ntdll").NtResumeProcess(process)  # type: ignore[attr-defined]
+        return child
+
+    def limit(self, child: Child, flags: int) -> None:
+        """Set the flags of a JOBOBJECT_EXTENDED_LIMIT_INFORMATION, which begins with two times."""
+        import ctypes
+
+        limits = (ctypes.c_uint32 * (36 if ctypes.sizeof(ctypes.c_void_p) == 8 else 28))()
+        limits[4] = flags
+        job = ctypes.c_void_p(self.jobs[child.pid])
+        self.kernel().SetInformationJobObject(job, 9, limits, ctypes.sizeof(limits))
+
+    def release(self, child: Child) -> None:
+        """Let go of what a completed job left behind; it goes on."""
+        import ctypes
+
+        self.limit(child, 0)
+        self.kernel().CloseHandle(ctypes.c_void_p(self.jobs.pop(child.pid)))
+
+    def members(self, job: Job, _: RunDirectory) -> list[int]:
+        """Return an attempt's processes, up to 1,000: a JOBOBJECT_BASIC_PROCESS_ID_LIST."""
+        import ctypes
+
+        kernel, size = self.kernel(), ctypes.sizeof(ctypes.c_void_p)
+        handle = ctypes.c_void_p(kernel.OpenJobObjectW(4, False, run_key(job)))  # noqa: FBT003
+        if not handle:
+            return []
+        found = (ctypes.c_size_t * 1001)()
+        kernel.QueryInformationJobObject(handle, 3, found, ctypes.sizeof(found), None)
+        kernel.CloseHandle(handle)
+        first = 8 // size
+        count = ctypes.cast(found, ctypes.POINTER(ctypes.c_uint32))[1]
+        return list(found[first : first + count])
+
+    def ask(self, pids: Iterable[int]) -> None:
+        """Ask processes to end: the ones that lead a group, which this process has started."""
+        for pid in pids:
+            if pid in self.jobs:
+                with contextlib.suppress(OSError):  # no console
+                    os.kill(pid, getattr(signal, "CTRL_BREAK_EVENT", 1))
+
+    def kill(self, _: Iterable[int], job: Job) -> None:
+        """End processes."""
+        import ctypes
+
+        kernel = self.kernel()
+        handle = ctypes.c_void_p(kernel.OpenJobObjectW(8, False, run_key(job)))  # noqa: FBT003
+        kernel.TerminateJobObject(handle, 1)
+        kernel.CloseHandle(handle)
+
+    def background(self) -> dict[str, Any]:
+        """Return how to start a process that outlives its terminal."""
+        detached, new_group = 0x8, 0x200
+        return {"creationflags": detached | new_group}
+
+    def escapes(self) -> None:
+        """Have the terminal understand escape sequences."""
+        for output in (-11, -12):
+            self.kernel().SetConsoleMode(self.kernel().GetStdHandle(output), 7)
+
+
+SYSTEM: Posix | Windows = Windows() if os.name == "nt" else Posix()
+
+
+def ignore(_number: int, _frame: object) -> None:
+    """Do nothing, but not as SIG_IGN: that would be inherited by the jobs."""
+
+
+class Waker:
+    """Makes signals readable, where that is how to wait for them along with everything else."""
+
+    def __init__(self, handlers: Mapping[int, Callable[[int, Any], None]]) -> None:
+        """Install handlers, but leave a hang-up ignored under nohup."""
+        self.before = {}
+        for number, handler in handlers.items():
+            hangup = number == getattr(signal, "SIGHUP", None)
+            if not hangup or signal.getsignal(number) is not signal.SIG_IGN:
+                self.before[number] = signal.signal(number, handler)
+        self.ends = SYSTEM.wakeup()
+        self.fd = self.ends[0] if self.ends else -1
+        if self.ends:
+            self.before_fd = signal.set_wakeup_fd(self.ends[1], warn_on_full_buffer=False)
+
+    def clear(self) -> None:
+        """Forget the signals so far."""
+        if self.ends:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self.fd, 4096)
+
+    def close(self) -> None:
+        """Put everything back as it was."""
+        if self.ends:
+            signal.set_wakeup_fd(self.before_fd)
+            for fd in self.ends:
+                os.close(fd)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 # --- rules: pure functions -----------------------------------------------------------------------
 
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 FOREVER = 10 * 365 * 86400.0  # no duration is longer, so that no sum of times overflows
-COMMAND_LIMIT = 8191 if os.name == "nt" else 131071  # cmd.exe's; Linux's MAX_ARG_STRLEN
 
 
 def seconds(value: object) -> float:
@@ -235,8 +684,10 @@ def command_line(value: object) -> str:
     """Check a shell line: not blank, and not longer than the system can start."""
     if not text(value).strip():
         raise ValueError("must not be blank")
-    if len(text(value).encode()) > COMMAND_LIMIT:
-        raise ValueError(f"must not be longer than {COMMAND_LIMIT} bytes; put it into a script")
+    if len(text(value).encode()) > SYSTEM.COMMAND_LIMIT:
+        raise ValueError(
+            f"must not be longer than {SYSTEM.COMMAND_LIMIT} bytes; put it into a script"
+        )
     return text(value)
 
 
@@ -448,7 +899,7 @@ def base(value: str) -> float:
 def prefix(value: str) -> tuple[str, ...]:
     """Read an argument vector, to which a job's command is added."""
     try:
-        words = tuple(shlex.split(text(value), posix=os.name != "nt"))
+        words = tuple(SYSTEM.words(text(value)))
     except ValueError as error:
         raise ValueError(f"must be a command prefix: {error}") from None
     if not words:
@@ -468,7 +919,6 @@ def durability(value: str) -> str:
     return value
 
 
-SHELL = ("cmd.exe", "/d", "/s", "/c") if os.name == "nt" else ("/bin/sh", "-c", "--")
 SETTINGS = {
     "max_retries": Setting(3, number(1, 1_000_000), "how often a job is tried"),
     "backoff_base": Setting(2.0, base, "a retry waits this ** attempts seconds (1 to 1000)"),
@@ -476,7 +926,7 @@ SETTINGS = {
     "timeout": Setting(300.0, seconds, "how long an attempt may take (0: no limit)"),
     "kill_grace": Setting(5.0, seconds, "from TERM to KILL when a job is ended"),
     "output_limit": Setting(65536, number(0, 1 << 28), "how many bytes of output are kept"),
-    "shell": Setting(SHELL, prefix, "what runs a command: the command is its last argument"),
+    "shell": Setting(SYSTEM.SHELL, prefix, "what runs a command: the command is its last argument"),
     "max_snoozes": Setting(20, number(0, 1_000_000), "how often a job may exit 75: try me later"),
     "no_retry_exit_codes": Setting((), exit_codes, "exit codes that are final, such as 2,126,127"),
     "retention": Setting(0.0, seconds, "when what completed or was cancelled is pruned (0: never)"),
@@ -793,28 +1243,17 @@ UNSET = "DELETE FROM config WHERE key = :key"
 # --- run directory: what is alive now, as locked files -------------------------------------------
 
 
-def lock(fd: int, *, shared: bool = False) -> bool:
-    """Lock an open file without waiting; False where somebody else has it."""
-    import fcntl
-
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 class Held:
     """A file of the run directory that this process made and has locked."""
 
     def __init__(self, path: str) -> None:
         """Make and lock the file; one that a cleaner removed meanwhile is made again."""
         self.path = path
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        flags = os.O_RDWR | os.O_CREAT | BINARY | getattr(os, "O_NOFOLLOW", 0)
         while True:
             self.fd = os.open(path, flags, 0o600)
             with contextlib.suppress(FileNotFoundError):
-                if lock(self.fd) and os.path.samestat(os.fstat(self.fd), os.stat(path)):
+                if SYSTEM.lock(self.fd) and os.path.samestat(os.fstat(self.fd), os.stat(path)):
                     return
             os.close(self.fd)
             time.sleep(0.001)  # somebody looks at it, or removes it
@@ -824,13 +1263,12 @@ class Held:
         import json
 
         os.ftruncate(self.fd, 0)
-        os.pwrite(self.fd, json.dumps(facts).encode(), 0)
+        os.lseek(self.fd, 0, os.SEEK_SET)
+        os.write(self.fd, json.dumps(facts).encode())
 
     def close(self) -> None:
-        """Give up this process's hold on the lock; the file goes first."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
-        os.close(self.fd)
+        """Give up this process's hold on the lock, and remove the file."""
+        SYSTEM.drop(self.fd, self.path)
 
 
 class RunDirectory:
@@ -865,7 +1303,7 @@ class RunDirectory:
         except FileNotFoundError:
             return True
         try:
-            return lock(fd, shared=True)
+            return SYSTEM.lock(fd, shared=True)
         finally:
             os.close(fd)
 
@@ -889,18 +1327,13 @@ class RunDirectory:
         """Wake every pool: there may be work. Never waits, and nobody listening is fine."""
         with contextlib.suppress(OSError):  # the work is stored; a pool finds it within a TICK
             for bell in self.files("pool-", ".bell"):
-                with contextlib.suppress(OSError):  # ENXIO: its pool is gone
-                    fd = os.open(self.file(bell), os.O_WRONLY | os.O_NONBLOCK)
-                    try:
-                        os.write(fd, b"!")
-                    finally:
-                        os.close(fd)
+                SYSTEM.ring(self.file(bell))
 
     def clean(self) -> None:
         """Remove what the dead left behind; the files of attempts are the recovery's."""
         for item in self.files("pool-") + self.files("worker-"):
             if self.free(item.split(".")[0]):
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):
                     os.unlink(self.file(item))
 
 
@@ -1032,7 +1465,7 @@ class Database:
 
     def _refuse_planted(self, owner: int) -> None:
         """Refuse a stranger's log. As root, SQLite would make it the owner's when it opens it."""
-        if os.name == "nt" or os.geteuid() != 0:
+        if SYSTEM.user() != 0:
             return
         for path in (self.path + "-wal", self.path + "-shm"):
             with contextlib.suppress(FileNotFoundError):
@@ -1151,8 +1584,8 @@ def distrust(db: Database) -> str | None:
 
     Looked at after the open, since SQLite replays whatever -wal it finds beside a database.
     """
-    if os.name == "nt":
-        return None  # the access control lists of the user's own directories keep others out
+    if SYSTEM.user() is None:
+        return None
     where = os.path.dirname(db.path)
     if os.stat(where).st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
         return f"anybody may replace files in {where}"
@@ -1170,7 +1603,7 @@ def suspicious(info: os.stat_result, *, directory: bool) -> str | None:
         return "is not a regular file"
     if info.st_nlink > 1 and not directory:
         return "has another name (a hard link)"
-    if info.st_uid != os.geteuid():
+    if info.st_uid != SYSTEM.user():
         return f"belongs to another user ({info.st_uid})"
     if info.st_mode & stat.S_IWOTH or (info.st_mode & stat.S_IWGRP and shared(info.st_gid)):
         return "may be written by others"
@@ -1183,7 +1616,7 @@ def shared(gid: int) -> bool:
     import pwd
 
     try:
-        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
+        user, group = pwd.getpwuid(SYSTEM.user() or 0), grp.getgrgid(gid)
     except KeyError:
         return True
     return group.gr_name != user.pw_name or any(member != user.pw_name for member in group.gr_mem)
@@ -1649,9 +2082,6 @@ class Queue:
 
 # --- processes: launch, find, end; the only place with signals and kills --------------------------
 
-PROC = sys.platform == "linux"  # processes can be looked into through /proc
-EXHAUSTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # the machine's fault
-
 
 class Output(Held):
     """One attempt's output: a file that the job itself writes and, while it lives, holds locked."""
@@ -1660,29 +2090,32 @@ class Output(Held):
 
     def __init__(self, path: str) -> None:
         """Make the file; one of that name is left over from another queue."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | BINARY
         self.path = path
         try:
             self.fd = os.open(path, flags, 0o600)
         except FileExistsError:
             os.unlink(path)
             self.fd = os.open(path, flags, 0o600)
-        lock(self.fd)
+        SYSTEM.lock(self.fd)
         self.cut = 0  # bytes that are gone from the file, and from its size
+        self.hole = 0  # bytes of the file that take no room
 
     def reopen(self) -> None:
         """Let go of the descriptor that the job shares, so that the lock is the job's alone."""
         os.close(self.fd)
-        self.fd = os.open(self.path, os.O_RDWR | os.O_APPEND)
+        self.fd = os.open(self.path, os.O_RDWR | os.O_APPEND | BINARY)
 
     def trim(self, limit: int) -> bool:
         """Give back the disk space of a runaway's output, all but what will be kept."""
-        info = os.fstat(self.fd)
-        if info.st_blocks * 512 <= self.BOUND + limit:
+        size = os.fstat(self.fd).st_size
+        if size - self.hole <= self.BOUND + limit:
             return False
-        if not punch(self.fd, info.st_size - limit):
-            os.ftruncate(self.fd, 0)  # a file system without holes: all of it goes
-            self.cut += info.st_size
+        if SYSTEM.punch(self.fd, size - limit):
+            self.hole = size - limit
+        else:  # a file system without holes: all of it goes
+            os.ftruncate(self.fd, 0)
+            self.cut += size
         return True
 
     def tail(self, limit: int) -> tuple[int, bytes]:
@@ -1695,114 +2128,7 @@ def tail(fd: int, limit: int) -> tuple[int, bytes]:
     """Return how many bytes of a file come before its last ones, and the last ones."""
     size = os.fstat(fd).st_size
     kept = min(limit, size)
-    return size - kept, os.pread(fd, kept, size - kept)
-
-
-def punch(fd: int, length: int) -> bool:
-    """Make the beginning of a file a hole (Linux); False where that cannot be done."""
-    import ctypes
-
-    try:
-        fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
-    except (AttributeError, OSError, TypeError):
-        return False
-    keep_size, punch_hole = 1, 2
-    offsets = ctypes.c_int64(0), ctypes.c_int64(length)
-    return bool(fallocate(fd, keep_size | punch_hole, *offsets) == 0)
-
-
-def launch(job: Job, shell: Sequence[str], env: dict[bytes, bytes], out: Output) -> Child:
-    """Start a job's command in a session of its own; OSError where it cannot be started.
-
-    The output file is passed on a third time, as a descriptor that no redirection closes.
-    """
-    import subprocess
-
-    return subprocess.Popen(  # signals are at their defaults: this process has handlers for all
-        [*shell, job.command],
-        cwd=job.cwd,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=out.fd,
-        stderr=out.fd,
-        pass_fds=(out.fd,),
-        start_new_session=True,
-    )
-
-
-def run_key(job: Job) -> str:
-    """Return what every process of one attempt has in its environment, as QUEUECTL_RUN."""
-    return f"{job.seq}.{job.run}.{job.locked_by}"
-
-
-def members(job: Job, run: RunDirectory) -> list[int]:
-    """Return the processes of an attempt, as far as they can be told from strangers for certain."""
-    if PROC:
-        key = b"\0QUEUECTL_RUN=" + run_key(job).encode() + b"\0"
-        found = [pid for pid in others() if key in b"\0" + read_proc(pid, "environ")]
-        if found or run.free(job.seq, job.run, "out"):
-            return found
-        return [pid for pid in others() if holds(pid, run.file(job.seq, job.run, "out"))]
-    return group(run.facts(job.locked_by), job)
-
-
-def others() -> list[int]:
-    """Return the processes of the machine without this one."""
-    return [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and int(pid) != os.getpid()]
-
-
-def read_proc(pid: int, *parts: str) -> bytes:
-    """Return a file of /proc; empty where the process is gone or not ours to look at."""
-    try:
-        with open(os.path.join("/proc", str(pid), *parts), "rb") as file:
-            return file.read()
-    except OSError:
-        return b""
-
-
-def holds(pid: int, path: str) -> bool:
-    """Tell whether a process holds the lock of a file (to have it open is not enough)."""
-    with contextlib.suppress(OSError):
-        for fd in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.stat(f"/proc/{pid}/fd/{fd}"), os.stat(path)):
-                    info = read_proc(pid, "fdinfo", fd)
-                    if re.search(rb"FLOCK +ADVISORY +WRITE", info):
-                        return True
-    return False
-
-
-def group(facts: Mapping[str, Any], job: Job) -> list[int]:
-    """Return the process group of an attempt where there is no /proc: by pid and start time.
-
-    A leader that did not start when the job was launched is a stranger who got the pid later.
-    """
-    import subprocess
-
-    if facts.get("run") != run_key(job) or "job_pid" not in facts:
-        return []
-    env = {**os.environ, "LC_ALL": "C"}
-    table = subprocess.run(
-        ["ps", "-axo", "pid=,pgid=,lstart="], stdout=subprocess.PIPE, check=False, env=env
-    ).stdout.decode(errors="replace")
-    found = []
-    for line in table.splitlines():
-        pid, pgid, *started = line.split()
-        if int(pgid) != facts["job_pid"] or len(started) != 5:
-            continue
-        when = time.mktime(time.strptime(" ".join(started), "%a %b %d %H:%M:%S %Y"))
-        if pid == pgid and abs(when - facts["launched"]) > 2:
-            return []
-        found.append(int(pid))
-    return found
-
-
-def send_signal(pids: Iterable[int], *signals: int) -> None:
-    """Signal processes, each by its own pid; one that is gone meanwhile is fine."""
-    for pid in pids:
-        for number in signals:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, number)
+    return size - kept, SYSTEM.read(fd, kept, size - kept)
 
 
 class Ender:
@@ -1816,59 +2142,14 @@ class Ender:
 
     def gone(self) -> bool:
         """Go on with the ending, and tell whether it is done: no process, and the lock free."""
-        found = members(self.job, self.run)
+        found = SYSTEM.members(self.job, self.run)
         if time.monotonic() >= self.deadline:
-            send_signal(found, signal.SIGKILL)
+            SYSTEM.kill(found, self.job)
         else:
             news = [pid for pid in found if pid not in self.asked]  # parents first, as a rule
-            send_signal(news, signal.SIGTERM, signal.SIGCONT)
+            SYSTEM.ask(news)
             self.asked.update(found)
         return not found and self.run.free(self.job.seq, self.job.run, "out")
-
-
-class Waker:
-    """Makes signals readable: a pipe that can be waited for along with everything else."""
-
-    def __init__(self, handlers: Mapping[int, Callable[[int, Any], None]]) -> None:
-        """Install handlers, but leave a hang-up ignored under nohup."""
-        self.fd, self.end = os.pipe()
-        for fd in (self.fd, self.end):
-            os.set_blocking(fd, False)
-        self.before = {}
-        for number, handler in handlers.items():
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                self.before[number] = signal.signal(number, handler)
-        self.before_fd = signal.set_wakeup_fd(self.end, warn_on_full_buffer=False)
-
-    def clear(self) -> None:
-        """Forget the signals so far."""
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.fd, 4096)
-
-    def close(self) -> None:
-        """Put everything back as it was."""
-        signal.set_wakeup_fd(self.before_fd)
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        os.close(self.fd)
-        os.close(self.end)
-
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
-
-
-def ignore(_number: int, _frame: object) -> None:
-    """Do nothing, but not as SIG_IGN: that would be inherited by the jobs."""
-
-
-def sane_signals() -> Waker:
-    """Give a worker's jobs the signals they expect, whoever started the pool, and return its waker.
-
-    The worker itself hears nothing but its jobs' ends: when to stop, it is told by its pool.
-    """
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
-    return Waker(dict.fromkeys((*STOP_SIGNALS, signal.SIGCHLD), ignore))
 
 
 # --- worker: one job at a time --------------------------------------------------------------------
@@ -1894,8 +2175,9 @@ class Worker:
         self.held = Held(self.run_dir.file(name))
         self.facts = {"pid": os.getpid(), "slot": slot}
         self.held.note(**self.facts)
-        self.inherited = dict(os.environb)
-        self.waker = sane_signals()
+        SYSTEM.unblock(worker=True)
+        self.waker = Waker(dict.fromkeys(SYSTEM.STOP_SIGNALS, ignore))
+        self.child: Child | None = None
         self.config = self.queue.config()
         self.db.durable(self.config["synchronous"])
         self.db.patient = self.patient
@@ -1960,21 +2242,16 @@ class Worker:
 
     def wait(self, until: float | None) -> None:
         """Wait for a child's end, the pool, or a time on the monotonic clock."""
-        import select
-
         now = time.monotonic()
         if now >= self.flush_at:
             self.flush()
         until = min(self.flush_at, float("inf") if until is None else until)
-        pool = [] if self.alone else [self.pool.fileno()]
         limit = None if until == float("inf") else max(0.0, until - now)
         if self.alone and limit is None:
             return  # nobody is left who could say anything
-        ready = select.select([self.waker.fd, *pool], [], [], limit)[0]
-        if self.waker.fd in ready:
-            self.waker.clear()
-        if ready != [self.waker.fd]:
+        if SYSTEM.wait(self.waker, None if self.alone else self.pool, self.child, limit):
             self.hear()
+        self.waker.clear()
 
     def claim(self) -> Job | None:
         """Claim a job; a fault of the database or the disk is waited out."""
@@ -2007,22 +2284,25 @@ class Worker:
         started, out = self.queue.clock(), None
         try:
             out = Output(self.run_dir.file(job.seq, job.run, "out"))
-            child = launch(job, self.config["shell"], self.environment(job), out)
+            child = SYSTEM.launch(self.config["shell"], job, self.environment(job), out.fd)
         except OSError as failure:
             return self.unstartable(job, failure, started), out
         self.starved = False
         if not PROC:
             self.held.note(**self.facts, run=run_key(job), job_pid=child.pid, launched=started)
+        self.child = child
         fate, error = self.watch(job, child, out)
         if error or child.returncode:
             self.end(job, child, out)
+        SYSTEM.release(child)
+        self.child = None
         error = error or exit_meaning(child.returncode)
         finished = max(self.queue.clock(), started)
         tail = out.tail(self.config["output_limit"])
         return Ending(fate, child.returncode, error, started, finished, *tail), out
 
-    def environment(self, job: Job) -> dict[bytes, bytes]:
-        """Return a job's environment: the worker's, then the job's own, then ours."""
+    def environment(self, job: Job) -> dict[str, str]:
+        """Return what a job's environment has beside the worker's: its own, then ours."""
         env = {
             "QUEUECTL_JOB_ID": job.id,
             "QUEUECTL_ATTEMPT": str(job.attempts),
@@ -2034,7 +2314,7 @@ class Worker:
             import json
 
             env = {**json.loads(job.env), **env}
-        return {**self.inherited, **{os.fsencode(k): os.fsencode(v) for k, v in env.items()}}
+        return env
 
     def unstartable(self, job: Job, error: OSError, started: float) -> Ending:
         """Decide whose fault it is that a job did not start: its own, or the machine's."""
@@ -2137,6 +2417,7 @@ def keep(run: RunDirectory, job: Job, ending: Ending, out: Output | None) -> Non
     cut = ending.cut if out and out.cut else 0  # what the file itself does not tell
     facts = json.dumps([*ending[:2], (ending.error or "")[:60] or None, *ending[3:5], cut])
     if out:
+        os.close(out.fd)  # Windows renames nothing that is open
         os.rename(out.path, run.file(job.seq, job.run, "end" + quote(facts, safe="")))
 
 
@@ -2160,7 +2441,6 @@ def run_worker(path: str, name: str, slot: int, queues: Sequence[str], pool: Con
 
 # --- pool: starts the workers, wakes them, recovers what the dead left ----------------------------
 
-TICK = 0.25  # seconds between looks at what rings no bell
 BROKEN = 5  # workers that die without a job in a minute: then something is wrong with the machine
 
 
@@ -2209,7 +2489,7 @@ class Pool:
         self.news, self.served = 1, 1  # occasions to look for work, and the last one looked after
         self.woken: Member | None = None
         self.look_at, self.sync_at = 0.0, float("inf")
-        self.version, self.next_time, self.wal = -1, float("inf"), -1
+        self.version, self.next_time = -1, float("inf")
         self.db.patient = lambda waited: waited < 0.3
 
     def on_signal(self, number: int, _: object) -> None:
@@ -2218,13 +2498,14 @@ class Pool:
 
     def main(self) -> int:
         """Run until stopped or drained; return the exit code."""
+        import socket
+
         with self.db.faults():
             self.run_dir.make()
             held = Held(self.run_dir.file(self.name))
-            facts = {"host": os.uname().nodename, "queues": list(self.queues), "count": self.count}
-            held.note(pid=os.getpid(), started=self.queue.clock(), **facts)
-            os.mkfifo(self.run_dir.file(self.name, "bell"), 0o600)
-            self.bell = os.open(self.run_dir.file(self.name, "bell"), os.O_RDWR | os.O_NONBLOCK)
+            facts = {"host": socket.gethostname(), "queues": list(self.queues)}
+            held.note(pid=os.getpid(), started=self.queue.clock(), count=self.count, **facts)
+            self.bell = SYSTEM.bell(self.run_dir.file(self.name, "bell"))
         self.identity = self.db.identity()
         self.run_dir.clean()
         try:
@@ -2236,7 +2517,8 @@ class Pool:
             for item in self.run_dir.files(self.name + "."):
                 os.unlink(self.run_dir.file(item))
             held.close()
-            os.close(self.bell)
+            if self.bell is not None:
+                os.close(self.bell)
         self.sync()
         if self.fault:
             raise self.fault
@@ -2261,7 +2543,7 @@ class Pool:
                 pass  # somebody writes for a long time: at the next look
             except Fault as error:
                 self.fail(error)
-            self.look_at = now + (0.03 if self.enders else TICK)
+            self.look_at = now + min(0.03 if self.enders else 1, SYSTEM.TICK)
         self.staff(now)
         self.wake()
         if now >= self.sync_at:
@@ -2273,13 +2555,13 @@ class Pool:
 
         due = time.monotonic() + max(0.0, self.next_time - self.queue.clock())
         until = min(self.look_at, self.sync_at, due, *(when for when, _ in self.missing))
-        sources: list[Any] = [self.bell, *(member.conn for member in self.members)]
-        if self.waker:
-            sources.append(self.waker.fd)
+        sources: list[Any] = [member.conn for member in self.members]
+        sources += [] if self.bell is None else [self.bell]
+        sources += [self.waker.fd] if self.waker and self.waker.fd >= 0 else []
         ready = wait(sources, max(0.0, until - time.monotonic()))
-        if self.waker and self.waker.fd in ready:
+        if self.waker:
             self.waker.clear()
-        if self.bell in ready:
+        if self.bell is not None and self.bell in ready:
             os.read(self.bell, 65536)
             self.news += 1
             self.look_at = 0.0
@@ -2399,7 +2681,7 @@ class Pool:
             then, now = job.locked_at or 0.0, self.queue.clock()
             ending = ending or Ending("crashed", None, "its worker died", then, max(then, now))
             if path:
-                fd = os.open(path, os.O_RDONLY)
+                fd = os.open(path, os.O_RDONLY | BINARY)
                 cut, output = tail(fd, self.queue.config()["output_limit"])
                 os.close(fd)
                 ending = ending._replace(cut=ending.cut + cut, output=output)
@@ -2451,19 +2733,7 @@ class Pool:
         """
         self.sync_at = float("inf")
         with contextlib.suppress(FileNotFoundError):
-            if self.wal < 0:
-                self.wal = os.open(self.db.path + "-wal", os.O_RDONLY)
-            sync_file(self.wal)
-
-
-def sync_file(fd: int) -> None:
-    """Sync a file, on macOS down to the medium."""
-    with contextlib.suppress(ImportError, AttributeError, OSError):
-        import fcntl
-
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # type: ignore[attr-defined,unused-ignore]
-        return
-    getattr(os, "fdatasync", os.fsync)(fd)
+            SYSTEM.sync(self.db.path + "-wal")
 
 
 def importable() -> Any:
@@ -2546,8 +2816,8 @@ def work(  # noqa: PLR0913
     pool = Pool(queue, count, queues, say)
     pool.drain, pool.horizon, pool.tick = drain, horizon, tick
     if signals:
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])  # else the fork server misses its SIGCHLD
-        pool.waker = Waker(dict.fromkeys(STOP_SIGNALS, pool.on_signal))
+        SYSTEM.unblock()  # else the fork server misses its SIGCHLD
+        pool.waker = Waker(dict.fromkeys(SYSTEM.STOP_SIGNALS, pool.on_signal))
     try:
         return pool.main()
     finally:
@@ -2947,7 +3217,7 @@ def cmd_enqueue(args: argparse.Namespace) -> int:
             print(job_id)
         return OK
     if len(words) > 1 and not re.match(UNQUOTED, words[0]):
-        jobs: list[dict[str, object]] = [{"command": " ".join(map(shlex.quote, words))}]
+        jobs: list[dict[str, object]] = [{"command": SYSTEM.line(words)}]
     elif words[0].lstrip()[:1] in ("{", "["):
         jobs = from_json(" ".join(words))
     else:
@@ -2992,7 +3262,7 @@ def detach(args: argparse.Namespace) -> int:
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     size = os.fstat(fd).st_size
     pool = subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, start_new_session=True
+        argv, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, **SYSTEM.background()
     )
     os.close(fd)
     while pool.poll() is None:
@@ -3158,11 +3428,11 @@ def follow(queue: Queue, job: Job, fd: int) -> Iterator[bytes]:
             yield chunk
             at += len(chunk)
             at = 0 if os.fstat(fd).st_size < at else at  # a runaway's output was cut
-            chunk = os.pread(fd, 1 << 16, at)
+            chunk = SYSTEM.read(fd, 1 << 16, at)
         if over:
             return
         time.sleep(0.03)
-        chunk = os.pread(fd, 1 << 16, at)
+        chunk = SYSTEM.read(fd, 1 << 16, at)
 
 
 def next_run(queue: Queue, job: Job) -> Job:
@@ -3182,7 +3452,7 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
         job = next_run(queue, job) if args.follow else job
     run, chunks = args.run or job.run, None
     try:
-        fd = os.open(queue.db.run.file(job.seq, run, "out"), os.O_RDONLY)
+        fd = os.open(queue.db.run.file(job.seq, run, "out"), os.O_RDONLY | BINARY)
         cut, output = tail(fd, queue.config()["output_limit"])
         chunks = follow(queue, job, fd) if args.follow else [output]
     except FileNotFoundError:

@@ -2298,7 +2298,7 @@ class BadInput(Case):
         self.assertEqual(os.listdir(self.dir), [])
 
     def test_a_command_is_refused_only_where_the_system_could_not_start_it(self) -> None:
-        longest = queuectl.COMMAND_LIMIT
+        longest = queuectl.SYSTEM.COMMAND_LIMIT
         for command in ("x" * (longest + 1), "é" * (longest // 2 + 1)):
             job = json.dumps({"command": command}).encode()
             line = self.answer("enqueue", "-", stdin=job)

@@ -1615,6 +1615,7 @@ class ReadOnly(Live):
             for words in self.WRITES[:2]:
                 with self.subTest(words, target=target):
                     self.refused(*words.split(), code=4, prefix=user)
+            os.chmod(target, 0o700)
         self.assertEqual(self.states(), {"1": "pending"})
 
 

@@ -1760,7 +1760,7 @@ class Pool:
         self.woken: Member | None = None
         self.look_at, self.sync_at = 0.0, float("inf")
         self.version, self.next_time, self.wal = -1, float("inf"), -1
-        self.db.patient = lambda waited: waited < 0.3
+        self.db.patient = lambda waited: waited < 0.3 and not self.signals
 
     def on_signal(self, number: int, _: object) -> None:
         """Note a signal; the loop reads it."""

@@ -1196,6 +1196,16 @@ class Stop(Live):
         self.drain()
         self.assertEqual((self.job(job).attempts, self.job(job).run), (1, 2))  # one was given back
 
+    def test_another_programs_lock_does_not_hold_up_a_pool_that_has_a_job_to_recover(self) -> None:
+        self.enqueue("echo $$ > pid; exec sleep 300")
+        pool = self.pool()
+        self.wrote("pid")
+        second, _ = self.second(), self.locked()
+        self.kill_workers()
+        until(lambda: not alive(int(self.read("pid"))))  # now it may go back
+        pool.terminate()
+        self.assertLess(self.ends(pool, 0), second)
+
     def test_a_result_that_cannot_be_stored_is_kept_over_a_stop(self) -> None:
         jobs = {
             "good": self.enqueue(f"echo good >> log; {WAIT}; echo result; echo >> ended"),
@@ -1572,13 +1582,19 @@ class FullDisk(Live):
             self.assertEqual(self.out("enqueue", "true"), job + "\n")
 
     def test_an_output_that_cannot_be_written_is_said(self) -> None:
-        for words in ("enqueue true", "list"):
-            with self.subTest(words), open("/dev/full", "w") as full:
-                argv = [*PYTHON, PROGRAM, *words.split()]
+        said = "queuectl: No space left on device\n"
+        for words, unbuffered in (("enqueue true", ""), ("list", ""), ("list", "1")):
+            env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+            with self.subTest(words, unbuffered=unbuffered), open("/dev/full", "w") as full:
                 done = subprocess.run(
-                    argv, stdout=full, stderr=subprocess.PIPE, text=True, cwd=self.dir, check=False
+                    [*PYTHON, PROGRAM, *words.split()],
+                    stdout=full,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    cwd=self.dir,
+                    env=env,
+                    check=False,
                 )
-                said = "queuectl: No space left on device\n"
                 self.assertEqual((done.returncode, done.stderr), (4, said))
 
 
@@ -1721,7 +1737,7 @@ class Foreign(Live):
     COMMANDS = (
         "enqueue true",
         "status",
-        "worker start --quiet",
+        "worker start --drain --quiet",
         "worker stop",
         "config set timeout 3",
         "dlq retry --all",
@@ -2217,7 +2233,7 @@ WRONG = {
     ),
     "timeout": (None, True, [], {}, "long", -1, float("inf")),
     "max_retries": ("1", None, True, 1.5, [], {}, 0, -1, 10**7),
-    "cwd": (1, None, True, [], {}, "/\0"),
+    "cwd": (1, None, True, [], {}, "/\0", "/\ud800"),
     "env": (1, None, [], "A=1", {"A": 1}, {"": "x"}, {"A=B": "x"}, {"A": None}, {"A": "\0"}),
 }
 WRONG_JSON = (  # what is given, and a part of the answer

@@ -2490,7 +2490,7 @@ class Pool:
         self.woken: Member | None = None
         self.look_at, self.sync_at = 0.0, float("inf")
         self.version, self.next_time = -1, float("inf")
-        self.db.patient = lambda waited: waited < 0.3
+        self.db.patient = lambda waited: waited < 0.3 and not self.signals
 
     def on_signal(self, number: int, _: object) -> None:
         """Note a signal; the loop reads it."""

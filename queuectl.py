@@ -747,7 +747,7 @@ NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :met)"
 MEET = "UPDATE needs SET met = 1 WHERE parent = :seq"
 UNBLOCK = """
 UPDATE jobs SET due = run_after <= :now, updated_at = :now
-WHERE seq IN (SELECT child FROM needs WHERE parent = :seq) AND state = 'pending' AND due = -1
+WHERE seq IN (SELECT child FROM needs WHERE parent = :seq) AND +state = 'pending' AND +due = -1
   AND NOT EXISTS (SELECT 1 FROM needs WHERE child = jobs.seq AND met = 0)"""
 PARENTS = (
     JOB + "JOIN needs ON parent = seq WHERE child = :seq AND met = 0 ORDER BY parent LIMIT 100"

@@ -2481,6 +2481,7 @@ def work(  # noqa: PLR0913
     `say` gets a line for each event, `tick` is called at least once a second.
     """
     queue = Queue(path)
+    queue.db.run.make()  # the database may have been copied here
     reason = distrust(queue.db)
     if reason and not insecure:
         raise Fault(f"{reason}: whoever writes there runs commands as you; see --insecure")

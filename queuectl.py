@@ -767,7 +767,7 @@ PRUNABLE = """
 SELECT seq FROM jobs WHERE state = :state AND due = 1 AND updated_at <= :before
   AND NOT EXISTS (SELECT 1 FROM needs WHERE parent = jobs.seq AND met = 0)
 ORDER BY updated_at LIMIT :limit"""
-WAITS_FOR = "SELECT 1 FROM needs WHERE parent = :seq AND met = 0"
+WAITS_FOR = JOB + "JOIN needs ON child = seq WHERE parent = :seq AND met = 0"
 SLICE = 200  # jobs in a transaction of `prune`, at first
 FORGET = (
     "DELETE FROM attempts WHERE job = :seq",
@@ -1470,8 +1470,8 @@ class Queue:
             for job in jobs:
                 if job.state not in (DEAD, CANCELLED):
                     raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
-                if self.db.execute(WAITS_FOR, {"seq": job.seq}).fetchone():
-                    raise NotFound(f"a blocked job waits for job {job.id}: cancel it first")
+                for child in self._jobs(WAITS_FOR, seq=job.seq):
+                    raise NotFound(f"job {child.id} waits for {job.id}: cancel and prune it first")
                 self._forget(job.seq)
         return len(jobs)
 

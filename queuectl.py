@@ -1204,7 +1204,7 @@ NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :met)"
 MEET = "UPDATE needs SET met = 1 WHERE parent = :seq"
 UNBLOCK = """
 UPDATE jobs SET due = run_after <= :now, updated_at = :now
-WHERE seq IN (SELECT child FROM needs WHERE parent = :seq) AND state = 'pending' AND due = -1
+WHERE seq IN (SELECT child FROM needs WHERE parent = :seq) AND +state = 'pending' AND +due = -1
   AND NOT EXISTS (SELECT 1 FROM needs WHERE child = jobs.seq AND met = 0)"""
 PARENTS = (
     JOB + "JOIN needs ON parent = seq WHERE child = :seq AND met = 0 ORDER BY parent LIMIT 100"
@@ -1224,7 +1224,7 @@ PRUNABLE = """
 SELECT seq FROM jobs WHERE state = :state AND due = 1 AND updated_at <= :before
   AND NOT EXISTS (SELECT 1 FROM needs WHERE parent = jobs.seq AND met = 0)
 ORDER BY updated_at LIMIT :limit"""
-WAITS_FOR = "SELECT 1 FROM needs WHERE parent = :seq AND met = 0"
+WAITS_FOR = JOB + "JOIN needs ON child = seq WHERE parent = :seq AND met = 0"
 SLICE = 200  # jobs in a transaction of `prune`, at first
 FORGET = (
     "DELETE FROM attempts WHERE job = :seq",
@@ -1959,8 +1959,8 @@ class Queue:
             for job in jobs:
                 if job.state not in (DEAD, CANCELLED):
                     raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
-                if self.db.execute(WAITS_FOR, {"seq": job.seq}).fetchone():
-                    raise NotFound(f"a blocked job waits for job {job.id}: cancel it first")
+                for child in self._jobs(WAITS_FOR, seq=job.seq):
+                    raise NotFound(f"job {child.id} waits for {job.id}: cancel and prune it first")
                 self._forget(job.seq)
         return len(jobs)
 
@@ -2806,6 +2806,7 @@ def work(  # noqa: PLR0913
     `say` gets a line for each event, `tick` is called at least once a second.
     """
     queue = Queue(path)
+    queue.db.run.make()  # the database may have been copied here
     reason = distrust(queue.db)
     if reason and not insecure:
         raise Fault(f"{reason}: whoever writes there runs commands as you; see --insecure")

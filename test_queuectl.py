@@ -18,10 +18,12 @@ import pty
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -2335,6 +2337,1131 @@ class BadInput(Case):
             line = self.answer("enqueue", "-", stdin="\n".join(lines).encode())
             self.assertIn(f"line {at}: there is a job {ids.split()[at - 1]} already", line)
         self.assertEqual(list(self.states()), ["taken"])
+
+
+# --- at the prompt --------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, case: Case, *args: str, columns: int = 80, **more: Any) -> None:
+        self.fd, slave = pty.openpty()
+        case.addCleanup(os.close, self.fd)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")}
+        env.update({"TERM": "xterm", **more.pop("env", {})})
+        line = [*PYTHON, PROGRAM, *args]
+        where: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": slave, "stderr": slave}
+        self.process = subprocess.Popen(line, cwd=case.dir, env=env, **{**where, **more})
+        case.addCleanup(self.process.wait)
+        case.addCleanup(self.process.kill)
+        os.close(slave)
+        self.shown = ""
+
+    def sees(self, pattern: str, limit: float = 10.0) -> None:
+        """Wait until something is shown, and forget what was shown so far."""
+        while not re.search(pattern, self.shown):
+            more = select.select([self.fd], [], [], limit)[0] and os.read(self.fd, 65536)
+            if not more:
+                raise AssertionError(f"no {pattern!r} in {self.shown!r}")
+            self.shown += more.decode()
+        self.shown = ""
+
+    def end(self) -> str:
+        """Return all that is shown until the command ends."""
+        with contextlib.suppress(OSError):  # EIO: the other end is closed
+            while True:
+                self.shown += os.read(self.fd, 65536).decode()
+        self.process.wait(10)
+        return self.shown.replace("\r\n", "\n")
+
+
+class Prompt(Live):
+    def told(self, *args: str) -> tuple[int, str, str]:
+        """Run a command in this process; return its exit code and what it wrote."""
+        out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = queuectl.main(["--db", self.path, *args])
+            except SystemExit as end:  # --help
+                code = int(str(end.code))
+        out.flush()
+        return code, out.buffer.getvalue().decode(), err.getvalue()  # type: ignore[attr-defined]
+
+    def shown(self, job_id: str) -> dict[str, Any]:
+        return dict(json.loads(self.told("show", job_id, "--json")[1]))
+
+
+class Clocked(Prompt):
+    """A queue with a clock that the test moves."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.now = 1e6
+        self.queue = Queue(self.path, clock=lambda: self.now)
+        self.queue.db.durable("normal")
+        self.addCleanup(self.queue.db.close)
+
+    def next(self, *queues: str) -> Any:
+        return self.queue.claim("worker-1", queues)
+
+    def ends(self, code: int = 0, job: Any = None) -> Any:  # type: ignore[override]
+        """Let a job, the next one, end with an exit code; return it as it is then."""
+        ending = Ending("ran", code, queuectl.exit_meaning(code), self.now, self.now)
+        return self.queue.finish(job or self.next(), ending)[0]
+
+    def runs(self) -> str:
+        """Let all complete that is due; return their ids in order."""
+        return " ".join(self.ends(0, job).id for job in iter(self.next, None))
+
+    def ids(self) -> str:
+        return " ".join(job.id for job in self.queue.jobs())
+
+    def steps(self, act: Callable[[], object]) -> int:
+        """Return how many hundred steps of SQLite's machine something takes."""
+        taken: list[int] = []
+        self.queue.db.connection.set_progress_handler(lambda: taken.append(1), 100)
+        act()
+        self.queue.db.connection.set_progress_handler(None, 0)
+        return len(taken)
+
+
+class TestSubmit(Prompt):
+    def test_an_option_overrides_its_field_and_leaves_the_others_as_they_are(self) -> None:
+        fields = {
+            "command": "true",
+            "priority": 7,
+            "run_at": "2030-01-31T08:00Z",
+            "timeout": 9,
+            "max_retries": 8,
+            "queue": "gpu",
+            "cwd": "/",
+            "env": {"A": "a", "B": "b"},
+        }
+        for words, name, value in (
+            ("--id x", "id", "x"),
+            ("--priority -5", "priority", -5),
+            ("--at 2031-01-31T08:00Z", "run_after", 1927612800),
+            ("--delay 2m", "run_after", None),
+            ("--timeout 0", "timeout", 0),
+            ("--timeout 1m30s", "timeout", 90),
+            ("--max-retries 1", "max_retries", 1),
+            ("--queue cpu", "queue", "cpu"),
+            ("--cwd /tmp", "cwd", "/tmp"),
+            ("--env B=c --env D==", "env", {"A": "a", "B": "c", "D": "="}),
+        ):
+            with self.subTest(words):
+                plain, given = (
+                    self.shown(self.told("enqueue", *more, json.dumps(fields))[1].strip())
+                    for more in ((), words.split())
+                )
+                own = ("id", "seq", "created_at", "updated_at", "why", name)
+                self.assertEqual(
+                    *({k: v for k, v in job.items() if k not in own} for job in (plain, given))
+                )
+                if name == "run_after":
+                    given[name] = queuectl.moment(given[name])
+                    self.assertAlmostEqual(given[name], value or time.time() + 120, delta=60)
+                else:
+                    self.assertEqual(given[name], value)
+                    self.assertNotEqual(plain[name], value)
+
+    def test_a_taken_id_is_an_error_unless_it_may_be_there(self) -> None:
+        self.assertEqual(self.told("enqueue", "--id", "x", "echo 1"), (0, "x\n", ""))
+        taken = "queuectl: there is a job x already\n"
+        self.assertEqual(self.told("enqueue", "--id", "x", "echo 2"), (2, "", taken))
+        two = '[{"id":"y","command":"a"},{"id":"y","command":"b"}]'
+        self.assertEqual(self.told("enqueue", two)[0], 2)
+        self.assertEqual(self.told("enqueue", "--id", "x", "--if-absent", "b"), (0, "x\n", ""))
+        self.assertEqual([job["command"] for job in self.listed()], ["echo 1"])
+
+    def listed(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.told("list", "--json")[1].splitlines()]
+
+    def test_what_powershell_left_of_json_gets_a_hint_and_is_no_job(self) -> None:
+        for words in (["{id:job1,command:echo hi}"], ["{id:job1,command:echo", "hi}"]):
+            line = self.told("enqueue", *words)[2]
+            for part in ("PowerShell", "enqueue COMMAND", "enqueue -"):
+                self.assertIn(part, line)
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_what_makes_no_sense_is_refused_with_a_word_about_the_field(self) -> None:
+        self.enqueue("true")
+        for words, reason in {
+            ("--priority", "1e3"): "priority must be a whole number",
+            ("--delay", ""): "delay must be a duration",
+            ("--at", "31.1.2030"): "run_at must be a time",
+            ("--at", "9999999999999"): "run_at must be a time between 1970 and 9999",
+            ("--after", ""): "after must be",
+            ("--after", "1,"): "after must be",
+            ("--after", "7"): "after: no job 7",
+            ("--every", "0"): "every must be at least 1 second",
+            ("--cron", ""): "cron must have five fields",
+            ("--cron", "@daily", "--every", "1d"): "a job has every or cron, not both",
+            ("--delay", "1", "--at", "5"): "a job has delay or run_at, not both",
+            ("--env", "=x"): "env must have names",
+            ("--env", "x"): "--env is NAME=VALUE",
+            ("--queue", ""): "queue must be",
+            ("--id", "a b"): "id must be",
+        }.items():
+            with self.subTest(words):
+                code, out, err = self.told("enqueue", *words, "true")
+                self.assertEqual((code, out, err.count("\n")), (2, "", 1))
+                self.assertIn(reason, err)
+        for name, value in {
+            "after": 5,
+            "after ": [],
+            "env": [],
+            "every": True,
+            "cron": 5,
+            "queue": None,
+            "delay": "soon",
+            "priority": 1.5,
+            "timeout": float("nan"),
+        }.items():
+            job = json.dumps({"command": "true", name: value})
+            self.assertEqual(self.told("enqueue", job)[:2], (2, ""), job)
+        for words in (
+            "pause --queue=",
+            "resume --queue=",
+            "list --queue=",
+            "worker start --queue=",
+        ):
+            self.assertEqual(self.told(*words.split())[:2], (2, ""), words)
+        self.assertEqual(len(self.listed()), 1)
+
+    def test_a_script_can_rely_on_ids_and_exit_codes(self) -> None:
+        script = r"""
+            set -eu
+            q() { $QUEUECTL "$@"; }
+            code() { code=0; "$@" || code=$?; echo $code; }
+            build=$(q enqueue --priority 5 'echo built > artefact')
+            ship=$(q enqueue --after "$build" 'cat artefact')
+            bad=$(q enqueue --max-retries 1 'exit 7')
+            never=$(q enqueue --after "$bad" true)
+            for _ in 1 2; do
+                test "$(q enqueue --id night --if-absent --delay 1h true)" = night
+            done
+            test "$(code q worker start --quiet --drain --horizon 1m)" = 1
+            q wait "$build" "$ship" && test "$(q logs "$ship")" = built
+            test "$(code q wait "$build" "$bad")" = 7
+            test "$(code q wait --timeout 0.1 night)" = 124
+            test "$(q cancel --cascade night "$bad" | xargs)" = "night $never"
+            test "$(code q show nobody)" = 1
+            q prune && q dlq purge "$bad" && test "$(q list --json)" = ''
+        """
+        env = {**os.environ, "QUEUECTL": " ".join([*PYTHON, PROGRAM])}
+        result = subprocess.run(
+            ["sh", "-c", script], cwd=self.dir, env=env, capture_output=True, text=True, check=False
+        )
+        self.assertEqual(result.returncode, 0, result.stderr)
+
+
+class TestWatch(Prompt):
+    def test_logs_follow_a_running_job_live_and_end_with_it(self) -> None:
+        self.enqueue(f"echo one; {WAIT}; echo two", id="x")
+        line = [*PYTHON, PROGRAM, "logs", "x", "-f"]
+        logs = subprocess.Popen(line, cwd=self.dir, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.addCleanup(logs.communicate)
+        self.assertIn(b"job x waits: no worker is running", logs.stderr.readline())  # type: ignore[union-attr]
+        self.pool("--drain")
+        self.assertEqual(os.read(logs.stdout.fileno(), 99), b"one\n")  # type: ignore[union-attr]
+        self.assertIsNone(logs.poll())
+        self.touch("go")
+        self.assertEqual((logs.communicate(timeout=5)[0], logs.returncode), (b"two\n", 0))
+
+    def test_logs_of_a_waiting_job_say_when_it_will_run(self) -> None:
+        self.enqueue("true", id="x", run_at="9999-01-01")
+        words = queuectl.ago(self.job("x").run_after, time.time())
+        self.assertEqual(self.told("logs", "x"), (0, "", f"queuectl: job x waits: due {words}\n"))
+
+    def test_an_earlier_attempt_has_its_own_logs(self) -> None:
+        self.configure(backoff_max="0")
+        self.enqueue("echo try $QUEUECTL_ATTEMPT; exit 1", id="x", max_retries=2)
+        self.drain(code=1)
+        for words, output in (("", "try 2\n"), ("--run 1", "try 1\n"), ("--run 2 -f", "try 2\n")):
+            self.assertEqual(self.told("logs", "x", *words.split()), (0, output, ""))
+        self.assertIn("no run 3; it has 2", self.told("logs", "x", "--run", "3")[2])
+
+    def test_status_can_be_watched(self) -> None:
+        self.configure(max_retries="1")
+        self.enqueue("exit 3", id="bad", priority=1)
+        self.enqueue(f"touch started; {WAIT}", id="busy")
+        for number in range(3):
+            self.enqueue("true", id=f"later{number}")
+        self.pool()
+        self.started("started")
+        watch = Terminal(self, "status", "--watch", env={"NO_COLOR": "1"})
+        rows = (
+            r"^\x1b\[H\x1b\[J",
+            r"pending +3\r\nprocessing +1\r\ncompleted +0\r\ndead +1\r\n",
+            r"workers +1\r\nrate +0\.0  jobs/s over the last minute\r\n",
+            r"oldest +job later0, due \S+.*; next to run\r\n",
+            r"worker-\S+ +\d+ +busy +(now|\d+ s ago) +touch started",
+            r"bad +(now|\d+ s ago) +exit code 3\r\n",
+        )
+        watch.sees("(?s)" + ".*".join(rows))
+        self.touch("go")
+        watch.sees(r"(?s)\x1b\[H\x1b\[J.*completed +4\r\n.*rate +0\.1 .*idle")
+        watch.process.send_signal(signal.SIGINT)
+        self.assertNotIn("Traceback", watch.end())
+        self.assertEqual(watch.process.returncode, 130)
+
+    def test_a_terminal_shows_progress_below_the_events(self) -> None:
+        self.configure(max_retries="1")
+        self.enqueue("exit 3", id="bad")
+        self.enqueue(f"touch started; {WAIT}", id="busy")
+        self.enqueue("true", id="more")
+        work = Terminal(self, "worker", "start", "--drain")
+        wait = Terminal(self, "wait", "--all")
+        work.sees(r"\r\x1b\[K\d\d:\d\d:\d\d job bad is dead: exit code 3 \(attempt 1\)\r\n")
+        work.sees(r"\r\x1b\[K1/3 jobs, \d+\.\d/s(, \d+ s left)?, 1 failed")
+        wait.sees(r"\r\x1b\[K[01]/[23] jobs, \d+\.\d/s")
+        self.touch("go")
+        self.assertTrue(work.end().endswith("\r\x1b[K"))  # nothing is left of it
+        self.assertTrue(wait.end().endswith("\r\x1b[K"))
+        lines = "".join(f'{{"command":"{n}"}}\n' for n in range(1000)).encode()
+        with tempfile.TemporaryFile() as file, open(os.devnull, "w") as nowhere:
+            file.write(lines)
+            file.seek(0)
+            adding = Terminal(self, "enqueue", "-", stdin=file, stdout=nowhere)
+            self.assertEqual(adding.end(), "\r\x1b[K1000 lines\r\x1b[K")
+
+    def test_what_is_no_terminal_gets_plain_lines(self) -> None:
+        lines = "".join(f'{{"command":"{n}","queue":"q"}}\n' for n in range(1000))
+        self.enqueue("true")
+        self.assertEqual(self.run_cli("enqueue", "-", stdin=lines).stderr, "")
+        lines = self.drain("--queue", "default")
+        self.assertRegex(lines, r"^(\d\d:\d\d:\d\d [ -~]+\n){2}$")
+        watch = Terminal(self, "status", "--watch", env={"TERM": "dumb"})
+        watch.sees(r"^pending +1000\r\n")
+        for words in ("status", "list", "show 1", "wait 1", "worker list", "list --json"):
+            code, out, err = self.told(*words.split())
+            self.assertNotRegex(out + err, r"[\x1b\r]")
+            self.assertEqual(code, 0)
+
+
+class TestWait(Prompt):
+    def test_the_exit_code_is_that_of_the_first_job_that_failed(self) -> None:
+        with Queue(self.path) as queue:
+            for name, code in {"good": 0, "seven": 7, "killed": -9, "unstarted": None}.items():
+                queue.enqueue("true", id=name, max_retries=1)
+                job: Any = queue.claim("worker-1")
+                queue.finish(job, Ending("ran", code, None if code == 0 else "why", 1.0, 2.0))
+            queue.enqueue("true", id="called-off")
+            queue.cancel(["called-off"])
+            queue.enqueue("true", id="child", after=["good", "seven"])
+        for ids, code in {
+            "good": 0,
+            "good seven killed": 7,
+            "killed seven": 137,
+            "unstarted": 1,
+            "called-off good": 1,
+            "child --timeout 0": 124,
+            "good child --timeout 0": 124,
+            "--all": 1,  # the child is blocked for good
+            "nobody": 1,
+            "": 2,
+            "--all good": 2,
+        }.items():
+            with self.subTest(ids):
+                self.assertEqual(self.told("wait", *ids.split())[0], code)
+
+    def test_it_returns_promptly_whatever_the_jobs_were_doing(self) -> None:
+        self.enqueue(f"touch started; {WAIT}; exit 9", id="running", max_retries=1)
+        for job_id in ("waiting", "scheduled"):
+            self.enqueue("true", id=job_id, delay=0.1 if job_id == "scheduled" else 0)
+        self.enqueue("true", id="blocked", after="scheduled")
+        self.pool()
+        self.started("started")
+        waits = [
+            subprocess.Popen([*PYTHON, PROGRAM, "wait", *ids], cwd=self.dir)
+            for ids in (["--all"], ["blocked", "scheduled", "waiting", "running"])
+        ]
+        self.assertEqual(self.run_cli("wait", "running", "--timeout", "0.2", code=124).stdout, "")
+        self.touch("go")
+        self.becomes("blocked", "completed")
+        began = time.monotonic()
+        self.assertEqual([wait.wait(5) for wait in waits], [9, 9])
+        self.assertLess(time.monotonic() - began, 0.5)
+
+
+class TestCancel(Prompt):
+    def test_waiting_scheduled_and_running_jobs_are_called_off_and_stay_so(self) -> None:
+        self.configure(kill_grace="0.3")
+        self.enqueue("true", id="done", priority=1)
+        deaf = "trap '' TERM; (trap '' TERM; sleep 300) & echo $! > pid; touch started; sleep 300"
+        self.enqueue(deaf, id="running")
+        self.enqueue("true", id="waiting")
+        self.enqueue("true", id="scheduled", delay="1h")
+        self.enqueue("touch wrong", id="child", after="waiting")
+        pool = self.pool()
+        self.started("started")
+        began = time.monotonic()
+        result = self.run_cli("cancel", "running", "waiting", "scheduled", "done", code=1)
+        self.assertLess(time.monotonic() - began, 0.3 + 2 * self.second())
+        self.assertEqual(result.stdout, "running\nwaiting\nscheduled\n")
+        self.assertEqual(result.stderr, "queuectl: job done is completed; it stays so\n")
+        self.assertFalse(alive(int(self.read("pid"))))
+        self.enqueue("true", id="next")
+        self.becomes("next", "completed")
+        pool.terminate()
+        self.ends(pool, 0)
+        states = {job: self.job(job).state for job in ("running", "waiting", "scheduled", "child")}
+        self.assertEqual(set(states.values()), {"cancelled", "pending"}, states)
+        self.assertEqual((states["child"], self.job("running").attempts), ("pending", 1))
+        self.assertEqual(self.told("cancel", "running")[:2], (0, "running\n"))  # that it is
+
+    def test_a_job_may_be_called_off_while_its_pool_stops_or_where_there_is_none(self) -> None:
+        self.enqueue("touch started; sleep 300", id="x")
+        pool = self.pool()
+        self.started("started")
+        pool.terminate()
+        self.says(pool, "no new jobs")
+        self.assertEqual(self.out("cancel", "x"), "x\n")
+        self.ends(pool, 0)
+        with Queue(self.path) as queue:
+            queue.enqueue("true", id="orphan")
+            queue.claim("worker-dead")
+            self.assertEqual(self.told("cancel", "orphan")[:2], (0, "orphan\n"))
+            self.assertEqual(queue.get("orphan").cancelling, 1)
+        self.drain()
+        self.assertEqual((self.job("x").state, self.job("orphan").state), ("cancelled",) * 2)
+
+    def test_a_cancelled_job_is_retried_like_a_dead_one(self) -> None:
+        self.enqueue("true", id="x")
+        self.told("cancel", "x")
+        self.assertEqual(self.told("dlq", "retry", "x"), (0, "x\n", ""))
+        self.assertEqual((self.job("x").state, self.job("x").attempts), ("pending", 0))
+
+
+class TestHold(Prompt):
+    def test_while_it_is_paused_running_jobs_go_on_and_nothing_new_starts(self) -> None:
+        self.enqueue(f"touch started; {WAIT}", id="running")
+        self.enqueue("true", id="waiting")
+        pool = self.pool("--drain")
+        self.started("started")
+        self.out("pause")
+        self.assertIn("paused     all queues\n", self.told("status")[1])
+        self.assertEqual(json.loads(self.told("status", "--json")[1])["paused"], [""])
+        self.touch("go")
+        self.says(pool, "waiting: paused with jobs in default; see resume")
+        self.assertEqual(
+            [self.job(j).state for j in ("running", "waiting")], ["completed", "pending"]
+        )
+        self.out("resume")
+        self.ends(pool, 0)
+        self.assertEqual(self.job("waiting").state, "completed")
+
+    def test_one_queue_can_be_paused(self) -> None:
+        with Queue(self.path) as queue:
+            for name in ("gpu", "cpu"):
+                queue.enqueue("true", queue=name, id=name)
+            self.told("pause", "--queue", "gpu")
+            self.assertIn("paused     gpu\n", self.told("status")[1])
+            claimed = [queue.claim("worker-1"), queue.claim("worker-2")]
+            self.assertEqual([job and job.id for job in claimed], ["cpu", None])
+            self.told("resume", "--queue", "gpu")
+            self.assertEqual(self.claim(queue, "worker-2").id, "gpu")
+
+
+class TestWorkers(Prompt):
+    def test_workers_in_the_background_are_listed_and_stopped(self) -> None:
+        self.addCleanup(lambda: self.told("worker", "stop", "--now"))
+        start = Terminal(self, "worker", "start", "--detach", "--count", "2")
+        said = start.end()  # and the terminal is gone
+        pool, pid, log = re.findall(r"(pool-\w+) runs as process (\d+); its log is (\S+)", said)[0]
+        self.assertEqual((start.process.returncode, os.getsid(int(pid))), (0, int(pid)))
+        self.enqueue(f"touch started; {WAIT}", id="busy")
+        self.started("started")
+        self.assertIn("runs as process", self.run_cli("worker", "start", "--detach").stderr)
+        self.working(3)
+        listed = [
+            json.loads(line) for line in self.told("worker", "list", "--json")[1].splitlines()
+        ]
+        (busy,) = (worker for worker in listed if worker["job"])
+        self.assertEqual((busy["pool"], busy["job"]), (pool, "busy"))
+        self.assertEqual(len({worker["pool"] for worker in listed}), 2)
+        self.assertTrue(queuectl.moment(busy["since"]) <= time.time() and alive(busy["pid"]))
+        row = f"{busy['worker']} +{busy['pid']} +busy +(now|[0-9]+ s ago) +touch started"
+        self.assertRegex(self.told("worker", "list")[1], row)
+        stop = self.run_cli("worker", "stop", "--timeout", "1.1", code=124)
+        self.assertIn("queuectl: waiting for busy\n", stop.stderr)
+        self.touch("go")
+        self.out("worker", "stop")
+        with open(log) as file:
+            self.assertIn("job busy completed", file.read())
+
+    def test_workers_that_cannot_start_in_the_background_say_why(self) -> None:
+        self.enqueue("true")
+        os.chmod(self.path, 0o666)
+        line = self.run_cli("worker", "start", "--detach", code=4).stderr
+        self.assertIn("may be written by others", line)
+
+
+class TestCleanUp(Clocked):
+    def ended(self, job_id: str, code: int = 0) -> None:
+        """Add a job that ends now."""
+        self.queue.enqueue("true", id=job_id, max_retries=1)
+        self.ends(code)
+
+    def test_what_ended_long_ago_is_pruned_and_its_age_counts_from_its_end(self) -> None:
+        self.ended("old")
+        self.ended("dead", 1)
+        for job_id in ("off", "slow", "waits"):
+            self.queue.enqueue("true", id=job_id)
+        self.queue.cancel(["off"])
+        self.now += 86400
+        job: Any = self.queue.claim("worker-1")
+        self.queue.finish(job, Ending("ran", 0, None, 1e6, self.now))
+        self.assertEqual(job.id, "slow")
+        self.assertEqual((self.queue.prune(86401), self.queue.prune(86400)), (0, 2))
+        self.assertEqual(self.ids(), "dead slow waits")
+        self.assertEqual((self.queue.prune(0, ["dead"]), self.queue.prune()), (1, 1))
+        self.assertEqual(self.ids(), "waits")
+        self.assertEqual(self.queue.db.execute("SELECT count(*) FROM attempts").fetchone(), (0,))
+        self.assertEqual(sum(self.queue.counts().values()), 1)
+
+    def test_what_a_blocked_job_waits_for_stays(self) -> None:
+        self.ended("dead", 1)
+        self.queue.enqueue("true", id="off")
+        self.queue.cancel(["off"])
+        self.queue.enqueue("true", id="child", after=["dead", "off"])
+        self.assertEqual((self.queue.prune(), self.queue.prune(0, ["dead"])), (0, 0))
+        self.assertEqual(self.told("dlq", "purge", "dead")[0], 1)
+        self.queue.cancel(["child"])
+        self.assertEqual(self.told("prune", "--state", "cancelled")[:2], (0, "2 pruned\n"))
+        self.assertEqual(self.told("dlq", "purge", "dead")[:2], (0, "1 purged\n"))
+
+    def test_dead_jobs_are_purged_by_name_by_age_or_all(self) -> None:
+        for job_id in ("a", "b", "c"):
+            self.ended(job_id, 1)
+        self.ended("good")
+        self.assertEqual(self.told("dlq", "purge")[0], 2)
+        self.assertEqual(self.told("dlq", "purge", "a", "good")[0], 1)
+        self.assertEqual(self.ids(), "a b c good")
+        self.assertEqual(self.told("dlq", "purge", "a")[1], "1 purged\n")
+        self.assertEqual(self.told("dlq", "purge", "--older-than", "5000w")[0], 2)
+        self.assertEqual(self.told("dlq", "purge", "--older-than", "500w")[1], "2 purged\n")
+        self.assertEqual(self.ids(), "good")
+
+    def test_a_pool_prunes_what_is_older_than_the_retention(self) -> None:
+        self.ended("old")
+        self.ended("dead", 1)
+        self.now = time.time()
+        self.ended("new")
+        self.out("config", "set", "retention", "30d")
+        self.pool()
+        until(lambda: self.ids() == "dead new")
+
+
+class TestRead(Prompt):
+    def test_a_table_is_cut_to_the_terminal_and_coloured_only_there(self) -> None:
+        self.enqueue("echo " + "long " * 20, id="one")
+        self.enqueue("echo \u5b57" + "\u6f22" * 50, id="wide", delay="1h30s")
+        self.told("cancel", "one")
+        for env, coloured in ({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False):
+            with self.subTest(env):
+                shown = Terminal(self, "list", columns=40, env=env).end()
+                self.assertEqual("\x1b[33mcancelled\x1b[m" in shown, coloured)
+                lines = re.sub(r"\x1b\[\d*m", "", shown).splitlines()
+                self.assertEqual("\x1b" in shown, coloured)
+                fits = {queuectl.breadth(line) <= 40 for line in lines}
+                self.assertEqual(fits, {"TERM" not in env})
+                self.assertRegex(lines[2], "^wide +pending +0/3 +in 1h[23][0-9]s ")
+        self.assertEqual(len({line.index("echo") for line in self.out("list").splitlines()[1:]}), 1)
+
+    def test_times_are_said_in_words(self) -> None:
+        for distance, words in {0: "now", -200: "3m20s ago", 7200: "in 2h", -0.4: "now"}.items():
+            self.assertEqual(queuectl.ago(1000.0 + distance, 1000.0), words)
+
+    def test_a_reader_that_leaves_early_is_no_error(self) -> None:
+        with Queue(self.path) as queue:
+            list(queue.enqueue_many({"command": "x" * 100} for _ in range(2000)))
+        line = f"{' '.join([*PYTHON, PROGRAM])} list --limit 0 | head -1"
+        shown = subprocess.run(line, shell=True, cwd=self.dir, capture_output=True, check=False)
+        self.assertEqual((shown.stdout[:4], shown.stderr), (b"ID  ", b""))
+        self.assertEqual(
+            self.told("list")[2], "queuectl: 100 of 2000 jobs shown; --limit 0 shows all\n"
+        )
+
+    def test_any_locale_will_do_for_any_command(self) -> None:
+        env = {**os.environ, "LC_ALL": "C"}
+        self.out("enqueue", "--id", "\u00e9\U0001f600", "printf '\u2603'", env=env)
+        pool = self.pool("--drain", env=env)
+        self.assertEqual(pool.wait(10), 0)
+        self.assertIn("printf", self.out("list", env=env))
+        self.assertEqual(self.told("logs", "\u00e9\U0001f600")[1], "\u2603")
+
+    def test_every_reading_command_has_json_with_documented_fields(self) -> None:
+        self.configure(max_retries="1")
+        self.enqueue(f"touch started; {WAIT}", id="x")
+        self.enqueue("true", every="1h", id="every")
+        self.pool()
+        self.started("started")
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            text = file.read()
+        for words in ("status", "list", "list --recurring", "show x", "worker list"):
+            code, out, err = self.told(*words.split(), "--json")
+            self.assertEqual((code, err, out.isascii()), (0, "", True), words)
+            for key in json.loads(out.splitlines()[0]):
+                self.assertIn(f"`{key}`", text, words)
+        for words in ("dlq list", "list --state dead"):
+            self.assertEqual(self.told(*words.split(), "--json"), (0, "", ""))
+
+
+class TestHelp(Prompt):
+    def test_the_help_fits_on_a_screen_and_shows_four_examples(self) -> None:
+        bare, asked = self.out(), self.out("--help")
+        self.assertEqual(bare, asked)
+        lines = bare.rstrip().splitlines()
+        self.assertLessEqual((len(lines), max(map(len, lines)) // 81), (29, 0))
+        self.assertEqual(bare.partition("examples:\n")[2].count("  queuectl "), 4)
+
+    def test_every_subcommand_has_an_example_that_is_one(self) -> None:
+        for words in queuectl.COMMANDS:
+            with self.subTest(words):
+                code, out, _ = self.told(*words.split(), "--help")
+                example = out.partition("\nexample: queuectl ")[2].strip()
+                self.assertEqual((code, example.startswith(words)), (0, True), out)
+                queuectl.build_parser().parse_args(shlex.split(example))
+
+    def test_the_nearest_command_option_or_id_is_suggested(self) -> None:
+        self.enqueue("true", id="nightly-backup")
+        for words, near in {
+            "enqeue true": "enqueue",
+            "worker strat": "start",
+            "enqueue --prioritty 3 true": "--priority",
+            "show nightly-bakcup": "nightly-backup",
+            "cancel nihgtly-backup": "nightly-backup",
+            "wait nightlybackup": "nightly-backup",
+            "config get tiemout": "timeout",
+        }.items():
+            with self.subTest(words):
+                code, out, err = self.told(*words.split())
+                self.assertIn(f": did you mean {near}?", err)
+                self.assertEqual((code in (1, 2), out, err.count("\n")), (True, "", 1))
+
+
+# --- what runs when -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def zone(name: str) -> Iterator[None]:
+    """Be somewhere else for a while."""
+    before = os.environ.get("TZ")
+    os.environ["TZ"] = name
+    time.tzset()
+    try:
+        yield
+    finally:
+        os.environ.pop("TZ") if before is None else os.environ.update(TZ=before)
+        time.tzset()
+
+
+class TestOrder(Clocked):
+    def test_the_order_holds_under_many_workers(self) -> None:
+        for number in range(40):
+            self.queue.enqueue("true", id=str(number), priority=number % 4, run_at=number % 3)
+        others = [Queue(self.path, clock=lambda: self.now) for _ in range(4)]
+        for queue in others:
+            self.addCleanup(queue.db.close)
+        jobs: Any = [others[n % 4].claim(f"worker-{n}") for n in range(40)]
+        key = [(-job.priority, job.run_after, job.seq) for job in jobs]
+        self.assertEqual(key, sorted(key))
+
+    def test_a_low_priority_waits_but_is_not_lost_and_status_shows_it(self) -> None:
+        self.queue.enqueue("true", id="tomorrow", delay=86300)
+        self.queue.enqueue("true", id="low", priority=-9, delay=100)
+        self.now += 86400
+        for number in range(5):
+            self.queue.enqueue("true", id=f"high{number}", priority=9)
+            self.assertEqual(self.ends().id, f"high{number}")
+            oldest = next(line for line in queuectl.status_text(self.queue) if "oldest" in line)
+            self.assertIn("job low, due 23h58m ago; no worker is running", oldest)
+        self.assertEqual(self.runs(), "tomorrow low")
+
+    def test_a_job_due_in_the_past_is_due_and_a_later_one_is_not_until_then(self) -> None:
+        self.queue.enqueue("true", id="past", run_at="1970-01-02")
+        self.queue.enqueue("true", id="then", run_at=self.now + 60)
+        self.assertEqual(self.runs(), "past")
+        self.now += 59.9
+        self.assertEqual(self.runs(), "")
+        self.now += 0.1
+        self.assertEqual(self.runs(), "then")
+
+    def test_a_local_time_is_meant_as_the_clock_on_the_wall_shows_it(self) -> None:
+        with zone("Europe/Berlin"):
+            for written, meant in {
+                "2026-03-29T01:59": "2026-03-29T00:59Z",
+                "2026-03-29T02:30": "2026-03-29T01:30Z",  # there is no such time: an hour later
+                "2026-03-29T03:00": "2026-03-29T01:00Z",
+                "2026-10-25T02:30": "2026-10-25T00:30Z",  # the first of two
+                "2026-10-25T02:30+01:00": "2026-10-25T01:30Z",
+                "2026-10-25T03:00": "2026-10-25T02:00Z",
+            }.items():
+                self.assertEqual(queuectl.moment(written), queuectl.moment(meant), written)
+
+    def test_a_clock_that_is_set_back_delays_a_job_by_no_more_and_loses_none(self) -> None:
+        for job_id, delay in {"due": 0, "retry": 0, "later": 10}.items():
+            self.queue.enqueue("true", id=job_id, delay=delay, priority=int(job_id == "retry"))
+        self.assertEqual(self.ends(1).id, "retry")  # again in 2 s
+        self.now -= 3600
+        self.assertEqual(self.runs(), "due")
+        self.now += 3602
+        self.assertEqual(self.runs(), "retry")
+        self.now += 8
+        self.assertEqual(self.runs(), "later")
+
+    def test_claims_cost_the_same_whatever_waits_for_later(self) -> None:
+        self.queue.enqueue("true", id="never", delay=5e6)
+        for fields in ({"after": ["never"]}, {"delay": 1e6}):
+            jobs = [{"command": "true", "priority": 9, **fields}] * 2000
+            list(self.queue.enqueue_many([*jobs, {"command": "true"}]))
+            self.assertLess(self.steps(self.ends), 15)
+        self.assertLess(self.steps(lambda: queuectl.status_facts(self.queue)), 15)
+
+
+class TestQueues(Clocked):
+    def setUp(self) -> None:
+        super().setUp()
+        for name, priority in (("gpu", 0), ("cpu", 5), ("default", 9)):
+            for number in "12":
+                self.queue.enqueue("true", id=name + number, queue=name, priority=priority)
+
+    def test_a_worker_serves_its_queues_by_priority_across_them(self) -> None:
+        jobs = [self.next("gpu", "cpu") for _ in range(5)]
+        self.assertEqual([job and job.id for job in jobs], ["cpu1", "cpu2", "gpu1", "gpu2", None])
+        self.assertEqual(self.next().id, "default1")
+
+    def test_a_pool_for_one_queue_leaves_the_others(self) -> None:
+        self.drain("--queue", "gpu", "--queue", "cpu")
+        self.assertEqual(self.runs(), "default1 default2")
+
+    def test_status_and_list_show_and_filter_by_queue(self) -> None:
+        self.assertEqual(self.told("list", "--queue", "gpu", "--json")[1].count('"gpu"'), 2)
+        self.assertRegex(self.told("list", "--queue", "gpu")[1], r"gpu1 +pending +gpu +0/3")
+        self.assertRegex(self.told("status")[1], r"\nQUEUE +PENDING.*\n(.*\n)*gpu +2 +0 +0 +0 +0\n")
+        queues = json.loads(self.told("status", "--json")[1])["queues"]
+        self.assertEqual(
+            {name: queue["pending"] for name, queue in queues.items()},
+            {"cpu": 2, "default": 2, "gpu": 2},
+        )
+
+
+class TestDependencies(Clocked):
+    def add(self, *edges: str) -> None:
+        """Add jobs, each written as its id and those of its parents."""
+        for job_id, *after in map(str.split, edges):
+            self.queue.enqueue("true", id=job_id, after=after, max_retries=1)
+
+    def test_a_job_starts_once_all_of_its_parents_have_completed(self) -> None:
+        self.add("a", "b", "c a b", "d c", "e a a")
+        self.assertEqual((self.ends().id, self.queue.get("c").state), ("a", "pending"))
+        self.assertEqual(self.runs(), "b c d e")
+        self.add("f a")
+        self.assertEqual(self.runs(), "f")
+
+    def test_a_blocked_job_that_is_scheduled_waits_for_both(self) -> None:
+        self.add("a")
+        self.queue.enqueue("true", id="b", after=["a"], delay=60)
+        self.assertEqual((self.runs(), self.why("b")), ("a", "due in 1m"))
+        self.now += 60
+        self.assertEqual(self.runs(), "b")
+
+    def test_a_line_of_a_batch_may_name_an_id_of_an_earlier_line_only(self) -> None:
+        lines = '{"id":"a","command":"true"}\n{"id":"b","command":"true","after":"a"}\n'
+        self.assertEqual(self.out("enqueue", "-", stdin=lines), "a\nb\n")
+        for after in ("d", "e"):
+            bad = f'{{"id":"d","command":"true","after":["{after}"]}}\n{{"id":"e","command":"x"}}\n'
+            line = self.refused("enqueue", "-", stdin=bad)
+            self.assertIn(f"queuectl: line 1: after: no job {after}", line)
+        self.assertEqual(self.ids(), "a b")
+
+    def test_a_job_and_what_it_waits_for_are_stored_together(self) -> None:
+        with contextlib.suppress(queuectl.BadInput):
+            self.add("a", "b a nobody")
+        self.assertEqual(self.ids(), "a")
+        count = self.queue.db.execute("SELECT count(*) FROM needs").fetchone()
+        self.assertEqual(count, (0,))
+
+    def test_a_dead_or_cancelled_parent_keeps_its_child_blocked_until_it_is_retried(self) -> None:
+        self.add("a", "b", "c a b", "d c")
+        self.ends(1)
+        self.queue.cancel(["b"])
+        self.assertEqual(self.runs(), "")
+        blocked = "blocked by a (dead), b (cancelled)"
+        self.assertEqual((self.why("c"), self.why("d")), (blocked, "blocked by c (pending)"))
+        self.assertIn(f"blocked    job c is {blocked}\n", self.told("status")[1])
+        self.assertRegex(self.told("list")[1], f"c +pending .*{re.escape(blocked)}")
+        self.assertRegex(self.told("show", "c")[1], f"why +{re.escape(blocked)}")
+        self.assertEqual(json.loads(self.told("show", "c", "--json")[1])["after"], ["a", "b"])
+        self.queue.retry(["a", "b"])
+        self.assertEqual(self.runs(), "a b c d")
+
+    def why(self, job_id: str) -> str:
+        return queuectl.why(self.queue, self.queue.get(job_id))
+
+    def test_a_cancelled_child_can_be_retried_before_and_after_its_parent(self) -> None:
+        self.add("a", "b a", "c a")
+        self.queue.cancel(["b", "c"])
+        self.queue.retry(["b"])
+        self.assertEqual(self.runs(), "a b")
+        self.queue.retry(["c"])
+        self.assertEqual(self.runs(), "c")
+
+    def test_a_cascade_takes_all_below_along_and_nothing_else(self) -> None:
+        self.add("a", "b a", "c b", "d a c", "other")
+        self.assertEqual(self.told("cancel", "--cascade", "b")[1].split(), ["b", "c", "d"])
+        self.assertEqual(self.runs(), "a other")
+
+    def test_a_drain_ends_when_only_blocked_jobs_are_left_and_names_them(self) -> None:
+        self.add("a", "b a")
+        self.queue.enqueue("true", id="c", queue="q", after=["a"])
+        self.queue.cancel(["a"])
+        for number in range(10):
+            self.add(f"b{number} a")
+        self.assertIn("job c is blocked by a (cancelled)\n", self.drain("--queue", "q", code=1))
+
+    def costs(self, size: int) -> dict[str, int]:
+        """Return what a parent with so many children, and a chain of so many jobs, costs."""
+        self.add("parent")
+        jobs = [{"command": "true", "after": "parent"} for _ in range(size)]
+        chain = [{"command": "true", "id": f"{size}-{n}", "queue": "chain"} for n in range(size)]
+        for before, job in zip(chain, chain[1:]):
+            job["after"] = before["id"]
+        costs = {
+            "children": self.steps(lambda: list(self.queue.enqueue_many(jobs))),
+            "chain": self.steps(lambda: list(self.queue.enqueue_many(chain))),
+            "parent": self.steps(self.ends),
+            "child": self.steps(self.ends),
+            "link": self.steps(lambda: self.ends(0, self.next("chain"))),
+        }
+        self.queue.cancel([f"{size}-1"], cascade=True)
+        self.assertEqual(len(self.runs().split()), size - 1)
+        self.queue.prune()
+        return costs
+
+    def test_children_and_chains_cost_what_their_number_costs_and_no_more(self) -> None:
+        few, many = self.costs(30), self.costs(500)
+        for what, cost in few.items():
+            with self.subTest(what, few=cost, many=many[what]):
+                times = 1 if what in ("link", "child") else 24
+                self.assertLess(many[what], times * cost + 5)
+        self.add("top")
+        jobs = [{"command": "true", "id": f"x{n}", "after": f"x{n - 1}"} for n in range(1, 500)]
+        list(self.queue.enqueue_many([{"command": "true", "id": "x0", "after": "top"}, *jobs]))
+        self.assertEqual(len(self.queue.cancel(["top"], cascade=True)), 501)
+
+
+class TestRecurring(Clocked):
+    CRON = (  # rule, after, next
+        ("*/5 * * * *", "2026-01-01 00:02", "2026-01-01 00:05"),
+        ("*/5 * * * *", "2026-01-01 00:05", "2026-01-01 00:10"),
+        ("59 23 31 12 *", "2026-12-31 23:59", "2027-12-31 23:59"),
+        ("0 3 * * mon-fri", "2026-01-02 03:00", "2026-01-05 03:00"),
+        ("0 12 * DEC Sun", "2026-01-01 00:00", "2026-12-06 12:00"),
+        ("0 0 * * 0", "2026-01-01 00:00", "2026-01-04 00:00"),
+        ("0 0 * * 7", "2026-01-01 00:00", "2026-01-04 00:00"),
+        ("30 6 1,15 * *", "2026-01-02 00:00", "2026-01-15 06:30"),
+        ("5-10/2 8 * jan *", "2026-01-01 08:05", "2026-01-01 08:07"),
+        ("50/5 0 * * *", "2026-01-01 00:51", "2026-01-01 00:55"),
+        ("1,2-4,*/30 0 * * *", "2026-01-01 00:04", "2026-01-01 00:30"),
+        ("0 0 31 * *", "2026-01-31 00:00", "2026-03-31 00:00"),
+        ("0 0 29 2 *", "2026-01-01 00:00", "2028-02-29 00:00"),
+        ("0 0 29 2 *", "2096-03-01 00:00", "2104-02-29 00:00"),
+        ("0 0 13 * fri", "2026-01-03 00:00", "2026-01-09 00:00"),  # either
+        ("0 0 13 * fri", "2026-01-09 00:00", "2026-01-13 00:00"),
+        ("0 0 */13 * fri", "2026-01-03 00:00", "2026-02-27 00:00"),  # both: the day has a star
+        ("@hourly", "2026-01-01 00:30", "2026-01-01 01:00"),
+        ("@daily", "2026-01-01 00:00", "2026-01-02 00:00"),
+        ("@midnight", "2026-01-01 00:00", "2026-01-02 00:00"),
+        ("@weekly", "2026-01-01 00:00", "2026-01-04 00:00"),
+        ("@Monthly", "2026-01-01 00:00", "2026-02-01 00:00"),
+        ("@yearly", "2026-01-01 00:00", "2027-01-01 00:00"),
+        ("@annually", "2026-01-01 00:00", "2027-01-01 00:00"),
+    )
+    CLOCK_CHANGES = (  # in Berlin on 2026-03-29 at 2:00 and on 2026-10-25 at 3:00
+        ("30 2 * * *", "2026-03-28T03:00+01:00", "2026-03-29T03:30+02:00"),  # skipped: later
+        ("30 2 * * *", "2026-03-29T03:30+02:00", "2026-03-30T02:30+02:00"),
+        ("*/30 * * * *", "2026-03-29T01:30+01:00", "2026-03-29T03:00+02:00"),
+        ("30 2 * * *", "2026-10-24T03:00+02:00", "2026-10-25T02:30+02:00"),
+        ("30 2 * * *", "2026-10-25T02:30+02:00", "2026-10-26T02:30+01:00"),  # once
+        ("30 * * * *", "2026-10-25T02:30+02:00", "2026-10-25T02:30+01:00"),  # each hour
+        ("0 3 * * *", "2026-10-24T03:00+02:00", "2026-10-25T03:00+01:00"),
+    )
+
+    def test_rules_name_the_times_that_cron_would(self) -> None:
+        for place, cases in {"UTC": self.CRON, "Europe/Berlin": self.CLOCK_CHANGES}.items():
+            for rule, after, then in cases:
+                with zone(place), self.subTest(rule=rule, after=after):
+                    found = queuectl.cron_next(rule, queuectl.moment(after))
+                    self.assertEqual(queuectl.iso(found), queuectl.iso(queuectl.moment(then)))
+
+    def test_what_is_no_rule_is_refused(self) -> None:
+        for rule in (
+            "",
+            "* * * *",
+            "* * * * * *",
+            "60 * * * *",
+            "* 24 * * *",
+            "* * 0 * *",
+            "* * * 13 *",
+            "* * * * 8",
+            "*/0 * * * *",
+            "a * * * *",
+            "-1 * * * *",
+            "5-1 * * * *",
+            "1,,2 * * * *",
+            "* * * * mon-xyz",
+            "0 0 31 2 *",
+            "@reboot",
+            None,
+            5,
+        ):
+            with self.subTest(rule), self.assertRaises(ValueError):
+                queuectl.cron(rule)
+
+    def due(self) -> float:
+        """Return in how many seconds the schedule is next due."""
+        (job,) = self.queue.recurring()
+        return job.run_after - self.now
+
+    def test_the_next_one_is_made_when_the_last_has_ended_by_the_schedule(self) -> None:
+        self.assertEqual(self.queue.enqueue("true", id="x", every="15m"), "x")
+        for number in (1, 2, 3):
+            job = self.next()
+            self.assertEqual((job.id, self.next()), (f"x.{number}", None))  # one at a time
+            self.now += 60  # that it takes
+            self.ends(0, job)
+            self.assertEqual((self.due(), self.next()), (840, None))
+            self.now += 840
+        self.assertEqual((self.queue.get("x").id, self.ids()), ("x.4", "x.1 x.2 x.3 x.4"))
+
+    def test_missed_ones_run_once(self) -> None:
+        self.queue.enqueue("true", id="x", every=10)
+        self.assertEqual(self.runs(), "x.1")
+        self.now += 1005
+        self.assertEqual((self.runs(), self.due()), ("x.2", 5))
+        with zone("UTC"):
+            self.queue.cancel(["x"])
+            self.now = 86400 * 100.0
+            self.queue.enqueue("true", id="y", cron="@daily")
+            self.assertEqual(self.due(), 86400)
+            self.now += 86400 * 10.5
+            self.assertEqual((self.runs(), self.due()), ("y.1", 43200))
+
+    def test_the_next_one_is_made_in_the_transaction_that_ends_the_last(self) -> None:
+        self.queue.enqueue("true", id="x", every=10)
+        job, ending = self.next(), Ending("ran", 0, None, self.now, self.now)
+
+        def fail() -> Any:
+            raise OSError("the power is cut")
+
+        with self.assertRaises(queuectl.Fault):
+            self.queue.finish(job, ending, fail)
+        self.assertEqual((self.queue.get("x.1").state, self.ids()), ("processing", "x.1"))
+        self.queue.finish(job, ending)
+        self.assertEqual((self.queue.finish(job, ending)[0], self.ids()), (None, "x.1 x.2"))
+
+    def test_each_occurrence_has_its_own_attempts_and_a_dead_one_does_not_end_the_schedule(
+        self,
+    ) -> None:
+        self.queue.enqueue("true", id="x", every=100, max_retries=2, env={"A": "b"}, priority=3)
+        for _ in range(2):
+            self.assertEqual([(job.id, job.attempts) for job in self.queue.recurring()][-1][1], 0)
+            self.ends(1)
+            self.now += 2
+            self.assertEqual(self.ends(1).state, "dead")
+            self.now += 98
+        self.assertEqual(self.queue.counts()["dead"], 2)
+        self.assertEqual((self.queue.retry(["x.1"]), self.runs()), (["x.1"], "x.1 x.3"))
+        first, last = self.queue.get("x.1"), self.queue.get("x")
+        same = ("command", "env", "priority", "max_retries", "series", "queue", "cwd")
+        self.assertEqual(*([getattr(job, name) for name in same] for job in (first, last)))
+
+    def test_list_shows_the_schedules_and_their_next_times(self) -> None:
+        self.told("enqueue", "--id", "x", "--every", "15m", "--delay", "1h30s", "true")
+        self.told("enqueue", "--id", "y", "--cron", "@hourly", "true")
+        shown = self.told("list", "--recurring")[1]
+        self.assertRegex(
+            shown, r"x +every 15m +in 1h[23]\ds +x\.1 +true\ny +@hourly +in \d+m.* y\.1 +true\n"
+        )
+        listed = self.told("list", "--recurring", "--json")[1].splitlines()
+        self.assertEqual([json.loads(line)["series"] for line in listed], ["x", "y"])
+
+    def test_cancel_ends_a_schedule_whether_it_waits_or_runs(self) -> None:
+        for every in (10, 20):
+            self.queue.enqueue("true", id="x", every=every)
+            if every == 20:
+                job = self.next()
+            self.queue.cancel(["x"])
+        self.assertEqual(self.ends(0, job).state, "completed")  # it was faster
+        self.assertEqual((self.queue.recurring(), self.ids()), ([], "x.1 x.2"))
+
+    def test_two_schedules_never_go_by_one_name(self) -> None:
+        self.queue.enqueue("true", id="x", every=10)
+        self.assertEqual(self.queue.enqueue("true", id="x", every=9, if_absent=True), "x")
+        for fields in ({"every": 10}, {}):
+            with self.assertRaisesRegex(queuectl.BadInput, "there is a job x already"):
+                self.queue.enqueue("true", id="x", **fields)
+        self.queue.cancel(["x"])
+        self.queue.enqueue("true", id="x", every=10)
+        with self.assertRaisesRegex(queuectl.QueueError, "schedule x goes on already"):
+            self.queue.retry(["x.1"])
+        self.queue.cancel(["x"])
+        self.assertEqual((self.queue.retry(["x.1"]), len(self.queue.recurring())), (["x.1"], 1))
+
+    def test_a_drain_does_not_wait_for_a_future_occurrence_but_for_its_retry(self) -> None:
+        self.queue.enqueue("true", id="x", every=1000, max_retries=2)
+        self.assertTrue(self.queue.unfinished())
+        for code, waits in ((1, True), (0, False), (75, True), (0, False)):
+            self.ends(code)
+            self.assertEqual(self.queue.unfinished(), waits, code)
+            self.now += 2 if waits else 1000
+
+
+class TestExitCodes(Clocked):
+    def test_75_tries_later_after_the_usual_backoff_without_using_an_attempt(self) -> None:
+        self.configure(max_snoozes="3")
+        self.queue.enqueue("true", id="x", max_retries=2)
+        for snoozes, pause in ((1, 2), (2, 4), (3, 8)):
+            after = self.ends(75)
+            self.assertEqual((after.state, after.attempts, after.snoozes), ("pending", 0, snoozes))
+            self.now += pause - 0.1
+            self.assertIsNone(self.next())
+            self.now += 0.1
+        after = self.ends(75)
+        self.assertEqual((after.state, after.attempts), ("pending", 1))  # now it counts
+        self.now += 2
+        after = self.ends(75)
+        self.assertEqual((after.state, after.last_error), ("dead", "exit code 75 (try later)"))
+        self.queue.retry(["x"])
+        self.assertEqual(self.ends(75).snoozes, 1)
+
+    def test_a_crash_after_a_snooze_counts_as_any_other(self) -> None:
+        self.queue.enqueue("true", id="x", max_retries=1)
+        self.ends(75)
+        self.now += 2
+        ending = Ending("crashed", None, "its worker died", self.now, self.now)
+        self.assertEqual(self.queue.finish(self.next(), ending)[0].state, "dead")  # type: ignore[union-attr]
+
+    def test_the_codes_that_are_final_make_a_job_dead_at_once(self) -> None:
+        self.configure(no_retry_exit_codes="2, 126,127")
+        for code, state in {2: "dead", 127: "dead", 1: "pending", -2: "pending"}.items():
+            self.queue.enqueue("true")
+            self.assertEqual(self.ends(code).state, state, code)
+        for bad in ("0", "256", "x", "2;3", "-9"):
+            self.assertEqual(self.told("config", "set", "no_retry_exit_codes", bad)[0], 2)
+        self.assertEqual(self.told("config", "get", "no_retry_exit_codes")[1], "2,126,127\n")
+
+    def test_a_job_says_so_by_its_exit_code(self) -> None:
+        self.configure(no_retry_exit_codes="2,126,127", backoff_max="0")
+        self.enqueue("test -e n || { touch n; exit 75; }", id="later", max_retries=1)
+        self.enqueue("./not-there", id="final")
+        self.enqueue("true", id="every", every="1h")  # is not waited for
+        self.drain(code=1)
+        found = [(job.state, job.attempts, job.run) for job in map(self.job, ("later", "final"))]
+        self.assertEqual(found, [("completed", 1, 2), ("dead", 1, 1)])
+
+
+class TestWhy(Clocked):
+    def test_a_job_that_does_not_run_says_why_in_one_line(self) -> None:
+        def why(job_id: str) -> str:
+            return queuectl.why(self.queue, self.queue.get(job_id))
+
+        for job_id, fields in {
+            "first": {"run_at": 9e5},
+            "x": {},
+            "later": {"delay": 7200},
+            "gpu": {"queue": "gpu"},
+            "seven": {"queue": "cpu", "priority": 1, "max_retries": 1},
+            "child": {"after": "seven"},
+        }.items():
+            self.queue.enqueue("true", id=job_id, **fields)
+        self.assertEqual(self.next("cpu").id, "seven")
+        self.assertEqual(
+            (why("x"), why("child")), ("no worker is running", "blocked by seven (processing)")
+        )
+        self.ends(1, self.queue.get("seven"))
+        held = queuectl.Held(self.queue.db.run.file("pool-1"))
+        held.note(queues=["default"])
+        self.addCleanup(held.close)
+        for job_id, reason in {
+            "first": "next to run",
+            "x": "1 job before it",
+            "later": "due in 2h",
+            "gpu": "no worker serves queue gpu",
+            "child": "blocked by seven (dead)",
+            "seven": "",
+        }.items():
+            with self.subTest(job_id):
+                self.assertEqual(why(job_id), reason)
+        self.assertRegex(self.told("show", "gpu")[1], r"\nwhy +no worker serves queue gpu\n")
+        self.queue.pause("gpu")
+        self.assertEqual((why("gpu"), why("x")), ("queue gpu is paused", "1 job before it"))
+        self.queue.pause()
+        self.assertEqual(why("x"), "all queues are paused")
+        for _ in range(311):
+            self.queue.enqueue("true", priority=1)
+        self.queue.resume()
+        self.assertEqual(why("x"), "312 jobs before it")
+
+
+class TestMigration(Case):
+    """A database of the first schema, as that version left it."""
+
+    DUMP = """
+INSERT INTO jobs VALUES(1,'done','default','true','/',NULL,'completed',0,1,NULL,NULL,100.0,130.0,
+  100.0,NULL,NULL,0,NULL,1,0,1);
+INSERT INTO jobs VALUES(2,'bad','default','exit 1','/','{"A": "b"}','dead',5,1,1,60.0,130.0,140.0,
+  130.0,NULL,NULL,1,'exit code 1',1,0,1);
+INSERT INTO jobs VALUES(3,'off','gpu','true','/',NULL,'cancelled',0,0,NULL,NULL,130.0,130.0,
+  630.0,NULL,NULL,NULL,NULL,0,0,0);
+INSERT INTO jobs VALUES(4,'busy','default','true','/',NULL,'processing',1,1,NULL,NULL,130.0,130.0,
+  130.0,'worker-gone-1',130.0,NULL,NULL,1,0,1);
+INSERT INTO jobs VALUES(5,'5','default','echo now','/',NULL,'pending',0,0,NULL,NULL,130.0,130.0,
+  130.0,NULL,NULL,NULL,NULL,0,0,1);
+INSERT INTO jobs VALUES(6,'then','gpu','true','/',NULL,'pending',9,0,NULL,NULL,130.0,130.0,
+  9000000000.0,NULL,NULL,NULL,NULL,0,0,0);
+INSERT INTO attempts VALUES(1,1,'worker-a-1',100.0,130.0,0,NULL,0,X'6F75740A');
+INSERT INTO attempts VALUES(2,1,'worker-a-1',130.0,140.0,1,'exit code 1',0,X'');
+INSERT INTO config VALUES('max_retries','4');
+"""
+
+    def setUp(self) -> None:
+        super().setUp()
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            db.executescript("PRAGMA journal_mode = WAL;" + queuectl.SCHEMA[0] + self.DUMP)
+        os.chmod(self.path, 0o600)
+
+    def test_whoever_opens_it_first_finds_everything_as_it_was(self) -> None:
+        for readonly in (True, False):
+            with self.subTest(readonly=readonly), Queue(self.path, readonly=readonly) as queue:
+                jobs = [(job.id, job.state, job.due) for job in queue.jobs()]
+                states = "completed dead cancelled processing pending pending".split()
+                ids = "done bad off busy 5 then".split()
+                self.assertEqual(jobs, list(zip(ids, states, (1, 1, 1, 1, 1, 0))))
+                self.assertEqual(list(queue.counts().values()), [2, 1, 1, 1, 1])
+                bad = queue.get("bad")
+                self.assertEqual((bad.env, bad.last_error), ('{"A": "b"}', "exit code 1"))
+                self.assertEqual(queue.attempts(queue.get("done"))[0].output, b"out\n")
+                self.assertEqual(queue.config()["max_retries"], 4)
+
+    def test_its_jobs_run_and_what_came_later_works(self) -> None:
+        self.assertRegex(self.out("status"), r"pending +2  \(1 due, 1 scheduled, 0 blocked\)\n")
+        self.enqueue("echo child", after=["5", "busy"], id="child")
+        self.drain("--horizon", "1m", "--count", "2")
+        with Queue(self.path) as queue:
+            self.assertEqual(list(queue.counts().values()), [1, 0, 4, 1, 1])
+            self.assertEqual((queue.get("busy").run, queue.get("child").state), (2, "completed"))
+            self.assertEqual((queue.retry(["bad", "off"]), queue.prune()), (["bad", "off"], 4))
+            tally = {row[:3]: row[3] for row in queue.tally()}
+            self.assertEqual(
+                tally,
+                {("default", "pending", 1): 1, ("gpu", "pending", 1): 1, ("gpu", "pending", 0): 1},
+            )
 
 
 # --- the README -----------------------------------------------------------------------------------

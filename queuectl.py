@@ -3707,7 +3707,9 @@ COMMANDS["completion"] = Command(
     (arg("shell", choices=tuple(COMPLETIONS), metavar="SHELL", help="bash, zsh or fish"),),
 )
 
-EXAMPLES = """
+HELP = """\
+  --db PATH   the queue; else $QUEUECTL_DB, else ./queuectl.db
+COMMANDS
 examples:
   queuectl enqueue 'make all'                  add a job
   queuectl worker start --count 4              run jobs, four at a time
@@ -3736,21 +3738,26 @@ def build_parser() -> argparse.ArgumentParser:
             message = re.sub(r"^argument : | \(choose from .*", "", message) + suggestion(message)
             raise BadInput(f"{message} ({self.prog} --help says more)")
 
-        def format_help(self) -> str:
-            return re.sub(r"\n +\n", "\n", super().format_help())
-
     style: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    about, usage = "A durable job queue for shell commands.", "queuectl [--db PATH] COMMAND ..."
-    parser = Parser("queuectl", usage=usage, description=about, epilog=EXAMPLES, **style)
-    parser.add_argument("--version", action="version", version=f"queuectl {__version__}")
+    verbs: dict[str, list[str]] = {}
+    for words in COMMANDS:
+        verbs.setdefault(words.split()[0], []).extend(words.split()[1:])
+    lines = (f"  {w:<11} {', '.join(v) or COMMANDS[w].help}\n" for w, v in verbs.items())
+    about, usage = HELP.replace("COMMANDS", "".join(lines)), "queuectl [--db PATH] COMMAND ..."
+    parser = Parser("queuectl", usage=usage, description=about, add_help=False, **style)
+    hidden = argparse.SUPPRESS
+    version = f"queuectl {__version__}"
+    parser.add_argument("-h", "--help", action="help", help=hidden)
+    parser.add_argument("--version", action="version", version=version, help=hidden)
     where = os.environ.get("QUEUECTL_DB") or "queuectl.db"
-    parser.add_argument("--db", default=where, metavar="PATH", help="the queue ($QUEUECTL_DB)")
-    groups = {"": parser.add_subparsers(title="commands", metavar="", required=True)}
+    parser.add_argument("--db", default=where, metavar="PATH", help=hidden)
+    groups = {
+        "": parser.add_subparsers(prog="queuectl", metavar="COMMAND", required=True, help=hidden)
+    }
     for words, command in COMMANDS.items():
         family, _, verb = words.rpartition(" ")
         if family not in groups:
-            verbs = ", ".join(w.split()[1] for w in COMMANDS if w.startswith(family + " "))
-            sub = groups[""].add_parser(family, help=verbs, **style)
+            sub = groups[""].add_parser(family, **style)
             groups[family] = sub.add_subparsers(metavar="COMMAND", required=True)
         about, example = command.help.capitalize() + ".", f"example: queuectl {command.example}"
         leaf = groups[family].add_parser(

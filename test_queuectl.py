@@ -2916,7 +2916,7 @@ class TestHelp(Prompt):
         bare, asked = self.out(), self.out("--help")
         self.assertEqual(bare, asked)
         lines = bare.rstrip().splitlines()
-        self.assertLessEqual((len(lines), max(map(len, lines)) // 81), (29, 0))
+        self.assertLessEqual((len(lines), max(map(len, lines)) // 81), (23, 0))
         self.assertEqual(bare.partition("examples:\n")[2].count("  queuectl "), 4)
 
     def test_every_subcommand_has_an_example_that_is_one(self) -> None:

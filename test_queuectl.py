@@ -1692,29 +1692,30 @@ class Exhausted(Live):
         with mock.patch.dict(sys.modules, fcntl=None), mock.patch("queuectl.discard_output"):
             self.assertIn("fcntl", self.answer("enqueue", "true", code=4))
 
+    FORKS = "?clone,?clone3,?fork,?vfork"
+    NO_FORK = ("-e", f"trace={FORKS}", "-e", f"inject={FORKS}:error=EAGAIN")
+
+    def cannot_start(self, reason: str, feed: Callable[[], Any]) -> str:
+        """Let a job want to start before its worker is fed; return what should be said."""
+        job = self.enqueue("echo $QUEUECTL_JOB_ID >> log")
+        until(lambda: self.job(job).run > 2)
+        self.assertNotIn(job, self.lines("log"))
+        feed()
+        self.assertEqual(self.becomes(job, "completed").attempts, 1)
+        return f"job {job} cannot start: {reason}[^|]*; trying again[|]job {job} completed[|]"
+
     def test_a_worker_that_cannot_start_jobs_gives_them_back_and_says_so_once(self) -> None:
         self.configure(max_retries="1")
         pool = self.pool()
-        self.working(1)
-        ((_, facts),) = self.workers().items()
-        worker, said = facts["pid"], ""
-
-        def cannot_start(reason: str) -> None:
-            job = self.enqueue("echo $QUEUECTL_JOB_ID >> log")
-            until(lambda: self.job(job).run > 2)
-            self.assertNotIn(job, self.lines("log"))
-            self.feed()
-            self.assertEqual(self.becomes(job, "completed").attempts, 1)
-            nonlocal said
-            said += f"job {job} cannot start: {reason}[^|]*; trying again[|]job {job} completed[|]"
-
-        before = resource.prlimit(worker, resource.RLIMIT_NOFILE)
-        self.feed = lambda: resource.prlimit(worker, resource.RLIMIT_NOFILE, before)
         self.becomes(self.enqueue("true"), "completed")
-        said += "job 1 completed[|]"
+        said = "job 1 completed[|]"
+        (worker,) = (facts["pid"] for facts in self.workers().values())
+        what = resource.RLIMIT_NOFILE
+        before = resource.prlimit(worker, what)
         few = max(map(int, os.listdir(f"/proc/{worker}/fd"))) + 2
-        resource.prlimit(worker, resource.RLIMIT_NOFILE, (few, before[1]))
-        cannot_start("Too many open files")
+        resource.prlimit(worker, what, (few, before[1]))
+        feed = lambda: resource.prlimit(worker, what, before)  # noqa: E731
+        said += self.cannot_start("Too many open files", feed)
         with self.subTest("no processes"):
             self.needs("strace", "-o", "/dev/null", "true")
             strace = ["strace", "-o", "/dev/null", "-p", str(worker), *self.NO_FORK]
@@ -1724,14 +1725,10 @@ class Exhausted(Live):
             line = tracer.stderr.readline()  # type: ignore[union-attr]
             if "attached" not in line:
                 raise unittest.SkipTest(f"strace may not attach here: {line.strip()}")
-            self.feed = tracer.terminate
-            cannot_start("Resource temporarily unavailable")
+            said += self.cannot_start("Resource temporarily unavailable", tracer.terminate)
         pool.terminate()
         output = pool.communicate(timeout=10)[0].replace("\n", "|")
         self.assertRegex(re.sub(r"\d\d:\d\d:\d\d | in [\d.]+ s", "", output), said)
-
-    FORKS = "clone,clone3,fork,vfork"
-    NO_FORK = ("-e", f"trace={FORKS}", "-e", f"inject={FORKS}:error=EAGAIN")
 
     def test_a_pool_that_cannot_start_workers_says_so_and_leaves(self) -> None:
         self.needs("strace", "-o", "/dev/null", "true")
@@ -1806,13 +1803,14 @@ class Foreign(Live):
                 self.assertEqual(os.listdir(self.dir), ["queuectl.db"])
 
     def test_what_is_no_file_is_refused_at_once(self) -> None:
-        for make, reason, code in (
+        kinds = (
             (os.mkdir, "is not a file", 4),
             (os.mkfifo, "is not a file", 4),
             (lambda path: os.symlink("nowhere", path), "there is no queue", 1),
-        ):
-            with self.subTest(reason=reason):
-                path = tempfile.mktemp(dir=self.dir)
+        )
+        for number, (make, reason, code) in enumerate(kinds):
+            with self.subTest(number):
+                path = self.file(str(number))
                 make(path)
                 for words in ("enqueue true", "status", "worker start --quiet"):
                     line = self.refused("--db", path, *words.split(), code=code)
@@ -2003,7 +2001,7 @@ class Durable(Live):
         self.assertEqual(order, ["sync", "id"], calls)
 
     def test_a_new_queues_name_is_synced_before_the_first_id_is_printed(self) -> None:
-        renames = ",write,rename,renameat,renameat2"
+        renames = ",write,?rename,?renameat,?renameat2"
         calls = self.traced(self.SYNCS + renames, "enqueue", "true")
         order = self.order(
             calls,
@@ -2058,7 +2056,8 @@ class Durable(Live):
     def killings(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield what kills a program at its n-th call of each kind that changes a file."""
         self.needs("strace", "-o", "/dev/null", "true")
-        for call in ("pwrite64", "write", "ftruncate", "unlink", "rename", "fdatasync"):
+        renames, unlinks = "?rename,?renameat,?renameat2", "?unlink,?unlinkat"
+        for call in ("pwrite64", "write", "ftruncate", unlinks, renames, "fdatasync"):
             for when in range(1, 1000):
                 log, env = self.file(f"{call}-{when}.log"), self.at(f"{call}-{when}")
                 kill = ["-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={when}"]

@@ -3404,9 +3404,13 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser from the table of commands."""
     import argparse
 
+    room = " " * 10  # for the longest command, else argparse breaks its line
+
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            message = re.sub(r"^argument : | \(choose from .*", "", message) + suggestion(message)
+            message = re.sub(" {10,}", " COMMAND", message)
+            known = r"^argument COMMAND: | \(choose from .*"
+            message = re.sub(known, "", message) + suggestion(message)
             raise BadInput(f"{message} ({self.prog} --help says more)")
 
         def format_help(self) -> str:
@@ -3415,16 +3419,21 @@ def build_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(
         prog="queuectl",
-        usage="queuectl [--db PATH] COMMAND ...",
-        description="A durable job queue for shell commands.",
+        usage="queuectl [--db PATH | --version] COMMAND ...   (COMMAND --help says more)\n"
+        "PATH is the queue, else $QUEUECTL_DB, else ./queuectl.db",
         epilog=EXAMPLES,
         formatter_class=raw,
         allow_abbrev=False,
+        add_help=False,
     )
-    parser.add_argument("--version", action="version", version=f"queuectl {__version__}")
+    quiet = argparse.SUPPRESS  # so that all of it fits on a screen
+    parser.add_argument("-h", "--help", action="help", help=quiet)
+    version = f"queuectl {__version__}"
+    parser.add_argument("--version", action="version", version=version, help=quiet)
     where = os.environ.get("QUEUECTL_DB") or "queuectl.db"
-    parser.add_argument("--db", default=where, metavar="PATH", help="the queue ($QUEUECTL_DB)")
-    groups = {"": parser.add_subparsers(title="commands", metavar="", required=True)}
+    parser.add_argument("--db", default=where, metavar="PATH", help=quiet)
+    top = parser.add_subparsers(title="commands", prog="queuectl", metavar=room, required=True)
+    groups = {"": top}
     for words, command in COMMANDS.items():
         family, _, verb = words.rpartition(" ")
         if family not in groups:

@@ -3418,6 +3418,13 @@ def write_output(chunks: Iterable[bytes]) -> None:
         sys.stdout.flush()
 
 
+def read_on(fd: int, at: int) -> tuple[int, bytes]:
+    """Return where the output goes on, and what is there; what was cut meanwhile is a hole."""
+    with contextlib.suppress(OSError, AttributeError):  # the end of the file; no such call
+        at = os.lseek(fd, at, os.SEEK_DATA)
+    return at, SYSTEM.read(fd, 1 << 16, at)
+
+
 def follow(queue: Queue, job: Job, fd: int) -> Iterator[bytes]:
     """Yield the output of a running attempt as it comes, until the attempt has ended."""
     limit = queue.config()["output_limit"]
@@ -3429,11 +3436,11 @@ def follow(queue: Queue, job: Job, fd: int) -> Iterator[bytes]:
             yield chunk
             at += len(chunk)
             at = 0 if os.fstat(fd).st_size < at else at  # a runaway's output was cut
-            chunk = SYSTEM.read(fd, 1 << 16, at)
+            at, chunk = read_on(fd, at)
         if over:
             return
         time.sleep(0.03)
-        chunk = SYSTEM.read(fd, 1 << 16, at)
+        at, chunk = read_on(fd, at)
 
 
 def next_run(queue: Queue, job: Job) -> Job:
@@ -3735,7 +3742,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            message = re.sub(r"^argument : | \(choose from .*", "", message) + suggestion(message)
+            known = r"^argument COMMAND: | \(choose from .*"
+            message = re.sub(known, "", message) + suggestion(message)
             raise BadInput(f"{message} ({self.prog} --help says more)")
 
     style: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}

@@ -214,12 +214,12 @@ def group(facts: Mapping[str, Any], job: Job) -> list[int]:
         return []
     env = {**os.environ, "LC_ALL": "C"}
     table = subprocess.run(
-        ["ps", "-axo", "pid=,pgid=,lstart="], stdout=subprocess.PIPE, check=False, env=env
+        ["ps", "-axo", "pid=,pgid=,stat=,lstart="], stdout=subprocess.PIPE, check=False, env=env
     ).stdout.decode(errors="replace")
     found = []
     for line in table.splitlines():
-        pid, pgid, *started = line.split()
-        if int(pgid) != facts["job_pid"] or len(started) != 5:
+        pid, pgid, state, *started = line.split()
+        if int(pgid) != facts["job_pid"] or len(started) != 5 or "Z" in state:  # a zombie is dead
             continue
         when = time.mktime(time.strptime(" ".join(started), "%a %b %d %H:%M:%S %Y"))
         if pid == pgid and abs(when - facts["launched"]) > 2:
@@ -1329,10 +1329,10 @@ class RunDirectory:
             for bell in self.files("pool-", ".bell"):
                 SYSTEM.ring(self.file(bell))
 
-    def clean(self) -> None:
-        """Remove what the dead left behind; the files of attempts are the recovery's."""
+    def clean(self, keep: Iterable[str | None]) -> None:
+        """Remove what the dead left behind, but not what tells about jobs to be recovered."""
         for item in self.files("pool-") + self.files("worker-"):
-            if self.free(item.split(".")[0]):
+            if item not in keep and self.free(item.split(".")[0]):
                 with contextlib.suppress(OSError):
                     os.unlink(self.file(item))
 
@@ -2350,7 +2350,7 @@ class Worker:
         """End what is left of an attempt; return when every process of it is gone."""
         out.reopen()
         ender, pause = Ender(job, self.run_dir, self.config["kill_grace"]), 0.005
-        while not (ender.gone() and child.poll() is not None):
+        while not ender.gone() or child.poll() is None:
             self.wait(time.monotonic() + pause)
             pause = min(pause * 1.5, 0.05)
 
@@ -2507,7 +2507,7 @@ class Pool:
             held.note(pid=os.getpid(), started=self.queue.clock(), count=self.count, **facts)
             self.bell = SYSTEM.bell(self.run_dir.file(self.name, "bell"))
         self.identity = self.db.identity()
-        self.run_dir.clean()
+        self.run_dir.clean(keep=[job.locked_by for job in self.queue.claimed()])
         try:
             while self.members or not self.stopping:
                 self.turn()

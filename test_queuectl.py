@@ -8,15 +8,12 @@ python3 test_queuectl.py bench [NAME...]    figures, with a baseline beside each
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import itertools
 import json
 import os
-import pty
 import re
-import resource
 import select
 import shlex
 import shutil
@@ -27,7 +24,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import termios
 import time
 import unittest
 from typing import Any, Callable, Iterator
@@ -36,10 +32,21 @@ from unittest import mock
 import queuectl
 from queuectl import Ending, Queue
 
+try:
+    import fcntl
+    import pty
+    import resource
+    import termios
+except ImportError:
+    POSIX = False
+else:
+    POSIX = True
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "queuectl.py")
 PYTHON = [sys.executable, *(["-O"] if sys.flags.optimize else [])]
-ROOT, NOBODY = os.geteuid() == 0, 65534
+ROOT, NOBODY = queuectl.SYSTEM.user() == 0, 65534
+NEEDS_SHELL = unittest.skipUnless(POSIX, "its jobs, or what it looks at, are a POSIX system's")
 NEEDS_ROOT = unittest.skipUnless(ROOT, "only root can give files away")
 ONE_LINE = r"\Aqueuectl: [^\n]+\n\Z"
 SLOW = unittest.skipUnless(os.environ.get("QUEUECTL_SLOW"), "a sweep: QUEUECTL_SLOW=1 runs it")
@@ -69,6 +76,8 @@ def alive(pid: int) -> bool:
 class Case(unittest.TestCase):
     """A fresh directory for each test, and the program as a person calls it."""
 
+    PROGRAM = PROGRAM
+
     def setUp(self) -> None:
         self.dir = os.path.realpath(tempfile.mkdtemp(prefix="queuectl-test-"))
         self.addCleanup(shutil.rmtree, self.dir, ignore_errors=True)
@@ -78,7 +87,10 @@ class Case(unittest.TestCase):
 
     def end_everything(self) -> None:
         """Leave no process behind, whatever the test did."""
-        until(lambda: not self.kill_ours())
+        if os.path.isdir("/proc"):
+            until(lambda: not self.kill_ours())
+        elif os.path.exists(self.path):
+            self.run_cli("worker", "stop", "--now", code=None)
         for pool in self.pools:
             pool.kill()
             pool.communicate()
@@ -114,7 +126,7 @@ class Case(unittest.TestCase):
     def run_cli(self, *args: str, stdin: Any = "", code: int | None = 0, **more: Any) -> Any:
         """Run one command; return its result, with stdout and stderr as text."""
         result = subprocess.run(
-            [*more.pop("prefix", ()), *PYTHON, PROGRAM, *args],
+            [*more.pop("prefix", ()), *PYTHON, self.PROGRAM, *args],
             input=stdin,
             capture_output=True,
             text=True,
@@ -500,6 +512,7 @@ class Library(Case):
 # --- the command line -----------------------------------------------------------------------------
 
 
+@NEEDS_SHELL
 class CommandLine(Case):
     """Each command, as a person or a script calls it."""
 
@@ -773,6 +786,7 @@ def limited(what: int, limit: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(what, (limit, limit))
 
 
+@NEEDS_SHELL
 class Live(Case):
     """Tests that look at living processes."""
 
@@ -2427,7 +2441,7 @@ class Clocked(Prompt):
         return len(taken)
 
 
-class TestSubmit(Prompt):
+class Submit(Prompt):
     def test_an_option_overrides_its_field_and_leaves_the_others_as_they_are(self) -> None:
         fields = {
             "command": "true",
@@ -2558,7 +2572,7 @@ class TestSubmit(Prompt):
         self.assertEqual(result.returncode, 0, result.stderr)
 
 
-class TestWatch(Prompt):
+class Watch(Prompt):
     def test_logs_follow_a_running_job_live_and_end_with_it(self) -> None:
         self.enqueue(f"echo one; {WAIT}; echo two", id="x")
         line = [*PYTHON, PROGRAM, "logs", "x", "-f"]
@@ -2576,7 +2590,7 @@ class TestWatch(Prompt):
             file.write(b"x" * 1_000_000)
             at, chunk = queuectl.read_on(file.fileno(), 5)
             self.assertEqual((at, chunk), (5, b"x" * 65536))
-            if queuectl.punch(file.fileno(), 900_000):
+            if queuectl.SYSTEM.punch(file.fileno(), 900_000):
                 at, chunk = queuectl.read_on(file.fileno(), 5)
                 self.assertTrue(at > 800_000 and b"\0" not in chunk[10_000:])
             self.assertEqual(queuectl.read_on(file.fileno(), 1_000_000), (1_000_000, b""))
@@ -2652,7 +2666,7 @@ class TestWatch(Prompt):
             self.assertEqual(code, 0)
 
 
-class TestWait(Prompt):
+class Wait(Prompt):
     def test_the_exit_code_is_that_of_the_first_job_that_failed(self) -> None:
         with Queue(self.path) as queue:
             for name, code in {"good": 0, "seven": 7, "killed": -9, "unstarted": None}.items():
@@ -2697,7 +2711,7 @@ class TestWait(Prompt):
         self.assertLess(time.monotonic() - began, 0.5)
 
 
-class TestCancel(Prompt):
+class Cancel(Prompt):
     def test_waiting_scheduled_and_running_jobs_are_called_off_and_stay_so(self) -> None:
         self.configure(kill_grace="0.3")
         self.enqueue("true", id="done", priority=1)
@@ -2758,7 +2772,7 @@ class TestCancel(Prompt):
         self.assertEqual((self.job("x").state, self.job("x").attempts), ("pending", 0))
 
 
-class TestHold(Prompt):
+class Hold(Prompt):
     def test_while_it_is_paused_running_jobs_go_on_and_nothing_new_starts(self) -> None:
         self.enqueue(f"touch started; {WAIT}", id="running")
         self.enqueue("true", id="waiting")
@@ -2788,7 +2802,7 @@ class TestHold(Prompt):
             self.assertEqual(self.claim(queue, "worker-2").id, "gpu")
 
 
-class TestWorkers(Prompt):
+class Workers(Prompt):
     def test_workers_in_the_background_are_listed_and_stopped(self) -> None:
         self.addCleanup(lambda: self.told("worker", "stop", "--now"))
         start = Terminal(self, "worker", "start", "--detach", "--count", "2")
@@ -2822,7 +2836,7 @@ class TestWorkers(Prompt):
         self.assertIn("may be written by others", line)
 
 
-class TestCleanUp(Clocked):
+class CleanUp(Clocked):
     def ended(self, job_id: str, code: int = 0) -> None:
         """Add a job that ends now."""
         self.queue.enqueue("true", id=job_id, max_retries=1)
@@ -2878,7 +2892,7 @@ class TestCleanUp(Clocked):
         until(lambda: self.ids() == "dead new")
 
 
-class TestRead(Prompt):
+class Read(Prompt):
     def test_a_table_is_cut_to_the_terminal_and_coloured_only_there(self) -> None:
         self.enqueue("echo " + "long " * 20, id="one")
         self.enqueue("echo \u5b57" + "\u6f22" * 50, id="wide", delay="1h30s")
@@ -2933,7 +2947,7 @@ class TestRead(Prompt):
             self.assertEqual(self.told(*words.split(), "--json"), (0, "", ""))
 
 
-class TestHelp(Prompt):
+class Help(Prompt):
     def test_the_help_fits_on_a_screen_and_shows_four_examples(self) -> None:
         bare, asked = self.out(), self.out("--help")
         self.assertEqual(bare, asked)
@@ -2984,7 +2998,7 @@ def zone(name: str) -> Iterator[None]:
         time.tzset()
 
 
-class TestOrder(Clocked):
+class Order(Clocked):
     def test_the_order_holds_under_many_workers(self) -> None:
         for number in range(40):
             self.queue.enqueue("true", id=str(number), priority=number % 4, run_at=number % 3)
@@ -3047,7 +3061,7 @@ class TestOrder(Clocked):
         self.assertLess(self.steps(lambda: queuectl.status_facts(self.queue)), 15)
 
 
-class TestQueues(Clocked):
+class Queues(Clocked):
     def setUp(self) -> None:
         super().setUp()
         for name, priority in (("gpu", 0), ("cpu", 5), ("default", 9)):
@@ -3074,7 +3088,7 @@ class TestQueues(Clocked):
         )
 
 
-class TestDependencies(Clocked):
+class Dependencies(Clocked):
     def add(self, *edges: str) -> None:
         """Add jobs, each written as its id and those of its parents."""
         for job_id, *after in map(str.split, edges):
@@ -3179,7 +3193,7 @@ class TestDependencies(Clocked):
         self.assertEqual(len(self.queue.cancel(["top"], cascade=True)), 501)
 
 
-class TestRecurring(Clocked):
+class Recurring(Clocked):
     CRON = (  # rule, after, next
         ("*/5 * * * *", "2026-01-01 00:02", "2026-01-01 00:05"),
         ("*/5 * * * *", "2026-01-01 00:05", "2026-01-01 00:10"),
@@ -3346,7 +3360,7 @@ class TestRecurring(Clocked):
             self.now += 2 if waits else 1000
 
 
-class TestExitCodes(Clocked):
+class ExitCodes(Clocked):
     def test_75_tries_later_after_the_usual_backoff_without_using_an_attempt(self) -> None:
         self.configure(max_snoozes="3")
         self.queue.enqueue("true", id="x", max_retries=2)
@@ -3390,7 +3404,7 @@ class TestExitCodes(Clocked):
         self.assertEqual(found, [("completed", 1, 2), ("dead", 1, 1)])
 
 
-class TestWhy(Clocked):
+class Why(Clocked):
     def test_a_job_that_does_not_run_says_why_in_one_line(self) -> None:
         def why(job_id: str) -> str:
             return queuectl.why(self.queue, self.queue.get(job_id))
@@ -3433,7 +3447,7 @@ class TestWhy(Clocked):
         self.assertEqual(why("x"), "312 jobs before it")
 
 
-class TestMigration(Case):
+class Migration(Case):
     """A database of the first schema, as that version left it."""
 
     DUMP = """
@@ -3491,6 +3505,150 @@ INSERT INTO config VALUES('max_retries','4');
 # --- the README -----------------------------------------------------------------------------------
 
 
+class AnySystem(Case):
+    """The promises on whatever system this is: the jobs are Python programs, as are the shells."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.dir = os.path.join(self.dir, "a b \u00e9")  # a path that needs quotes
+        self.path = os.path.join(self.dir, "queuectl.db")
+        os.mkdir(self.dir)
+        with open(self.file("beat.py"), "w") as file:
+            file.write(
+                "import os, subprocess, sys, time\n"
+                "if sys.argv[2:]: subprocess.Popen([sys.executable, *sys.argv[:2]])\n"
+                "open(f'{sys.argv[1]}.{os.getpid()}.began', 'w').close()\n"
+                "while True:\n"
+                "    print('beat', flush=True)\n"
+                "    time.sleep(0.05)\n"
+                "    with open(sys.argv[1], 'a') as file: file.write('.')\n"
+            )
+
+    def python(self, *words: str, **fields: Any) -> str:
+        """Add a job that runs Python."""
+        options = [word for key, value in fields.items() for word in (f"--{key}", str(value))]
+        return self.out("enqueue", *options, "--", sys.executable, *words).strip()
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        argv = [*PYTHON, self.PROGRAM, "worker", "start", *words]
+        pipe = subprocess.PIPE
+        flags = 0x200 if os.name == "nt" else 0  # a process group of its own: it gets no Ctrl-C
+        pool = subprocess.Popen(argv, cwd=self.dir, stderr=pipe, text=True, creationflags=flags)
+        self.pools.append(pool)
+        return pool
+
+    def began(self, name: str, processes: int = 2) -> None:
+        until(
+            lambda: len([f for f in os.listdir(self.dir) if f.startswith(name + ".")]) >= processes
+        )
+
+    def silent(self, name: str) -> bool:
+        """Tell whether a beat has ended: every process of its job is gone."""
+        size = os.path.getsize(self.file(name))
+        time.sleep(0.3)
+        return os.path.getsize(self.file(name)) == size
+
+    def facts(self, job: str) -> Any:
+        return json.loads(self.out("show", job, "--json"))
+
+    def test_jobs_run_and_their_output_and_exit_codes_are_kept(self) -> None:
+        good = self.python("-c", "import os; print('caf\u00e9', os.environ['QUEUECTL_JOB_ID'])")
+        bad = self.python("-c", "raise SystemExit(3)", **{"max-retries": 2})
+        self.out("config", "set", "backoff_base", "1")
+        pool = self.start("--count", "2", "--drain")
+        self.assertIn("dead: exit code 3", pool.communicate(timeout=60)[1])
+        self.assertEqual(pool.returncode, 1)
+        self.assertIn(f"{good}", self.out("logs", good))
+        self.assertEqual([run["exit_code"] for run in self.facts(bad)["runs"]], [3, 3])
+        self.assertEqual(self.facts(good)["state"], "completed")
+
+    def test_a_timeout_and_a_cancel_end_the_whole_tree(self) -> None:
+        self.out("config", "set", "kill_grace", "0.5")
+        timed = self.python("beat.py", "timed", "tree", timeout=1.5, **{"max-retries": 1})
+        called = self.python("beat.py", "called", "tree")
+        self.start("--count", "2")
+        self.began("called")
+        self.assertEqual(self.out("cancel", called).strip(), called)
+        self.assertTrue(self.silent("called"))
+        self.assertEqual(self.facts(called)["state"], "cancelled")
+        until(lambda: self.facts(timed)["state"] == "dead", 20)
+        self.assertIn("timed out", self.facts(timed)["last_error"])
+        self.assertTrue(self.silent("timed"))
+
+    def test_a_killed_workers_job_runs_again_when_its_tree_is_gone(self) -> None:
+        job = self.python("beat.py", "beat", "tree", **{"max-retries": 2})
+        self.start()
+        self.began("beat")
+        worker = json.loads(self.out("worker", "list", "--json"))
+        os.kill(worker["pid"], 9)
+        self.began("beat", 4)
+        self.assertEqual([run["error"] for run in self.facts(job)["runs"]], ["its worker died"])
+        self.out("worker", "stop", "--now")
+        self.assertTrue(self.silent("beat"))
+        self.assertEqual((self.facts(job)["state"], self.facts(job)["attempts"]), ("pending", 1))
+
+    def test_everything_killed_runs_again_at_the_next_start(self) -> None:
+        job = self.python("beat.py", "beat", "tree")
+        pool = self.start()
+        self.began("beat")
+        worker = json.loads(self.out("worker", "list", "--json"))
+        for pid in (pool.pid, worker["pid"]):
+            os.kill(pid, 9)
+        self.start()
+        self.began("beat", 4)
+        self.out("worker", "stop", "--now")
+        self.assertTrue(self.silent("beat"))
+        self.assertEqual(len(self.facts(job)["runs"]), 2)
+
+    def test_a_running_job_is_followed_and_a_stop_lets_it_finish(self) -> None:
+        code = "import time; print('one', flush=True); time.sleep(1); print('two')"
+        job = self.python("-c", code)
+        pool = self.start()
+        until(lambda: self.facts(job)["state"] == "processing")
+        followed = subprocess.Popen(
+            [*PYTHON, self.PROGRAM, "logs", "-f", job], cwd=self.dir, stdout=subprocess.PIPE
+        )
+        self.out("worker", "stop")
+        self.assertEqual(followed.communicate(timeout=20)[0].split(), [b"one", b"two"])
+        self.assertEqual(self.facts(job)["state"], "completed")
+        self.assertEqual((pool.wait(10), self.out("worker", "list", "--json")), (0, ""))
+
+    def test_the_shell_is_a_setting_here_too(self) -> None:
+        shell = f'"{sys.executable}" -c' if os.name == "nt" else f"{shlex.quote(sys.executable)} -c"
+        self.out("config", "set", "shell", shell)
+        job = self.out("enqueue", "print(6 * 7)").strip()
+        self.assertEqual(self.start("--drain").wait(30), 0)
+        self.assertEqual(self.out("logs", job).split(), ["42"])
+
+    def test_a_pool_in_the_background_is_found_and_stopped(self) -> None:
+        job = self.out("enqueue", "exit 0").strip()
+        self.assertIn("its log is", self.run_cli("worker", "start", "--detach").stderr)
+        self.assertEqual(self.run_cli("wait", job, "--timeout", "20").returncode, 0)
+        self.out("worker", "stop")
+        self.assertEqual(self.out("worker", "list", "--json"), "")
+
+
+@unittest.skipUnless(sys.platform == "linux", "what other systems lack is taken away from Linux")
+class AsOnMacOS(AnySystem):
+    """No /proc to look into and no fork server, as on macOS."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        with open(PROGRAM) as file:
+            source = file.read()
+        for has, lacks in (
+            ('PROC = sys.platform == "linux"', "PROC = False"),
+            ('if "forkserver" in', 'if "no such method" in'),
+            ("ctypes.CDLL(None, use_errno=True).fallocate64", "ctypes.CDLL(None).no_such_function"),
+        ):
+            self.assertEqual(source.count(has), 1, has)
+            source = source.replace(has, lacks)
+        self.PROGRAM = self.file("queuectl.py")
+        with open(self.PROGRAM, "w") as file:
+            file.write(source)
+
+
+@NEEDS_SHELL
 class Readme(Case):
     """What the README says is what the program does."""
 

@@ -3078,9 +3078,8 @@ def outcome(queue: Queue, ids: Sequence[str], dead: int) -> list[Job] | None:
     if queue.unfinished() or queue.held():
         return None
     died = max(0, queue.counts()[DEAD] - dead)
-    return sorted(queue.jobs((DEAD,), died), key=lambda job: job.updated_at) + queue.blocked(
-        limit=1
-    )
+    failed = sorted(queue.jobs((DEAD,), died), key=lambda job: job.updated_at)
+    return failed + queue.blocked(limit=1)
 
 
 def exit_of(job: Job) -> int:

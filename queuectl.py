@@ -1452,6 +1452,8 @@ class Queue:
         waits for long.
         """
         before, total = self.clock() - older_than, 0
+        if not set(states) <= set(ENDED):
+            raise BadInput(f"only what is {', '.join(ENDED)} can be pruned")
         for state in states:
             size, pruned = SLICE, 1
             while pruned:

@@ -2740,11 +2740,9 @@ def flag(name: str, help: str) -> tuple[tuple[str, ...], dict[str, Any]]:  # noq
 
 def terminal(stream: Any) -> int:
     """Return the width of the terminal that a stream is; 0 where it is none, or a dumb one."""
-    import shutil
-
     if not stream or not stream.isatty() or os.environ.get("TERM") == "dumb":
         return 0
-    return shutil.get_terminal_size().columns
+    return os.get_terminal_size(stream.fileno()).columns or 80
 
 
 class Lines:

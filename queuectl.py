@@ -1565,10 +1565,10 @@ class Queue:
         """Return the jobs that are claimed by a worker, living or dead."""
         return list(self._jobs(CLAIMED))
 
-    def next_time(self, queues: Sequence[str] = (), sql: str = NEXT_LATER) -> float | None:
+    def next_time(self, queues: Sequence[str] = ()) -> float | None:
         """Return when the next job becomes due by itself."""
         waiting = self._waiting(queues)
-        times = [self.db.execute(sql, {"queue": queue}).fetchone()[0] for queue in waiting]
+        times = [self.db.execute(NEXT_LATER, {"queue": queue}).fetchone()[0] for queue in waiting]
         return min((when for when in times if when is not None), default=None)
 
     def unfinished(self, queues: Sequence[str] = (), horizon: float = FOREVER) -> bool:
@@ -1578,16 +1578,21 @@ class Queue:
         """
         if self.counts(queues)[PROCESSING]:
             return True
-        if any(self.db.execute(NEXT_DUE, {"queue": q}).fetchone() for q in self._waiting(queues)):
+        return any(self._awaited(queue, horizon) for queue in self._waiting(queues))
+
+    def _awaited(self, queue: str, horizon: float) -> bool:
+        """Tell whether anything of a queue is due, or becomes due within so many seconds."""
+        if self.db.execute(NEXT_DUE, {"queue": queue}).fetchone():
             return True
-        soonest = self.next_time(queues, NEXT_AWAITED)
+        soonest = self.db.execute(NEXT_AWAITED, {"queue": queue}).fetchone()[0]
         return soonest is not None and soonest <= self.clock() + horizon
 
-    def held(self, queues: Sequence[str] = ()) -> list[str]:
-        """Return the paused queues, all or of these, in which jobs wait."""
+    def held(self, queues: Sequence[str] = (), horizon: float = FOREVER) -> list[str]:
+        """Return the paused queues, all or of these, with jobs that a drain would wait for."""
         waiting = set(self._waiting(queues))
-        rows = [row for row in self.tally() if row[1] == PENDING and row[2] != BLOCKED]
-        return sorted({q for q, *_ in rows if q not in waiting and (not queues or q in queues)})
+        names = {q for q, state, due, _ in self.tally() if state == PENDING and due != BLOCKED}
+        held = (q for q in names - waiting if not queues or q in queues)
+        return sorted(q for q in held if self._awaited(q, horizon))
 
     def blocked(self, queues: Sequence[str] = (), limit: int = 10) -> list[Job]:
         """Return the jobs that have been blocked longest, of each of these queues or of all."""
@@ -2378,7 +2383,7 @@ class Pool:
 
     def drained(self) -> None:
         """Leave, now that nothing is left to run, unless a paused queue may be resumed."""
-        held = self.queue.held(self.queues)
+        held = self.queue.held(self.queues, self.horizon)
         if not held:
             for job in self.queue.blocked(self.queues):
                 self.code = NO

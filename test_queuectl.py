@@ -1931,6 +1931,13 @@ class TestHold(Prompt):
             self.assertIn("paused     gpu\n", self.told("status")[1])
             claimed = [queue.claim("worker-1"), queue.claim("worker-2")]
             self.assertEqual([job and job.id for job in claimed], ["cpu", None])
+            self.assertEqual((queue.held(), queue.held(["cpu"])), (["gpu"], []))
+            queue.enqueue("true", queue="night", cron="@daily")
+            queue.enqueue("true", queue="later", delay=60)
+            queue.pause()
+            self.assertEqual((queue.held(), queue.held((), 9)), (["gpu", "later"], ["gpu"]))
+            queue.resume()
+            queue.pause("gpu")
             self.told("resume", "--queue", "gpu")
             self.assertEqual(self.claim(queue, "worker-2").id, "gpu")
 
@@ -2477,7 +2484,7 @@ class TestRecurring(Clocked):
         self.told("enqueue", "--id", "y", "--cron", "@hourly", "true")
         shown = self.told("list", "--recurring")[1]
         self.assertRegex(
-            shown, r"x +every 15m +in 1h[23]\ds +x\.1 +true\ny +@hourly +in \d+m.* y\.1 +true\n"
+            shown, r"x +every 15m +in 1h\d+s +x\.1 +true\ny +@hourly +(in .*|now) y\.1 +true\n"
         )
         listed = self.told("list", "--recurring", "--json")[1].splitlines()
         self.assertEqual([json.loads(line)["series"] for line in listed], ["x", "y"])

@@ -2332,7 +2332,11 @@ class Pool:
     def recover(self) -> None:
         """Put jobs whose worker is gone back into the queue, once all their processes are gone."""
         living = {member.name: member for member in self.members}
-        for job in self.queue.claimed():
+        claimed = self.queue.claimed()
+        theirs = set(self.enders) - set(map(run_key, claimed))  # another pool was faster
+        for key in theirs:
+            del self.enders[key]
+        for job in claimed:
             if job.locked_by in living and job.cancelling:
                 living[job.locked_by].send(run_key(job))
             if job.locked_by in living or not self.run_dir.free(job.locked_by):

@@ -1886,6 +1886,21 @@ class TestCancel(Prompt):
         self.drain()
         self.assertEqual((self.job("x").state, self.job("orphan").state), ("cancelled",) * 2)
 
+    def test_a_pool_forgets_the_orphans_that_another_has_recovered(self) -> None:
+        self.enqueue("true", id="x")
+        with Queue(self.path) as queue:
+            self.claim(queue, "worker-dead")
+            orphan = queuectl.Held(queue.db.run.file("1.1.out"))
+            pools = [queuectl.Pool(queue, 1, (), lambda _: None) for _ in "ab"]
+            for pool in pools:
+                pool.recover()
+            self.assertEqual([len(pool.enders) for pool in pools], [1, 1])
+            orphan.close()
+            for pool in pools:
+                pool.recover()
+            self.assertEqual([len(pool.enders) for pool in pools], [0, 0])
+            self.assertEqual(queue.get("x").state, "pending")
+
     def test_nobody_waits_for_a_pool_that_has_died_meanwhile(self) -> None:
         self.enqueue("true", id="x")
         with Queue(self.path) as queue:

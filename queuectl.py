@@ -1941,6 +1941,8 @@ class Queue:
         waits for long.
         """
         before, total = self.clock() - older_than, 0
+        if not set(states) <= set(ENDED):
+            raise BadInput(f"only what is {', '.join(ENDED)} can be pruned")
         for state in states:
             size, pruned = SLICE, 1
             while pruned:
@@ -2050,10 +2052,10 @@ class Queue:
         """Return the jobs that are claimed by a worker, living or dead."""
         return list(self._jobs(CLAIMED))
 
-    def next_time(self, queues: Sequence[str] = (), sql: str = NEXT_LATER) -> float | None:
+    def next_time(self, queues: Sequence[str] = ()) -> float | None:
         """Return when the next job becomes due by itself."""
         waiting = self._waiting(queues)
-        times = [self.db.execute(sql, {"queue": queue}).fetchone()[0] for queue in waiting]
+        times = [self.db.execute(NEXT_LATER, {"queue": queue}).fetchone()[0] for queue in waiting]
         return min((when for when in times if when is not None), default=None)
 
     def unfinished(self, queues: Sequence[str] = (), horizon: float = FOREVER) -> bool:
@@ -2063,16 +2065,21 @@ class Queue:
         """
         if self.counts(queues)[PROCESSING]:
             return True
-        if any(self.db.execute(NEXT_DUE, {"queue": q}).fetchone() for q in self._waiting(queues)):
+        return any(self._awaited(queue, horizon) for queue in self._waiting(queues))
+
+    def _awaited(self, queue: str, horizon: float) -> bool:
+        """Tell whether anything of a queue is due, or becomes due within so many seconds."""
+        if self.db.execute(NEXT_DUE, {"queue": queue}).fetchone():
             return True
-        soonest = self.next_time(queues, NEXT_AWAITED)
+        soonest = self.db.execute(NEXT_AWAITED, {"queue": queue}).fetchone()[0]
         return soonest is not None and soonest <= self.clock() + horizon
 
-    def held(self, queues: Sequence[str] = ()) -> list[str]:
-        """Return the paused queues, all or of these, in which jobs wait."""
+    def held(self, queues: Sequence[str] = (), horizon: float = FOREVER) -> list[str]:
+        """Return the paused queues, all or of these, with jobs that a drain would wait for."""
         waiting = set(self._waiting(queues))
-        rows = [row for row in self.tally() if row[1] == PENDING and row[2] != BLOCKED]
-        return sorted({q for q, *_ in rows if q not in waiting and (not queues or q in queues)})
+        names = {q for q, state, due, _ in self.tally() if state == PENDING and due != BLOCKED}
+        held = (q for q in names - waiting if not queues or q in queues)
+        return sorted(q for q in held if self._awaited(q, horizon))
 
     def blocked(self, queues: Sequence[str] = (), limit: int = 10) -> list[Job]:
         """Return the jobs that have been blocked longest, of each of these queues or of all."""
@@ -2665,7 +2672,11 @@ class Pool:
     def recover(self) -> None:
         """Put jobs whose worker is gone back into the queue, once all their processes are gone."""
         living = {member.name: member for member in self.members}
-        for job in self.queue.claimed():
+        claimed = self.queue.claimed()
+        theirs = set(self.enders) - set(map(run_key, claimed))  # another pool was faster
+        for key in theirs:
+            del self.enders[key]
+        for job in claimed:
             if job.locked_by in living and job.cancelling:
                 living[job.locked_by].send(run_key(job))
             if job.locked_by in living or not self.run_dir.free(job.locked_by):
@@ -2716,7 +2727,7 @@ class Pool:
 
     def drained(self) -> None:
         """Leave, now that nothing is left to run, unless a paused queue may be resumed."""
-        held = self.queue.held(self.queues)
+        held = self.queue.held(self.queues, self.horizon)
         if not held:
             for job in self.queue.blocked(self.queues):
                 self.code = NO
@@ -3067,11 +3078,9 @@ def flag(name: str, meaning: str) -> Argument:
 
 def terminal(stream: Any) -> int:
     """Return the width of the terminal that a stream is; 0 where it is none, or a dumb one."""
-    import shutil
-
     if not stream or not stream.isatty() or os.environ.get("TERM") == "dumb":
         return 0
-    return shutil.get_terminal_size().columns
+    return os.get_terminal_size(stream.fileno()).columns or 80
 
 
 class Lines:
@@ -3378,9 +3387,8 @@ def outcome(queue: Queue, ids: Sequence[str], dead: int) -> list[Job] | None:
     if queue.unfinished() or queue.held():
         return None
     died = max(0, queue.counts()[DEAD] - dead)
-    return sorted(queue.jobs((DEAD,), died), key=lambda job: job.updated_at) + queue.blocked(
-        limit=1
-    )
+    failed = sorted(queue.jobs((DEAD,), died), key=lambda job: job.updated_at)
+    return failed + queue.blocked(limit=1)
 
 
 def exit_of(job: Job) -> int:

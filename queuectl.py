@@ -1692,9 +1692,11 @@ def kept(run: RunDirectory, job: Job) -> tuple[str | None, Ending | None]:
     return (run.file(start + "out"), None) if run.files(start + "out") else (None, None)
 
 
-def run_worker(path: str, name: str, slot: int, queues: Sequence[str], pool: Connection) -> None:
-    """Be a worker: where a worker process starts."""
-    Worker(path, name, slot, queues, pool).main()
+def run_worker(environ: dict[bytes, bytes], *worker: Any) -> None:
+    """Be a worker, in the environment of its pool: where a worker process starts."""
+    os.environb.clear()
+    os.environb.update(environ)
+    Worker(*worker).main()
     os._exit(0)  # without closing the database: SQLite would remove a -wal of that name
 
 
@@ -2001,6 +2003,20 @@ def importable() -> Any:
     return sys.modules["__main__"]
 
 
+def start_fork_server() -> None:
+    """Start it where it finds our module: before Python 3.13 it does not look along sys.path."""
+    from multiprocessing import forkserver
+
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
 def hire(path: str, name: str, slot: int, queues: Sequence[str]) -> Member:
     """Start a worker process.
 
@@ -2015,12 +2031,12 @@ def hire(path: str, name: str, slot: int, queues: Sequence[str]) -> Member:
     if "forkserver" in multiprocessing.get_all_start_methods():
         context: Any = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([module.__name__, "json", "select", "subprocess"])
+        start_fork_server()
     else:
         context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(
-        target=module.run_worker, args=(path, name, slot, queues, theirs), daemon=False
-    )
+    what = (dict(os.environb), path, name, slot, queues, theirs)
+    process = context.Process(target=module.run_worker, args=what, daemon=False)
     main = sys.modules["__main__"]
     if module is not main:
         sys.modules["__main__"] = types.ModuleType("__main__")

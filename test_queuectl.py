@@ -1513,6 +1513,25 @@ class Readme(Case):
                     self.assertIn(names[0], self.text)
 
 
+# --- speed: what the figures rest on --------------------------------------------------------------
+
+
+class Speed(Live):
+    """That the cheap way is taken, by facts that a busy machine does not change."""
+
+    def test_workers_come_from_a_server_that_has_loaded_everything(self) -> None:
+        self.enqueue("env > env")
+        pool = self.pool("--count", "2")
+        self.becomes("1", "completed")
+        for facts in self.workers().values():
+            with open(f"/proc/{facts['pid']}/stat") as file:
+                parent = file.read().rpartition(")")[2].split()[1]
+            with open(f"/proc/{parent}/maps") as file:
+                self.assertIn("_sqlite3", file.read())
+            self.assertNotEqual(int(parent), pool.pid)
+        self.assertNotIn("PYTHONPATH", self.read("env"))
+
+
 # --- figures: python3 test_queuectl.py bench [NAME...] --------------------------------------------
 
 FULL = bool(os.environ.get("QUEUECTL_BENCH_FULL"))  # the sizes of the promises: takes minutes

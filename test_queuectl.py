@@ -26,6 +26,7 @@ import time
 import unittest
 from functools import partial
 from typing import Any, Callable
+from unittest import mock
 
 import queuectl
 from queuectl import Ending, Queue
@@ -810,7 +811,7 @@ class TestCrash(Live):
             "import multiprocessing, sys, queuectl\n"
             "ours, theirs = multiprocessing.Pipe()\n"
             "ours.close()\n"
-            "queuectl.run_worker(sys.argv[1], 'worker-a-1', 1, (), theirs)\n"
+            "queuectl.run_worker({}, sys.argv[1], 'worker-a-1', 1, (), theirs)\n"
         )
         worker = [*PYTHON, "-c", code, self.path]
         env = {**os.environ, "PYTHONPATH": HERE}
@@ -1530,6 +1531,25 @@ class Speed(Live):
                 self.assertIn("_sqlite3", file.read())
             self.assertNotEqual(int(parent), pool.pid)
         self.assertNotIn("PYTHONPATH", self.read("env"))
+
+    def test_a_job_is_launched_alike_where_posix_spawn_knows_no_sessions(self) -> None:
+        self.addCleanup(os.chdir, os.getcwd())
+        queuectl.keep_descriptors()
+        command = "ps -o sid= $$ | grep -wq $$ && readlink /proc/$$/fd/*; pwd; kill -9 $$"
+        said = set()
+        for name in ("now", "old"):
+            out = queuectl.Output(self.file("out"))
+            job = a_job(command=command, cwd="/usr")
+            with contextlib.ExitStack() as stack:
+                if name == "old":
+                    old = mock.patch.object(os, "posix_spawnp", side_effect=NotImplementedError)
+                    stack.enter_context(old)
+                child = queuectl.launch(job, queuectl.SHELL, os.environb, out)
+            until(lambda child=child: child.poll() is not None)  # type: ignore[misc]
+            self.assertEqual(child.returncode, -9)
+            said.add(out.tail(9999)[1].decode())
+            out.close()
+        self.assertEqual(said, {"/dev/null\n" + f"{self.dir}/out\n" * 3 + "/usr\n"})
 
 
 # --- figures: python3 test_queuectl.py bench [NAME...] --------------------------------------------

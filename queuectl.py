@@ -446,6 +446,7 @@ def span(duration: float) -> str:
 APPLICATION_ID = 0x51554354  # "QUCT"
 VERSION = "PRAGMA user_version"
 DATA_VERSION = "PRAGMA data_version"  # changes when another connection has written
+TRUNCATE_LOG = "PRAGMA wal_checkpoint(TRUNCATE)"
 SCHEMA = (  # one script for each version, which ends by saying so
     f"PRAGMA application_id = {APPLICATION_ID};"
     """
@@ -853,6 +854,14 @@ class Database:
         if synchronous != self.synchronous:
             self.synchronous = synchronous
             self.execute(f"PRAGMA synchronous = {synchronous}")
+
+    def truncate_log(self) -> None:
+        """Empty the -wal. Nobody writes meanwhile; gives up if readers do not end within 0.2 s."""
+        self.execute("PRAGMA busy_timeout = 200")
+        try:
+            self.execute(TRUNCATE_LOG).fetchall()
+        finally:
+            self.execute("PRAGMA busy_timeout = 0")
 
     def identity(self) -> tuple[int, int] | None:
         """Return what tells this file from another at its path; None where there is none."""
@@ -1750,6 +1759,7 @@ def run_worker(environ: dict[bytes, bytes], *worker: Any) -> None:
 # --- pool: starts the workers, wakes them, recovers what the dead left ----------------------------
 
 TICK = 0.25  # seconds between looks at what rings no bell
+LOG_BOUND = 16 << 20  # bytes of -wal; SQLite lets it grow as long as there is always a reader
 BROKEN = 5  # workers that die without a job in a minute: then something is wrong with the machine
 
 
@@ -1794,7 +1804,7 @@ class Pool:
         self.enders: dict[str, Ender] = {}
         self.news, self.served = 1, 1  # occasions to look for work, and the last one looked after
         self.woken: Member | None = None
-        self.look_at, self.sync_at = 0.0, float("inf")
+        self.look_at, self.sync_at, self.truncate_at = 0.0, float("inf"), 0.0
         self.version, self.next_time, self.wal = -1, float("inf"), -1
         self.db.patient = lambda waited: waited < 0.3
 
@@ -2016,6 +2026,12 @@ class Pool:
             if self.wal < 0:
                 self.wal = os.open(self.db.path + "-wal", os.O_RDONLY)
             sync_file(self.wal)
+            began = time.monotonic()
+            if os.fstat(self.wal).st_size > LOG_BOUND and began >= self.truncate_at:
+                with contextlib.suppress(Fault):
+                    self.db.truncate_log()
+                now = time.monotonic()  # a reader that stays must not hold up the work
+                self.truncate_at = now + 20 * (now - began)
 
 
 LEAKED: list[sqlite3.Connection] = []  # not closed: SQLite would remove the -wal of another file

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import pty
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import threading
 import time
 import unittest
 from functools import partial
@@ -402,8 +404,6 @@ class Library(Case):
                 self.assertNotIn("TEMP B-TREE", plan)
 
     def test_threads_may_share_a_queue(self) -> None:
-        import threading
-
         def add() -> None:
             for _ in range(20):
                 self.queue.enqueue("true")
@@ -1532,6 +1532,38 @@ class Speed(Live):
             self.assertNotEqual(int(parent), pool.pid)
         self.assertNotIn("PYTHONPATH", self.read("env"))
 
+    def test_the_log_is_begun_anew_though_there_is_always_a_reader(self) -> None:
+        with Queue(self.path) as queue:
+            queue.db.durable("normal")
+            queue.enqueue_many({"command": "true"} for _ in range(500))
+            pool = queuectl.Pool(queue, 1, (), print)
+            readers = [Queue(self.path, readonly=True) for _ in range(2)]
+            over = threading.Event()
+
+            def look() -> None:
+                for reader in itertools.cycle(readers):  # each begins before the other one ends
+                    reader.db.execute("BEGIN")
+                    reader.counts()
+                    time.sleep(0.01)
+                    other = readers[reader is readers[0]]
+                    if other.db.connection.in_transaction:
+                        other.db.execute("COMMIT")
+                    if over.is_set():
+                        break
+
+            thread = threading.Thread(target=look)
+            thread.start()
+            ending, job, sizes = Ending("ran", 0, None, 1.0, 2.0), queue.claim("w"), []
+            with mock.patch.object(queuectl, "LOG_BOUND", 1 << 20):
+                while job:
+                    job = queue.finish(job, ending, lambda: ())[1]
+                    if job and job.seq % 10 == 0:
+                        pool.sync()
+                    sizes.append(os.stat(self.path + "-wal").st_size)
+            over.set()
+            thread.join()
+            self.assertTrue(any(later < size for size, later in zip(sizes, sizes[1:])), sizes[-1])
+
     def test_a_job_is_launched_alike_where_posix_spawn_knows_no_sessions(self) -> None:
         self.addCleanup(os.chdir, os.getcwd())
         queuectl.keep_descriptors()
@@ -1555,7 +1587,7 @@ class Speed(Live):
 # --- figures: python3 test_queuectl.py bench [NAME...] --------------------------------------------
 
 FULL = bool(os.environ.get("QUEUECTL_BENCH_FULL"))  # the sizes of the promises: takes minutes
-ROWS, LINES, JOBS = (1_000_000, 1_000_000, 100_000) if FULL else (100_000, 200_000, 10_000)
+ROWS, LINES, JOBS = (1_000_000, 1_000_000, 100_000) if FULL else (100_000, 200_000, 4_000)
 BUILD = """
 INSERT INTO jobs (id, queue, command, cwd, state, priority, created_at, updated_at, run_after, due)
 WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :rows)
@@ -1800,17 +1832,17 @@ class Figures(Case):
         self.show(what + "MiB at the peak", "<= 64", peak)
 
     def bench_bounded(self) -> None:
-        queue, size = Queue(self.fresh(JOBS)), 0.0
+        self.fresh(JOBS)
         reading = f"""if True:
             queue = __import__("queuectl").Queue({self.path!r}, readonly=True)
             while True:
                 for job in queue.jobs(): pass"""
-        with queue, subprocess.Popen([*PYTHON, "-c", reading], cwd=HERE) as reader:
-            queue.db.durable("normal")
-            ending, job = Ending("ran", 0, None, 1.0, time.time(), 0, b"x" * 500), queue.claim("w")
-            while job:
-                job = queue.finish(job, ending, lambda: ())[1]
-                size = max(size, os.stat(self.path + "-wal").st_size / 2**20)
+        with subprocess.Popen([*PYTHON, "-c", reading], cwd=HERE) as reader:
+            pool, size = self.pool("--drain", "--count", "2", "--quiet"), 0.0
+            while pool.poll() is None:
+                time.sleep(0.005)
+                with contextlib.suppress(FileNotFoundError):
+                    size = max(size, os.stat(self.path + "-wal").st_size / 2**20)
             reader.kill()
         self.show(f"the log through {JOBS:,} jobs, a reader at it: MiB", "<= 64", size)
 

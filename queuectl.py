@@ -45,6 +45,7 @@ import sys
 import threading
 import time
 from datetime import datetime, timezone
+from functools import partial
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -446,6 +447,10 @@ def span(duration: float) -> str:
 APPLICATION_ID = 0x51554354  # "QUCT"
 VERSION = "PRAGMA user_version"
 DATA_VERSION = "PRAGMA data_version"  # changes when another connection has written
+PRAGMAS = (  # of every connection
+    "PRAGMA fullfsync = 1",
+    "PRAGMA temp_store = memory",  # else a batch writes each row's rollback journal to a file
+)
 TRUNCATE_LOG = "PRAGMA wal_checkpoint(TRUNCATE)"
 SCHEMA = (  # one script for each version, which ends by saying so
     f"PRAGMA application_id = {APPLICATION_ID};"
@@ -786,9 +791,8 @@ class Database:
         if getattr(self._local, "pid", None) != os.getpid():
             self._local.db = self._open(self.mode)
             self._local.pid = os.getpid()
-            self._retry(lambda: self._local.db.execute("PRAGMA fullfsync = 1"))
-            pragma = f"PRAGMA synchronous = {self.synchronous}"
-            self._retry(lambda: self._local.db.execute(pragma))
+            for pragma in (*PRAGMAS, f"PRAGMA synchronous = {self.synchronous}"):
+                self._retry(partial(self._local.db.execute, pragma))
         return self._local.db  # type: ignore[no-any-return]
 
     def fault(self, error: sqlite3.Error) -> Fault:

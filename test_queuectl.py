@@ -1861,6 +1861,7 @@ def pss(pid: int) -> float:
 
 def bench(names: list[str]) -> None:
     """Print figures, all or those named; one that cannot be taken here is skipped."""
+    os.environ.pop("PYTHONUNBUFFERED", None)
     known = [name[6:] for name in vars(Figures) if name.startswith("bench_")]
     print(f"{'what: unit; baseline':<62} {'ours':>8} {'baseline':>8} {'ratio':>7}  goal")
     for name in names or known:

@@ -46,6 +46,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -1022,6 +1023,11 @@ GUEST_VERSION = "SELECT value FROM config WHERE key = 'schema'"
 OUTER = ("BEGIN IMMEDIATE", "COMMIT", "ROLLBACK")
 INNER = ("SAVEPOINT part", "RELEASE part", "ROLLBACK TO part", "RELEASE part")
 DATA_VERSION = "PRAGMA data_version"  # changes when another connection has written
+PRAGMAS = (  # of every connection
+    "PRAGMA fullfsync = 1",
+    "PRAGMA temp_store = memory",  # else a batch writes each row's rollback journal to a file
+)
+TRUNCATE_LOG = "PRAGMA wal_checkpoint(TRUNCATE)"
 SCHEMA = (  # one script for each version, which ends by saying so
     f"PRAGMA application_id = {APPLICATION_ID};"
     """
@@ -1484,8 +1490,8 @@ class Database:
         if getattr(self._local, "pid", None) != os.getpid():
             with self.faults():
                 self._local.db = self._open(self.mode)
-                for pragma in ("fullfsync = 1", f"synchronous = {self.synchronous}"):
-                    self._retry(lambda: self._local.db.execute(f"PRAGMA {pragma}"))  # noqa: B023
+                for pragma in (*PRAGMAS, f"PRAGMA synchronous = {self.synchronous}"):
+                    self._retry(partial(self._local.db.execute, pragma))
             self._local.pid = os.getpid()
         return self._local.db  # type: ignore[no-any-return]
 
@@ -1563,6 +1569,14 @@ class Database:
         if synchronous != self.synchronous:
             self.synchronous = synchronous
             self.execute(f"PRAGMA synchronous = {synchronous}")
+
+    def truncate_log(self) -> None:
+        """Empty the -wal. Nobody writes meanwhile; gives up if readers do not end within 0.2 s."""
+        self.execute("PRAGMA busy_timeout = 200")
+        try:
+            self.execute(TRUNCATE_LOG).fetchall()
+        finally:
+            self.execute("PRAGMA busy_timeout = 0")
 
     def identity(self) -> tuple[int, int] | None:
         """Return what tells this file from another at its path; None where there is none."""
@@ -2441,13 +2455,16 @@ def kept(run: RunDirectory, job: Job) -> tuple[str | None, Ending | None]:
     return (run.file(start + "out"), None) if run.files(start + "out") else (None, None)
 
 
-def run_worker(path: str, name: str, slot: int, queues: Sequence[str], pool: Connection) -> None:
-    """Be a worker: where a worker process starts."""
-    Worker(path, name, slot, queues, pool).main()
+def run_worker(environ: dict[str, str], *worker: Any) -> None:
+    """Be a worker, in the environment of its pool: where a worker process starts."""
+    os.environ.clear()
+    os.environ.update(environ)
+    Worker(*worker).main()
 
 
 # --- pool: starts the workers, wakes them, recovers what the dead left ----------------------------
 
+LOG_BOUND = 16 << 20  # bytes of -wal; SQLite lets it grow as long as there is always a reader
 BROKEN = 5  # workers that die without a job in a minute: then something is wrong with the machine
 
 
@@ -2495,7 +2512,7 @@ class Pool:
         self.enders: dict[str, Ender] = {}
         self.news, self.served = 1, 1  # occasions to look for work, and the last one looked after
         self.woken: Member | None = None
-        self.look_at, self.sync_at = 0.0, float("inf")
+        self.look_at, self.sync_at, self.truncate_at = 0.0, float("inf"), 0.0
         self.version, self.next_time = -1, float("inf")
         self.db.patient = lambda waited: waited < 0.3 and not self.signals
 
@@ -2745,6 +2762,12 @@ class Pool:
         self.sync_at = float("inf")
         with contextlib.suppress(FileNotFoundError):
             SYSTEM.sync(self.db.path + "-wal")
+            began, size = time.monotonic(), os.stat(self.db.path + "-wal").st_size
+            if size > LOG_BOUND and began >= self.truncate_at:
+                with contextlib.suppress(Fault):
+                    self.db.truncate_log()
+                now = time.monotonic()  # a reader that stays must not hold up the work
+                self.truncate_at = now + 20 * (now - began)
 
 
 def importable() -> Any:
@@ -2766,6 +2789,20 @@ def importable() -> Any:
     return sys.modules["__main__"]
 
 
+def start_fork_server() -> None:
+    """Start it where it finds our module: before Python 3.13 it does not look along sys.path."""
+    from multiprocessing import forkserver
+
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
 def hire(path: str, name: str, slot: int, queues: Sequence[str]) -> Member:
     """Start a worker process.
 
@@ -2780,12 +2817,12 @@ def hire(path: str, name: str, slot: int, queues: Sequence[str]) -> Member:
     if "forkserver" in multiprocessing.get_all_start_methods():
         context: Any = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([module.__name__, "json", "select", "subprocess"])
+        start_fork_server()
     else:
         context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(
-        target=module.run_worker, args=(path, name, slot, queues, theirs), daemon=False
-    )
+    what = (dict(os.environ), path, name, slot, queues, theirs)
+    process = context.Process(target=module.run_worker, args=what, daemon=False)
     main = sys.modules["__main__"]
     if module is not main:
         sys.modules["__main__"] = types.ModuleType("__main__")

@@ -1677,7 +1677,7 @@ def sequel(job: Job, ending: Ending, config: Mapping[str, Any], now: float) -> J
         return after._replace(state=COMPLETED)
     if ending.fate == "cancelled" or job.cancelling:
         return after._replace(state=CANCELLED)
-    if ran and ending.exit_code == TRY_LATER and job.snoozes < config["max_snoozes"]:
+    if ran and ending.error == exit_meaning(TRY_LATER) and job.snoozes < config["max_snoozes"]:
         after = after._replace(attempts=job.attempts - 1, snoozes=job.snoozes + 1)
         return after._replace(state=PENDING, run_after=now + backoff(after.snoozes, config))
     final = ran and ending.exit_code in config["no_retry_exit_codes"]

@@ -3435,6 +3435,12 @@ class ExitCodes(Clocked):
         ending = Ending("crashed", None, "its worker died", self.now, self.now)
         self.assertEqual(self.queue.finish(self.next(), ending)[0].state, "dead")  # type: ignore[union-attr]
 
+    def test_a_timeout_is_no_snooze_whatever_the_job_says_as_it_is_ended(self) -> None:
+        self.queue.enqueue("true", id="x", max_retries=1)
+        ending = Ending("ran", 75, "timed out after 1 s", self.now, self.now)
+        after: Any = self.queue.finish(self.next(), ending)[0]
+        self.assertEqual((after.state, after.attempts), ("dead", 1))
+
     def test_the_codes_that_are_final_make_a_job_dead_at_once(self) -> None:
         self.configure(no_retry_exit_codes="2, 126,127")
         for code, state in {2: "dead", 127: "dead", 1: "pending", -2: "pending"}.items():

@@ -241,6 +241,7 @@ class Posix:
     """Linux, macOS and their like. Windows, below, has the same methods."""
 
     TICK = 0.25  # seconds between a pool's looks at what rings no bell
+    GONE: tuple[type[OSError], ...] = (FileNotFoundError,)
     SHELL: tuple[str, ...] = ("/bin/sh", "-c", "--")
     COMMAND_LIMIT = 131071  # Linux's MAX_ARG_STRLEN
     STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
@@ -397,6 +398,7 @@ class Windows:
     """
 
     TICK = 0.02  # there are no bells
+    GONE = (FileNotFoundError, PermissionError)  # what is being removed cannot be opened
     SHELL: tuple[str, ...] = ("cmd.exe", "/d", "/s", "/c")
     COMMAND_LIMIT = 8191
     STOP_SIGNALS = (signal.SIGINT, getattr(signal, "SIGBREAK", signal.SIGINT))
@@ -800,6 +802,8 @@ def recurrence(recurs: str, planned: float, now: float) -> float:
 
 def directory(value: object) -> str:
     """Check a directory, which need not exist yet, and make it absolute."""
+    if not value:
+        raise ValueError("must not be empty")
     return os.path.abspath(text(value))
 
 
@@ -1143,6 +1147,7 @@ IDS_BETWEEN = (
 )
 ONE = JOB + "WHERE id = :id"
 BY_SEQ = JOB + "WHERE seq = :seq"
+LAST_RUN = JOB + "WHERE series = :id AND run > 0 ORDER BY seq DESC LIMIT 1"
 NEWEST = JOB + "WHERE series = :id ORDER BY seq DESC LIMIT 1"
 RECENT_IDS = "SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000"
 ALL = JOB + "WHERE (:queue IS NULL OR queue = :queue) ORDER BY seq"
@@ -1154,7 +1159,11 @@ ORDER BY updated_at DESC, seq DESC LIMIT :limit"""
 GOES_ON = "recurs IS NOT NULL AND state IN ('pending', 'processing')"
 SCHEDULE = "SELECT 1 FROM jobs WHERE series = :id AND " + GOES_ON
 RECURRING = JOB + f"INDEXED BY jobs_recurs WHERE {GOES_ON} ORDER BY series"
-OLDEST = JOB + "WHERE state = 'pending' AND due = 1 ORDER BY updated_at LIMIT 1"
+OLDEST = (
+    JOB
+    + """WHERE state = 'pending' AND due = 1 AND (:queue IS NULL OR queue = :queue)
+ORDER BY updated_at LIMIT 1"""
+)
 RECENT_LIMIT = 5000
 RECENT = f"""
 SELECT count(*), min(updated_at) FROM (
@@ -1306,7 +1315,7 @@ class RunDirectory:
         """Tell whether nobody holds the lock of a file; one that does not exist is free."""
         try:
             fd = os.open(self.file(*parts), os.O_RDWR)
-        except FileNotFoundError:
+        except SYSTEM.GONE:
             return True
         try:
             return SYSTEM.lock(fd, shared=True)
@@ -1677,10 +1686,11 @@ def sequel(job: Job, ending: Ending, config: Mapping[str, Any], now: float) -> J
         return after._replace(state=COMPLETED)
     if ending.fate == "cancelled" or job.cancelling:
         return after._replace(state=CANCELLED)
-    if ran and ending.error == exit_meaning(TRY_LATER) and job.snoozes < config["max_snoozes"]:
+    final = ran and ending.exit_code in config["no_retry_exit_codes"]
+    later = ran and ending.error == exit_meaning(TRY_LATER) and not final
+    if later and job.snoozes < config["max_snoozes"]:
         after = after._replace(attempts=job.attempts - 1, snoozes=job.snoozes + 1)
         return after._replace(state=PENDING, run_after=now + backoff(after.snoozes, config))
-    final = ran and ending.exit_code in config["no_retry_exit_codes"]
     if final or job.attempts >= (job.max_retries or config["max_retries"]):
         return after._replace(state=DEAD)
     pause = backoff(job.attempts, config) if ran else 0
@@ -1776,7 +1786,7 @@ class Queue:
         """Insert a checked job, and what it waits for; return its number."""
         when = row.get("run_at", now + row.get("delay", 0))
         if "every" in row:
-            row.update(recurs=f"every {row['every']}", planned=when)
+            row.update(recurs=f"every {row['every']:.15g}", planned=when)
         if "cron" in row:
             when = cron_next(row["cron"], now)
             row.update(recurs=f"cron {row['cron']}", planned=when)
@@ -1848,13 +1858,17 @@ class Queue:
         """Return the waiting or running job of each schedule."""
         return list(self._jobs(RECURRING))
 
+    def last_run(self, job: Job) -> Job:
+        """Return the job of the same schedule that ran last, or this one if none has."""
+        return next(self._jobs(LAST_RUN, id=job.series), job)
+
     def parents(self, job: Job) -> list[Job]:
         """Return the jobs, up to 100, that a blocked job waits for."""
         return list(self._jobs(PARENTS, seq=job.seq))
 
-    def oldest(self) -> Job | None:
-        """Return the due job that has waited longest."""
-        return next(self._jobs(OLDEST), None)
+    def oldest(self, queue: str | None = None) -> Job | None:
+        """Return the due job, of one queue or of any, that has waited longest."""
+        return next(self._jobs(OLDEST, queue=queue), None)
 
     def before(self, job: Job) -> int:
         """Return how many due jobs of its queue come before a due job, counted up to 100,000."""
@@ -2419,12 +2433,10 @@ def event(job: Job, after: Job | None, ending: Ending) -> tuple[str, str, str]:
     if after.state == COMPLETED:
         return "ended", COMPLETED, f"job {name} completed in {took}"
     if after.state == PENDING and ending.fate == "ran":
-        again = span(after.run_after - after.updated_at)
-        return (
-            "ended",
-            PENDING,
-            f"job {name} failed: {reason}; try {job.attempts}, next in {again}",
-        )
+        again = f"next in {span(after.run_after - after.updated_at)}"
+        if after.snoozes > job.snoozes:
+            return "ended", PENDING, f"job {name} is put off: {reason}; {again}"
+        return "ended", PENDING, f"job {name} failed: {reason}; try {job.attempts}, {again}"
     if after.state == PENDING:
         return "ended", PENDING, f"job {name} is back in the queue: {reason}"
     return "ended", after.state, f"job {name} is {after.state}: {reason} (attempt {job.attempts})"
@@ -2567,7 +2579,8 @@ class Pool:
                 pass  # somebody writes for a long time: at the next look
             except Fault as error:
                 self.fail(error)
-            self.look_at = now + min(0.03 if self.enders else 1, SYSTEM.TICK)
+            more = self.enders or self.prune_at <= now
+            self.look_at = now + min(0.03 if more else 1, SYSTEM.TICK)
         self.staff(now)
         self.wake()
         if now >= self.sync_at:
@@ -2681,10 +2694,18 @@ class Pool:
 
     def prune(self) -> None:
         """Delete a slice of what is older than the retention; look again in a minute, or soon."""
-        retention, pruned = self.queue.config()["retention"], 0
-        for state in PRUNED if retention else ():
-            pruned += self.queue.prune_slice(self.queue.clock() - retention, state)
-        self.prune_at = time.monotonic() + (0 if pruned >= SLICE else 60)
+        pruned, now = 0, time.monotonic()
+        self.prune_at = now + 60
+        try:
+            retention = self.queue.config()["retention"]
+            for state in PRUNED if retention else ():
+                pruned += self.queue.prune_slice(self.queue.clock() - retention, state)
+        except Broken:
+            raise
+        except Fault as error:
+            self.say(f"cannot prune: {error}")
+        if pruned >= SLICE:
+            self.prune_at = now
 
     def recover(self) -> None:
         """Put jobs whose worker is gone back into the queue, once all their processes are gone."""
@@ -3019,13 +3040,15 @@ def worker_rows(queue: Queue) -> Iterator[tuple[object, ...]]:
 WORKER_HEADINGS = ("WORKER", "PID", "JOB", "SINCE", "COMMAND")
 
 
-def status_facts(queue: Queue) -> dict[str, Any]:
-    """Return the state of the whole queue as JSON shows it."""
-    oldest = queue.oldest()
+def status_facts(queue: Queue, only: str | None = None) -> dict[str, Any]:
+    """Return the state of everything, or of one queue, as JSON shows it."""
+    oldest = queue.oldest(only)
     kinds = {DUE: "due", LATER: "scheduled", BLOCKED: "blocked"}
     facts: dict[str, Any] = dict.fromkeys((*STATES, *kinds.values()), 0)
     queues: dict[str, dict[str, int]] = {}
     for name, state, due, jobs in queue.tally():
+        if only not in (None, name):
+            continue
         facts[state] += jobs
         facts[kinds[due]] += jobs if state == PENDING else 0
         queues.setdefault(name, dict.fromkeys(STATES, 0))[state] += jobs
@@ -3034,9 +3057,9 @@ def status_facts(queue: Queue) -> dict[str, Any]:
     return {**facts, "workers": list(worker_facts(queue))}
 
 
-def status_text(queue: Queue, *, full: bool = False) -> Iterator[str]:
-    """Yield the state of the whole queue for people; the full view is the one to watch."""
-    facts, oldest = status_facts(queue), queue.oldest()
+def status_text(queue: Queue, only: str | None = None, *, full: bool = False) -> Iterator[str]:
+    """Yield the state of everything, or of one queue; the full view is the one to watch."""
+    facts, oldest = status_facts(queue, only), queue.oldest(only)
     kinds = ", ".join(f"{facts[kind]} {kind}" for kind in ("due", "scheduled", "blocked"))
     notes = {PENDING: f"  ({kinds})"} if facts["scheduled"] or facts["blocked"] else {}
     for state in STATES:
@@ -3049,7 +3072,7 @@ def status_text(queue: Queue, *, full: bool = False) -> Iterator[str]:
     if oldest:
         since = ago(oldest.run_after, queue.clock())
         yield f"oldest     job {printable(oldest.id)}, due {since}; {why(queue, oldest)}"
-    for job in queue.blocked(limit=1):
+    for job in queue.blocked([only] if only else (), limit=1):
         yield f"blocked    job {printable(job.id)} is {blocked_by(queue.parents(job))}"
     if len(facts["queues"]) > 1 or set(facts["queues"]) - {"default"}:
         yield ""
@@ -3084,6 +3107,8 @@ class Progress:
         self.samples.append((now, done))
         eta = f", {span(round(left / rate))} left" if rate and left else ""
         failures = f", {failed} failed" if failed > 0 else ""
+        if not done + left:
+            return "no jobs yet"
         return f"{done}/{done + left} jobs, {rate:.1f}/s{eta}{failures}"
 
 
@@ -3166,7 +3191,7 @@ def show(lines: Iterable[str]) -> None:
     colours = {DEAD: 31, COMPLETED: 32, PROCESSING: 36, CANCELLED: 33}
     for line in lines:
         text = fit(line, width)
-        if width and not os.environ.get("NO_COLOR"):
+        if width and not line.endswith(" 0") and not os.environ.get("NO_COLOR"):
             pattern = rf"(?:(?<=  )|^)({'|'.join(colours)})(?=  |$)"
             text = re.sub(pattern, lambda m: f"\x1b[{colours[m[0]]}m{m[0]}\x1b[m", text, count=1)
         print(text)
@@ -3362,13 +3387,13 @@ def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
     """Show the counts and the living workers, once or again and again."""
     while True:
         if args.json:
-            show_json([status_facts(queue)])
+            show_json([status_facts(queue, args.queue)])
         elif args.watch and terminal(sys.stdout):
             sys.stdout.write("\x1b[H\x1b[J")
             height = os.get_terminal_size(sys.stdout.fileno()).lines
-            show(list(status_text(queue, full=True))[: height - 1])
+            show(list(status_text(queue, args.queue, full=True))[: height - 1])
         else:
-            show(status_text(queue, full=args.watch))
+            show(status_text(queue, args.queue, full=args.watch))
         sys.stdout.flush()
         if not args.watch:
             return
@@ -3396,7 +3421,8 @@ def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
     if not args.recurring:
         print_jobs(args, queue, args.state or ())
         return
-    jobs, now = queue.recurring(), queue.clock()
+    now, states = queue.clock(), args.state or STATES
+    jobs = [j for j in queue.recurring() if args.queue in (None, j.queue) and j.state in states]
     if args.json:
         show_json(job_facts(job, queue.config()) for job in jobs)
     else:
@@ -3440,11 +3466,15 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     """Wait until jobs have ended; return what the first failed one returned."""
     ids = [queue.get(job_id).id for job_id in named(args)]
     progress, dead = Progress(queue), queue.counts()[DEAD]
+    for job in map(queue.get, ids):
+        if job.due == BLOCKED:
+            say(f"job {printable(job.id)} is {why(queue, job)}")
     for _ in changes(queue, args.timeout):
         jobs = outcome(queue, ids, dead)
         if jobs is not None:
             return next(filter(None, map(exit_of, jobs)), OK)
         LINES.show(progress.line)
+    say(f"not yet, after {span(args.timeout)}")
     return TIMED_OUT
 
 
@@ -3500,6 +3530,8 @@ def next_run(queue: Queue, job: Job) -> Job:
 def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
     """Write the output of one attempt: of the one that is named, or runs, or ran last."""
     job = queue.get(args.id)
+    if not (args.follow or job.run or job.id == args.id):
+        job = queue.last_run(job)  # of a schedule
     if job.state == PENDING and not args.run:
         say(f"job {printable(job.id)} waits: {why(queue, job)}")
         job = next_run(queue, job) if args.follow else job
@@ -3638,7 +3670,7 @@ COMMANDS = {
     "worker list": Command(
         cmd_worker_list, "read", "list the living workers", "worker list", (JSON,)),
     "status": Command(cmd_status, "read", "show counts and workers", "status --watch", (
-        flag("--watch", "again every second, with rate and failures"), JSON)),
+        QUEUE, flag("--watch", "again every second, with rate and failures"), JSON)),
     "list": Command(cmd_list, "read", "list jobs", "list --state dead --limit 20", (
         STATE, QUEUE, flag("--recurring", "the schedules, and when each is next"), LIMIT, JSON)),
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
@@ -3777,6 +3809,8 @@ def suggestion(message: str) -> str:
     wrong = re.search(r"(?:unrecognized arguments: |invalid choice: ')([^\s']+)", message)
     words = {word for words in COMMANDS for word in words.split()}
     options = {n for command in COMMANDS.values() for names, _ in command.arguments for n in names}
+    if "argument --state" in message:
+        words, options = set(STATES), set()
     near = difflib.get_close_matches(wrong[1].split("=")[0], words | options, 1) if wrong else ()
     return f": did you mean {near[0]}?" if near else ""
 

@@ -2874,25 +2874,24 @@ def work(  # noqa: PLR0913
     TERM and HUP stop it, which only a main thread may ask for; `queuectl worker stop` always can.
     `say` gets a line for each event, `tick` is called at least once a second.
     """
-    queue = Queue(path)
-    queue.db.run.make()  # the database may have been copied here
-    reason = distrust(queue.db)
-    if reason and not insecure:
-        raise Fault(f"{reason}: whoever writes there runs commands as you; see --insecure")
-    queue.config()  # where that is damaged, no worker could begin
-    kind = network(queue.db.path)
-    if kind:
-        say(f"warning: {queue.db.path} is on {kind}; SQLite needs a local disk")
-    pool = Pool(queue, count, queues, say)
-    pool.drain, pool.horizon, pool.tick = drain, horizon, tick
-    if signals:
-        SYSTEM.unblock()  # else the fork server misses its SIGCHLD
-        pool.waker = Waker(dict.fromkeys(SYSTEM.STOP_SIGNALS, pool.on_signal))
-    try:
-        return pool.main()
-    finally:
-        if pool.waker:
-            pool.waker.close()
+    with Queue(path) as queue:
+        queue.db.run.make()  # the database may have been copied here
+        reason, kind = distrust(queue.db), network(queue.db.path)
+        if reason and not insecure:
+            raise Fault(f"{reason}: whoever writes there runs commands as you; see --insecure")
+        queue.config()  # where that is damaged, no worker could begin
+        if kind:
+            say(f"warning: {queue.db.path} is on {kind}; SQLite needs a local disk")
+        pool = Pool(queue, count, queues, say)
+        pool.drain, pool.horizon, pool.tick = drain, horizon, tick
+        if signals:
+            SYSTEM.unblock()  # else the fork server misses its SIGCHLD
+            pool.waker = Waker(dict.fromkeys(SYSTEM.STOP_SIGNALS, pool.on_signal))
+        try:
+            return pool.main()
+        finally:
+            if pool.waker:
+                pool.waker.close()
 
 
 # --- reports: jobs as text ------------------------------------------------------------------------

@@ -3563,6 +3563,184 @@ INSERT INTO config VALUES('max_retries','4');
 # --- the README -----------------------------------------------------------------------------------
 
 
+# --- inside of other programs ---------------------------------------------------------------------
+
+
+SHOP = """
+import os, signal, sqlite3, sys
+from queuectl import Queue
+queue = Queue("shop.db", guest=True)
+with queue.transaction() as db:
+    db.execute("INSERT INTO orders VALUES (1, 'tea')")
+    queue.enqueue("true", id="invoice-1")
+with queue.transaction() as db:
+    db.execute("INSERT INTO orders VALUES (2, 'cake')")
+    queue.enqueue("true", id="invoice-2")
+    print("told", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL if sys.argv[1:] else 0)
+"""
+APP = """
+from vendor.queuectl import Queue, work
+with Queue("jobs.db") as queue:
+    job = queue.enqueue("echo vendored")
+    code, done = work("jobs.db", count=2, drain=True), queue.get(job)
+    print(code, done.state, queue.attempts(done)[0].output)
+"""
+
+
+@NEEDS_SHELL
+class Guest(Case):
+    """The order and its job, or neither: in a database that belongs to another program."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.path = self.file("shop.db")
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            db.execute("PRAGMA user_version = 7")
+            db.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY, what TEXT)")
+            db.commit()
+
+    def shop(self, *words: str) -> None:
+        env = {**os.environ, "PYTHONPATH": HERE}
+        argv = [*PYTHON, "-c", SHOP, *words]
+        subprocess.run(argv, env=env, cwd=self.dir, stdout=subprocess.PIPE, check=not words)
+
+    def rows(self, sql: str) -> list[Any]:
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            return [row[0] for row in db.execute(sql)]
+
+    def test_both_are_stored_or_neither_if_the_program_is_killed_between(self) -> None:
+        self.shop("killed")
+        self.assertEqual(self.rows("SELECT id FROM orders"), [1])
+        self.assertEqual(self.rows("SELECT id FROM jobs"), ["invoice-1"])
+
+    def test_an_error_undoes_both_and_a_refused_batch_undoes_only_itself(self) -> None:
+        with Queue(self.path, guest=True) as queue:
+            with self.assertRaises(ZeroDivisionError), queue.transaction() as db:
+                db.execute("INSERT INTO orders VALUES (3, 'x')")
+                queue.enqueue("true")
+                raise ZeroDivisionError
+            with self.assertRaises(sqlite3.IntegrityError), queue.transaction() as db:
+                queue.enqueue("true")
+                db.execute("INSERT INTO orders VALUES (1, 'x'), (1, 'y')")
+            self.assertEqual((self.rows("SELECT id FROM orders"), list(queue.jobs())), ([], []))
+            with queue.transaction() as db:
+                db.execute("INSERT INTO orders VALUES (4, 'x')")
+                queue.enqueue("true", id="kept")
+                with self.assertRaises(queuectl.BadInput):
+                    queue.enqueue_many([{"command": "true"}, {"command": ""}])
+            self.assertEqual(self.rows("SELECT id FROM orders"), [4])
+            self.assertEqual([job.id for job in queue.jobs()], ["kept"])
+
+    def test_the_program_keeps_its_numbers_and_workers_find_the_queue(self) -> None:
+        self.assertIn("another program's", self.refused("--db", "shop.db", "list", code=4))
+        self.shop()
+        self.assertEqual(self.rows("PRAGMA user_version"), [7])
+        self.assertEqual(self.rows("PRAGMA application_id"), [0])
+        self.out("--db", "shop.db", "worker", "start", "--drain", "--quiet")
+        self.assertEqual(self.rows("SELECT state FROM jobs"), ["completed"] * 2)
+
+    def test_a_table_of_the_same_name_is_refused_and_nothing_is_left(self) -> None:
+        with contextlib.closing(sqlite3.connect(self.path)) as db:
+            db.execute("CREATE TABLE needs (mine)")
+            db.commit()
+        with self.assertRaisesRegex(queuectl.Fault, "needs already exists"):
+            Queue(self.path, guest=True)
+        names = self.rows("SELECT name FROM sqlite_master ORDER BY name")
+        self.assertEqual(names, ["needs", "orders"])
+
+
+@NEEDS_SHELL
+class Vendored(Case):
+    """One file, however it got here, and under whatever name."""
+
+    def run_app(self, *words: str, **more: Any) -> str:
+        done = subprocess.run(
+            [*PYTHON, *words],
+            cwd=self.dir,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            **more,
+        )
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        return done.stdout
+
+    def test_it_works_under_another_name_and_prints_nothing(self) -> None:
+        os.mkdir(self.file("vendor"))
+        shutil.copy(PROGRAM, self.file("vendor"))
+        with open(self.file("app.py"), "w") as file:
+            file.write(APP)
+        for flags in ((), ("-W", "error", "-X", "dev")):
+            self.assertEqual(self.run_app(*flags, "app.py"), "0 completed b'vendored\\n'\n")
+
+    def test_it_runs_from_wherever_it_lies(self) -> None:
+        os.mkdir(self.file("lib"))
+        shutil.copy(PROGRAM, self.file("lib"))
+        os.symlink("lib/queuectl.py", self.file("jobs"))
+        archive = shutil.make_archive(self.file("lib"), "zip", self.file("lib"))
+        os.chmod(self.file("lib"), 0o500)
+        self.addCleanup(os.chmod, self.file("lib"), 0o700)
+        zipped = {**os.environ, "PYTHONPATH": archive}
+        for words, env in (
+            (("-I", "lib/queuectl.py"), None),
+            (("jobs",), None),
+            (("-m", "queuectl"), zipped),
+            (("-c", "import queuectl, sys; sys.exit(queuectl.main())"), zipped),
+        ):
+            with self.subTest(words):
+                job = self.run_app(*words, "enqueue", "echo $0", env=env).strip()
+                self.run_app(*words, "worker", "start", "--drain", "--quiet", env=env)
+                self.assertEqual(self.run_app(*words, "logs", job, env=env), "/bin/sh\n")
+
+    def test_a_program_that_uses_it_is_checked_by_its_types(self) -> None:
+        if not shutil.which("mypy"):
+            self.skipTest("there is no mypy")
+        shutil.copy(PROGRAM, self.dir)
+        with open(self.file("app.py"), "w") as file:
+            file.write(APP.replace("vendor.", "") + "reveal_type(done.exit_code)\n")
+        done = subprocess.run(
+            ["mypy", "--strict", "app.py"],
+            cwd=self.dir,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        self.assertRegex(done.stdout, r"(int \| None|Union\[.*int.*None\])")
+        self.assertEqual(done.returncode, 0, done.stdout)
+
+    def test_a_fork_and_a_thread_have_connections_of_their_own(self) -> None:
+        with Queue(self.path) as queue:
+            queue.enqueue("true")
+            child = os.fork()
+            if not child:
+                os._exit(queue.enqueue("true") != "2")
+            self.assertEqual(os.waitpid(child, 0)[1], 0)
+            self.assertEqual([queue.enqueue("true"), queue.counts()["pending"]], ["3", 3])
+
+    def test_words_are_completed_in_each_shell(self) -> None:
+        lines = ("queuectl wor", "queuectl --db x worker st", "queuectl show 7 --")
+        bash = """source <("$@" completion bash)
+            t() { COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); _queuectl; echo ${COMPREPLY[*]}; }"""
+        zsh = """compdef() { :; }
+            compadd() { shift; for w; [[ $w == $last* ]] && print -n -- "$w "; echo; }
+            source <("$@" completion zsh)
+            t() { words=("$@"); CURRENT=$#; last=$words[-1]; _queuectl; }"""
+        fish = """$argv completion fish | source
+            function t; complete -C "$argv" | string join ' '; end"""
+        for shell, script in (("bash", bash), ("fish", fish), ("zsh", zsh)):
+            with self.subTest(shell):
+                if shutil.which(shell):
+                    whole = "\n".join([script, *(f"t {line}" for line in lines)])
+                    argv = [shell, "-c", whole, *([] if shell == "fish" else ["-"])]
+                    done = subprocess.run(
+                        [*argv, *PYTHON, PROGRAM], stdout=subprocess.PIPE, text=True, check=False
+                    )
+                    told = [line.split() for line in done.stdout.splitlines()]
+                    self.assertEqual(told, [["worker"], ["start", "stop"], ["--json"]])
+
+
 @unittest.skipIf(
     sys.platform == "linux" and "QUEUECTL_SLOW" not in os.environ,
     "other tests say the same of Linux: QUEUECTL_SLOW=1 runs it here, too",

@@ -2493,11 +2493,6 @@ class Member:
         with contextlib.suppress(OSError):
             self.conn.send(word)
 
-    def hear(self) -> Iterator[tuple[str, ...]]:
-        """Yield the worker's news; its end of the pipe closes when it dies: EOFError."""
-        while self.conn.poll():
-            yield from self.conn.recv()
-
 
 class Pool:
     """The process that `worker start` is. It runs no job: it watches, and wakes who is needed."""
@@ -2563,10 +2558,10 @@ class Pool:
     def turn(self) -> None:
         """Wait for something to happen, take it in, act on it."""
         self.tick()
-        self.wait()
-        for member in list(self.members):
-            try:
-                for kind, *text in member.hear():
+        ready = self.wait()
+        for member in [member for member in self.members if member.conn in ready]:
+            try:  # the end of its pipe is an EOFError
+                for kind, *text in member.conn.recv():
                     self.take(member, kind, text)
             except (EOFError, OSError):
                 self.bury(member)
@@ -2586,8 +2581,8 @@ class Pool:
         if now >= self.sync_at:
             self.sync()
 
-    def wait(self) -> None:
-        """Sleep until the bell, a worker, a signal, or the next time to look."""
+    def wait(self) -> list[Any]:
+        """Sleep until the bell, a worker, a signal, or the next time to look; return who spoke."""
         from multiprocessing.connection import wait
 
         due = time.monotonic() + max(0.0, self.next_time - self.queue.clock())
@@ -2606,6 +2601,7 @@ class Pool:
             self.news += 1
             self.next_time = float("inf")
             self.look_at = min(self.look_at, time.monotonic() + BATCH)
+        return ready
 
     def take(self, member: Member, kind: str, text: list[str]) -> None:
         """Take in one piece of a worker's news."""

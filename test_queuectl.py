@@ -2703,7 +2703,9 @@ class Wait(Prompt):
         self.pool()
         self.started("started")
         waits = [
-            subprocess.Popen([*PYTHON, PROGRAM, "wait", *ids], cwd=self.dir)
+            subprocess.Popen(
+                [*PYTHON, PROGRAM, "wait", *ids], cwd=self.dir, stderr=subprocess.DEVNULL
+            )
             for ids in (["--all"], ["blocked", "scheduled", "waiting", "running"])
         ]
         code, _, said = self.told("wait", "running", "--timeout", "0.2")

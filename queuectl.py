@@ -3884,6 +3884,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         words = sys.argv[1:] if argv is None else list(argv)
+        SYSTEM.escapes()
         args = build_parser().parse_args(words or ["--help"])
         args.argv = words
         code = execute(args)

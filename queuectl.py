@@ -237,6 +237,10 @@ def send_signal(pids: Iterable[int], *signals: int) -> None:
                 os.kill(pid, number)
 
 
+def ignore(_number: int, _frame: object) -> None:
+    """Do nothing, but not as SIG_IGN: that would be inherited by the jobs."""
+
+
 class Posix:
     """Linux, macOS and their like. Windows, below, has the same methods."""
 
@@ -583,10 +587,6 @@ class Windows:
 SYSTEM: Posix | Windows = Windows() if os.name == "nt" else Posix()
 
 
-def ignore(_number: int, _frame: object) -> None:
-    """Do nothing, but not as SIG_IGN: that would be inherited by the jobs."""
-
-
 class Waker:
     """Makes signals readable, where that is how to wait for them along with everything else."""
 
@@ -835,6 +835,13 @@ FIELDS: dict[str, Callable[[object], Any]] = {  # what a job may be given, each 
 }
 
 
+def printable(value: str) -> str:
+    """Escape whatever could move the cursor, change colours or reorder text on a terminal."""
+    if value.isprintable():
+        return value
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ": did you mean X?" for a mistyped word, or the choices where none is near."""
     import difflib
@@ -985,13 +992,6 @@ def exit_meaning(code: int) -> str | None:
     return f"exit code {code} ({known[code]})" if code in known else f"exit code {code}"
 
 
-def printable(value: str) -> str:
-    """Escape whatever could move the cursor, change colours or reorder text on a terminal."""
-    if value.isprintable():
-        return value
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
-
-
 def iso(when: float | None) -> str | None:
     """Return Unix seconds as ISO 8601 in local time with its offset."""
     if when is None:
@@ -1024,6 +1024,9 @@ APPLICATION = "PRAGMA application_id"
 VERSION = "PRAGMA user_version"
 TABLES = "SELECT count(*) FROM sqlite_master"
 GUEST_VERSION = "SELECT value FROM config WHERE key = 'schema'"
+LOG = "PRAGMA journal_mode = WAL"
+SYNCHRONOUS = {"full": "PRAGMA synchronous = full", "normal": "PRAGMA synchronous = normal"}
+WAIT, NO_WAIT = "PRAGMA busy_timeout = 200", "PRAGMA busy_timeout = 0"
 OUTER = ("BEGIN IMMEDIATE", "COMMIT", "ROLLBACK")
 INNER = ("SAVEPOINT part", "RELEASE part", "ROLLBACK TO part", "RELEASE part")
 DATA_VERSION = "PRAGMA data_version"  # changes when another connection has written
@@ -1367,24 +1370,6 @@ def statements(script: str) -> Iterator[str]:
             pending = ""
 
 
-def migrate(db: sqlite3.Connection) -> None:
-    """Bring the schema up to date; the changes and their number commit together.
-
-    The numbers that SQLite keeps in a file are its owner's. In another program's database the
-    queue keeps its version among its settings.
-    """
-    db.execute("BEGIN IMMEDIATE")
-    tables = db.execute(TABLES).fetchone()[0]
-    guest = bool(tables) and db.execute(APPLICATION).fetchone()[0] != APPLICATION_ID
-    for version in range(schema_version(db), len(SCHEMA)):
-        for statement in statements(SCHEMA[version]):
-            if not (guest and statement.startswith("PRAGMA")):
-                db.execute(statement)
-        if guest:
-            db.execute(SET, {"key": "schema", "value": str(version + 1)})
-    db.execute("COMMIT")
-
-
 def schema_version(db: sqlite3.Connection) -> int:
     """Return the version of the queue's tables, 0 where there are none."""
     if db.execute(APPLICATION).fetchone()[0] == APPLICATION_ID:
@@ -1393,6 +1378,24 @@ def schema_version(db: sqlite3.Connection) -> int:
         for row in db.execute(GUEST_VERSION):
             return int(row[0])
     return 0
+
+
+def migrate(db: sqlite3.Connection) -> None:
+    """Bring the schema up to date; the changes and their number commit together.
+
+    The numbers that SQLite keeps in a file are its owner's. In another program's database the
+    queue keeps its version among its settings.
+    """
+    db.execute(OUTER[0])
+    tables = db.execute(TABLES).fetchone()[0]
+    guest = bool(tables) and db.execute(APPLICATION).fetchone()[0] != APPLICATION_ID
+    for version in range(schema_version(db), len(SCHEMA)):
+        for statement in statements(SCHEMA[version]):
+            if not (guest and statement.startswith("PRAGMA")):
+                db.execute(statement)
+        if guest:
+            db.execute(SET, {"key": "schema", "value": str(version + 1)})
+    db.execute(OUTER[1])
 
 
 def sync_directory(path: str) -> None:
@@ -1430,7 +1433,7 @@ class Database:
                 self._create()
             if self._inspect(guest=guest) < len(SCHEMA):
                 with contextlib.closing(self._open("rw")) as db:
-                    self._retry(lambda: db.execute("PRAGMA journal_mode = WAL"))
+                    self._retry(lambda: db.execute(LOG))
                     self._retry(lambda: migrate(db))
 
     def _create(self) -> None:
@@ -1449,7 +1452,7 @@ class Database:
             os.chmod(new, 0o600)  # whatever the umask
             with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as db:
                 migrate(db)
-                db.execute("PRAGMA journal_mode = WAL")  # last: a log would hide a full disk
+                db.execute(LOG)  # last: a log would hide a full disk
             os.rename(new, self.path)
             sync_directory(os.path.dirname(self.path))
         finally:
@@ -1499,7 +1502,7 @@ class Database:
         if getattr(self._local, "pid", None) != os.getpid():
             with self.faults():
                 self._local.db = self._open(self.mode)
-                for pragma in (*PRAGMAS, f"PRAGMA synchronous = {self.synchronous}"):
+                for pragma in (*PRAGMAS, SYNCHRONOUS[self.synchronous]):
                     self._retry(partial(self._local.db.execute, pragma))
             self._local.pid = os.getpid()
         return self._local.db  # type: ignore[no-any-return]
@@ -1577,15 +1580,15 @@ class Database:
         """Choose whether each commit is synced (full), or the caller sees to it (normal)."""
         if synchronous != self.synchronous:
             self.synchronous = synchronous
-            self.execute(f"PRAGMA synchronous = {synchronous}")
+            self.execute(SYNCHRONOUS[synchronous])
 
     def truncate_log(self) -> None:
         """Empty the -wal. Nobody writes meanwhile; gives up if readers do not end within 0.2 s."""
-        self.execute("PRAGMA busy_timeout = 200")
+        self.execute(WAIT)
         try:
             self.execute(TRUNCATE_LOG).fetchall()
         finally:
-            self.execute("PRAGMA busy_timeout = 0")
+            self.execute(NO_WAIT)
 
     def identity(self) -> tuple[int, int] | None:
         """Return what tells this file from another at its path; None where there is none."""
@@ -1600,6 +1603,31 @@ class Database:
         if getattr(self._local, "pid", None) == os.getpid():
             self._local.db.close()
             self._local.pid = None
+
+
+def shared(gid: int) -> bool:
+    """Tell whether a group is more than the private group of the user who runs us."""
+    import grp
+    import pwd
+
+    try:
+        user, group = pwd.getpwuid(SYSTEM.user() or 0), grp.getgrgid(gid)
+    except KeyError:
+        return True
+    return group.gr_name != user.pw_name or any(member != user.pw_name for member in group.gr_mem)
+
+
+def suspicious(info: os.stat_result, *, directory: bool) -> str | None:
+    """Return what makes a file one that others may have written."""
+    if not (stat.S_ISDIR if directory else stat.S_ISREG)(info.st_mode):
+        return "is not a regular file"
+    if info.st_nlink > 1 and not directory:
+        return "has another name (a hard link)"
+    if info.st_uid != SYSTEM.user():
+        return f"belongs to another user ({info.st_uid})"
+    if info.st_mode & stat.S_IWOTH or (info.st_mode & stat.S_IWGRP and shared(info.st_gid)):
+        return "may be written by others"
+    return None
 
 
 def distrust(db: Database) -> str | None:
@@ -1618,31 +1646,6 @@ def distrust(db: Database) -> str | None:
             if reason:
                 return f"{path} {reason}"
     return None
-
-
-def suspicious(info: os.stat_result, *, directory: bool) -> str | None:
-    """Return what makes a file one that others may have written."""
-    if not (stat.S_ISDIR if directory else stat.S_ISREG)(info.st_mode):
-        return "is not a regular file"
-    if info.st_nlink > 1 and not directory:
-        return "has another name (a hard link)"
-    if info.st_uid != SYSTEM.user():
-        return f"belongs to another user ({info.st_uid})"
-    if info.st_mode & stat.S_IWOTH or (info.st_mode & stat.S_IWGRP and shared(info.st_gid)):
-        return "may be written by others"
-    return None
-
-
-def shared(gid: int) -> bool:
-    """Tell whether a group is more than the private group of the user who runs us."""
-    import grp
-    import pwd
-
-    try:
-        user, group = pwd.getpwuid(SYSTEM.user() or 0), grp.getgrgid(gid)
-    except KeyError:
-        return True
-    return group.gr_name != user.pw_name or any(member != user.pw_name for member in group.gr_mem)
 
 
 def network(path: str) -> str | None:
@@ -2118,6 +2121,13 @@ class Queue:
 # --- processes: launch, find, end; the only place with signals and kills --------------------------
 
 
+def tail(fd: int, limit: int) -> tuple[int, bytes]:
+    """Return how many bytes of a file come before its last ones, and the last ones."""
+    size = os.fstat(fd).st_size
+    kept = min(limit, size)
+    return size - kept, SYSTEM.read(fd, kept, size - kept)
+
+
 class Output(Held):
     """One attempt's output: a file that the job itself writes and, while it lives, holds locked."""
 
@@ -2159,13 +2169,6 @@ class Output(Held):
         return self.cut + cut, output
 
 
-def tail(fd: int, limit: int) -> tuple[int, bytes]:
-    """Return how many bytes of a file come before its last ones, and the last ones."""
-    size = os.fstat(fd).st_size
-    kept = min(limit, size)
-    return size - kept, SYSTEM.read(fd, kept, size - kept)
-
-
 class Ender:
     """Ends all processes of an attempt: TERM (and CONT: a stopped one must hear it), then KILL."""
 
@@ -2190,6 +2193,43 @@ class Ender:
 # --- worker: one job at a time --------------------------------------------------------------------
 
 BATCH = 0.04  # seconds that news for the pool may wait for company
+
+
+def blocked_by(parents: Sequence[Job]) -> str:
+    """Return what a job waits for, in words."""
+    words = [f"{printable(job.id)} ({job.state})" for job in parents[:3]]
+    more = f" and {len(parents) - 3} more" if len(parents) > 3 else ""
+    return f"blocked by {', '.join(words)}{more}"
+
+
+def event(job: Job, after: Job | None, ending: Ending) -> tuple[str, str, str]:
+    """Return the news of an attempt's end: ("ended", the state now, a line for people)."""
+    name, took = printable(job.id), span(ending.finished - ending.started)
+    reason = printable(ending.error or "")
+    if after is None:
+        return "ended", "", f"job {name} is no longer ours: its result was dropped"
+    if after.state == COMPLETED:
+        return "ended", COMPLETED, f"job {name} completed in {took}"
+    if after.state == PENDING and ending.fate == "ran":
+        again = f"next in {span(after.run_after - after.updated_at)}"
+        if after.snoozes > job.snoozes:
+            return "ended", PENDING, f"job {name} is put off: {reason}; {again}"
+        return "ended", PENDING, f"job {name} failed: {reason}; try {job.attempts}, {again}"
+    if after.state == PENDING:
+        return "ended", PENDING, f"job {name} is back in the queue: {reason}"
+    return "ended", after.state, f"job {name} is {after.state}: {reason} (attempt {job.attempts})"
+
+
+def keep(run: RunDirectory, job: Job, ending: Ending, out: Output | None) -> None:
+    """Keep a result that cannot be stored, as a file's name: that needs no space on a full disk."""
+    import json
+    from urllib.parse import quote
+
+    cut = ending.cut if out and out.cut else 0  # what the file itself does not tell
+    facts = json.dumps([*ending[:2], (ending.error or "")[:60] or None, *ending[3:5], cut])
+    if out:
+        os.close(out.fd)  # Windows renames nothing that is open
+        os.rename(out.path, run.file(job.seq, job.run, "end" + quote(facts, safe="")))
 
 
 class Worker:
@@ -2417,43 +2457,6 @@ class Worker:
                 return following
 
 
-def blocked_by(parents: Sequence[Job]) -> str:
-    """Return what a job waits for, in words."""
-    words = [f"{printable(job.id)} ({job.state})" for job in parents[:3]]
-    more = f" and {len(parents) - 3} more" if len(parents) > 3 else ""
-    return f"blocked by {', '.join(words)}{more}"
-
-
-def event(job: Job, after: Job | None, ending: Ending) -> tuple[str, str, str]:
-    """Return the news of an attempt's end: ("ended", the state now, a line for people)."""
-    name, took = printable(job.id), span(ending.finished - ending.started)
-    reason = printable(ending.error or "")
-    if after is None:
-        return "ended", "", f"job {name} is no longer ours: its result was dropped"
-    if after.state == COMPLETED:
-        return "ended", COMPLETED, f"job {name} completed in {took}"
-    if after.state == PENDING and ending.fate == "ran":
-        again = f"next in {span(after.run_after - after.updated_at)}"
-        if after.snoozes > job.snoozes:
-            return "ended", PENDING, f"job {name} is put off: {reason}; {again}"
-        return "ended", PENDING, f"job {name} failed: {reason}; try {job.attempts}, {again}"
-    if after.state == PENDING:
-        return "ended", PENDING, f"job {name} is back in the queue: {reason}"
-    return "ended", after.state, f"job {name} is {after.state}: {reason} (attempt {job.attempts})"
-
-
-def keep(run: RunDirectory, job: Job, ending: Ending, out: Output | None) -> None:
-    """Keep a result that cannot be stored, as a file's name: that needs no space on a full disk."""
-    import json
-    from urllib.parse import quote
-
-    cut = ending.cut if out and out.cut else 0  # what the file itself does not tell
-    facts = json.dumps([*ending[:2], (ending.error or "")[:60] or None, *ending[3:5], cut])
-    if out:
-        os.close(out.fd)  # Windows renames nothing that is open
-        os.rename(out.path, run.file(job.seq, job.run, "end" + quote(facts, safe="")))
-
-
 def kept(run: RunDirectory, job: Job) -> tuple[str | None, Ending | None]:
     """Return the output file of a dead worker's job and, if it was kept, how its attempt ended."""
     import json
@@ -2492,6 +2495,70 @@ class Member:
         """Say a word; a worker that is gone does not hear it."""
         with contextlib.suppress(OSError):
             self.conn.send(word)
+
+
+def importable() -> Any:
+    """Return this module, under a name by which a worker process can import it if there is one."""
+    import importlib
+
+    here = os.path.realpath(__file__)
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if __name__ != "__main__":
+        return sys.modules[__name__]
+    if os.path.dirname(here) not in sys.path:
+        sys.path.append(os.path.dirname(here))
+    with contextlib.suppress(ImportError):
+        module = importlib.import_module(
+            spec.name if spec else os.path.splitext(os.path.basename(here))[0]
+        )
+        if os.path.realpath(str(module.__file__)) == here:
+            return module
+    return sys.modules["__main__"]
+
+
+def start_fork_server() -> None:
+    """Start it where it finds our module: before Python 3.13 it does not look along sys.path."""
+    from multiprocessing import forkserver
+
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
+def hire(path: str, name: str, slot: int, queues: Sequence[str]) -> Member:
+    """Start a worker process.
+
+    From a fork server, which has loaded everything once; never by a plain fork: siblings would
+    hold each other's pipes and locks open. The main program is hidden, so that workers neither
+    load nor run it.
+    """
+    import multiprocessing
+    import types
+
+    module = importable()
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        context: Any = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([module.__name__, "json", "select", "subprocess"])
+        start_fork_server()
+    else:
+        context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    what = (dict(os.environ), path, name, slot, queues, theirs)
+    process = context.Process(target=module.run_worker, args=what, daemon=False)
+    main = sys.modules["__main__"]
+    if module is not main:
+        sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        process.start()
+    finally:
+        sys.modules["__main__"] = main
+    theirs.close()
+    return Member(name, slot, process, ours)
 
 
 class Pool:
@@ -2785,70 +2852,6 @@ class Pool:
                     self.db.truncate_log()
                 now = time.monotonic()  # a reader that stays must not hold up the work
                 self.truncate_at = now + 20 * (now - began)
-
-
-def importable() -> Any:
-    """Return this module, under a name by which a worker process can import it if there is one."""
-    import importlib
-
-    here = os.path.realpath(__file__)
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if __name__ != "__main__":
-        return sys.modules[__name__]
-    if os.path.dirname(here) not in sys.path:
-        sys.path.append(os.path.dirname(here))
-    with contextlib.suppress(ImportError):
-        module = importlib.import_module(
-            spec.name if spec else os.path.splitext(os.path.basename(here))[0]
-        )
-        if os.path.realpath(str(module.__file__)) == here:
-            return module
-    return sys.modules["__main__"]
-
-
-def start_fork_server() -> None:
-    """Start it where it finds our module: before Python 3.13 it does not look along sys.path."""
-    from multiprocessing import forkserver
-
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    try:
-        forkserver.ensure_running()
-    finally:
-        del os.environ["PYTHONPATH"]
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
-
-
-def hire(path: str, name: str, slot: int, queues: Sequence[str]) -> Member:
-    """Start a worker process.
-
-    From a fork server, which has loaded everything once; never by a plain fork: siblings would
-    hold each other's pipes and locks open. The main program is hidden, so that workers neither
-    load nor run it.
-    """
-    import multiprocessing
-    import types
-
-    module = importable()
-    if "forkserver" in multiprocessing.get_all_start_methods():
-        context: Any = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([module.__name__, "json", "select", "subprocess"])
-        start_fork_server()
-    else:
-        context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    what = (dict(os.environ), path, name, slot, queues, theirs)
-    process = context.Process(target=module.run_worker, args=what, daemon=False)
-    main = sys.modules["__main__"]
-    if module is not main:
-        sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        process.start()
-    finally:
-        sys.modules["__main__"] = main
-    theirs.close()
-    return Member(name, slot, process, ours)
 
 
 def work(  # noqa: PLR0913
@@ -3298,27 +3301,6 @@ def cmd_enqueue(args: argparse.Namespace) -> int:
     return OK
 
 
-def cmd_worker_start(args: argparse.Namespace) -> int:
-    """Run a pool, here or in the background."""
-    if args.detach:
-        return detach(args)
-    progress: list[Progress] = []
-
-    def event_line(text: str) -> None:
-        if not args.quiet:
-            LINES.say(time.strftime("%H:%M:%S ") + text)
-
-    def tick() -> None:
-        if terminal(sys.stderr) and not args.quiet:
-            if not progress:
-                progress.append(Progress(Queue(args.db, readonly=True)))
-            LINES.show(progress[0].line)
-
-    event_line(f"{args.count} worker{'s' * (args.count > 1)} on {os.path.realpath(args.db)}")
-    options = {key: getattr(args, key) for key in ("drain", "horizon", "insecure", "queues")}
-    return work(args.db, args.count, **options, signals=True, say=event_line, tick=tick)
-
-
 def detach(args: argparse.Namespace) -> int:
     """Start a pool in a session of its own, and say where it writes."""
     import subprocess
@@ -3343,6 +3325,27 @@ def detach(args: argparse.Namespace) -> int:
         file.seek(size)
         LINES.write(file.read())
     return pool.returncode
+
+
+def cmd_worker_start(args: argparse.Namespace) -> int:
+    """Run a pool, here or in the background."""
+    if args.detach:
+        return detach(args)
+    progress: list[Progress] = []
+
+    def event_line(text: str) -> None:
+        if not args.quiet:
+            LINES.say(time.strftime("%H:%M:%S ") + text)
+
+    def tick() -> None:
+        if terminal(sys.stderr) and not args.quiet:
+            if not progress:
+                progress.append(Progress(Queue(args.db, readonly=True)))
+            LINES.show(progress[0].line)
+
+    event_line(f"{args.count} worker{'s' * (args.count > 1)} on {os.path.realpath(args.db)}")
+    options = {key: getattr(args, key) for key in ("drain", "horizon", "insecure", "queues")}
+    return work(args.db, args.count, **options, signals=True, say=event_line, tick=tick)
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
@@ -3457,6 +3460,13 @@ def exit_of(job: Job) -> int:
     return SIGNALLED - code if code < 0 else code
 
 
+def named(args: argparse.Namespace, also: object = None) -> list[str]:
+    """Return the ids that a command names, none for all: exactly one of the two must be said."""
+    if bool(args.ids) == (args.all or also is not None):
+        raise BadInput("name the jobs, or say --all")
+    return list(args.ids)
+
+
 def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     """Wait until jobs have ended; return what the first failed one returned."""
     ids = [queue.get(job_id).id for job_id in named(args)]
@@ -3562,13 +3572,6 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
     return code
 
 
-def named(args: argparse.Namespace, also: object = None) -> list[str]:
-    """Return the ids that a command names, none for all: exactly one of the two must be said."""
-    if bool(args.ids) == (args.all or also is not None):
-        raise BadInput("name the jobs, or say --all")
-    return list(args.ids)
-
-
 def cmd_dlq_purge(args: argparse.Namespace, queue: Queue) -> None:
     """Delete dead jobs."""
     ids = named(args, args.older_than)
@@ -3582,6 +3585,15 @@ def cmd_config_set(args: argparse.Namespace) -> None:
         queue.configure(args.key, args.value)
 
 
+def setting_text(value: object) -> str:
+    """Return a value as `config set` takes it."""
+    if isinstance(value, tuple) and all(isinstance(item, int) for item in value):
+        return ",".join(map(str, value))
+    if isinstance(value, tuple):
+        return " ".join(shlex.quote(word) for word in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def cmd_config_list(args: argparse.Namespace, queue: Queue) -> None:
     """List every setting."""
     config = queue.config()
@@ -3593,15 +3605,6 @@ def cmd_config_list(args: argparse.Namespace, queue: Queue) -> None:
         return
     rows = [(key, setting_text(value), SETTINGS[key].meaning) for key, value in config.items()]
     show(table(("KEY", "VALUE", "MEANING"), rows))
-
-
-def setting_text(value: object) -> str:
-    """Return a value as `config set` takes it."""
-    if isinstance(value, tuple) and all(isinstance(item, int) for item in value):
-        return ",".join(map(str, value))
-    if isinstance(value, tuple):
-        return " ".join(shlex.quote(word) for word in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def typed(read: Callable[[Any], Any]) -> Callable[[str], Any]:

@@ -7,6 +7,7 @@ python3 test_queuectl.py bench [NAME...]    figures, with a baseline beside each
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import io
@@ -23,6 +24,7 @@ import stat
 import statistics
 import struct
 import subprocess
+import symtable
 import sys
 import tempfile
 import threading
@@ -3563,6 +3565,92 @@ INSERT INTO config VALUES('max_retries','4');
 
 
 # --- the README -----------------------------------------------------------------------------------
+
+
+# --- the file itself ------------------------------------------------------------------------------
+
+
+class Layout(unittest.TestCase):
+    """How queuectl.py reads: from top to bottom, and everything in its place."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        with open(PROGRAM, encoding="utf-8") as file:
+            cls.source = file.read()
+        cls.tree = ast.parse(cls.source)
+
+    def section(self, node: ast.AST) -> str:
+        """Return the title of the section that a node is in."""
+        lines = self.source.splitlines()[: node.lineno]  # type: ignore[attr-defined]
+        titles = [line for line in lines if line.startswith("# --- ")]
+        return titles[-1].strip("# -").partition(":")[0] if titles else ""
+
+    def found(self, wanted: Callable[[ast.AST], Any]) -> set[str]:
+        """Return the sections in which there is a node like that."""
+        return {self.section(node) for node in ast.walk(self.tree) if wanted(node)}
+
+    def test_sql_stands_in_its_section(self) -> None:
+        verb = r"\s*(SELECT|INSERT|UPDATE|DELETE|CREATE|PRAGMA|BEGIN|COMMIT) [^\n]"
+        is_sql = lambda n: isinstance(n, ast.Constant) and re.match(verb, str(n.value))  # noqa: E731
+        self.assertEqual(self.found(is_sql), {"SQL"})
+
+    def test_only_the_command_line_prints(self) -> None:
+        prints = lambda n: isinstance(n, ast.Name) and n.id == "print"  # noqa: E731
+        self.assertEqual(self.found(prints), {"command line"})
+
+    def test_only_the_system_kills_and_handles_signals(self) -> None:
+        calls = {"os.kill", "signal.signal", "signal.pthread_sigmask", "signal.set_wakeup_fd"}
+        named = lambda n: isinstance(n, ast.Attribute) and ast.unparse(n) in calls  # noqa: E731
+        if sys.version_info >= (3, 9):
+            self.assertEqual(self.found(named), {"system"})
+
+    def test_nothing_but_the_standard_library_is_imported_and_little_at_once(self) -> None:
+        imports = [n for n in ast.walk(self.tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        names = {
+            name.partition(".")[0]
+            for node in imports
+            for name in (
+                [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            )
+        }
+        if sys.version_info >= (3, 10):
+            self.assertLessEqual(names, sys.stdlib_module_names)
+        code = "import sys; before = set(sys.modules); import queuectl"
+        code += "; print(*set(sys.modules) - before)"
+        loaded = subprocess.check_output([*PYTHON, "-c", code], cwd=HERE, text=True).split()
+        slow = {"argparse", "json", "subprocess", "multiprocessing", "difflib", "socket", "ctypes"}
+        self.assertEqual(slow & set(loaded), set())
+
+    @unittest.skipIf(sys.version_info < (3, 11), "its symbols include those of annotations")
+    def test_each_definition_uses_only_what_stands_above_it(self) -> None:
+        places: dict[str, int] = {}
+        for node in self.tree.body:
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            for name in [getattr(node, "name", None)] + [getattr(t, "id", None) for t in targets]:
+                places.setdefault(str(name), node.lineno)
+        later = set()
+
+        def look(table: symtable.SymbolTable, at: int) -> None:
+            for symbol in table.get_symbols():
+                used = symbol.is_global() and symbol.is_referenced()
+                if used and places.get(symbol.get_name(), 0) > at:
+                    later.add((table.get_name(), symbol.get_name()))
+            for child in table.get_children():
+                look(child, at)
+
+        for child in symtable.symtable(self.source, "queuectl.py", "exec").get_children():
+            look(child, places.get(child.get_name(), child.get_lineno()))
+        self.assertEqual(later, set())
+
+    def test_no_function_is_longer_than_forty_lines(self) -> None:
+        sizes = [
+            (node.end_lineno - node.lineno + 1, node.name)
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.FunctionDef)
+        ]
+        self.assertLessEqual(max(sizes)[0], 40, max(sizes))
+        short = sum(size <= 20 for size, _ in sizes)
+        self.assertGreater(short / len(sizes), 0.9)
 
 
 # --- inside of other programs ---------------------------------------------------------------------

@@ -57,6 +57,11 @@ ONE_LINE = r"\Aqueuectl: [^\n]+\n\Z"
 SLOW = unittest.skipUnless(os.environ.get("QUEUECTL_SLOW"), "a sweep: QUEUECTL_SLOW=1 runs it")
 
 
+def setUpModule() -> None:
+    """Hear Ctrl-C even if whoever started the tests ignores it: what they start inherits that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def until(fact: Callable[[], Any], limit: float = 10.0) -> Any:
     """Wait until something is true, and return it."""
     deadline = time.monotonic() + limit

@@ -44,24 +44,20 @@ import stat
 import sys
 import threading
 import time
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta, timezone
 from functools import partial
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    NamedTuple,
-    NoReturn,
-    Sequence,
-)
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     import argparse
+    import subprocess
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
+
+    Child = subprocess.Popen[bytes]
+    Argument = tuple[tuple[str, ...], dict[str, Any]]
 
 __version__ = "1.0"
 __all__ = ["Attempt", "Job", "Queue", "QueueError", "work"]
@@ -83,7 +79,12 @@ MOVES = {  # every legal change of state; whatever is not here does not happen
     COMPLETED: (),
 }
 
+ENDED = (COMPLETED, DEAD, CANCELLED)
+PRUNED = (COMPLETED, CANCELLED)  # unless told otherwise: dead letters stay until they are purged
+DUE, LATER, BLOCKED = 1, 0, -1  # what a pending job is; whatever is not pending counts as due
+
 OK, NO, USAGE, FAULT, TIMED_OUT, SIGNALLED = 0, 1, 2, 4, 124, 128  # exit codes
+TRY_LATER = 75  # a job's exit code (EX_TEMPFAIL of sysexits.h): not now, and it is nobody's fault
 
 
 class QueueError(Exception):
@@ -121,7 +122,8 @@ class Job(NamedTuple):
 
     `attempts` counts the starts since the job was enqueued or retried from the dead letter queue;
     `run` counts every start ever and names one attempt of the job. `max_retries` (how often it may
-    start) and `timeout` (seconds, 0 is none) are None where the configuration decides.
+    start) and `timeout` (seconds, 0 is none) are None where the configuration decides. `recurs` is
+    the schedule that goes on after this job, `series` its name, `planned` the time it gave the job.
     """
 
     seq: int
@@ -144,6 +146,11 @@ class Job(NamedTuple):
     last_error: str | None
     run: int
     cancelling: int
+    due: int
+    snoozes: int
+    recurs: str | None
+    series: str | None
+    planned: float | None
 
 
 class Attempt(NamedTuple):
@@ -159,11 +166,460 @@ class Attempt(NamedTuple):
     output: bytes
 
 
+# --- system: what differs between POSIX and Windows; the only place with signals and kills --------
+
+BINARY = getattr(os, "O_BINARY", 0)  # else Windows translates line ends
+PROC = sys.platform == "linux"  # processes can be looked into through /proc
+EXHAUSTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # the machine's fault
+
+
+def run_key(job: Job) -> str:
+    """Return what every process of one attempt has in its environment, as QUEUECTL_RUN."""
+    return f"{job.seq}.{job.run}.{job.locked_by}"
+
+
+def others() -> list[int]:
+    """Return the processes of the machine without this one."""
+    return [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and int(pid) != os.getpid()]
+
+
+def read_proc(pid: int, *parts: str) -> bytes:
+    """Return a file of /proc; empty where the process is gone or not ours to look at."""
+    try:
+        with open(os.path.join("/proc", str(pid), *parts), "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def holds(pid: int, path: str) -> bool:
+    """Tell whether a process holds the lock of a file (to have it open is not enough)."""
+    with contextlib.suppress(OSError):
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.stat(f"/proc/{pid}/fd/{fd}"), os.stat(path)):
+                    info = read_proc(pid, "fdinfo", fd)
+                    if re.search(rb"FLOCK +ADVISORY +WRITE", info):
+                        return True
+    return False
+
+
+def group(facts: Mapping[str, Any], job: Job) -> list[int]:
+    """Return the process group of an attempt where there is no /proc: by pid and start time.
+
+    A leader that did not start when the job was launched is a stranger who got the pid later.
+    """
+    import subprocess
+
+    if facts.get("run") != run_key(job) or "job_pid" not in facts:
+        return []
+    env = {**os.environ, "LC_ALL": "C"}
+    table = subprocess.run(
+        ["ps", "-axo", "pid=,pgid=,stat=,lstart="], stdout=subprocess.PIPE, check=False, env=env
+    ).stdout.decode(errors="replace")
+    found = []
+    for line in table.splitlines():
+        pid, pgid, state, *started = line.split()
+        if int(pgid) != facts["job_pid"] or len(started) != 5 or "Z" in state:  # a zombie is dead
+            continue
+        when = time.mktime(time.strptime(" ".join(started), "%a %b %d %H:%M:%S %Y"))
+        if pid == pgid and abs(when - facts["launched"]) > 2:
+            return []
+        found.append(int(pid))
+    return found
+
+
+def send_signal(pids: Iterable[int], *signals: int) -> None:
+    """Signal processes, each by its own pid; one that is gone meanwhile is fine."""
+    for pid in pids:
+        for number in signals:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+
+
+class Posix:
+    """Linux, macOS and their like. Windows, below, has the same methods."""
+
+    TICK = 0.25  # seconds between a pool's looks at what rings no bell
+    SHELL: tuple[str, ...] = ("/bin/sh", "-c", "--")
+    COMMAND_LIMIT = 131071  # Linux's MAX_ARG_STRLEN
+    STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+
+    def words(self, line: str) -> list[str]:
+        """Split a command line."""
+        return shlex.split(line)
+
+    def line(self, words: Sequence[str]) -> str:
+        """Quote words so that the shell takes them as they are."""
+        return " ".join(map(shlex.quote, words))
+
+    def user(self) -> int | None:
+        """Return who runs us, where files have owners and modes."""
+        return os.geteuid()
+
+    def lock(self, fd: int, *, shared: bool = False) -> bool:
+        """Lock an open file without waiting; False where somebody else has it."""
+        import fcntl
+
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def drop(self, fd: int, path: str) -> None:
+        """Remove a file that this process holds; the name goes while the lock still holds."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        os.close(fd)
+
+    def read(self, fd: int, length: int, at: int) -> bytes:
+        """Read from a place in a file."""
+        return os.pread(fd, length, at)
+
+    def punch(self, fd: int, length: int) -> bool:
+        """Make the beginning of a file a hole (Linux); False where that cannot be done."""
+        import ctypes
+
+        try:
+            fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
+        except (AttributeError, OSError, TypeError):
+            return False
+        keep_size, punch_hole = 1, 2
+        offsets = ctypes.c_int64(0), ctypes.c_int64(length)
+        return bool(fallocate(fd, keep_size | punch_hole, *offsets) == 0)
+
+    def sync(self, path: str) -> None:
+        """Sync a file, on macOS down to the medium."""
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            import fcntl
+
+            if hasattr(fcntl, "F_FULLFSYNC"):
+                fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            else:
+                getattr(os, "fdatasync", os.fsync)(fd)
+        finally:
+            os.close(fd)
+
+    def bell(self, path: str) -> int | None:
+        """Make a bell, and return what is readable when it rings; None where there are none."""
+        os.mkfifo(path, 0o600)
+        return os.open(path, os.O_RDWR | os.O_NONBLOCK)
+
+    def ring(self, path: str) -> None:
+        """Ring a bell: never waits, and nobody listening is fine."""
+        with contextlib.suppress(OSError):  # ENXIO: its pool is gone
+            fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+            try:
+                os.write(fd, b"!")
+            finally:
+                os.close(fd)
+
+    def wakeup(self) -> tuple[int, int] | None:
+        """Return a pipe that signals are written to."""
+        ends = os.pipe()
+        for fd in ends:
+            os.set_blocking(fd, False)
+        return ends
+
+    def unblock(self, *, worker: bool = False) -> None:
+        """Give a process and its jobs the signals they expect, whoever started it."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        if worker:
+            signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, ignore)
+
+    def wait(self, waker: Waker, pool: Connection | None, _: Any, limit: float | None) -> bool:
+        """Wait for a signal, which a job's end is too, or the pool; True if the pool may speak."""
+        import select
+
+        fds = [waker.fd, *([pool.fileno()] if pool else [])]
+        return select.select(fds, [], [], limit)[0] != [waker.fd]
+
+    def __init__(self) -> None:
+        """Begin without having read the environment."""
+        self.inherited: dict[bytes, bytes] = {}
+
+    def launch(self, argv: Sequence[str], job: Job, env: dict[str, str], out: int) -> Child:
+        """Start a job's command in a session of its own; OSError where it cannot be started.
+
+        The output file is passed on a third time, as a descriptor that no redirection closes. What
+        the job was given is UTF-8, whatever this process was told about its locale.
+        """
+        import subprocess
+
+        self.inherited = self.inherited or dict(os.environb)
+        return subprocess.Popen(  # signals are at their defaults: this process has handlers for all
+            [*argv, job.command.encode()],
+            cwd=job.cwd,
+            env={**self.inherited, **{k.encode(): v.encode() for k, v in env.items()}},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            pass_fds=(out,),
+            start_new_session=True,
+        )
+
+    def release(self, child: Child) -> None:
+        """Let go of what a completed job left behind; it goes on."""
+
+    def members(self, job: Job, run: RunDirectory) -> list[int]:
+        """Return an attempt's processes, as far as they can be told from strangers for certain."""
+        if not PROC:
+            return group(run.facts(job.locked_by), job)
+        key = b"\0QUEUECTL_RUN=" + run_key(job).encode() + b"\0"
+        found = [pid for pid in others() if key in b"\0" + read_proc(pid, "environ")]
+        if found or run.free(job.seq, job.run, "out"):
+            return found
+        return [pid for pid in others() if holds(pid, run.file(job.seq, job.run, "out"))]
+
+    def ask(self, pids: Iterable[int]) -> None:
+        """Ask processes to end; a stopped one must hear it, too."""
+        send_signal(pids, signal.SIGTERM, signal.SIGCONT)
+
+    def kill(self, pids: Iterable[int], _: Job) -> None:
+        """End processes."""
+        send_signal(pids, signal.SIGKILL)
+
+    def background(self) -> dict[str, Any]:
+        """Return how to start a process that outlives its terminal."""
+        return {"start_new_session": True}
+
+    def escapes(self) -> None:
+        """Have the terminal understand escape sequences."""
+
+
+class Windows:
+    """A job's processes are in a Job Object, which ends them when its last handle is closed.
+
+    That is when their worker dies. The lock of a file is on a byte far behind its end.
+    """
+
+    TICK = 0.02  # there are no bells
+    SHELL: tuple[str, ...] = ("cmd.exe", "/d", "/s", "/c")
+    COMMAND_LIMIT = 8191
+    STOP_SIGNALS = (signal.SIGINT, getattr(signal, "SIGBREAK", signal.SIGINT))
+    FAR = 1 << 40
+
+    def __init__(self) -> None:
+        """Begin with no jobs."""
+        self.jobs: dict[int, int] = {}  # the handles of the Job Objects, by process
+
+    def kernel(self) -> Any:
+        """Return the system's functions; handles are as wide as pointers."""
+        import ctypes
+
+        kernel: Any = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]
+        kernel.CreateJobObjectW.restype = kernel.OpenJobObjectW.restype = ctypes.c_void_p
+        return kernel
+
+    def words(self, line: str) -> list[str]:
+        """Split a command line, in which a backslash is a part of a path."""
+        return [word.strip('"') for word in shlex.split(line, posix=False)]
+
+    def line(self, words: Sequence[str]) -> str:
+        """Quote words so that the program takes them as they are."""
+        import subprocess
+
+        return subprocess.list2cmdline(words)
+
+    def user(self) -> int | None:
+        """Access control lists keep strangers out of a user's directories."""
+        return None
+
+    def lock(self, fd: int, *, shared: bool = False) -> bool:  # noqa: ARG002
+        """Lock an open file without waiting; False where somebody else has it."""
+        import msvcrt
+
+        os.lseek(fd, self.FAR, os.SEEK_SET)
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        finally:
+            os.lseek(fd, 0, os.SEEK_SET)  # the job writes where this points
+        return True
+
+    def drop(self, fd: int, path: str) -> None:
+        """Remove a file that this process holds: what is open cannot be removed."""
+        os.close(fd)
+        with contextlib.suppress(OSError):  # what a completed job left behind still writes to it
+            os.unlink(path)
+
+    def read(self, fd: int, length: int, at: int) -> bytes:
+        """Read from a place in a file."""
+        os.lseek(fd, at, os.SEEK_SET)
+        return os.read(fd, length)
+
+    def punch(self, fd: int, length: int) -> bool:
+        """Make the beginning of a file a hole."""
+        import ctypes
+        import msvcrt
+
+        set_sparse, set_zero_data, unused = 0x900C4, 0x980C8, ctypes.c_uint32()
+        handle = ctypes.c_void_p(msvcrt.get_osfhandle(fd))  # type: ignore[attr-defined]
+        hole, control = (ctypes.c_int64 * 2)(0, length), self.kernel().DeviceIoControl
+        control(handle, set_sparse, None, 0, None, 0, ctypes.byref(unused), None)
+        control(handle, set_zero_data, hole, 16, None, 0, ctypes.byref(unused), None)
+        return True
+
+    def sync(self, path: str) -> None:
+        """Sync a file."""
+        fd = os.open(path, os.O_RDWR)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def bell(self, path: str) -> int | None:  # noqa: ARG002
+        """There are none: a pool looks every TICK."""
+        return None
+
+    def ring(self, path: str) -> None:
+        """There are none."""
+
+    def wakeup(self) -> tuple[int, int] | None:
+        """There is none: whoever waits does so for a TICK at most, or for a process."""
+        return None
+
+    def unblock(self, *, worker: bool = False) -> None:
+        """Nothing is ever blocked."""
+
+    def wait(self, _: Waker, pool: Connection | None, child: Any, limit: float | None) -> bool:
+        """Wait for a job's end or the pool; True if the pool may speak."""
+        from multiprocessing.connection import wait
+
+        things = [thing for thing in (pool, child and int(child._handle)) if thing]
+        if not things:
+            time.sleep(limit or 0)
+        return pool in wait(things, limit)
+
+    def launch(self, argv: Sequence[str], job: Job, env: dict[str, str], out: int) -> Child:
+        """Start a job's command in a Job Object of its own; OSError where it cannot be started."""
+        import ctypes
+        import subprocess
+
+        line = subprocess.list2cmdline([*argv, job.command])
+        if re.fullmatch(r"(.*[\\/])?cmd(\.exe)?", argv[0], re.IGNORECASE):  # has rules of its own
+            line = subprocess.list2cmdline(argv) + f' "{job.command}"'
+        new_group, suspended = 0x200, 0x4
+        child = subprocess.Popen(
+            line,
+            cwd=job.cwd,
+            env={**os.environ, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            creationflags=new_group | suspended,
+        )
+        process = ctypes.c_void_p(int(child._handle))  # type: ignore[attr-defined]
+        self.jobs[child.pid] = self.kernel().CreateJobObjectW(None, run_key(job))
+        self.limit(child, 0x2000)  # kill on close
+        self.kernel().AssignProcessToJobObject(ctypes.c_void_p(self.jobs[child.pid]), process)
+        ctypes.WinDLL("ntdll").NtResumeProcess(process)  # type: ignore[attr-defined]
+        return child
+
+    def limit(self, child: Child, flags: int) -> None:
+        """Set the flags of a JOBOBJECT_EXTENDED_LIMIT_INFORMATION, which begins with two times."""
+        import ctypes
+
+        limits = (ctypes.c_uint32 * (36 if ctypes.sizeof(ctypes.c_void_p) == 8 else 28))()
+        limits[4] = flags
+        job = ctypes.c_void_p(self.jobs[child.pid])
+        self.kernel().SetInformationJobObject(job, 9, limits, ctypes.sizeof(limits))
+
+    def release(self, child: Child) -> None:
+        """Let go of what a completed job left behind; it goes on."""
+        import ctypes
+
+        self.limit(child, 0)
+        self.kernel().CloseHandle(ctypes.c_void_p(self.jobs.pop(child.pid)))
+
+    def members(self, job: Job, _: RunDirectory) -> list[int]:
+        """Return an attempt's processes, up to 1,000: a JOBOBJECT_BASIC_PROCESS_ID_LIST."""
+        import ctypes
+
+        kernel, size = self.kernel(), ctypes.sizeof(ctypes.c_void_p)
+        handle = ctypes.c_void_p(kernel.OpenJobObjectW(4, False, run_key(job)))  # noqa: FBT003
+        if not handle:
+            return []
+        found = (ctypes.c_size_t * 1001)()
+        kernel.QueryInformationJobObject(handle, 3, found, ctypes.sizeof(found), None)
+        kernel.CloseHandle(handle)
+        first = 8 // size
+        count = ctypes.cast(found, ctypes.POINTER(ctypes.c_uint32))[1]
+        return list(found[first : first + count])
+
+    def ask(self, pids: Iterable[int]) -> None:
+        """Ask processes to end: the ones that lead a group, which this process has started."""
+        for pid in pids:
+            if pid in self.jobs:
+                with contextlib.suppress(OSError):  # no console
+                    os.kill(pid, getattr(signal, "CTRL_BREAK_EVENT", 1))
+
+    def kill(self, _: Iterable[int], job: Job) -> None:
+        """End processes."""
+        import ctypes
+
+        kernel = self.kernel()
+        handle = ctypes.c_void_p(kernel.OpenJobObjectW(8, False, run_key(job)))  # noqa: FBT003
+        kernel.TerminateJobObject(handle, 1)
+        kernel.CloseHandle(handle)
+
+    def background(self) -> dict[str, Any]:
+        """Return how to start a process that outlives its terminal."""
+        detached, new_group = 0x8, 0x200
+        return {"creationflags": detached | new_group}
+
+    def escapes(self) -> None:
+        """Have the terminal understand escape sequences."""
+        for output in (-11, -12):
+            self.kernel().SetConsoleMode(self.kernel().GetStdHandle(output), 7)
+
+
+SYSTEM: Posix | Windows = Windows() if os.name == "nt" else Posix()
+
+
+def ignore(_number: int, _frame: object) -> None:
+    """Do nothing, but not as SIG_IGN: that would be inherited by the jobs."""
+
+
+class Waker:
+    """Makes signals readable, where that is how to wait for them along with everything else."""
+
+    def __init__(self, handlers: Mapping[int, Callable[[int, Any], None]]) -> None:
+        """Install handlers, but leave a hang-up ignored under nohup."""
+        self.before = {}
+        for number, handler in handlers.items():
+            hangup = number == getattr(signal, "SIGHUP", None)
+            if not hangup or signal.getsignal(number) is not signal.SIG_IGN:
+                self.before[number] = signal.signal(number, handler)
+        self.ends = SYSTEM.wakeup()
+        self.fd = self.ends[0] if self.ends else -1
+        if self.ends:
+            self.before_fd = signal.set_wakeup_fd(self.ends[1], warn_on_full_buffer=False)
+
+    def clear(self) -> None:
+        """Forget the signals so far."""
+        if self.ends:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self.fd, 4096)
+
+    def close(self) -> None:
+        """Put everything back as it was."""
+        if self.ends:
+            signal.set_wakeup_fd(self.before_fd)
+            for fd in self.ends:
+                os.close(fd)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 # --- rules: pure functions -----------------------------------------------------------------------
 
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 FOREVER = 10 * 365 * 86400.0  # no duration is longer, so that no sum of times overflows
-COMMAND_LIMIT = 8191 if os.name == "nt" else 131071  # cmd.exe's; Linux's MAX_ARG_STRLEN
 
 
 def seconds(value: object) -> float:
@@ -229,8 +685,10 @@ def command_line(value: object) -> str:
     """Check a shell line: not blank, and not longer than the system can start."""
     if not text(value).strip():
         raise ValueError("must not be blank")
-    if len(text(value).encode()) > COMMAND_LIMIT:
-        raise ValueError(f"must not be longer than {COMMAND_LIMIT} bytes; put it into a script")
+    if len(text(value).encode()) > SYSTEM.COMMAND_LIMIT:
+        raise ValueError(
+            f"must not be longer than {SYSTEM.COMMAND_LIMIT} bytes; put it into a script"
+        )
     return text(value)
 
 
@@ -250,6 +708,94 @@ def names(value: object) -> list[str]:
     if not isinstance(value, (list, tuple)):
         raise ValueError("must be a list of ids")
     return [name(item) for item in value]
+
+
+def interval(value: object) -> float:
+    """Check how often a job recurs."""
+    if seconds(value) < 1:
+        raise ValueError("must be at least 1 second")
+    return seconds(value)
+
+
+CRON = (  # each field's first and last value, and the names of its values
+    (0, 59, ()),
+    (0, 23, ()),
+    (1, 31, ()),
+    (1, 12, "jan feb mar apr may jun jul aug sep oct nov dec".split()),
+    (0, 7, "sun mon tue wed thu fri sat".split()),
+)
+CRON_WORDS = {
+    "@hourly": "0 * * * *",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@weekly": "0 0 * * 0",
+    "@monthly": "0 0 1 * *",
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+}
+
+
+def cron_field(field: str, low: int, high: int, names: Sequence[str]) -> set[int]:
+    """Return the values of one field: `*`, `5`, `1-5`, `*/15`, `mon-fri`, or a list of those."""
+    values: set[int] = set()
+    for part in field.split(","):
+        match = re.fullmatch(r"(?:\*|(\w+)(?:-(\w+))?)(?:/([1-9]\d*))?", part)
+        if not match:
+            raise ValueError(f"has a bad field {field!r}")
+        first, last, step = match.groups()
+        ends = [names.index(end) + low if end in names else end for end in (first, last) if end]
+        if not all(str(end).isdecimal() and low <= int(end) <= high for end in ends):
+            raise ValueError(f"has {part!r} where {low} to {high} is meant")
+        begin = int(ends[0]) if ends else low
+        end = int(ends[-1]) if ends and (last or not step) else high
+        if begin > end:
+            raise ValueError(f"has an empty range {part!r}")
+        values.update(range(begin, end + 1, int(step or 1)))
+    return values
+
+
+def cron_next(rule: str, after: float) -> float:
+    """Return the first time after a time that a rule of five fields names, in local time.
+
+    As in cron, a day has to match either of day and weekday where both are restricted. A time that
+    the clock skips in spring counts an hour later; one that comes twice in autumn counts once,
+    unless the rule is for every hour.
+    """
+    fields = CRON_WORDS.get(rule.strip().lower(), rule).lower().split()
+    if len(fields) != len(CRON):
+        raise ValueError("must have five fields: minute hour day month weekday, or be @daily ...")
+    values = [cron_field(field, *limits) for field, limits in zip(fields, CRON)]
+    minutes, hours, days, months, weekdays = values
+    either = not fields[2].startswith("*") and not fields[4].startswith("*")
+    folds = (0, 1) if len(hours) == 24 else (0,)
+    day = datetime.fromtimestamp(after, timezone.utc).astimezone().date()
+    for _ in range(8 * 366 + 2):  # the 29th of February is at most 8 years away
+        match = day.day in days, bool({day.isoweekday(), day.isoweekday() % 7} & weekdays)
+        if day.month in months and (any(match) if either else all(match)):
+            times = [
+                datetime(day.year, day.month, day.day, h, m, fold=f).timestamp()  # noqa: DTZ001
+                for h in hours
+                for m in minutes
+                for f in folds
+            ]
+            if max(times) > after:
+                return min(when for when in times if when > after)
+        day += timedelta(days=1)
+    raise ValueError("names a day that never comes")
+
+
+def cron(value: object) -> str:
+    """Check a rule of five fields."""
+    cron_next(text(value), time.time())
+    return text(value)
+
+
+def recurrence(recurs: str, planned: float, now: float) -> float:
+    """Return when a schedule's next job is due: by the schedule, and none of what was missed."""
+    kind, _, rule = recurs.partition(" ")
+    if kind == "cron":
+        return cron_next(rule, max(planned, now))
+    return planned + float(rule) * max(1, (now - planned) // float(rule) + 1)
 
 
 def directory(value: object) -> str:
@@ -279,6 +825,9 @@ FIELDS: dict[str, Callable[[object], Any]] = {  # what a job may be given, each 
     "max_retries": whole(1, 1_000_000),
     "cwd": directory,
     "env": environment,
+    "after": names,
+    "every": interval,
+    "cron": cron,
 }
 
 
@@ -289,6 +838,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     choices = list(known)
     close = difflib.get_close_matches(word, choices, 1, 0.5)
     return f": did you mean {close[0]}?" if close else f"; known are {', '.join(choices)}"
+
+
+CONFLICTS = {  # what says when a job runs, and what it cannot be said together with
+    "delay": ("run_at", "cron"),
+    "run_at": ("delay", "cron"),
+    "every": ("cron",),
+    "cron": ("every", "delay", "run_at"),
+}
 
 
 def check_fields(fields: Mapping[str, object]) -> dict[str, Any]:
@@ -304,8 +861,10 @@ def check_fields(fields: Mapping[str, object]) -> dict[str, Any]:
             raise BadInput(f"{key} {error}") from None
     if "command" not in checked:
         raise BadInput("a job needs a command")
-    if "delay" in checked and "run_at" in checked:
-        raise BadInput("a job has a delay or a run_at, not both")
+    for key in checked:
+        for other in CONFLICTS.get(key, ()):
+            if other in checked:
+                raise BadInput(f"a job has {key} or {other}, not both")
     return checked
 
 
@@ -317,14 +876,14 @@ class Setting(NamedTuple):
     meaning: str
 
 
+def literal(value: str) -> int | str:
+    """Return the whole number that a word is, else the word."""
+    return int(value) if re.fullmatch(r"[+-]?\d{1,18}", value.strip()) else value
+
+
 def number(low: int, high: int) -> Callable[[str], int]:
     """Return a reader for a whole number in a range."""
-    check = whole(low, high)
-
-    def read(value: str) -> int:
-        return check(int(value) if re.fullmatch(r"[+-]?\d{1,18}", value.strip()) else None)
-
-    return read
+    return lambda value: whole(low, high)(literal(value))
 
 
 def base(value: str) -> float:
@@ -341,12 +900,17 @@ def base(value: str) -> float:
 def prefix(value: str) -> tuple[str, ...]:
     """Read an argument vector, to which a job's command is added."""
     try:
-        words = tuple(shlex.split(text(value), posix=os.name != "nt"))
+        words = tuple(SYSTEM.words(text(value)))
     except ValueError as error:
         raise ValueError(f"must be a command prefix: {error}") from None
     if not words:
         raise ValueError("must be a command prefix such as 'bash -ec'")
     return words
+
+
+def exit_codes(value: str) -> tuple[int, ...]:
+    """Read a list of exit codes; it may be empty."""
+    return tuple(number(1, 255)(code) for code in value.split(",") if value.strip())
 
 
 def durability(value: str) -> str:
@@ -356,7 +920,6 @@ def durability(value: str) -> str:
     return value
 
 
-SHELL = ("cmd.exe", "/d", "/s", "/c") if os.name == "nt" else ("/bin/sh", "-c", "--")
 SETTINGS = {
     "max_retries": Setting(3, number(1, 1_000_000), "how often a job is tried"),
     "backoff_base": Setting(2.0, base, "a retry waits this ** attempts seconds (1 to 1000)"),
@@ -364,7 +927,10 @@ SETTINGS = {
     "timeout": Setting(300.0, seconds, "how long an attempt may take (0: no limit)"),
     "kill_grace": Setting(5.0, seconds, "from TERM to KILL when a job is ended"),
     "output_limit": Setting(65536, number(0, 1 << 28), "how many bytes of output are kept"),
-    "shell": Setting(SHELL, prefix, "what runs a command: the command is its last argument"),
+    "shell": Setting(SYSTEM.SHELL, prefix, "what runs a command: the command is its last argument"),
+    "max_snoozes": Setting(20, number(0, 1_000_000), "how often a job may exit 75: try me later"),
+    "no_retry_exit_codes": Setting((), exit_codes, "exit codes that are final, such as 2,126,127"),
+    "retention": Setting(0.0, seconds, "when what completed or was cancelled is pruned (0: never)"),
     "synchronous": Setting("normal", durability, "full: each result synced before the next claim"),
 }
 
@@ -404,7 +970,12 @@ def exit_meaning(code: int) -> str | None:
         return None
     if code < 0:
         return f"killed by {signal_name(-code)}"
-    known = {126: "not executable", 127: "command not found", 9009: "command not found"}
+    known = {
+        TRY_LATER: "try later",
+        126: "not executable",
+        127: "command not found",
+        9009: "command not found",
+    }
     if 128 < code <= 128 + 64 and code not in known:
         known[code] = f"128 + {signal_name(code - 128)}"
     return f"exit code {code} ({known[code]})" if code in known else f"exit code {code}"
@@ -445,7 +1016,12 @@ def span(duration: float) -> str:
 # --- SQL -----------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x51554354  # "QUCT"
+APPLICATION = "PRAGMA application_id"
 VERSION = "PRAGMA user_version"
+TABLES = "SELECT count(*) FROM sqlite_master"
+GUEST_VERSION = "SELECT value FROM config WHERE key = 'schema'"
+OUTER = ("BEGIN IMMEDIATE", "COMMIT", "ROLLBACK")
+INNER = ("SAVEPOINT part", "RELEASE part", "ROLLBACK TO part", "RELEASE part")
 DATA_VERSION = "PRAGMA data_version"  # changes when another connection has written
 PRAGMAS = (  # of every connection
     "PRAGMA fullfsync = 1",
@@ -512,48 +1088,159 @@ CREATE TRIGGER count_gone AFTER DELETE ON jobs BEGIN
 END;
 PRAGMA user_version = 1;
 """,
+    """
+ALTER TABLE jobs ADD COLUMN snoozes INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN recurs TEXT;
+ALTER TABLE jobs ADD COLUMN series TEXT;
+ALTER TABLE jobs ADD COLUMN planned REAL;
+DROP INDEX jobs_state;
+CREATE INDEX jobs_state ON jobs (state, due, updated_at);
+CREATE INDEX jobs_series ON jobs (series, seq) WHERE series IS NOT NULL;
+CREATE INDEX jobs_recurs ON jobs (series) WHERE recurs IS NOT NULL;
+CREATE TABLE needs (
+  parent INTEGER NOT NULL,
+  child INTEGER NOT NULL,               -- is blocked until the parent has completed: met
+  met INTEGER NOT NULL,
+  PRIMARY KEY (parent, child)
+) WITHOUT ROWID;
+CREATE INDEX needs_child ON needs (child, met);
+CREATE TABLE paused (queue TEXT PRIMARY KEY) WITHOUT ROWID;  -- '': all of them
+UPDATE jobs SET due = 1 WHERE state <> 'pending' AND due <> 1;
+DROP TABLE counts;
+CREATE TABLE counts (
+  queue TEXT NOT NULL, state TEXT NOT NULL, due INTEGER NOT NULL, jobs INTEGER NOT NULL,
+  PRIMARY KEY (queue, state, due)
+) WITHOUT ROWID;
+INSERT INTO counts SELECT queue, state, due, count(*) FROM jobs GROUP BY queue, state, due;
+DROP TRIGGER count_added;
+DROP TRIGGER count_moved;
+DROP TRIGGER count_gone;
+CREATE TRIGGER count_added AFTER INSERT ON jobs BEGIN
+  INSERT INTO counts VALUES (new.queue, new.state, new.due, 1)
+    ON CONFLICT (queue, state, due) DO UPDATE SET jobs = jobs + 1;
+END;
+CREATE TRIGGER count_moved AFTER UPDATE OF state, due ON jobs
+  WHEN old.state <> new.state OR old.due <> new.due BEGIN
+  UPDATE counts SET jobs = jobs - 1 WHERE queue = old.queue AND state = old.state AND due = old.due;
+  INSERT INTO counts VALUES (new.queue, new.state, new.due, 1)
+    ON CONFLICT (queue, state, due) DO UPDATE SET jobs = jobs + 1;
+END;
+CREATE TRIGGER count_gone AFTER DELETE ON jobs BEGIN
+  UPDATE counts SET jobs = jobs - 1 WHERE queue = old.queue AND state = old.state AND due = old.due;
+END;
+PRAGMA user_version = 2;
+""",
 )
 
 JOB = "SELECT " + ", ".join(Job._fields) + " FROM jobs "
 LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'jobs'"
-INSERT = """
-INSERT INTO jobs (seq, id, queue, command, cwd, env, state, priority, max_retries, timeout,
-                  created_at, updated_at, run_after, due)
-VALUES (?, ?, ?, ?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?)"""
-IDS_BETWEEN = "SELECT id FROM jobs WHERE seq BETWEEN :first AND :last ORDER BY seq"
+NEW = """seq id queue command cwd env priority max_retries timeout created_at updated_at run_after
+due recurs series planned""".split()
+VALUES = ", ".join(":" + column for column in NEW)
+INSERT = f"INSERT INTO jobs (state, {', '.join(NEW)}) VALUES ('pending', {VALUES})"
+IDS_BETWEEN = (
+    "SELECT coalesce(series, id) FROM jobs WHERE seq BETWEEN :first AND :last ORDER BY seq"
+)
 ONE = JOB + "WHERE id = :id"
-ALL = JOB + "ORDER BY seq"
-LATEST = JOB + "WHERE state = :state ORDER BY updated_at DESC, seq DESC LIMIT :limit"
-COUNTS = "SELECT queue, state, jobs FROM counts WHERE jobs > 0"
+BY_SEQ = JOB + "WHERE seq = :seq"
+NEWEST = JOB + "WHERE series = :id ORDER BY seq DESC LIMIT 1"
+RECENT_IDS = "SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000"
+ALL = JOB + "WHERE (:queue IS NULL OR queue = :queue) ORDER BY seq"
+LATEST = (
+    JOB
+    + """WHERE state = :state AND due = :due AND (:queue IS NULL OR queue = :queue)
+ORDER BY updated_at DESC, seq DESC LIMIT :limit"""
+)
+GOES_ON = "recurs IS NOT NULL AND state IN ('pending', 'processing')"
+SCHEDULE = "SELECT 1 FROM jobs WHERE series = :id AND " + GOES_ON
+RECURRING = JOB + f"INDEXED BY jobs_recurs WHERE {GOES_ON} ORDER BY series"
+OLDEST = JOB + "WHERE state = 'pending' AND due = 1 ORDER BY updated_at LIMIT 1"
+RECENT_LIMIT = 5000
+RECENT = f"""
+SELECT count(*), min(updated_at) FROM (
+  SELECT updated_at FROM jobs WHERE state = :state AND due = 1 AND updated_at > :since
+  ORDER BY updated_at DESC LIMIT {RECENT_LIMIT})"""
+TALLY = "SELECT queue, state, due, jobs FROM counts WHERE jobs > 0"
 ATTEMPTS = "SELECT " + ", ".join(Attempt._fields) + " FROM attempts WHERE job = :seq ORDER BY run"
 
-WAITING_QUEUES = "SELECT queue FROM counts WHERE state = 'pending' AND jobs > 0"
+WAITING_QUEUES = """
+SELECT DISTINCT queue FROM counts WHERE state = 'pending' AND due >= 0 AND jobs > 0
+  AND queue NOT IN paused AND '' NOT IN paused"""
 NEXT_DUE = (
     JOB
     + """WHERE state = 'pending' AND due = 1 AND queue = :queue
 ORDER BY priority DESC, run_after, seq LIMIT 1"""
 )
+BEFORE = """
+SELECT count(*) FROM (
+  SELECT 1 FROM jobs WHERE state = 'pending' AND due = 1 AND queue = :queue
+    AND priority > :priority
+  UNION ALL SELECT 1 FROM jobs WHERE state = 'pending' AND due = 1 AND queue = :queue
+    AND priority = :priority AND (run_after, seq) < (:run_after, :seq) LIMIT 100000)"""
 MAKE_DUE = """
-UPDATE jobs SET due = 1 WHERE seq IN (
+UPDATE jobs SET due = 1, updated_at = run_after WHERE seq IN (
   SELECT seq FROM jobs WHERE state = 'pending' AND due = 0 AND queue = :queue
     AND run_after <= :now ORDER BY run_after LIMIT 500)"""
 NEXT_LATER = """
 SELECT min(run_after) FROM jobs WHERE state = 'pending' AND due = 0 AND queue = :queue"""
+NEXT_AWAITED = NEXT_LATER + " AND (recurs IS NULL OR run > 0)"
 CLAIM = """
 UPDATE jobs SET state = 'processing', attempts = attempts + 1, run = run + 1,
   locked_by = :worker, locked_at = :now, updated_at = :now
 WHERE seq = :seq AND state = 'pending'"""
 END_CLAIM = """
-UPDATE jobs SET state = :state, attempts = :attempts, exit_code = :exit_code, last_error = :error,
-  run_after = :run_after, due = :due, updated_at = :now,
-  locked_by = NULL, locked_at = NULL, cancelling = 0
+UPDATE jobs SET state = :state, attempts = :attempts, exit_code = :exit_code,
+  last_error = :last_error, run_after = :run_after, due = :due, updated_at = :updated_at,
+  snoozes = :snoozes, recurs = :recurs, locked_by = NULL, locked_at = NULL, cancelling = 0
 WHERE seq = :seq AND state = 'processing' AND locked_by = :worker AND run = :run"""
 ADD_ATTEMPT = "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 CLAIMED = JOB + "WHERE state = 'processing'"
 RETRY = """
-UPDATE jobs SET state = 'pending', attempts = 0, run_after = :now, due = 1, updated_at = :now
-WHERE id = :id AND state IN ('dead', 'cancelled')"""
+UPDATE jobs SET state = 'pending', attempts = 0, snoozes = 0, run_after = :now, updated_at = :now,
+  due = CASE WHEN EXISTS (SELECT 1 FROM needs WHERE child = seq AND met = 0) THEN -1 ELSE 1 END
+WHERE seq = :seq AND state IN ('dead', 'cancelled')"""
 DEAD_IDS = "SELECT id FROM jobs WHERE state = 'dead' ORDER BY updated_at"
+CANCEL_WAITING = """
+UPDATE jobs SET state = 'cancelled', due = 1, updated_at = :now,
+  last_error = 'cancelled by the operator'
+WHERE seq = :seq AND state = 'pending'"""
+CANCEL_RUNNING = "UPDATE jobs SET cancelling = 1 WHERE seq = :seq AND state = 'processing'"
+
+NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :met)"
+MEET = "UPDATE needs SET met = 1 WHERE parent = :seq"
+UNBLOCK = """
+UPDATE jobs SET due = run_after <= :now, updated_at = :now
+WHERE seq IN (SELECT child FROM needs WHERE parent = :seq) AND +state = 'pending' AND +due = -1
+  AND NOT EXISTS (SELECT 1 FROM needs WHERE child = jobs.seq AND met = 0)"""
+PARENTS = (
+    JOB + "JOIN needs ON parent = seq WHERE child = :seq AND met = 0 ORDER BY parent LIMIT 100"
+)
+CHILDREN = """
+WITH RECURSIVE below (child) AS (
+  SELECT child FROM needs WHERE parent = :seq
+  UNION SELECT needs.child FROM needs JOIN below ON parent = below.child)
+SELECT child FROM below"""
+BLOCKED_JOBS = (
+    JOB
+    + """WHERE state = 'pending' AND due = -1 AND (:queue IS NULL OR queue = :queue)
+ORDER BY updated_at LIMIT :limit"""
+)
+
+PRUNABLE = """
+SELECT seq FROM jobs WHERE state = :state AND due = 1 AND updated_at <= :before
+  AND NOT EXISTS (SELECT 1 FROM needs WHERE parent = jobs.seq AND met = 0)
+ORDER BY updated_at LIMIT :limit"""
+WAITS_FOR = JOB + "JOIN needs ON child = seq WHERE parent = :seq AND met = 0"
+SLICE = 200  # jobs in a transaction of `prune`, at first
+FORGET = (
+    "DELETE FROM attempts WHERE job = :seq",
+    "DELETE FROM needs WHERE parent = :seq",
+    "DELETE FROM needs WHERE child = :seq",
+    "DELETE FROM jobs WHERE seq = :seq",
+)
+PAUSED = "SELECT queue FROM paused"
+PAUSE = "INSERT OR IGNORE INTO paused VALUES (:queue)"
+RESUME = "DELETE FROM paused WHERE :queue IN ('', queue)"
 
 SETTINGS_STORED = "SELECT key, value FROM config"
 SET = "INSERT INTO config VALUES (:key, :value) ON CONFLICT (key) DO UPDATE SET value = :value"
@@ -562,28 +1249,17 @@ UNSET = "DELETE FROM config WHERE key = :key"
 # --- run directory: what is alive now, as locked files -------------------------------------------
 
 
-def lock(fd: int, *, shared: bool = False) -> bool:
-    """Lock an open file without waiting; False where somebody else has it."""
-    import fcntl
-
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 class Held:
     """A file of the run directory that this process made and has locked."""
 
     def __init__(self, path: str) -> None:
         """Make and lock the file; one that a cleaner removed meanwhile is made again."""
         self.path = path
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        flags = os.O_RDWR | os.O_CREAT | BINARY | getattr(os, "O_NOFOLLOW", 0)
         while True:
             self.fd = os.open(path, flags, 0o600)
             with contextlib.suppress(FileNotFoundError):
-                if lock(self.fd) and os.path.samestat(os.fstat(self.fd), os.stat(path)):
+                if SYSTEM.lock(self.fd) and os.path.samestat(os.fstat(self.fd), os.stat(path)):
                     return
             os.close(self.fd)
             time.sleep(0.001)  # somebody looks at it, or removes it
@@ -593,13 +1269,12 @@ class Held:
         import json
 
         os.ftruncate(self.fd, 0)
-        os.pwrite(self.fd, json.dumps(facts).encode(), 0)
+        os.lseek(self.fd, 0, os.SEEK_SET)
+        os.write(self.fd, json.dumps(facts).encode())
 
     def close(self) -> None:
-        """Give up this process's hold on the lock; the file goes first."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
-        os.close(self.fd)
+        """Give up this process's hold on the lock, and remove the file."""
+        SYSTEM.drop(self.fd, self.path)
 
 
 class RunDirectory:
@@ -634,7 +1309,7 @@ class RunDirectory:
         except FileNotFoundError:
             return True
         try:
-            return lock(fd, shared=True)
+            return SYSTEM.lock(fd, shared=True)
         finally:
             os.close(fd)
 
@@ -658,18 +1333,13 @@ class RunDirectory:
         """Wake every pool: there may be work. Never waits, and nobody listening is fine."""
         with contextlib.suppress(OSError):  # the work is stored; a pool finds it within a TICK
             for bell in self.files("pool-", ".bell"):
-                with contextlib.suppress(OSError):  # ENXIO: its pool is gone
-                    fd = os.open(self.file(bell), os.O_WRONLY | os.O_NONBLOCK)
-                    try:
-                        os.write(fd, b"!")
-                    finally:
-                        os.close(fd)
+                SYSTEM.ring(self.file(bell))
 
-    def clean(self) -> None:
-        """Remove what the dead left behind; the files of attempts are the recovery's."""
+    def clean(self, keep: Iterable[str | None]) -> None:
+        """Remove what the dead left behind, but not what tells about jobs to be recovered."""
         for item in self.files("pool-") + self.files("worker-"):
-            if self.free(item.split(".")[0]):
-                with contextlib.suppress(FileNotFoundError):
+            if item not in keep and self.free(item.split(".")[0]):
+                with contextlib.suppress(OSError):
                     os.unlink(self.file(item))
 
 
@@ -689,12 +1359,31 @@ def statements(script: str) -> Iterator[str]:
 
 
 def migrate(db: sqlite3.Connection) -> None:
-    """Bring the schema up to date; the changes and their number commit together."""
+    """Bring the schema up to date; the changes and their number commit together.
+
+    The numbers that SQLite keeps in a file are its owner's. In another program's database the
+    queue keeps its version among its settings.
+    """
     db.execute("BEGIN IMMEDIATE")
-    for version in range(db.execute(VERSION).fetchone()[0], len(SCHEMA)):
+    tables = db.execute(TABLES).fetchone()[0]
+    guest = bool(tables) and db.execute(APPLICATION).fetchone()[0] != APPLICATION_ID
+    for version in range(schema_version(db), len(SCHEMA)):
         for statement in statements(SCHEMA[version]):
-            db.execute(statement)
+            if not (guest and statement.startswith("PRAGMA")):
+                db.execute(statement)
+        if guest:
+            db.execute(SET, {"key": "schema", "value": str(version + 1)})
     db.execute("COMMIT")
+
+
+def schema_version(db: sqlite3.Connection) -> int:
+    """Return the version of the queue's tables, 0 where there are none."""
+    if db.execute(APPLICATION).fetchone()[0] == APPLICATION_ID:
+        return int(db.execute(VERSION).fetchone()[0])
+    with contextlib.suppress(sqlite3.OperationalError):  # no such table
+        for row in db.execute(GUEST_VERSION):
+            return int(row[0])
+    return 0
 
 
 def sync_directory(path: str) -> None:
@@ -714,8 +1403,13 @@ class Database:
     and after a fork. `patient` is asked with the seconds waited whether to wait on for a lock.
     """
 
-    def __init__(self, path: str, *, create: bool = False, readonly: bool = False) -> None:
-        """Check that the file is ours, or make it; raise Fault and change nothing if it is not."""
+    def __init__(
+        self, path: str, *, create: bool = False, readonly: bool = False, guest: bool = False
+    ) -> None:
+        """Check that the file is ours, or make it; raise Fault and change nothing if it is not.
+
+        As a guest, the queue puts its tables into another program's database.
+        """
         self.path = os.path.realpath(path)  # one database has one run directory
         self.mode = "ro" if readonly else "rw"
         self.run = RunDirectory(self.path)
@@ -725,8 +1419,10 @@ class Database:
         with self.faults():
             if create and not os.path.lexists(path):
                 self._create()
-            if self._inspect() < len(SCHEMA) and not readonly:
-                self._retry(lambda: migrate(self.connection))
+            if self._inspect(guest=guest) < len(SCHEMA):
+                with contextlib.closing(self._open("rw")) as db:
+                    self._retry(lambda: db.execute("PRAGMA journal_mode = WAL"))
+                    self._retry(lambda: migrate(db))
 
     def _create(self) -> None:
         """Make the file whole under another name, so that nobody ever sees half of it."""
@@ -743,14 +1439,14 @@ class Database:
             os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             os.chmod(new, 0o600)  # whatever the umask
             with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as db:
-                db.execute("PRAGMA journal_mode = WAL")
                 migrate(db)
+                db.execute("PRAGMA journal_mode = WAL")  # last: a log would hide a full disk
             os.rename(new, self.path)
             sync_directory(os.path.dirname(self.path))
         finally:
             making.close()
 
-    def _inspect(self) -> int:
+    def _inspect(self, *, guest: bool) -> int:
         """Return the version of the schema, without writing a byte to the file."""
         try:
             info = os.stat(self.path)
@@ -758,21 +1454,24 @@ class Database:
             raise NotFound(f"there is no queue at {self.path}") from None
         if not stat.S_ISREG(info.st_mode):
             raise Fault(f"{self.path} is not a file")
-        if info.st_size == 0:
+        if info.st_size == 0 and not guest:
             raise Fault(f"{self.path} is empty, not a queue; remove it to start a new one")
         self._refuse_planted(info.st_uid)
-        with contextlib.closing(self._open("ro")) as db:
-            ours = self._retry(lambda: db.execute("PRAGMA application_id").fetchone()[0])
-            version = int(self._retry(lambda: db.execute(VERSION).fetchone()[0]))
-        if ours != APPLICATION_ID:
+        logged = os.path.exists(self.path + "-wal")
+        version = self._version("ro" if logged else "ro&immutable=1")  # puts no log beside it
+        if not version and not guest:
             raise Fault(f"{self.path} is another program's database, not a queue")
         if version > len(SCHEMA):
             raise Fault(f"{self.path} was made by a newer queuectl (schema {version})")
         return version
 
+    def _version(self, mode: str) -> int:
+        with contextlib.closing(self._open(mode)) as db:
+            return int(self._retry(lambda: schema_version(db)))
+
     def _refuse_planted(self, owner: int) -> None:
         """Refuse a stranger's log. As root, SQLite would make it the owner's when it opens it."""
-        if os.name == "nt" or os.geteuid() != 0:
+        if SYSTEM.user() != 0:
             return
         for path in (self.path + "-wal", self.path + "-shm"):
             with contextlib.suppress(FileNotFoundError):
@@ -789,10 +1488,11 @@ class Database:
     def connection(self) -> sqlite3.Connection:
         """The connection of this thread."""
         if getattr(self._local, "pid", None) != os.getpid():
-            self._local.db = self._open(self.mode)
+            with self.faults():
+                self._local.db = self._open(self.mode)
+                for pragma in (*PRAGMAS, f"PRAGMA synchronous = {self.synchronous}"):
+                    self._retry(partial(self._local.db.execute, pragma))
             self._local.pid = os.getpid()
-            for pragma in (*PRAGMAS, f"PRAGMA synchronous = {self.synchronous}"):
-                self._retry(partial(self._local.db.execute, pragma))
         return self._local.db  # type: ignore[no-any-return]
 
     def fault(self, error: sqlite3.Error) -> Fault:
@@ -805,6 +1505,8 @@ class Database:
         """Turn what SQLite and the file system raise into our errors."""
         try:
             yield
+        except sqlite3.IntegrityError:
+            raise
         except sqlite3.Error as error:
             raise self.fault(error) from error
         except OSError as error:
@@ -815,7 +1517,7 @@ class Database:
 
         SQLite would wait by itself, but no signal handler runs during its wait.
         """
-        began, pause = time.monotonic(), 0.0002
+        began, pause = time.monotonic(), 0.0005
         while True:
             try:
                 return act()
@@ -826,7 +1528,7 @@ class Database:
                 if not self.patient(waited):
                     raise Locked(f"{self.path} has been locked for {span(waited)}") from error
             time.sleep(pause * (0.5 + time.perf_counter_ns() % 1000 / 1000))
-            pause = min(pause * 1.5, 0.02)
+            pause = min(pause * 1.5, 0.004)
 
     def execute(self, sql: str, args: Any = ()) -> sqlite3.Cursor:
         """Execute one statement; within a transaction nothing has to be waited for."""
@@ -841,17 +1543,26 @@ class Database:
             raise self.fault(error) from error
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Write: all of it or, on any exception, nothing. The only place that begins one."""
-        self.execute("BEGIN IMMEDIATE")
+    def transaction(self, *, ring: bool = False) -> Iterator[sqlite3.Connection]:
+        """Write: all of it or, on any exception, nothing. The only place that begins one.
+
+        Within another one it is a part, which may fail alone. `ring` wakes the pools when all of it
+        is stored.
+        """
+        db, local = self.connection, self._local
+        begin, end, *back = INNER if db.in_transaction else OUTER
+        local.ring = (local.ring if db.in_transaction else False) or ring
+        self.execute(begin)
         try:
             with self.faults():
-                yield
-            self.execute("COMMIT")
+                yield db
+            self.execute(end)
         except BaseException:
-            if self.connection.in_transaction:
-                self.connection.execute("ROLLBACK")
+            for sql in back if db.in_transaction else ():
+                db.execute(sql)
             raise
+        if local.ring and not db.in_transaction:
+            self.run.ring()
 
     def durable(self, synchronous: str) -> None:
         """Choose whether each commit is synced (full), or the caller sees to it (normal)."""
@@ -887,8 +1598,8 @@ def distrust(db: Database) -> str | None:
 
     Looked at after the open, since SQLite replays whatever -wal it finds beside a database.
     """
-    if os.name == "nt":
-        return None  # the access control lists of the user's own directories keep others out
+    if SYSTEM.user() is None:
+        return None
     where = os.path.dirname(db.path)
     if os.stat(where).st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
         return f"anybody may replace files in {where}"
@@ -906,7 +1617,7 @@ def suspicious(info: os.stat_result, *, directory: bool) -> str | None:
         return "is not a regular file"
     if info.st_nlink > 1 and not directory:
         return "has another name (a hard link)"
-    if info.st_uid != os.geteuid():
+    if info.st_uid != SYSTEM.user():
         return f"belongs to another user ({info.st_uid})"
     if info.st_mode & stat.S_IWOTH or (info.st_mode & stat.S_IWGRP and shared(info.st_gid)):
         return "may be written by others"
@@ -919,7 +1630,7 @@ def shared(gid: int) -> bool:
     import pwd
 
     try:
-        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
+        user, group = pwd.getpwuid(SYSTEM.user() or 0), grp.getgrgid(gid)
     except KeyError:
         return True
     return group.gr_name != user.pw_name or any(member != user.pw_name for member in group.gr_mem)
@@ -955,19 +1666,24 @@ class Ending(NamedTuple):
     output: bytes = b""
 
 
-def sequel(job: Job, ending: Ending, config: Mapping[str, Any]) -> Job:
+def sequel(job: Job, ending: Ending, config: Mapping[str, Any], now: float) -> Job:
     """Return the job as it goes on after an attempt: the one rule of retries."""
-    now = ending.finished
+    now, ran = min(now, ending.finished), ending.fate == "ran"  # the clock may be back meanwhile
     after = job._replace(exit_code=ending.exit_code, last_error=ending.error, updated_at=now)
     if ending.fate == "returned" and not job.cancelling:
-        return after._replace(state=PENDING, attempts=job.attempts - 1, exit_code=job.exit_code)
+        after = after._replace(exit_code=job.exit_code, run_after=min(job.run_after, now))
+        return after._replace(state=PENDING, attempts=job.attempts - 1)
     if ending.error is None:
         return after._replace(state=COMPLETED)
     if ending.fate == "cancelled" or job.cancelling:
         return after._replace(state=CANCELLED)
-    if job.attempts >= (job.max_retries or config["max_retries"]):
+    if ran and ending.error == exit_meaning(TRY_LATER) and job.snoozes < config["max_snoozes"]:
+        after = after._replace(attempts=job.attempts - 1, snoozes=job.snoozes + 1)
+        return after._replace(state=PENDING, run_after=now + backoff(after.snoozes, config))
+    final = ran and ending.exit_code in config["no_retry_exit_codes"]
+    if final or job.attempts >= (job.max_retries or config["max_retries"]):
         return after._replace(state=DEAD)
-    pause = backoff(job.attempts, config) if ending.fate == "ran" else 0
+    pause = backoff(job.attempts, config) if ran else 0
     return after._replace(state=PENDING, run_after=now + pause)
 
 
@@ -984,10 +1700,16 @@ class Queue:
         *,
         create: bool = True,
         readonly: bool = False,
+        guest: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Open the queue, and make it where there is none (unless told not to)."""
-        self.db = Database(path, create=create and not readonly, readonly=readonly)
+        """Open the queue, and make it where there is none (unless told not to).
+
+        With `guest`, a database that belongs to another program gets the tables of a queue beside
+        its own (jobs, attempts, config, counts, needs, paused), and is in WAL mode from then on.
+        """
+        create = create and not readonly
+        self.db = Database(path, create=create, readonly=readonly, guest=guest)
         self.clock = clock
         self.settings = {key: setting.default for key, setting in SETTINGS.items()}
 
@@ -999,95 +1721,172 @@ class Queue:
         """Close this thread's connection."""
         self.db.close()
 
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Put what the caller writes to its own tables and what it enqueues into one transaction.
+
+        Yields the connection; all of it is on disk when the block ends, or nothing of it if it
+        raises. The caller begins and commits nothing itself.
+        """
+        with self.db.transaction() as db:
+            yield db
+
+    def _jobs(self, sql: str, **args: object) -> Iterator[Job]:
+        return (Job(*row) for row in self.db.execute(sql, args))
+
     # adding
 
-    def enqueue(self, command: str, **fields: object) -> str:
+    def enqueue(self, command: str, *, if_absent: bool = False, **fields: object) -> str:
         """Add a job and return its id.
 
         Fields: id, queue, priority (higher first), delay or run_at, timeout (0: none),
-        max_retries, cwd (default: here), env (a mapping).
+        max_retries, cwd (default: here), env (a mapping), after (ids of jobs that have to complete
+        first), every (seconds) or cron (five fields). With `if_absent` a taken id is no error.
         """
-        return next(self.enqueue_many([{"command": command, **fields}]))
+        return next(self.enqueue_many([{"command": command, **fields}], if_absent=if_absent))
 
-    def enqueue_many(self, jobs: Iterable[Mapping[str, object]]) -> Iterator[str]:
-        """Add all the jobs or, where one is bad, none; return their ids in order."""
-        here, now = os.getcwd(), self.clock()
-        with self.db.transaction():
+    def enqueue_many(
+        self, jobs: Iterable[Mapping[str, object]], *, if_absent: bool = False
+    ) -> Iterator[str]:
+        """Add all the jobs or, where one is bad, none; return their ids in order.
+
+        With `if_absent` a job whose id is taken is left as it is, and its id comes last.
+        """
+        now, taken = self.clock(), []
+        blank = dict.fromkeys(NEW, None)
+        blank.update(queue="default", priority=0, cwd=os.getcwd(), created_at=now, updated_at=now)
+        with self.db.transaction(ring=True):
             first = seq = self.db.execute(LAST_SEQ).fetchone()[0] + 1
             for fields in jobs:
-                seq = self._insert(seq, check_fields(fields), here, now) + 1
-        self.db.run.ring()
+                job = check_fields(fields)
+                if "id" in job and self._taken(job["id"]):
+                    if not if_absent:
+                        raise BadInput(f"there is a job {job['id']} already")
+                    taken.append(job["id"])
+                else:
+                    seq = self._add({**blank, **job, "seq": seq}, now) + 1
         rows = self.db.execute(IDS_BETWEEN, {"first": first, "last": seq - 1})
-        return (row[0] for row in rows)
+        return chain((row[0] for row in rows), taken)
 
-    def _insert(self, seq: int, job: dict[str, Any], here: str, now: float) -> int:
-        """Insert a checked job; its id is its number, where it has none, or the next free one."""
-        get = job.get
-        run_after = get("run_at", now) + get("delay", 0)
-        env = None
-        if "env" in job:
+    def _taken(self, job_id: str) -> bool:
+        """Tell whether a job or a schedule that goes on has that id."""
+        return any(self.db.execute(sql, {"id": job_id}).fetchone() for sql in (ONE, SCHEDULE))
+
+    def _add(self, row: dict[str, Any], now: float) -> int:
+        """Insert a checked job, and what it waits for; return its number."""
+        when = row.get("run_at", now + row.get("delay", 0))
+        if "every" in row:
+            row.update(recurs=f"every {row['every']}", planned=when)
+        if "cron" in row:
+            when = cron_next(row["cron"], now)
+            row.update(recurs=f"cron {row['cron']}", planned=when)
+        if row["env"] is not None:
             import json
 
-            env = json.dumps(job["env"])
+            row["env"] = json.dumps(row["env"])
+        try:
+            parents = [self.get(parent) for parent in row.get("after", ())]
+        except NotFound as error:
+            raise BadInput(f"after: {error}") from None
+        blocked = any(parent.state != COMPLETED for parent in parents)
+        row.update(run_after=when, due=BLOCKED if blocked else when <= now)
+        seq = self._insert(row)
+        for parent in parents:
+            met = parent.state == COMPLETED
+            self.db.execute(NEED, {"parent": parent.seq, "child": seq, "met": met})
+        return seq
+
+    def _insert(self, row: dict[str, Any]) -> int:
+        """Insert a job under its id or, where it has none, its number: the next free one."""
+        given = row["id"]
         while True:
+            row["id"] = given or str(row["seq"])
+            if row["recurs"]:
+                row.update(series=row["id"], id=self._occurrence(row["id"]))
             try:
-                self.db.execute(
-                    INSERT,
-                    (
-                        seq,
-                        get("id") or str(seq),
-                        get("queue", "default"),
-                        job["command"],
-                        get("cwd", here),
-                        env,
-                        get("priority", 0),
-                        get("max_retries"),
-                        get("timeout"),
-                        now,
-                        now,
-                        run_after,
-                        run_after <= now,
-                    ),
-                )
+                self.db.execute(INSERT, row)
             except sqlite3.IntegrityError:
-                if "id" in job:
-                    raise BadInput(f"there is a job {job['id']} already") from None
-                seq += 1
+                row["seq"] += 1
             else:
-                return seq
+                return int(row["seq"])
+
+    def _occurrence(self, series: str) -> str:
+        """Return the id of the next job of a schedule: its name and a number."""
+        newest = next(self._jobs(NEWEST, id=series), None)
+        number = int(newest.id.rpartition(".")[2]) + 1 if newest else 1
+        while self.db.execute(ONE, {"id": f"{series}.{number}"}).fetchone():
+            number += 1
+        return f"{series}.{number}"
 
     # reading
 
     def get(self, job_id: str) -> Job:
-        """Return one job, or raise NotFound."""
-        row = self.db.execute(ONE, {"id": job_id}).fetchone()
-        if row is None:
-            raise NotFound(f"no job {printable(job_id)} in {self.db.path}")
-        return Job(*row)
+        """Return one job, the newest of a schedule for the schedule's name, or raise NotFound."""
+        for sql in (ONE, NEWEST):
+            for job in self._jobs(sql, id=job_id):
+                return job
+        recent = (row[0] for row in self.db.execute(RECENT_IDS))
+        near = nearest(job_id, recent)
+        near = near if near.startswith(":") else ""
+        raise NotFound(f"no job {printable(job_id)} in {self.db.path}{near}")
 
-    def jobs(self, states: Sequence[str] = (), limit: int | None = None) -> Iterator[Job]:
+    def jobs(
+        self, states: Sequence[str] = (), limit: int | None = None, queue: str | None = None
+    ) -> Iterator[Job]:
         """Yield jobs in order of arrival; with a limit, the ones that changed last."""
         if limit is None:
-            found = (Job(*row) for row in self.db.execute(ALL))
+            found = self._jobs(ALL, queue=queue)
             return (job for job in found if not states or job.state in states)
         latest: list[Job] = []
         for state in states or STATES:
-            rows = self.db.execute(LATEST, {"state": state, "limit": limit})
-            latest.extend(Job(*row) for row in rows)
+            for due in (DUE, LATER, BLOCKED) if state == PENDING else (DUE,):
+                latest.extend(self._jobs(LATEST, state=state, due=due, queue=queue, limit=limit))
         latest.sort(key=lambda job: job.updated_at)
         return iter(sorted(latest[-limit:]))
+
+    def recurring(self) -> list[Job]:
+        """Return the waiting or running job of each schedule."""
+        return list(self._jobs(RECURRING))
+
+    def parents(self, job: Job) -> list[Job]:
+        """Return the jobs, up to 100, that a blocked job waits for."""
+        return list(self._jobs(PARENTS, seq=job.seq))
+
+    def oldest(self) -> Job | None:
+        """Return the due job that has waited longest."""
+        return next(self._jobs(OLDEST), None)
+
+    def before(self, job: Job) -> int:
+        """Return how many due jobs of its queue come before a due job, counted up to 100,000."""
+        return int(self.db.execute(BEFORE, job._asdict()).fetchone()[0])
 
     def attempts(self, job: Job) -> list[Attempt]:
         """Return the attempts of a job that have ended, the first one first."""
         return [Attempt(*row) for row in self.db.execute(ATTEMPTS, {"seq": job.seq})]
 
+    def tally(self) -> list[tuple[str, str, int, int]]:
+        """Return the number of jobs by queue, state and whether they are due, later or blocked."""
+        return self.db.execute(TALLY).fetchall()
+
     def counts(self, queues: Sequence[str] = ()) -> dict[str, int]:
         """Return the number of jobs in each state, in these queues or in all."""
         counts = dict.fromkeys(STATES, 0)
-        for queue, state, jobs in self.db.execute(COUNTS):
+        for queue, state, _, jobs in self.tally():
             if not queues or queue in queues:
                 counts[state] += jobs
         return counts
+
+    def rate(self) -> float:
+        """Return how many jobs ended in a second, over the last minute."""
+        since, ended = self.clock() - 60, 0.0
+        for state in (COMPLETED, DEAD):
+            jobs, first = self.db.execute(RECENT, {"state": state, "since": since}).fetchone()
+            ended += jobs / max(self.clock() - first, 0.001) if jobs >= RECENT_LIMIT else jobs / 60
+        return ended
+
+    def version(self) -> int:
+        """Return a number that changes when another connection has changed anything."""
+        return int(self.db.execute(DATA_VERSION).fetchone()[0])
 
     def config(self) -> dict[str, Any]:
         """Return the value of every setting."""
@@ -1103,24 +1902,96 @@ class Queue:
     def configure(self, key: str, value: str | None) -> None:
         """Store a setting, written as on the command line; None goes back to the default."""
         key = check_setting(key, value)
-        with self.db.transaction():
+        with self.db.transaction(ring=True):
             self.db.execute(UNSET if value is None else SET, {"key": key, "value": value})
-        self.db.run.ring()
 
     def retry(self, ids: Iterable[str] | None = None) -> list[str]:
         """Put dead or cancelled jobs (all dead ones, where none is named) back, all or none."""
-        with self.db.transaction():
+        with self.db.transaction(ring=True):
             if ids is None:
                 ids = [row[0] for row in self.db.execute(DEAD_IDS)]
-            done = list(ids)
-            for job_id in done:
-                asked = {"id": job_id, "now": self.clock()}
-                if not self.db.execute(RETRY, asked).rowcount:
-                    raise NotFound(
-                        f"job {self.get(job_id).id} is {self.get(job_id).state}, not dead"
-                    )
-        self.db.run.ring()
-        return done
+            jobs = [self.get(job_id) for job_id in ids]
+            for job in jobs:
+                if not self.db.execute(RETRY, {"seq": job.seq, "now": self.clock()}).rowcount:
+                    raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
+                if len(self.db.execute(SCHEDULE, {"id": job.series}).fetchall()) > 1:
+                    raise BadInput(f"schedule {job.series} goes on already")
+        return [job.id for job in jobs]
+
+    def cancel(self, ids: Iterable[str], *, cascade: bool = False) -> list[Job]:
+        """Call off jobs, with `cascade` also those that wait for them; return them as they are now.
+
+        A waiting job is cancelled at once; a running one is `cancelling` until its worker has ended
+        it. One that has ended stays as it is. A schedule ends with its waiting or running job.
+        """
+        with self.db.transaction(ring=True):
+            jobs = {job.seq: job for job in map(self.get, ids)}
+            for seq in list(jobs) if cascade else []:
+                for row in self.db.execute(CHILDREN, {"seq": seq}):
+                    jobs.update((job.seq, job) for job in self._jobs(BY_SEQ, seq=row[0]))
+            for seq in jobs:
+                self.db.execute(CANCEL_WAITING, {"seq": seq, "now": self.clock()})
+                self.db.execute(CANCEL_RUNNING, {"seq": seq})
+        return [self.get(job.id) for job in jobs.values()]
+
+    def pause(self, queue: str = "") -> None:
+        """Start no more jobs of a queue, or of any; running ones go on."""
+        with self.db.transaction():
+            self.db.execute(PAUSE, {"queue": queue})
+
+    def resume(self, queue: str = "") -> None:
+        """Undo `pause` for a queue, or for all of them."""
+        with self.db.transaction(ring=True):
+            self.db.execute(RESUME, {"queue": queue})
+
+    def paused(self) -> list[str]:
+        """Return the paused queues; "" stands for all."""
+        return [row[0] for row in self.db.execute(PAUSED)]
+
+    def prune(self, older_than: float = 0, states: Sequence[str] = PRUNED) -> int:
+        """Delete jobs that ended so many seconds ago; return how many there were.
+
+        One that a blocked job waits for stays. The work is done in slices, so that nobody else
+        waits for long.
+        """
+        before, total = self.clock() - older_than, 0
+        if not set(states) <= set(ENDED):
+            raise BadInput(f"only what is {', '.join(ENDED)} can be pruned")
+        for state in states:
+            size, pruned = SLICE, 1
+            while pruned:
+                began = time.monotonic()
+                pruned = self.prune_slice(before, state, size)
+                took = time.monotonic() - began
+                size = max(10, min(SLICE * 10, int(size * 0.02 / max(took, 0.001))))
+                total += pruned
+                time.sleep(min(took, 0.05))
+        return total
+
+    def purge(self, ids: Iterable[str]) -> int:
+        """Delete dead or cancelled jobs; return how many."""
+        with self.db.transaction():
+            jobs = [self.get(job_id) for job_id in ids]
+            for job in jobs:
+                if job.state not in (DEAD, CANCELLED):
+                    raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
+                for child in self._jobs(WAITS_FOR, seq=job.seq):
+                    raise NotFound(f"job {child.id} waits for {job.id}: cancel and prune it first")
+                self._forget(job.seq)
+        return len(jobs)
+
+    def _forget(self, seq: int) -> None:
+        for sql in FORGET:
+            self.db.execute(sql, {"seq": seq})
+
+    def prune_slice(self, before: float, state: str, limit: int = SLICE) -> int:
+        """Delete the first few jobs that ended before a time; return how many."""
+        asked = {"state": state, "before": before, "limit": limit}
+        with self.db.transaction():
+            rows = self.db.execute(PRUNABLE, asked).fetchall()
+            for row in rows:
+                self._forget(row[0])
+        return len(rows)
 
     # working
 
@@ -1130,23 +2001,23 @@ class Queue:
             self.config()
             return self._claim(worker, queues)
 
+    def _waiting(self, queues: Sequence[str]) -> list[str]:
+        """Return the queues, all or of these, in which jobs wait that are not held up."""
+        waiting = [row[0] for row in self.db.execute(WAITING_QUEUES)]
+        return [queue for queue in waiting if not queues or queue in queues]
+
     def _claim(self, worker: str, queues: Sequence[str]) -> Job | None:
-        now, found = self.clock(), []
-        for queue in queues or [row[0] for row in self.db.execute(WAITING_QUEUES)]:
+        now = self.clock()
+        found: list[Job] = []
+        for queue in self._waiting(queues):
             self.db.execute(MAKE_DUE, {"queue": queue, "now": now})
-            found.extend(self.db.execute(NEXT_DUE, {"queue": queue}).fetchall())
+            found.extend(self._jobs(NEXT_DUE, queue=queue))
         if not found:
             return None
-        job = min((Job(*row) for row in found), key=lambda j: (-j.priority, j.run_after, j.seq))
+        job = min(found, key=lambda j: (-j.priority, j.run_after, j.seq))
         self.db.execute(CLAIM, {"seq": job.seq, "worker": worker, "now": now})
-        return job._replace(
-            state=PROCESSING,
-            attempts=job.attempts + 1,
-            run=job.run + 1,
-            locked_by=worker,
-            locked_at=now,
-            updated_at=now,
-        )
+        job = job._replace(state=PROCESSING, attempts=job.attempts + 1, run=job.run + 1)
+        return job._replace(locked_by=worker, locked_at=now, updated_at=now)
 
     def finish(
         self, job: Job, ending: Ending, claim: Callable[[], Sequence[str]] | None = None
@@ -1161,57 +2032,76 @@ class Queue:
             return after, self._claim(job.locked_by or "", claim()) if claim else None
 
     def _end(self, job: Job, ending: Ending) -> Job | None:
-        row = ending.error is not None and self.db.execute(ONE, {"id": job.id}).fetchone()
-        if row:  # is it being cancelled meanwhile?
-            job = job._replace(cancelling=Job(*row).cancelling)
-        after = sequel(job, ending, self.config())
-        changed = self.db.execute(
-            END_CLAIM,
-            {
-                "state": after.state,
-                "attempts": after.attempts,
-                "exit_code": after.exit_code,
-                "error": after.last_error,
-                "run_after": after.run_after,
-                "due": after.run_after <= ending.finished,
-                "now": ending.finished,
-                "seq": job.seq,
-                "worker": job.locked_by,
-                "run": job.run,
-            },
-        ).rowcount
-        if changed != 1:
+        if ending.error is not None or job.recurs:  # is it being cancelled meanwhile?
+            asked = next(self._jobs(ONE, id=job.id), job)
+            job = job._replace(cancelling=asked.cancelling)
+        now = self.clock()
+        after = sequel(job, ending, self.config(), now)
+        over = after.state in (COMPLETED, DEAD)
+        recurs = job.recurs and over and not job.cancelling
+        row = after._replace(
+            due=after.state != PENDING or after.run_after <= now,
+            recurs=None if over else job.recurs,
+        )._asdict()
+        if self.db.execute(END_CLAIM, {**row, "worker": job.locked_by}).rowcount != 1:
             return None
-        self.db.execute(
-            ADD_ATTEMPT, (job.seq, job.run, job.locked_by, *ending[3:5], *ending[1:3], *ending[5:])
-        )
+        times, how, rest = ending[3:5], ending[1:3], ending[5:]
+        self.db.execute(ADD_ATTEMPT, (job.seq, job.run, job.locked_by, *times, *how, *rest))
+        if after.state == COMPLETED and self.db.execute(MEET, {"seq": job.seq}).rowcount:
+            with self.db.transaction(ring=True):
+                self.db.execute(UNBLOCK, {"seq": job.seq, "now": now})
+        if recurs:
+            self._recur(job, now)
         return after
+
+    def _recur(self, job: Job, now: float) -> None:
+        """Add the next job of a schedule, as its last one ends."""
+        when = recurrence(str(job.recurs), job.planned or now, now)
+        row = {**job._asdict(), "id": job.series, "created_at": now, "updated_at": now}
+        row.update(run_after=when, planned=when, due=LATER)
+        with self.db.transaction(ring=True):
+            self._insert({**row, "seq": self.db.execute(LAST_SEQ).fetchone()[0] + 1})
 
     def claimed(self) -> list[Job]:
         """Return the jobs that are claimed by a worker, living or dead."""
-        return [Job(*row) for row in self.db.execute(CLAIMED)]
+        return list(self._jobs(CLAIMED))
 
     def next_time(self, queues: Sequence[str] = ()) -> float | None:
         """Return when the next job becomes due by itself."""
-        waiting = queues or [row[0] for row in self.db.execute(WAITING_QUEUES)]
+        waiting = self._waiting(queues)
         times = [self.db.execute(NEXT_LATER, {"queue": queue}).fetchone()[0] for queue in waiting]
         return min((when for when in times if when is not None), default=None)
 
-    def unfinished(self, queues: Sequence[str], horizon: float) -> bool:
-        """Tell whether anything is running, due, or becomes due within so many seconds."""
-        counts = self.counts(queues)
-        if counts[PROCESSING] or not counts[PENDING]:
-            return bool(counts[PROCESSING])
-        waiting = queues or [row[0] for row in self.db.execute(WAITING_QUEUES)]
-        if any(self.db.execute(NEXT_DUE, {"queue": queue}).fetchone() for queue in waiting):
+    def unfinished(self, queues: Sequence[str] = (), horizon: float = FOREVER) -> bool:
+        """Tell whether anything runs, is due, or becomes due within so many seconds.
+
+        Not counted: what is blocked, what is paused, and the next job of a schedule.
+        """
+        if self.counts(queues)[PROCESSING]:
             return True
-        return (self.next_time(queues) or 0) <= self.clock() + horizon
+        return any(self._awaited(queue, horizon) for queue in self._waiting(queues))
+
+    def _awaited(self, queue: str, horizon: float) -> bool:
+        """Tell whether anything of a queue is due, or becomes due within so many seconds."""
+        if self.db.execute(NEXT_DUE, {"queue": queue}).fetchone():
+            return True
+        soonest = self.db.execute(NEXT_AWAITED, {"queue": queue}).fetchone()[0]
+        return soonest is not None and soonest <= self.clock() + horizon
+
+    def held(self, queues: Sequence[str] = (), horizon: float = FOREVER) -> list[str]:
+        """Return the paused queues, all or of these, with jobs that a drain would wait for."""
+        waiting = set(self._waiting(queues))
+        names = {q for q, state, due, _ in self.tally() if state == PENDING and due != BLOCKED}
+        held = (q for q in names - waiting if not queues or q in queues)
+        return sorted(q for q in held if self._awaited(q, horizon))
+
+    def blocked(self, queues: Sequence[str] = (), limit: int = 10) -> list[Job]:
+        """Return the jobs that have been blocked longest, of each of these queues or of all."""
+        asked = queues or (None,)
+        return [j for queue in asked for j in self._jobs(BLOCKED_JOBS, queue=queue, limit=limit)]
 
 
 # --- processes: launch, find, end; the only place with signals and kills --------------------------
-
-PROC = sys.platform == "linux"  # processes can be looked into through /proc
-EXHAUSTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # the machine's fault
 
 
 class Output(Held):
@@ -1221,29 +2111,32 @@ class Output(Held):
 
     def __init__(self, path: str) -> None:
         """Make the file; one of that name is left over from another queue."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | BINARY
         self.path = path
         try:
             self.fd = os.open(path, flags, 0o600)
         except FileExistsError:
             os.unlink(path)
             self.fd = os.open(path, flags, 0o600)
-        lock(self.fd)
+        SYSTEM.lock(self.fd)
         self.cut = 0  # bytes that are gone from the file, and from its size
+        self.hole = 0  # bytes of the file that take no room
 
     def reopen(self) -> None:
         """Let go of the descriptor that the job shares, so that the lock is the job's alone."""
         os.close(self.fd)
-        self.fd = os.open(self.path, os.O_RDWR | os.O_APPEND)
+        self.fd = os.open(self.path, os.O_RDWR | os.O_APPEND | BINARY)
 
     def trim(self, limit: int) -> bool:
         """Give back the disk space of a runaway's output, all but what will be kept."""
-        info = os.fstat(self.fd)
-        if info.st_blocks * 512 <= self.BOUND + limit:
+        size = os.fstat(self.fd).st_size
+        if size - self.hole <= self.BOUND + limit:
             return False
-        if not punch(self.fd, info.st_size - limit):
-            os.ftruncate(self.fd, 0)  # a file system without holes: all of it goes
-            self.cut += info.st_size
+        if SYSTEM.punch(self.fd, size - limit):
+            self.hole = size - limit
+        else:  # a file system without holes: all of it goes
+            os.ftruncate(self.fd, 0)
+            self.cut += size
         return True
 
     def tail(self, limit: int) -> tuple[int, bytes]:
@@ -1256,163 +2149,7 @@ def tail(fd: int, limit: int) -> tuple[int, bytes]:
     """Return how many bytes of a file come before its last ones, and the last ones."""
     size = os.fstat(fd).st_size
     kept = min(limit, size)
-    return size - kept, os.pread(fd, kept, size - kept)
-
-
-def punch(fd: int, length: int) -> bool:
-    """Make the beginning of a file a hole (Linux); False where that cannot be done."""
-    import ctypes
-
-    try:
-        fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
-    except (AttributeError, OSError, TypeError):
-        return False
-    keep_size, punch_hole = 1, 2
-    offsets = ctypes.c_int64(0), ctypes.c_int64(length)
-    return bool(fallocate(fd, keep_size | punch_hole, *offsets) == 0)
-
-
-class Child:
-    """A job's own process; as in subprocess, a negative return code is a signal."""
-
-    def __init__(self, pid: int) -> None:
-        """Begin with a process that was just started."""
-        self.pid = pid
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        """Return how the process ended, if it did; never wait for it."""
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                signalled = os.WIFSIGNALED(status)
-                self.returncode = -os.WTERMSIG(status) if signalled else os.WEXITSTATUS(status)
-        return self.returncode
-
-
-def launch(job: Job, shell: Sequence[str], env: Mapping[bytes, bytes], out: Output) -> Child:
-    """Start a job's command in a session of its own; OSError where it cannot be started.
-
-    The output file is passed on a third time, as a descriptor that no redirection closes. Nothing
-    else is: see `keep_descriptors`.
-    """
-    os.set_inheritable(out.fd, True)  # noqa: FBT003
-    os.chdir(job.cwd)
-    try:
-        return spawn([*shell, job.command], env, out.fd)
-    finally:
-        with contextlib.suppress(OSError):
-            os.chdir(os.path.dirname(out.path))  # keep no directory of a job's busy
-
-
-def keep_descriptors() -> None:
-    """Let no descriptor but the standard ones outlive an exec: multiprocessing made others."""
-    for fd in map(int, os.listdir("/dev/fd")):
-        if fd > 2:
-            with contextlib.suppress(OSError):  # the one of the listing
-                os.set_inheritable(fd, False)  # noqa: FBT003
-
-
-def spawn(argv: list[str], env: Mapping[bytes, bytes], out: int) -> Child:
-    """Start a program; subprocess takes twice as long and, before Python 3.10, four times."""
-    actions = (
-        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-        (os.POSIX_SPAWN_DUP2, out, 1),
-        (os.POSIX_SPAWN_DUP2, out, 2),
-    )
-    unignored = (signal.SIGPIPE, signal.SIGXFSZ)  # as Python has them; what it handles is reset
-    try:
-        pid = os.posix_spawnp(
-            argv[0], argv, env, file_actions=actions, setsid=True, setsigdef=unignored
-        )
-    except NotImplementedError:  # setsid, in a Python that was built for an old C library
-        import subprocess
-
-        return subprocess.Popen(  # type: ignore[return-value]  # it has what a Child has
-            argv,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            close_fds=False,
-            start_new_session=True,
-        )
-    return Child(pid)
-
-
-def run_key(job: Job) -> str:
-    """Return what every process of one attempt has in its environment, as QUEUECTL_RUN."""
-    return f"{job.seq}.{job.run}.{job.locked_by}"
-
-
-def members(job: Job, run: RunDirectory) -> list[int]:
-    """Return the processes of an attempt, as far as they can be told from strangers for certain."""
-    if PROC:
-        key = b"\0QUEUECTL_RUN=" + run_key(job).encode() + b"\0"
-        found = [pid for pid in others() if key in b"\0" + read_proc(pid, "environ")]
-        if found or run.free(job.seq, job.run, "out"):
-            return found
-        return [pid for pid in others() if holds(pid, run.file(job.seq, job.run, "out"))]
-    return group(run.facts(job.locked_by), job)
-
-
-def others() -> list[int]:
-    """Return the processes of the machine without this one."""
-    return [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and int(pid) != os.getpid()]
-
-
-def read_proc(pid: int, *parts: str) -> bytes:
-    """Return a file of /proc; empty where the process is gone or not ours to look at."""
-    try:
-        with open(os.path.join("/proc", str(pid), *parts), "rb") as file:
-            return file.read()
-    except OSError:
-        return b""
-
-
-def holds(pid: int, path: str) -> bool:
-    """Tell whether a process holds the lock of a file (to have it open is not enough)."""
-    with contextlib.suppress(OSError):
-        for fd in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.stat(f"/proc/{pid}/fd/{fd}"), os.stat(path)):
-                    info = read_proc(pid, "fdinfo", fd)
-                    if re.search(rb"FLOCK +ADVISORY +WRITE", info):
-                        return True
-    return False
-
-
-def group(facts: Mapping[str, Any], job: Job) -> list[int]:
-    """Return the process group of an attempt where there is no /proc: by pid and start time.
-
-    A leader that did not start when the job was launched is a stranger who got the pid later.
-    """
-    import subprocess
-
-    if facts.get("run") != run_key(job) or "job_pid" not in facts:
-        return []
-    env = {**os.environ, "LC_ALL": "C"}
-    table = subprocess.run(
-        ["ps", "-axo", "pid=,pgid=,lstart="], stdout=subprocess.PIPE, check=False, env=env
-    ).stdout.decode(errors="replace")
-    found = []
-    for line in table.splitlines():
-        pid, pgid, *started = line.split()
-        if int(pgid) != facts["job_pid"] or len(started) != 5:
-            continue
-        when = time.mktime(time.strptime(" ".join(started), "%a %b %d %H:%M:%S %Y"))
-        if pid == pgid and abs(when - facts["launched"]) > 2:
-            return []
-        found.append(int(pid))
-    return found
-
-
-def send_signal(pids: Iterable[int], *signals: int) -> None:
-    """Signal processes, each by its own pid; one that is gone meanwhile is fine."""
-    for pid in pids:
-        for number in signals:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, number)
+    return size - kept, SYSTEM.read(fd, kept, size - kept)
 
 
 class Ender:
@@ -1426,58 +2163,14 @@ class Ender:
 
     def gone(self) -> bool:
         """Go on with the ending, and tell whether it is done: no process, and the lock free."""
-        found = members(self.job, self.run)
+        found = SYSTEM.members(self.job, self.run)
         if time.monotonic() >= self.deadline:
-            send_signal(found, signal.SIGKILL)
+            SYSTEM.kill(found, self.job)
         else:
-            send_signal(set(found) - self.asked, signal.SIGTERM, signal.SIGCONT)
+            news = [pid for pid in found if pid not in self.asked]  # parents first, as a rule
+            SYSTEM.ask(news)
             self.asked.update(found)
         return not found and self.run.free(self.job.seq, self.job.run, "out")
-
-
-class Waker:
-    """Makes signals readable: a pipe that can be waited for along with everything else."""
-
-    def __init__(self, handlers: Mapping[int, Callable[[int, Any], None]]) -> None:
-        """Install handlers, but leave a hang-up ignored under nohup."""
-        self.fd, self.end = os.pipe()
-        for fd in (self.fd, self.end):
-            os.set_blocking(fd, False)
-        self.before = {}
-        for number, handler in handlers.items():
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                self.before[number] = signal.signal(number, handler)
-        self.before_fd = signal.set_wakeup_fd(self.end, warn_on_full_buffer=False)
-
-    def clear(self) -> None:
-        """Forget the signals so far."""
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.fd, 4096)
-
-    def close(self) -> None:
-        """Put everything back as it was."""
-        signal.set_wakeup_fd(self.before_fd)
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        os.close(self.fd)
-        os.close(self.end)
-
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
-
-
-def ignore(_number: int, _frame: object) -> None:
-    """Do nothing, but not as SIG_IGN: that would be inherited by the jobs."""
-
-
-def sane_signals() -> Waker:
-    """Give a worker's jobs the signals they expect, whoever started the pool, and return its waker.
-
-    The worker itself hears nothing but its jobs' ends: when to stop, it is told by its pool.
-    """
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
-    return Waker(dict.fromkeys((*STOP_SIGNALS, signal.SIGCHLD), ignore))
 
 
 # --- worker: one job at a time --------------------------------------------------------------------
@@ -1503,21 +2196,24 @@ class Worker:
         self.held = Held(self.run_dir.file(name))
         self.facts = {"pid": os.getpid(), "slot": slot}
         self.held.note(**self.facts)
-        self.inherited = dict(os.environb)
-        keep_descriptors()
-        self.waker = sane_signals()
+        SYSTEM.unblock(worker=True)
+        self.waker = Waker(dict.fromkeys(SYSTEM.STOP_SIGNALS, ignore))
+        self.child: Child | None = None
         self.config = self.queue.config()
         self.db.durable(self.config["synchronous"])
         self.db.patient = self.patient
         self.stopping = self.now = self.alone = False
+        self.starved = False  # the machine could not start a job: that is said once
         self.cancelled: str | None = None
         self.news: list[tuple[str, ...]] = []
         self.flush_at = float("inf")
 
     def patient(self, waited: float) -> bool:
         """Wait for a lock, but not when it is time to leave."""
+        if waited <= 0.3:
+            return True  # to ask the pool costs more than to try again
         self.hear()
-        return not (self.stopping and waited > 0.3)
+        return not self.stopping
 
     def main(self) -> None:
         """Work until told to stop."""
@@ -1569,21 +2265,16 @@ class Worker:
 
     def wait(self, until: float | None) -> None:
         """Wait for a child's end, the pool, or a time on the monotonic clock."""
-        import select
-
         now = time.monotonic()
         if now >= self.flush_at:
             self.flush()
         until = min(self.flush_at, float("inf") if until is None else until)
-        pool = [] if self.alone else [self.pool.fileno()]
         limit = None if until == float("inf") else max(0.0, until - now)
         if self.alone and limit is None:
             return  # nobody is left who could say anything
-        ready = select.select([self.waker.fd, *pool], [], [], limit)[0]
-        if self.waker.fd in ready:
-            self.waker.clear()
-        if ready != [self.waker.fd]:
+        if SYSTEM.wait(self.waker, None if self.alone else self.pool, self.child, limit):
             self.hear()
+        self.waker.clear()
 
     def claim(self) -> Job | None:
         """Claim a job; a fault of the database or the disk is waited out."""
@@ -1616,21 +2307,25 @@ class Worker:
         started, out = self.queue.clock(), None
         try:
             out = Output(self.run_dir.file(job.seq, job.run, "out"))
-            child = launch(job, self.config["shell"], self.environment(job), out)
+            child = SYSTEM.launch(self.config["shell"], job, self.environment(job), out.fd)
         except OSError as failure:
             return self.unstartable(job, failure, started), out
+        self.starved = False
         if not PROC:
             self.held.note(**self.facts, run=run_key(job), job_pid=child.pid, launched=started)
+        self.child = child
         fate, error = self.watch(job, child, out)
         if error or child.returncode:
             self.end(job, child, out)
-        error = error or exit_meaning(child.returncode or 0)
+        SYSTEM.release(child)
+        self.child = None
+        error = error or exit_meaning(child.returncode)
         finished = max(self.queue.clock(), started)
         tail = out.tail(self.config["output_limit"])
         return Ending(fate, child.returncode, error, started, finished, *tail), out
 
-    def environment(self, job: Job) -> dict[bytes, bytes]:
-        """Return a job's environment: the worker's, then the job's own, then ours."""
+    def environment(self, job: Job) -> dict[str, str]:
+        """Return what a job's environment has beside the worker's: its own, then ours."""
         env = {
             "QUEUECTL_JOB_ID": job.id,
             "QUEUECTL_ATTEMPT": str(job.attempts),
@@ -1642,7 +2337,7 @@ class Worker:
             import json
 
             env = {**json.loads(job.env), **env}
-        return {**self.inherited, **{os.fsencode(k): os.fsencode(v) for k, v in env.items()}}
+        return env
 
     def unstartable(self, job: Job, error: OSError, started: float) -> Ending:
         """Decide whose fault it is that a job did not start: its own, or the machine's."""
@@ -1650,8 +2345,9 @@ class Worker:
         if error.filename:
             reason += f": {error.filename}"
         if error.errno not in (*EXHAUSTED, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            self.starved = False
             return Ending("ran", None, reason, started, self.queue.clock())
-        self.complain(f"job {job.id} {reason}; trying again")
+        self.starved = self.complain(f"job {job.id} {reason}; trying again", warned=self.starved)
         return Ending("returned", None, reason, started, self.queue.clock())
 
     def watch(self, job: Job, child: Child, out: Output) -> tuple[str, str | None]:
@@ -1670,14 +2366,14 @@ class Worker:
             self.wait(min(deadline, now + pause))
             if time.monotonic() > now + pause:
                 full = out.trim(self.config["output_limit"])
-                pause = 0.01 if full else min(pause * 2, 0.64)
+                pause = 0.01 if full else min(pause * 2, 0.1)
         return "ran", None
 
     def end(self, job: Job, child: Child, out: Output) -> None:
         """End what is left of an attempt; return when every process of it is gone."""
         out.reopen()
         ender, pause = Ender(job, self.run_dir, self.config["kill_grace"]), 0.005
-        while not (ender.gone() and child.poll() is not None):
+        while not ender.gone() or child.poll() is None:
             self.wait(time.monotonic() + pause)
             pause = min(pause * 1.5, 0.05)
 
@@ -1704,8 +2400,16 @@ class Worker:
             else:
                 if out:
                     out.close()
-                self.tell(*event(job, after, ending))
+                if not self.starved:
+                    self.tell(*event(job, after, ending))
                 return following
+
+
+def blocked_by(parents: Sequence[Job]) -> str:
+    """Return what a job waits for, in words."""
+    words = [f"{printable(job.id)} ({job.state})" for job in parents[:3]]
+    more = f" and {len(parents) - 3} more" if len(parents) > 3 else ""
+    return f"blocked by {', '.join(words)}{more}"
 
 
 def event(job: Job, after: Job | None, ending: Ending) -> tuple[str, str, str]:
@@ -1717,7 +2421,7 @@ def event(job: Job, after: Job | None, ending: Ending) -> tuple[str, str, str]:
     if after.state == COMPLETED:
         return "ended", COMPLETED, f"job {name} completed in {took}"
     if after.state == PENDING and ending.fate == "ran":
-        again = span(after.run_after - ending.finished)
+        again = span(after.run_after - after.updated_at)
         return (
             "ended",
             PENDING,
@@ -1736,6 +2440,7 @@ def keep(run: RunDirectory, job: Job, ending: Ending, out: Output | None) -> Non
     cut = ending.cut if out and out.cut else 0  # what the file itself does not tell
     facts = json.dumps([*ending[:2], (ending.error or "")[:60] or None, *ending[3:5], cut])
     if out:
+        os.close(out.fd)  # Windows renames nothing that is open
         os.rename(out.path, run.file(job.seq, job.run, "end" + quote(facts, safe="")))
 
 
@@ -1752,17 +2457,15 @@ def kept(run: RunDirectory, job: Job) -> tuple[str | None, Ending | None]:
     return (run.file(start + "out"), None) if run.files(start + "out") else (None, None)
 
 
-def run_worker(environ: dict[bytes, bytes], *worker: Any) -> None:
+def run_worker(environ: dict[str, str], *worker: Any) -> None:
     """Be a worker, in the environment of its pool: where a worker process starts."""
-    os.environb.clear()
-    os.environb.update(environ)
+    os.environ.clear()
+    os.environ.update(environ)
     Worker(*worker).main()
-    os._exit(0)  # without closing the database: SQLite would remove a -wal of that name
 
 
 # --- pool: starts the workers, wakes them, recovers what the dead left ----------------------------
 
-TICK = 0.25  # seconds between looks at what rings no bell
 LOG_BOUND = 16 << 20  # bytes of -wal; SQLite lets it grow as long as there is always a reader
 BROKEN = 5  # workers that die without a job in a minute: then something is wrong with the machine
 
@@ -1788,6 +2491,9 @@ class Pool:
         self, queue: Queue, count: int, queues: Sequence[str], say: Callable[[str], None]
     ) -> None:
         """Prepare a pool of so many workers; `say` gets a line for each event."""
+        self.tick: Callable[[], None] = lambda: None  # is called at every turn
+        self.told = False  # that it waits for a paused queue
+        self.prune_at = 0.0
         self.queue, self.db, self.run_dir = queue, queue.db, queue.db.run
         self.count, self.queues, self.say = count, queues, say
         self.name = "pool-" + os.urandom(4).hex()
@@ -1804,8 +2510,8 @@ class Pool:
         self.news, self.served = 1, 1  # occasions to look for work, and the last one looked after
         self.woken: Member | None = None
         self.look_at, self.sync_at, self.truncate_at = 0.0, float("inf"), 0.0
-        self.version, self.next_time, self.wal = -1, float("inf"), -1
-        self.db.patient = lambda waited: waited < 0.3
+        self.version, self.next_time = -1, float("inf")
+        self.db.patient = lambda waited: waited < 0.3 and not self.signals
 
     def on_signal(self, number: int, _: object) -> None:
         """Note a signal; the loop reads it."""
@@ -1813,14 +2519,16 @@ class Pool:
 
     def main(self) -> int:
         """Run until stopped or drained; return the exit code."""
+        import socket
+
         with self.db.faults():
+            self.run_dir.make()
             held = Held(self.run_dir.file(self.name))
-            facts = {"host": os.uname().nodename, "queues": list(self.queues), "count": self.count}
-            held.note(pid=os.getpid(), started=self.queue.clock(), **facts)
-            os.mkfifo(self.run_dir.file(self.name, "bell"), 0o600)
-            self.bell = os.open(self.run_dir.file(self.name, "bell"), os.O_RDWR | os.O_NONBLOCK)
+            facts = {"host": socket.gethostname(), "queues": list(self.queues)}
+            held.note(pid=os.getpid(), started=self.queue.clock(), count=self.count, **facts)
+            self.bell = SYSTEM.bell(self.run_dir.file(self.name, "bell"))
         self.identity = self.db.identity()
-        self.run_dir.clean()
+        self.run_dir.clean(keep=[job.locked_by for job in self.queue.claimed()])
         try:
             while self.members or not self.stopping:
                 self.turn()
@@ -1830,7 +2538,8 @@ class Pool:
             for item in self.run_dir.files(self.name + "."):
                 os.unlink(self.run_dir.file(item))
             held.close()
-            os.close(self.bell)
+            if self.bell is not None:
+                os.close(self.bell)
         self.sync()
         if self.fault:
             raise self.fault
@@ -1838,6 +2547,7 @@ class Pool:
 
     def turn(self) -> None:
         """Wait for something to happen, take it in, act on it."""
+        self.tick()
         ready = self.wait()
         for member in [member for member in self.members if member.conn in ready]:
             try:  # the end of its pipe is an EOFError
@@ -1854,7 +2564,7 @@ class Pool:
                 pass  # somebody writes for a long time: at the next look
             except Fault as error:
                 self.fail(error)
-            self.look_at = now + (0.03 if self.enders else TICK)
+            self.look_at = now + min(0.03 if self.enders else 1, SYSTEM.TICK)
         self.staff(now)
         self.wake()
         if now >= self.sync_at:
@@ -1866,13 +2576,13 @@ class Pool:
 
         due = time.monotonic() + max(0.0, self.next_time - self.queue.clock())
         until = min(self.look_at, self.sync_at, due, *(when for when, _ in self.missing))
-        sources: list[Any] = [self.bell, *(member.conn for member in self.members)]
-        if self.waker:
-            sources.append(self.waker.fd)
+        sources: list[Any] = [member.conn for member in self.members]
+        sources += [] if self.bell is None else [self.bell]
+        sources += [self.waker.fd] if self.waker and self.waker.fd >= 0 else []
         ready = wait(sources, max(0.0, until - time.monotonic()))
-        if self.waker and self.waker.fd in ready:
+        if self.waker:
             self.waker.clear()
-        if self.bell in ready:
+        if self.bell is not None and self.bell in ready:
             os.read(self.bell, 65536)
             self.news += 1
             self.look_at = 0.0
@@ -1952,7 +2662,6 @@ class Pool:
     def look(self) -> None:
         """Look at what rings no bell: stop requests, the file itself, other writers, the dead."""
         if self.db.identity() != self.identity:
-            LEAKED.append(self.db.connection)
             self.fail(Fault(f"{self.db.path} was moved away or replaced"))
             return
         with contextlib.suppress(OSError), open(self.run_dir.file(self.name, "stop")) as file:
@@ -1960,16 +2669,31 @@ class Pool:
             if word and not (self.now or (self.stopping and word == "stop")):
                 self.stop("asked to stop", word)
         self.recover()
-        version = self.db.execute(DATA_VERSION).fetchone()[0]
+        version = self.queue.version()
         if version != self.version:
             self.version = version
             self.news += 1
             self.next_time = self.queue.next_time(self.queues) or float("inf")
+        if time.monotonic() >= self.prune_at:
+            self.prune()
+
+    def prune(self) -> None:
+        """Delete a slice of what is older than the retention; look again in a minute, or soon."""
+        retention, pruned = self.queue.config()["retention"], 0
+        for state in PRUNED if retention else ():
+            pruned += self.queue.prune_slice(self.queue.clock() - retention, state)
+        self.prune_at = time.monotonic() + (0 if pruned >= SLICE else 60)
 
     def recover(self) -> None:
         """Put jobs whose worker is gone back into the queue, once all their processes are gone."""
-        living = {member.name for member in self.members}
-        for job in self.queue.claimed():
+        living = {member.name: member for member in self.members}
+        claimed = self.queue.claimed()
+        theirs = set(self.enders) - set(map(run_key, claimed))  # another pool was faster
+        for key in theirs:
+            del self.enders[key]
+        for job in claimed:
+            if job.locked_by in living and job.cancelling:
+                living[job.locked_by].send(run_key(job))
             if job.locked_by in living or not self.run_dir.free(job.locked_by):
                 continue
             key = run_key(job)
@@ -1983,7 +2707,7 @@ class Pool:
             then, now = job.locked_at or 0.0, self.queue.clock()
             ending = ending or Ending("crashed", None, "its worker died", then, max(then, now))
             if path:
-                fd = os.open(path, os.O_RDONLY)
+                fd = os.open(path, os.O_RDONLY | BINARY)
                 cut, output = tail(fd, self.queue.config()["output_limit"])
                 os.close(fd)
                 ending = ending._replace(cut=ending.cut + cut, output=output)
@@ -2014,7 +2738,19 @@ class Pool:
         elif self.drain and len(idle) == self.count and not self.enders:
             with contextlib.suppress(Locked):
                 if not self.queue.unfinished(self.queues, self.horizon):
-                    self.stop("")
+                    self.drained()
+
+    def drained(self) -> None:
+        """Leave, now that nothing is left to run, unless a paused queue may be resumed."""
+        held = self.queue.held(self.queues, self.horizon)
+        if not held:
+            for job in self.queue.blocked(self.queues):
+                self.code = NO
+                self.say(f"job {printable(job.id)} is {blocked_by(self.queue.parents(job))}")
+            self.stop("")
+        elif not self.told:
+            self.told = True
+            self.say(f"waiting: paused with jobs in {', '.join(map(printable, held))}; see resume")
 
     def sync(self) -> None:
         """Make what the workers recorded durable: they do not wait for the disk themselves.
@@ -2023,28 +2759,13 @@ class Pool:
         """
         self.sync_at = float("inf")
         with contextlib.suppress(FileNotFoundError):
-            if self.wal < 0:
-                self.wal = os.open(self.db.path + "-wal", os.O_RDONLY)
-            sync_file(self.wal)
-            began = time.monotonic()
-            if os.fstat(self.wal).st_size > LOG_BOUND and began >= self.truncate_at:
+            SYSTEM.sync(self.db.path + "-wal")
+            began, size = time.monotonic(), os.stat(self.db.path + "-wal").st_size
+            if size > LOG_BOUND and began >= self.truncate_at:
                 with contextlib.suppress(Fault):
                     self.db.truncate_log()
                 now = time.monotonic()  # a reader that stays must not hold up the work
                 self.truncate_at = now + 20 * (now - began)
-
-
-LEAKED: list[sqlite3.Connection] = []  # not closed: SQLite would remove the -wal of another file
-
-
-def sync_file(fd: int) -> None:
-    """Sync a file, on macOS down to the medium."""
-    with contextlib.suppress(ImportError, AttributeError, OSError):
-        import fcntl
-
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # type: ignore[attr-defined,unused-ignore]
-        return
-    getattr(os, "fdatasync", os.fsync)(fd)
 
 
 def importable() -> Any:
@@ -2093,12 +2814,12 @@ def hire(path: str, name: str, slot: int, queues: Sequence[str]) -> Member:
     module = importable()
     if "forkserver" in multiprocessing.get_all_start_methods():
         context: Any = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([module.__name__, "json", "select"])
+        context.set_forkserver_preload([module.__name__, "json", "select", "subprocess"])
         start_fork_server()
     else:
         context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    what = (dict(os.environb), path, name, slot, queues, theirs)
+    what = (dict(os.environ), path, name, slot, queues, theirs)
     process = context.Process(target=module.run_worker, args=what, daemon=False)
     main = sys.modules["__main__"]
     if module is not main:
@@ -2121,14 +2842,17 @@ def work(  # noqa: PLR0913
     insecure: bool = False,
     signals: bool = False,
     say: Callable[[str], None] = lambda _: None,
+    tick: Callable[[], None] = lambda: None,
 ) -> int:
     """Run jobs with `count` workers until stopped or, with `drain`, until nothing is left to run.
 
     Jobs that are due more than `horizon` seconds from now are not waited for. Returns the exit
     code: 0, 1 if a drain left a dead job, 128+n if signal n ended the jobs. `signals` lets INT,
     TERM and HUP stop it, which only a main thread may ask for; `queuectl worker stop` always can.
+    `say` gets a line for each event, `tick` is called at least once a second.
     """
     queue = Queue(path)
+    queue.db.run.make()  # the database may have been copied here
     reason = distrust(queue.db)
     if reason and not insecure:
         raise Fault(f"{reason}: whoever writes there runs commands as you; see --insecure")
@@ -2137,10 +2861,10 @@ def work(  # noqa: PLR0913
     if kind:
         say(f"warning: {queue.db.path} is on {kind}; SQLite needs a local disk")
     pool = Pool(queue, count, queues, say)
-    pool.drain, pool.horizon = drain, horizon
+    pool.drain, pool.horizon, pool.tick = drain, horizon, tick
     if signals:
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])  # else the fork server misses its SIGCHLD
-        pool.waker = Waker(dict.fromkeys(STOP_SIGNALS, pool.on_signal))
+        SYSTEM.unblock()  # else the fork server misses its SIGCHLD
+        pool.waker = Waker(dict.fromkeys(SYSTEM.STOP_SIGNALS, pool.on_signal))
     try:
         return pool.main()
     finally:
@@ -2151,15 +2875,32 @@ def work(  # noqa: PLR0913
 # --- reports: jobs as text ------------------------------------------------------------------------
 
 
-def table(
-    headings: Sequence[str], rows: Iterable[Sequence[object]], width: int = 0
-) -> Iterator[str]:
-    """Yield aligned lines; with a width, the last column is cut to fit."""
-    lines = [[printable(str(cell)) for cell in row] for row in (headings, *rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
+def breadth(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    import unicodedata
+
+    wide = 0 if text.isascii() else sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide
+
+
+def fit(text: str, width: int) -> str:
+    """Cut a text to the width of a terminal, where there is one (not 0)."""
+    if not 0 < width < breadth(text):
+        return text
+    while breadth(text) >= width:
+        text = text[: -max(1, (breadth(text) - width) // 2)]
+    return text + "…"
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
+    """Yield aligned lines; a column that is empty in every row is left out."""
+    lines = [[printable(str(cell)) for cell in row] for row in rows]
+    shown = [i for i in range(len(headings)) if not lines or any(line[i] for line in lines)]
+    lines = [[line[i] for i in shown] for line in (headings, *lines)]
+    widths = [max(map(breadth, column)) for column in zip(*lines)]
     for line in lines:
-        text = "  ".join(cell.ljust(size) for cell, size in zip(line, widths)).rstrip()
-        yield text[: width - 1] + "…" if 0 < width < len(text) else text
+        pads = (" " * (width - breadth(cell)) for cell, width in zip(line, widths))
+        yield "  ".join(map("".join, zip(line, pads))).rstrip()
 
 
 def ago(when: float, now: float) -> str:
@@ -2174,11 +2915,12 @@ def job_facts(job: Job, config: Mapping[str, Any]) -> dict[str, Any]:
     import json
 
     facts: dict[str, Any] = job._asdict()
-    for key in ("created_at", "updated_at", "run_after", "locked_at"):
+    for key in ("created_at", "updated_at", "run_after", "locked_at", "planned"):
         facts[key] = iso(facts[key])
     for key in ("max_retries", "timeout"):
         facts[key] = config[key] if facts[key] is None else facts[key]
-    facts["env"] = json.loads(job.env) if job.env else {}
+    facts.update(env=json.loads(job.env) if job.env else {}, cancelling=bool(job.cancelling))
+    facts["blocked"] = facts.pop("due") == BLOCKED
     return facts
 
 
@@ -2190,22 +2932,56 @@ def attempt_facts(attempt: Attempt) -> dict[str, Any]:
     return facts
 
 
-def job_row(job: Job, config: Mapping[str, Any], now: float) -> tuple[object, ...]:
+def why(queue: Queue, job: Job) -> str:
+    """Return why a job does not run, in one line; empty where it runs or has ended."""
+    if job.state != PENDING:
+        return ""
+    if job.due == BLOCKED:
+        return blocked_by(queue.parents(job))
+    paused = [name for name in queue.paused() if name in ("", job.queue)]
+    if job.run_after > queue.clock():
+        return "due " + ago(job.run_after, queue.clock())
+    if paused:
+        return f"queue {printable(job.queue)} is paused" if paused[0] else "all queues are paused"
+    served = [pool.get("queues") for pool in queue.db.run.holders("pool").values()]
+    if not any(not queues or job.queue in queues for queues in served):
+        return (
+            f"no worker serves queue {printable(job.queue)}" if served else "no worker is running"
+        )
+    before = queue.before(job)
+    return f"{before} job{'s' * (before != 1)} before it" if before else "next to run"
+
+
+def schedule(job: Job) -> str:
+    """Return a schedule as a person writes it."""
+    kind, _, rule = (job.recurs or "").partition(" ")
+    return f"every {span(float(rule))}" if kind == "every" else rule
+
+
+def job_row(queue: Queue, job: Job, config: Mapping[str, Any]) -> tuple[object, ...]:
     """Return a job as a row of a list."""
     when = job.run_after if job.state == PENDING else job.updated_at
     tries = f"{job.attempts}/{job.max_retries or config['max_retries']}"
     reason = job.last_error or "" if job.state in (DEAD, PENDING, CANCELLED) else ""
-    return job.id, job.state, tries, ago(when, now), reason, job.command
+    if job.due == BLOCKED:
+        reason = blocked_by(queue.parents(job))
+    place = "" if job.queue == "default" else job.queue
+    return job.id, job.state, place, tries, ago(when, queue.clock()), reason, job.command
 
 
-JOB_HEADINGS = ("ID", "STATE", "TRIES", "WHEN", "WHY", "COMMAND")
+JOB_HEADINGS = ("ID", "STATE", "QUEUE", "TRIES", "WHEN", "WHY", "COMMAND")
 
 
-def job_text(job: Job, attempts: Sequence[Attempt], config: Mapping[str, Any]) -> Iterator[str]:
+def job_text(queue: Queue, job: Job) -> Iterator[str]:
     """Yield everything about a job for people."""
-    for key, value in job_facts(job, config).items():
-        if value not in (None, {}) and key not in ("seq", "run", "cancelling"):
+    hidden = ("seq", "run", "cancelling", "blocked", "recurs", "planned", "snoozes")
+    facts = {k: v for k, v in job_facts(job, queue.config()).items() if k not in hidden}
+    facts.update(why=why(queue, job), schedule=schedule(job), snoozes=job.snoozes)
+    facts["state"] += " (being cancelled)" if job.cancelling else ""
+    for key, value in facts.items():
+        if value not in (None, {}, "", 0) or key == "priority":
             yield f"{key:<12} {printable(str(value))}"
+    attempts = queue.attempts(job)
     if attempts:
         yield ""
         rows = (
@@ -2215,50 +2991,215 @@ def job_text(job: Job, attempts: Sequence[Attempt], config: Mapping[str, Any]) -
         yield from table(("RUN", "STARTED", "TOOK", "ENDED", "WORKER"), rows)
 
 
+def workers(queue: Queue) -> list[tuple[str, dict[str, Any], Job | None]]:
+    """Return each living worker's name, what it says about itself, and the job it runs."""
+    running = {job.locked_by: job for job in queue.claimed()}
+    living = queue.db.run.holders("worker")
+    return [(name, facts, running.get(name)) for name, facts in living.items()]
+
+
+def worker_facts(queue: Queue) -> Iterator[dict[str, Any]]:
+    """Yield each living worker as JSON shows it."""
+    for name, at, job in workers(queue):
+        doing = {"job": job and job.id, "since": job and iso(job.locked_at)}
+        pool = "pool-" + name.split("-")[1]
+        yield {"worker": name, "pool": pool, "pid": at.get("pid"), "slot": at.get("slot"), **doing}
+
+
+def worker_rows(queue: Queue) -> Iterator[tuple[object, ...]]:
+    """Yield each living worker as a row of a list."""
+    now = queue.clock()
+    for name, at, job in workers(queue):
+        doing = (job.id, ago(job.locked_at or now, now), job.command) if job else ("idle", "", "")
+        yield name, at.get("pid", "?"), *doing
+
+
+WORKER_HEADINGS = ("WORKER", "PID", "JOB", "SINCE", "COMMAND")
+
+
+def status_facts(queue: Queue) -> dict[str, Any]:
+    """Return the state of the whole queue as JSON shows it."""
+    oldest = queue.oldest()
+    kinds = {DUE: "due", LATER: "scheduled", BLOCKED: "blocked"}
+    facts: dict[str, Any] = dict.fromkeys((*STATES, *kinds.values()), 0)
+    queues: dict[str, dict[str, int]] = {}
+    for name, state, due, jobs in queue.tally():
+        facts[state] += jobs
+        facts[kinds[due]] += jobs if state == PENDING else 0
+        queues.setdefault(name, dict.fromkeys(STATES, 0))[state] += jobs
+    facts.update(queues=queues, paused=queue.paused(), rate=round(queue.rate(), 3))
+    facts["oldest"] = oldest and job_facts(oldest, queue.config())
+    return {**facts, "workers": list(worker_facts(queue))}
+
+
+def status_text(queue: Queue, *, full: bool = False) -> Iterator[str]:
+    """Yield the state of the whole queue for people; the full view is the one to watch."""
+    facts, oldest = status_facts(queue), queue.oldest()
+    kinds = ", ".join(f"{facts[kind]} {kind}" for kind in ("due", "scheduled", "blocked"))
+    notes = {PENDING: f"  ({kinds})"} if facts["scheduled"] or facts["blocked"] else {}
+    for state in STATES:
+        yield f"{state:<10} {facts[state]:>8}{notes.get(state, '')}"
+    yield f"{'workers':<10} {len(facts['workers']):>8}"
+    if full:
+        yield f"{'rate':<10} {facts['rate']:>8.1f}  jobs/s over the last minute"
+    if facts["paused"]:
+        yield "paused     " + ", ".join(printable(name) or "all queues" for name in facts["paused"])
+    if oldest:
+        since = ago(oldest.run_after, queue.clock())
+        yield f"oldest     job {printable(oldest.id)}, due {since}; {why(queue, oldest)}"
+    for job in queue.blocked(limit=1):
+        yield f"blocked    job {printable(job.id)} is {blocked_by(queue.parents(job))}"
+    if len(facts["queues"]) > 1 or set(facts["queues"]) - {"default"}:
+        yield ""
+        rows = ((name, *states.values()) for name, states in facts["queues"].items())
+        yield from table(("QUEUE", *map(str.upper, STATES)), rows)
+    if facts["workers"]:
+        yield ""
+        yield from table(WORKER_HEADINGS, worker_rows(queue))
+    failed = list(queue.jobs((DEAD,), 5)) if full else []
+    if failed:
+        yield ""
+        rows = ((job.id, ago(job.updated_at, queue.clock()), job.last_error) for job in failed)
+        yield from table(("LAST FAILED", "WHEN", "WHY"), rows)
+
+
+class Progress:
+    """How far a queue has come since it was first looked at."""
+
+    def __init__(self, queue: Queue) -> None:
+        """Begin to count."""
+        self.queue, self.first = queue, queue.counts()
+        self.samples = [(time.monotonic(), 0)]
+
+    def line(self) -> str:
+        """Return what is done of what there was, how fast, the time left, and what failed."""
+        counts, now = self.queue.counts(), time.monotonic()
+        done = sum(max(0, counts[state] - self.first[state]) for state in ENDED)
+        left, failed = counts[PENDING] + counts[PROCESSING], counts[DEAD] - self.first[DEAD]
+        self.samples = [s for s in self.samples if s[0] > now - 10][-50:] or self.samples[-1:]
+        began, before = self.samples[0]
+        rate = (done - before) / max(now - began, 0.001)
+        self.samples.append((now, done))
+        eta = f", {span(round(left / rate))} left" if rate and left else ""
+        failures = f", {failed} failed" if failed > 0 else ""
+        return f"{done}/{done + left} jobs, {rate:.1f}/s{eta}{failures}"
+
+
 # --- command line ---------------------------------------------------------------------------------
 
 
 class Command(NamedTuple):
-    """A subcommand: what runs it, what it is for, an example, and its arguments."""
+    """A subcommand: what runs it and on which queue, what it is for, and its arguments.
 
-    run: Callable[[argparse.Namespace], int]
+    `access` is "read", "write", "make" (a queue where there is none), or "" (it opens its own).
+    """
+
+    run: Callable[..., int | None]
+    access: str
     help: str
     example: str
-    arguments: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = ()
+    arguments: tuple[Argument, ...] = ()
 
 
-def arg(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+def arg(*names: str, **options: Any) -> Argument:
     """Describe one argument of a command, as argparse takes it."""
     return names, options
 
 
+def flag(name: str, meaning: str) -> Argument:
+    """Describe an option without a value."""
+    return arg(name, action="store_true", help=meaning)
+
+
+def terminal(stream: Any) -> int:
+    """Return the width of the terminal that a stream is; 0 where it is none, or a dumb one."""
+    if not stream or not stream.isatty() or os.environ.get("TERM") == "dumb":
+        return 0
+    return os.get_terminal_size(stream.fileno()).columns or 80
+
+
+class Lines:
+    """Lines for a person on stderr and, on a terminal, one that changes below them."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self.below, self.due = "", 0.0
+
+    def write(self, text: str) -> None:
+        """Write to stderr; that nobody reads it any more is no reason to stop."""
+        if sys.stderr:
+            with contextlib.suppress(OSError):
+                print(text, end="", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line, above the one that changes."""
+        self.write(("\r\x1b[K" if self.below else "") + text + "\n" + self.below)
+
+    def show(self, line: Callable[[], str]) -> None:
+        """Draw the line that changes anew, at most five times a second."""
+        width = terminal(sys.stderr)
+        if width and time.monotonic() >= self.due:
+            self.due = time.monotonic() + 0.2
+            self.below = fit(line(), width - 1)
+            self.write("\r\x1b[K" + self.below)
+
+    def clear(self) -> None:
+        """Remove the line that changes."""
+        if self.below:
+            self.write("\r\x1b[K")
+        self.below = ""
+
+
+LINES = Lines()
+
+
 def say(text: str) -> None:
     """Tell a person something: on stderr, where it is open."""
-    if sys.stderr:
-        print(f"queuectl: {text}", file=sys.stderr, flush=True)
+    LINES.say(f"queuectl: {text}")
 
 
-def show_json(facts: Mapping[str, Any]) -> None:
-    """Print one object on one line, in ASCII."""
+def show(lines: Iterable[str]) -> None:
+    """Print lines on stdout; on a terminal cut to its width, and states in colour."""
+    width = terminal(sys.stdout)
+    colours = {DEAD: 31, COMPLETED: 32, PROCESSING: 36, CANCELLED: 33}
+    for line in lines:
+        text = fit(line, width)
+        if width and not os.environ.get("NO_COLOR"):
+            pattern = rf"(?:(?<=  )|^)({'|'.join(colours)})(?=  |$)"
+            text = re.sub(pattern, lambda m: f"\x1b[{colours[m[0]]}m{m[0]}\x1b[m", text, count=1)
+        print(text)
+
+
+def show_json(objects: Iterable[Mapping[str, Any]]) -> None:
+    """Print each object on one line, in ASCII."""
     import json
 
-    print(json.dumps(facts))
+    for facts in objects:
+        print(json.dumps(facts))
 
 
-def opened(args: argparse.Namespace, *, readonly: bool = True, create: bool = False) -> Queue:
-    """Open the queue that the command line names."""
-    return Queue(args.db, readonly=readonly, create=create)
+def changes(queue: Queue, timeout: float | None = None) -> Iterator[None]:
+    """Yield at once, at every change, and now and then; end after so many seconds."""
+    began, version, look_at = time.monotonic(), -1, 0.0
+    while timeout is None or time.monotonic() - began <= timeout:
+        if queue.version() != version or time.monotonic() >= look_at:
+            version, look_at = queue.version(), time.monotonic() + 0.5
+            yield
+        time.sleep(0.01)
 
 
-def from_json(source: str) -> list[Mapping[str, object]]:
+UNQUOTED = r"\s*\{\s*\w+\s*:"  # what PowerShell leaves of JSON, in as many words as it has blanks
+
+
+def from_json(source: str) -> list[dict[str, object]]:
     """Return the jobs that a JSON object, or an array of them, describes."""
     import json
 
     try:
         value = json.loads(source)
     except (ValueError, RecursionError) as error:
-        hint = "; were its quotes lost? Try: enqueue COMMAND, or: enqueue - with JSON on stdin"
-        lost = hint if re.match(r"\s*\{\s*\w+\s*:", source) else ""
+        hint = "; lost its quotes, in PowerShell? Try: enqueue COMMAND, or JSON on stdin: enqueue -"
+        lost = hint if re.match(UNQUOTED, source) else ""
         raise BadInput(f"bad JSON: {error}{lost}") from None
     jobs = value if isinstance(value, list) else [value]
     if not jobs or not all(isinstance(job, dict) for job in jobs):
@@ -2266,14 +3207,30 @@ def from_json(source: str) -> list[Mapping[str, object]]:
     return jobs
 
 
-def from_lines(lines: Iterable[bytes], at: list[int]) -> Iterator[Mapping[str, object]]:
+def from_lines(lines: Iterable[bytes], at: list[int]) -> Iterator[dict[str, object]]:
     """Yield the jobs of JSON lines; `at` has the line's number, for error messages."""
     for at[0], line in enumerate(lines, 1):
+        if at[0] % 1000 == 0:
+            LINES.show(lambda: f"{at[0]} lines")
         if line.strip():
             try:
                 yield from from_json(line.decode())
             except UnicodeDecodeError as error:
                 raise BadInput(f"not UTF-8: {error.reason}") from None
+
+
+def with_options(args: argparse.Namespace, job: dict[str, object]) -> dict[str, object]:
+    """Return a job with what the options of `enqueue` say about it."""
+    given = {key: getattr(args, key) for key in FIELDS if getattr(args, key, None) is not None}
+    replaced = {other for key in given for other in CONFLICTS.get(key, ())}
+    job = {key: value for key, value in job.items() if key not in replaced}
+    if args.env:
+        pairs = dict(pair.split("=", 1) if "=" in pair else (pair, None) for pair in args.env)
+        if None in pairs.values():
+            raise BadInput("--env is NAME=VALUE")
+        had = job.get("env", {})
+        given["env"] = {**had, **pairs} if isinstance(had, dict) else had
+    return {**job, **given}
 
 
 def enqueue_lines(args: argparse.Namespace) -> Iterator[str]:
@@ -2288,225 +3245,331 @@ def enqueue_lines(args: argparse.Namespace) -> Iterator[str]:
         try:
             if not os.path.lexists(args.db):  # no queue is made for bad input
                 for job in from_lines(spool, at):
-                    check_fields(job)
+                    check_fields(with_options(args, job))
                 spool.seek(0)
-            with opened(args, readonly=False, create=True) as queue:
-                yield from queue.enqueue_many(from_lines(spool, at))
+            jobs = (with_options(args, job) for job in from_lines(spool, at))
+            with Queue(args.db) as queue:
+                yield from queue.enqueue_many(jobs, if_absent=args.if_absent)
         except BadInput as error:
             raise BadInput(f"line {at[0]}: {error}") from None
 
 
 def cmd_enqueue(args: argparse.Namespace) -> int:
     """Add jobs; print their ids."""
-    words: list[str] = args.command
-    first = words[0].lstrip()
+    words: list[str] = args.words
     if words == ["-"]:
         for job_id in enqueue_lines(args):
             print(job_id)
         return OK
-    jobs: list[Mapping[str, object]]
-    if len(words) > 1:
-        jobs = [{"command": " ".join(shlex.quote(word) for word in words)}]
+    if len(words) > 1 and not re.match(UNQUOTED, words[0]):
+        jobs: list[dict[str, object]] = [{"command": SYSTEM.line(words)}]
+    elif words[0].lstrip()[:1] in ("{", "["):
+        jobs = from_json(" ".join(words))
     else:
-        jobs = from_json(words[0]) if first[:1] in ("{", "[") else [{"command": words[0]}]
+        jobs = [{"command": words[0]}]
+    jobs = [with_options(args, job) for job in jobs]
     for job in jobs:
         check_fields(job)  # before a queue is made for it
-    with opened(args, readonly=False, create=True) as queue:
-        for job_id in queue.enqueue_many(jobs):
+    with Queue(args.db) as queue:
+        for job_id in queue.enqueue_many(jobs, if_absent=args.if_absent):
             print(job_id)
     return OK
 
 
 def cmd_worker_start(args: argparse.Namespace) -> int:
-    """Run a pool in the foreground."""
+    """Run a pool, here or in the background."""
+    if args.detach:
+        return detach(args)
+    progress: list[Progress] = []
 
     def event_line(text: str) -> None:
-        if not args.quiet and sys.stderr:
-            with contextlib.suppress(OSError):  # nobody reads it any more: the work goes on
-                print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
+        if not args.quiet:
+            LINES.say(time.strftime("%H:%M:%S ") + text)
+
+    def tick() -> None:
+        if terminal(sys.stderr) and not args.quiet:
+            if not progress:
+                progress.append(Progress(Queue(args.db, readonly=True)))
+            LINES.show(progress[0].line)
 
     event_line(f"{args.count} worker{'s' * (args.count > 1)} on {os.path.realpath(args.db)}")
-    return work(
-        args.db,
-        args.count,
-        queues=args.queue or (),
-        drain=args.drain,
-        horizon=args.horizon,
-        insecure=args.insecure,
-        signals=True,
-        say=event_line,
+    options = {key: getattr(args, key) for key in ("drain", "horizon", "insecure", "queues")}
+    return work(args.db, args.count, **options, signals=True, say=event_line, tick=tick)
+
+
+def detach(args: argparse.Namespace) -> int:
+    """Start a pool in a session of its own, and say where it writes."""
+    import subprocess
+
+    with Queue(args.db) as queue:
+        run, log = queue.db.run, queue.db.run.file("workers.log")
+    argv = [sys.executable, sys.argv[0], *(word for word in args.argv if word != "--detach")]
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    size = os.fstat(fd).st_size
+    pool = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, **SYSTEM.background()
     )
+    os.close(fd)
+    while pool.poll() is None:
+        for name, facts in run.holders("pool").items():
+            if facts.get("pid") == pool.pid:
+                say(f"{name} runs as process {pool.pid}; its log is {log}")
+                pool.returncode = OK  # it is not waited for
+                return OK
+        time.sleep(0.01)
+    with open(log, errors="replace") as file:
+        file.seek(size)
+        LINES.write(file.read())
+    return pool.returncode
 
 
-def cmd_worker_stop(args: argparse.Namespace) -> int:
+def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
     """Ask every pool to stop, and wait until they are gone."""
-    with opened(args) as queue:
-        run = queue.db.run
-        pools = run.holders("pool")
-        if not pools:
-            say("no workers are running")
-            return OK
-        for pool in pools:
-            fd = os.open(run.file(pool, "stop"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            os.write(fd, b"now" if args.now else b"stop")
-            os.close(fd)
-        run.ring()
-        began, told = time.monotonic(), False
-        while not all(run.free(pool) for pool in pools):
-            waited = time.monotonic() - began
-            if args.timeout is not None and waited > args.timeout:
-                say(f"still running after {span(args.timeout)}")
-                return TIMED_OUT
-            if waited > 1 and not told:
-                told = True
-                busy = ", ".join(printable(job.id) for job in queue.claimed())
-                say(f"waiting for {busy or 'the workers to leave'}")
-            time.sleep(0.02)
+    run = queue.db.run
+    pools = run.holders("pool")
+    for pool in pools:
+        fd = os.open(run.file(pool, "stop"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.write(fd, b"now" if args.now else b"stop")
+        os.close(fd)
+    run.ring()
+    if not pools:
+        say("no workers are running")
+    began, told = time.monotonic(), False
+    while not all(run.free(pool) for pool in pools):
+        waited = time.monotonic() - began
+        if args.timeout is not None and waited > args.timeout:
+            say(f"still running after {span(args.timeout)}")
+            return TIMED_OUT
+        if waited > 1 and not told:
+            told = True
+            busy = ", ".join(printable(job.id) for job in queue.claimed())
+            say(f"waiting for {busy or 'the workers to leave'}")
+        time.sleep(0.02)
     return OK
 
 
-def cmd_status(args: argparse.Namespace) -> int:
-    """Show the counts and the living workers."""
-    with opened(args) as queue:
-        counts, now = queue.counts(), time.time()
-        running = {job.locked_by: job for job in queue.claimed()}
-        workers = queue.db.run.holders("worker")
+def cmd_worker_list(args: argparse.Namespace, queue: Queue) -> None:
+    """List the living workers."""
     if args.json:
-        facts = [
-            {
-                "worker": worker,
-                "pid": at.get("pid"),
-                "job": running[worker].id if worker in running else None,
-            }
-            for worker, at in workers.items()
-        ]
-        show_json({**counts, "workers": facts})
-        return OK
-    for state in STATES:
-        print(f"{state:<10} {counts[state]:>8}")
-    print(f"{'workers':<10} {len(workers):>8}")
-    for worker, at in workers.items():
-        job = running.get(worker)
-        doing = f"{printable(job.id)}, since {ago(job.locked_at or now, now)}" if job else "idle"
-        print(f"  {worker}  pid {at.get('pid', '?')}  {doing}")
-    return OK
+        show_json(worker_facts(queue))
+    else:
+        show(table(WORKER_HEADINGS, worker_rows(queue)))
 
 
-def print_jobs(args: argparse.Namespace, states: Sequence[str]) -> int:
-    """Print jobs, and say so where not all of them were."""
-    with opened(args) as queue:
-        config, now, counts = queue.config(), time.time(), queue.counts()
-        limit = args.limit if args.limit is not None or args.json else 100
-        jobs = queue.jobs(states, limit or None)
+def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
+    """Show the counts and the living workers, once or again and again."""
+    while True:
         if args.json:
-            for job in jobs:
-                show_json(job_facts(job, config))
-            return OK
-        rows = [job_row(job, config, now) for job in jobs]
-        width = os.get_terminal_size().columns if sys.stdout.isatty() else 0
-        for line in table(JOB_HEADINGS, rows, width):
-            print(line)
+            show_json([status_facts(queue)])
+        elif args.watch and terminal(sys.stdout):
+            sys.stdout.write("\x1b[H\x1b[J")
+            height = os.get_terminal_size(sys.stdout.fileno()).lines
+            show(list(status_text(queue, full=True))[: height - 1])
+        else:
+            show(status_text(queue, full=args.watch))
+        sys.stdout.flush()
+        if not args.watch:
+            return
+        time.sleep(1)
+
+
+def print_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str]) -> None:
+    """Print jobs, and say so where not all of them were."""
+    config, name = queue.config(), getattr(args, "queue", None)
+    limit = args.limit if args.limit is not None or args.json else 100
+    jobs = queue.jobs(states, limit or None, name)
+    if args.json:
+        show_json(job_facts(job, config) for job in jobs)
+        return
+    rows = [job_row(queue, job, config) for job in jobs]
+    show(table(JOB_HEADINGS, rows))
+    counts = queue.counts([name] if name else ())
     there = sum(counts[state] for state in states or STATES)
     if len(rows) < there:
         say(f"{len(rows)} of {there} jobs shown; --limit 0 shows all")
-    return OK
 
 
-def cmd_list(args: argparse.Namespace) -> int:
-    """List jobs."""
-    return print_jobs(args, args.state or ())
-
-
-def cmd_dlq_list(args: argparse.Namespace) -> int:
-    """List dead jobs."""
-    return print_jobs(args, (DEAD,))
-
-
-def cmd_dlq_retry(args: argparse.Namespace) -> int:
-    """Put dead jobs back."""
-    if bool(args.ids) == args.all:
-        raise BadInput("name the jobs to retry, or say --all")
-    with opened(args, readonly=False) as queue:
-        for job_id in queue.retry(args.ids or None):
-            print(job_id)
-    return OK
-
-
-def cmd_show(args: argparse.Namespace) -> int:
-    """Show everything about one job."""
-    with opened(args) as queue:
-        job, config = queue.get(args.id), queue.config()
-        attempts = queue.attempts(job)
+def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
+    """List jobs, or schedules."""
+    if not args.recurring:
+        print_jobs(args, queue, args.state or ())
+        return
+    jobs, now = queue.recurring(), queue.clock()
     if args.json:
-        runs = [attempt_facts(attempt) for attempt in attempts]
-        show_json({**job_facts(job, config), "runs": runs})
+        show_json(job_facts(job, queue.config()) for job in jobs)
+    else:
+        rows = [(j.series, schedule(j), ago(j.run_after, now), j.id, j.command) for j in jobs]
+        show(table(("ID", "SCHEDULE", "NEXT", "JOB", "COMMAND"), rows))
+
+
+def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
+    """Show everything about one job."""
+    job = queue.get(args.id)
+    if args.json:
+        runs = [attempt_facts(attempt) for attempt in queue.attempts(job)]
+        after = [parent.id for parent in queue.parents(job)]
+        more = {"why": why(queue, job) or None, "after": after, "runs": runs}
+        show_json([{**job_facts(job, queue.config()), **more}])
+    else:
+        show(job_text(queue, job))
+
+
+def outcome(queue: Queue, ids: Sequence[str], dead: int) -> list[Job] | None:
+    """Return the jobs that were waited for once they have ended; for all, those that failed."""
+    if ids:
+        jobs = [queue.get(job_id) for job_id in ids]
+        return jobs if all(job.state in ENDED for job in jobs) else None
+    if queue.unfinished() or queue.held():
+        return None
+    died = max(0, queue.counts()[DEAD] - dead)
+    failed = sorted(queue.jobs((DEAD,), died), key=lambda job: job.updated_at)
+    return failed + queue.blocked(limit=1)
+
+
+def exit_of(job: Job) -> int:
+    """Return a job's exit code as a shell has it; one without an exit code failed all the same."""
+    if job.state == COMPLETED:
         return OK
-    for line in job_text(job, attempts, config):
-        print(line)
-    return OK
+    code = job.exit_code or NO
+    return SIGNALLED - code if code < 0 else code
 
 
-def cmd_logs(args: argparse.Namespace) -> int:
-    """Write the output of a job's last attempt, or of the one that is running."""
-    with opened(args) as queue:
-        job, attempts = queue.get(args.id), queue.attempts(queue.get(args.id))
-        cut, output = (attempts[-1].cut, attempts[-1].output) if attempts else (0, b"")
-        with contextlib.suppress(FileNotFoundError):
-            fd = os.open(queue.db.run.file(job.seq, job.run, "out"), os.O_RDONLY)
-            cut, output = tail(fd, queue.config()["output_limit"])
-            os.close(fd)
+def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
+    """Wait until jobs have ended; return what the first failed one returned."""
+    ids = [queue.get(job_id).id for job_id in named(args)]
+    progress, dead = Progress(queue), queue.counts()[DEAD]
+    for _ in changes(queue, args.timeout):
+        jobs = outcome(queue, ids, dead)
+        if jobs is not None:
+            return next(filter(None, map(exit_of, jobs)), OK)
+        LINES.show(progress.line)
+    return TIMED_OUT
+
+
+def write_output(chunks: Iterable[bytes]) -> None:
+    """Write a job's output: as it is, or on a terminal with control characters escaped."""
+    import codecs
+
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    for chunk in chunks:
+        if sys.stdout.isatty():
+            print(
+                "".join(c if c in "\n\t" else printable(c) for c in decoder.decode(chunk)), end=""
+            )
+        else:
+            sys.stdout.buffer.write(chunk)
+        sys.stdout.flush()
+
+
+def read_on(fd: int, at: int) -> tuple[int, bytes]:
+    """Return where the output goes on, and what is there; what was cut meanwhile is a hole."""
+    with contextlib.suppress(OSError, AttributeError):  # the end of the file; no such call
+        at = os.lseek(fd, at, os.SEEK_DATA)
+    return at, SYSTEM.read(fd, 1 << 16, at)
+
+
+def follow(queue: Queue, job: Job, fd: int) -> Iterator[bytes]:
+    """Yield the output of a running attempt as it comes, until the attempt has ended."""
+    limit = queue.config()["output_limit"]
+    at, chunk = tail(fd, limit)
+    while True:
+        now = queue.get(job.id)
+        over = (now.state, now.run) != (PROCESSING, job.run)
+        while chunk:
+            yield chunk
+            at += len(chunk)
+            at = 0 if os.fstat(fd).st_size < at else at  # a runaway's output was cut
+            at, chunk = read_on(fd, at)
+        if over:
+            return
+        time.sleep(0.03)
+        at, chunk = read_on(fd, at)
+
+
+def next_run(queue: Queue, job: Job) -> Job:
+    """Return a waiting job once it runs, has run, or has ended without that."""
+    for _ in changes(queue):
+        now = queue.get(job.id)
+        if now.run > job.run or now.state in ENDED:
+            return now
+    return job
+
+
+def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
+    """Write the output of one attempt: of the one that is named, or runs, or ran last."""
+    job = queue.get(args.id)
+    if job.state == PENDING and not args.run:
+        say(f"job {printable(job.id)} waits: {why(queue, job)}")
+        job = next_run(queue, job) if args.follow else job
+    run, chunks = args.run or job.run, None
+    try:
+        fd = os.open(queue.db.run.file(job.seq, run, "out"), os.O_RDONLY | BINARY)
+        cut, output = tail(fd, queue.config()["output_limit"])
+        chunks = follow(queue, job, fd) if args.follow else [output]
+    except FileNotFoundError:
+        attempts = {attempt.run: attempt for attempt in queue.attempts(job)}
+        if args.run and run not in attempts:
+            raise NotFound(f"job {job.id} has no run {run}; it has {len(attempts)}") from None
+        attempt = attempts.get(run) or attempts.get(max(attempts, default=0))
+        cut, chunks = (attempt.cut, [attempt.output]) if attempt else (0, [])
     if cut:
         say(f"{cut} bytes of output before this were not kept")
-    if not attempts and job.state == PENDING:
-        say(f"job {job.id} has not run yet; it is due {ago(job.run_after, time.time())}")
-    if sys.stdout.isatty():
-        lines = output.decode(errors="backslashreplace").split("\n")
-        print("\n".join("\t".join(map(printable, line.split("\t"))) for line in lines), end="")
-    else:
-        sys.stdout.buffer.write(output)
-    return OK
+    write_output(chunks)
 
 
-def cmd_config_get(args: argparse.Namespace) -> int:
-    """Print one value."""
-    key = check_setting(args.key)
-    with opened(args) as queue:
-        print(setting_text(queue.config()[key]))
-    return OK
+def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
+    """Cancel jobs; return once the running ones have been ended."""
+    jobs, code = queue.cancel(args.ids, cascade=args.cascade), OK
+    for _ in changes(queue):
+        jobs = [queue.get(job.id) for job in jobs]
+        if not any(job.cancelling for job in jobs) or not queue.db.run.holders("pool"):
+            break
+    for job in jobs:
+        if job.state == CANCELLED or job.cancelling:
+            print(job.id)
+        else:
+            say(f"job {printable(job.id)} is {job.state}; it stays so")
+            code = NO
+    return code
 
 
-def cmd_config_set(args: argparse.Namespace) -> int:
+def named(args: argparse.Namespace, also: object = None) -> list[str]:
+    """Return the ids that a command names, none for all: exactly one of the two must be said."""
+    if bool(args.ids) == (args.all or also is not None):
+        raise BadInput("name the jobs, or say --all")
+    return list(args.ids)
+
+
+def cmd_dlq_purge(args: argparse.Namespace, queue: Queue) -> None:
+    """Delete dead jobs."""
+    ids = named(args, args.older_than)
+    print(queue.purge(ids) if ids else queue.prune(args.older_than or 0, (DEAD,)), "purged")
+
+
+def cmd_config_set(args: argparse.Namespace) -> None:
     """Store one value."""
-    check_setting(args.key, args.value)
-    with opened(args, readonly=False, create=True) as queue:
+    check_setting(args.key, args.value)  # before a queue is made for it
+    with Queue(args.db) as queue:
         queue.configure(args.key, args.value)
-    return OK
 
 
-def cmd_config_unset(args: argparse.Namespace) -> int:
-    """Go back to a default."""
-    check_setting(args.key)
-    with opened(args, readonly=False) as queue:
-        queue.configure(args.key, None)
-    return OK
-
-
-def cmd_config_list(args: argparse.Namespace) -> int:
+def cmd_config_list(args: argparse.Namespace, queue: Queue) -> None:
     """List every setting."""
-    with opened(args) as queue:
-        config = queue.config()
+    config = queue.config()
     if args.json:
-        for key, value in config.items():
-            show_json({"key": key, "value": value, "default": SETTINGS[key].default})
-        return OK
+        show_json(
+            {"key": key, "value": value, "default": SETTINGS[key].default}
+            for key, value in config.items()
+        )
+        return
     rows = [(key, setting_text(value), SETTINGS[key].meaning) for key, value in config.items()]
-    for line in table(("KEY", "VALUE", "MEANING"), rows):
-        print(line)
-    return OK
+    show(table(("KEY", "VALUE", "MEANING"), rows))
 
 
 def setting_text(value: object) -> str:
     """Return a value as `config set` takes it."""
+    if isinstance(value, tuple) and all(isinstance(item, int) for item in value):
+        return ",".join(map(str, value))
     if isinstance(value, tuple):
         return " ".join(shlex.quote(word) for word in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -2526,111 +3589,194 @@ def typed(read: Callable[[Any], Any]) -> Callable[[str], Any]:
     return convert
 
 
-JSON = arg("--json", action="store_true", help="for programs: see the README for the fields")
-LIMIT = arg(
-    "--limit", type=typed(number(0, 10**9)), metavar="N", help="the N that changed last; 0: all"
-)
-JOB_ID = arg("id", metavar="ID")
-KEY = arg("key", metavar="KEY", help="one of: " + ", ".join(SETTINGS))
+# fmt: off
+DURATION = {"type": typed(seconds), "metavar": "DURATION"}
+COUNT = {"metavar": "N"}
+JSON = flag("--json", "for programs: see the README for the fields")
+LIMIT = arg("--limit", type=typed(number(0, 10**9)), metavar="N",
+            help="the N that changed last; 0: all")
+STATE = arg("--state", action="append", choices=STATES, help="may be given several times")
+TIMEOUT = arg("--timeout", help="wait no longer; exit 124", **DURATION)
+QUEUE = arg("--queue", type=typed(name), metavar="QUEUE", help="only this queue")
+ID, IDS = arg("id", metavar="ID"), arg("ids", nargs="*", metavar="ID")
+EVERY_DEAD = flag("--all", "every dead job")
+KEY = arg("key", metavar="KEY", type=check_setting, help="one of: " + ", ".join(SETTINGS))
 
 COMMANDS = {
-    "enqueue": Command(
-        cmd_enqueue,
-        "add a job; prints its id",
-        "enqueue 'make all'",
-        (
-            arg(
-                "command",
-                nargs="+",
-                metavar="JSON | - | COMMAND | -- ARG...",
-                help="a JSON object or array, JSON lines on stdin, a shell line, or words",
-            ),
-        ),
-    ),
+    "enqueue": Command(cmd_enqueue, "", "add a job; prints its id", "enqueue 'make all'", (
+        arg("words", nargs="+", metavar="JSON | - | COMMAND | -- ARG...",
+            help="a JSON object or array, JSON lines on stdin, a shell line, or words"),
+        arg("--id", help="a name for it (else its number)"),
+        arg("--priority", type=literal, help="higher first (0)", **COUNT),
+        arg("--delay", metavar="DURATION", help="not before so long from now"),
+        arg("--at", dest="run_at", metavar="TIME", help="not before: 2030-01-31T08:00"),
+        arg("--timeout", metavar="DURATION", help="end it after so long (0: never)"),
+        arg("--max-retries", type=literal, help="how often it is tried", **COUNT),
+        arg("--queue", metavar="QUEUE", help="the queue it waits in (default)"),
+        arg("--after", metavar="ID,...", help="once these have completed"),
+        arg("--every", metavar="DURATION", help="again and again"),
+        arg("--cron", metavar="RULE", help="again and again: '0 3 * * mon-fri', @daily"),
+        arg("--cwd", metavar="DIR", help="where it runs (here)"),
+        arg("--env", action="append", metavar="NAME=VALUE", help="may be given several times"),
+        flag("--if-absent", "a taken id is no error"))),
     "worker start": Command(
-        cmd_worker_start,
-        "run jobs, until stopped",
-        "worker start --count 4",
-        (
-            arg(
-                "--count", type=typed(number(1, 1000)), default=1, metavar="N", help="at a time (1)"
-            ),
-            arg("--queue", action="append", metavar="QUEUE", help="serve only these queues"),
-            arg(
-                "--drain",
-                action="store_true",
-                help="leave when nothing is left to run; 1: some died",
-            ),
-            arg(
-                "--horizon",
-                type=typed(seconds),
-                default=FOREVER,
-                metavar="DURATION",
-                help="with --drain: do not wait for what is due later than this",
-            ),
-            arg("--quiet", action="store_true", help="no line for each event"),
-            arg("--insecure", action="store_true", help="even if others may write to the queue"),
-        ),
-    ),
+        cmd_worker_start, "", "run jobs, until stopped", "worker start --count 4", (
+            arg("--count", type=typed(number(1, 1000)), default=1, help="at a time (1)", **COUNT),
+            arg("--queue", dest="queues", type=typed(name), action="append", metavar="QUEUE",
+                default=[], help="serve only these queues"),
+            flag("--drain", "leave when nothing is left to run; exit 1: some died or are blocked"),
+            arg("--horizon", default=FOREVER, **DURATION,
+                help="with --drain: do not wait for what is due later than this"),
+            flag("--detach", "in the background, with a log"),
+            flag("--quiet", "no line for each event"),
+            flag("--insecure", "even if others may write to the queue"))),
     "worker stop": Command(
-        cmd_worker_stop,
-        "let workers finish their jobs and leave",
-        "worker stop --timeout 1m",
-        (
-            arg(
-                "--now", action="store_true", help="end the running jobs; they go back to the queue"
-            ),
-            arg(
-                "--timeout",
-                type=typed(seconds),
-                metavar="DURATION",
-                help="wait no longer; exit 124",
-            ),
-        ),
-    ),
-    "status": Command(cmd_status, "show counts and workers", "status --json", (JSON,)),
-    "list": Command(
-        cmd_list,
-        "list jobs",
-        "list --state dead --limit 20",
-        (
-            arg("--state", action="append", choices=STATES, help="may be given several times"),
-            LIMIT,
-            JSON,
-        ),
-    ),
-    "show": Command(cmd_show, "show everything about a job", "show 7", (JOB_ID, JSON)),
-    "logs": Command(cmd_logs, "write the output of a job", "logs 7", (JOB_ID,)),
-    "dlq list": Command(cmd_dlq_list, "list the dead letter queue", "dlq list", (LIMIT, JSON)),
+        cmd_worker_stop, "read", "let workers finish their jobs and leave", "worker stop --now",
+        (flag("--now", "end the running jobs; they go back to the queue"), TIMEOUT)),
+    "worker list": Command(
+        cmd_worker_list, "read", "list the living workers", "worker list", (JSON,)),
+    "status": Command(cmd_status, "read", "show counts and workers", "status --watch", (
+        flag("--watch", "again every second, with rate and failures"), JSON)),
+    "list": Command(cmd_list, "read", "list jobs", "list --state dead --limit 20", (
+        STATE, QUEUE, flag("--recurring", "the schedules, and when each is next"), LIMIT, JSON)),
+    "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
+    "logs": Command(cmd_logs, "read", "write the output of a job", "logs 7 -f", (
+        ID, arg("-f", "--follow", action="store_true", help="until it ends"),
+        arg("--run", type=typed(number(1, 10**9)), help="of that attempt", **COUNT))),
+    "wait": Command(
+        cmd_wait, "read", "wait for jobs; exits as the first that failed did", "wait 7 8",
+        (IDS, flag("--all", "until nothing is left to run"), TIMEOUT)),
+    "cancel": Command(cmd_cancel, "write", "call jobs off, waiting or running", "cancel 7", (
+        arg("ids", nargs="+", metavar="ID"), flag("--cascade", "and those that wait for them"))),
+    "pause": Command(
+        lambda args, queue: queue.pause(args.queue or ""),
+        "make", "start no new jobs", "pause --queue gpu", (QUEUE,)),
+    "resume": Command(
+        lambda args, queue: queue.resume(args.queue or ""),
+        "write", "start jobs again", "resume", (QUEUE,)),
+    "dlq list": Command(
+        lambda args, queue: print_jobs(args, queue, (DEAD,)),
+        "read", "list the dead letter queue", "dlq list", (LIMIT, JSON)),
     "dlq retry": Command(
-        cmd_dlq_retry,
-        "put dead or cancelled jobs back, with no attempts used",
-        "dlq retry 7",
-        (
-            arg("ids", nargs="*", metavar="ID"),
-            arg("--all", action="store_true", help="every dead job"),
-        ),
-    ),
-    "config get": Command(cmd_config_get, "print a setting", "config get timeout", (KEY,)),
+        lambda args, queue: show(queue.retry(named(args) or None)),
+        "write", "put dead or cancelled jobs back, with no attempts used", "dlq retry 7",
+        (IDS, EVERY_DEAD)),
+    "dlq purge": Command(
+        cmd_dlq_purge, "write", "delete dead jobs", "dlq purge --older-than 30d",
+        (IDS, EVERY_DEAD, arg("--older-than", help="only what died so long ago", **DURATION))),
+    "prune": Command(
+        lambda args, queue: print(queue.prune(args.older_than, args.state or PRUNED), "pruned"),
+        "write", "delete what has completed or was cancelled", "prune --older-than 7d", (
+            arg("--older-than", default=0.0, help="only what ended so long ago", **DURATION),
+            arg("--state", action="append", choices=ENDED, help="only this state; repeatable"))),
+    "config get": Command(
+        lambda args, queue: print(setting_text(queue.config()[args.key])),
+        "read", "print a setting", "config get timeout", (KEY,)),
     "config set": Command(
-        cmd_config_set,
-        "change a setting",
-        "config set backoff_base 3",
-        (KEY, arg("value", metavar="VALUE")),
-    ),
+        cmd_config_set, "", "change a setting", "config set backoff_base 3",
+        (KEY, arg("value", metavar="VALUE"))),
     "config unset": Command(
-        cmd_config_unset, "go back to the default", "config unset timeout", (KEY,)
+        lambda args, queue: queue.configure(args.key, None),
+        "write", "go back to the default", "config unset timeout", (KEY,)),
+    "config list": Command(
+        cmd_config_list, "read", "list the settings", "config list", (JSON,)),
+}
+# fmt: on
+
+COMPLETIONS = {  # for each shell: a function, and how it chooses words by what was typed so far
+    "bash": (
+        """_queuectl() {
+  local i given= choice=
+  for ((i = 1; i < COMP_CWORD; i++)); do
+    case ${COMP_WORDS[i]} in --db) ((i++)) ;; -*) ;; *) given="$given ${COMP_WORDS[i]}" ;; esac
+  done
+  case "$given" in
+CASES  esac
+  COMPREPLY=($(compgen -W "$choice" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -o default -F _queuectl queuectl queuectl.py""",
+        "    '{typed}'{more}) choice='{choice}' ;;\n",
     ),
-    "config list": Command(cmd_config_list, "list the settings", "config list", (JSON,)),
+    "zsh": (
+        """_queuectl() {
+  local i given= choice=
+  for ((i = 2; i < CURRENT; i++)); do
+    case $words[i] in --db) ((i++)) ;; -*) ;; *) given="$given $words[i]" ;; esac
+  done
+  case "$given" in
+CASES  esac
+  compadd -- ${=choice} || _files
+}
+compdef _queuectl queuectl queuectl.py""",
+        "    '{typed}'{more}) choice='{choice}' ;;\n",
+    ),
+    "fish": (
+        """function __queuectl
+  set -l given ''
+  set -l skip 1
+  for word in (commandline -opc)
+    if test $skip = 1
+      set skip 0
+    else if test "$word" = --db
+      set skip 1
+    else if not string match -q -- '-*' "$word"
+      set given "$given $word"
+    end
+  end
+  switch "$given"
+CASES  end
+end
+complete -c queuectl -a '(__queuectl)'
+complete -c queuectl.py -a '(__queuectl)'""",
+        "    case '{typed}{more}'\n      string split ' ' -- '{choice}'\n",
+    ),
 }
 
-EXAMPLES = """
+
+def cmd_completion(args: argparse.Namespace) -> None:
+    """Print what makes a shell complete commands and options."""
+    families: dict[str, list[str]] = {"": []}
+    cases = []
+    for name, command in COMMANDS.items():
+        options = [option for names, _ in command.arguments for option in names]
+        cases.append((f" {name}", "*", [option for option in options if option[0] == "-"]))
+        family, _, verb = name.rpartition(" ")
+        families.setdefault(family and f" {family}", []).append(verb)
+        families[""] += [family] if family and family not in families[""] else []
+    cases += [(typed, "", verbs) for typed, verbs in families.items()]
+    script, line = COMPLETIONS[args.shell]
+    lines = (line.format(typed=t, more=more, choice=" ".join(words)) for t, more, words in cases)
+    print(script.replace("CASES", "".join(lines)))
+
+
+COMMANDS["completion"] = Command(
+    cmd_completion,
+    "",
+    "print what makes your shell complete words",
+    "completion bash",
+    (arg("shell", choices=tuple(COMPLETIONS), metavar="SHELL", help="bash, zsh or fish"),),
+)
+
+HELP = """\
+  --db PATH   the queue; else $QUEUECTL_DB, else ./queuectl.db
+COMMANDS
 examples:
   queuectl enqueue 'make all'                  add a job
   queuectl worker start --count 4              run jobs, four at a time
-  queuectl status                              what is going on
+  queuectl status --watch                      see what is going on
   queuectl dlq retry --all                     try the failed ones again
 """
+
+
+def suggestion(message: str) -> str:
+    """Return the nearest word that would have been right, where argparse names a wrong one."""
+    import difflib
+
+    wrong = re.search(r"(?:unrecognized arguments: |invalid choice: ')([^\s']+)", message)
+    words = {word for words in COMMANDS for word in words.split()}
+    options = {n for command in COMMANDS.values() for names, _ in command.arguments for n in names}
+    near = difflib.get_close_matches(wrong[1].split("=")[0], words | options, 1) if wrong else ()
+    return f": did you mean {near[0]}?" if near else ""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -2639,37 +3785,38 @@ def build_parser() -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
+            known = r"^argument COMMAND: | \(choose from .*"
+            message = re.sub(known, "", message) + suggestion(message)
             raise BadInput(f"{message} ({self.prog} --help says more)")
 
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(
-        prog="queuectl",
-        description="A durable job queue for shell commands.",
-        epilog=EXAMPLES,
-        formatter_class=raw,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"queuectl {__version__}")
+    style: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    verbs: dict[str, list[str]] = {}
+    for words in COMMANDS:
+        verbs.setdefault(words.split()[0], []).extend(words.split()[1:])
+    lines = (f"  {w:<11} {', '.join(v) or COMMANDS[w].help}\n" for w, v in verbs.items())
+    about, usage = HELP.replace("COMMANDS", "".join(lines)), "queuectl [--db PATH] COMMAND ..."
+    parser = Parser("queuectl", usage=usage, description=about, add_help=False, **style)
+    hidden = argparse.SUPPRESS
+    version = f"queuectl {__version__}"
+    parser.add_argument("-h", "--help", action="help", help=hidden)
+    parser.add_argument("--version", action="version", version=version, help=hidden)
     where = os.environ.get("QUEUECTL_DB") or "queuectl.db"
-    parser.add_argument("--db", default=where, metavar="PATH", help="the queue ($QUEUECTL_DB)")
-    groups = {"": parser.add_subparsers(metavar="COMMAND", required=True)}
+    parser.add_argument("--db", default=where, metavar="PATH", help=hidden)
+    groups = {
+        "": parser.add_subparsers(prog="queuectl", metavar="COMMAND", required=True, help=hidden)
+    }
     for words, command in COMMANDS.items():
         family, _, verb = words.rpartition(" ")
         if family not in groups:
-            verbs = ", ".join(w.split()[1] for w in COMMANDS if w.startswith(family + " "))
-            sub = groups[""].add_parser(family, help=verbs, allow_abbrev=False)
+            sub = groups[""].add_parser(family, **style)
             groups[family] = sub.add_subparsers(metavar="COMMAND", required=True)
+        about, example = command.help.capitalize() + ".", f"example: queuectl {command.example}"
         leaf = groups[family].add_parser(
-            verb,
-            help=command.help,
-            description=command.help[0].upper() + command.help[1:] + ".",
-            epilog=f"example: queuectl {command.example}",
-            formatter_class=raw,
-            allow_abbrev=False,
+            verb, help=command.help, description=about, epilog=example, **style
         )
         for names, options in command.arguments:
             leaf.add_argument(*names, **options)
-        leaf.set_defaults(run=command.run)
+        leaf.set_defaults(chosen=command)
     return parser
 
 
@@ -2689,32 +3836,44 @@ def discard_output() -> None:
         os.close(fd)
 
 
+def execute(args: argparse.Namespace) -> int:
+    """Run a command on the queue that it needs."""
+    command: Command = args.chosen
+    if not command.access:
+        return command.run(args) or OK
+    readonly, create = command.access == "read", command.access == "make"
+    with Queue(args.db, readonly=readonly, create=create) as queue:
+        return command.run(args, queue) or OK
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; the one place that says what went wrong."""
     fill_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # whatever a job is called can be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        args = build_parser().parse_args(argv)
-        code: int = args.run(args)
+        words = sys.argv[1:] if argv is None else list(argv)
+        args = build_parser().parse_args(words or ["--help"])
+        args.argv = words
+        code = execute(args)
         if sys.stdout:
             sys.stdout.flush()
         return code
     except QueueError as error:
         say(printable(str(error)))
-        if LEAKED:
-            os._exit(error.code)
         return error.code
     except BrokenPipeError:
         discard_output()
         return SIGNALLED + 13
-    except (OSError, sqlite3.Error) as error:  # the machine's fault wherever it shows
+    except (OSError, sqlite3.Error, ImportError) as error:  # the machine's fault, all over
         discard_output()
         where, why = getattr(error, "filename", None), getattr(error, "strerror", None) or error
         say(printable(f"{where}: {why}" if where else str(why)))
         return FAULT
     except KeyboardInterrupt:
         return SIGNALLED + signal.SIGINT
+    finally:
+        LINES.clear()
 
 
 if __name__ == "__main__":

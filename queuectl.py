@@ -1529,7 +1529,7 @@ class Database:
 
         SQLite would wait by itself, but no signal handler runs during its wait.
         """
-        began, pause = time.monotonic(), 0.0002
+        began, pause = time.monotonic(), 0.0005
         while True:
             try:
                 return act()
@@ -1540,7 +1540,7 @@ class Database:
                 if not self.patient(waited):
                     raise Locked(f"{self.path} has been locked for {span(waited)}") from error
             time.sleep(pause * (0.5 + time.perf_counter_ns() % 1000 / 1000))
-            pause = min(pause * 1.5, 0.02)
+            pause = min(pause * 1.5, 0.004)
 
     def execute(self, sql: str, args: Any = ()) -> sqlite3.Cursor:
         """Execute one statement; within a transaction nothing has to be waited for."""
@@ -2264,8 +2264,10 @@ class Worker:
 
     def patient(self, waited: float) -> bool:
         """Wait for a lock, but not when it is time to leave."""
+        if waited <= 0.3:
+            return True  # to ask the pool costs more than to try again
         self.hear()
-        return not (self.stopping and waited > 0.3)
+        return not self.stopping
 
     def main(self) -> None:
         """Work until told to stop."""

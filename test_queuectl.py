@@ -54,7 +54,7 @@ ROOT, NOBODY = queuectl.SYSTEM.user() == 0, 65534
 NEEDS_SHELL = unittest.skipUnless(POSIX, "its jobs, or what it looks at, are a POSIX system's")
 NEEDS_ROOT = unittest.skipUnless(ROOT, "only root can give files away")
 ONE_LINE = r"\Aqueuectl: [^\n]+\n\Z"
-SLOW = unittest.skipUnless(os.environ.get("QUEUECTL_SLOW"), "a sweep: QUEUECTL_SLOW=1 runs it")
+SLOW = unittest.skipUnless(os.environ.get("QUEUECTL_SLOW"), "slow: QUEUECTL_SLOW=1 runs it")
 
 
 def setUpModule() -> None:
@@ -619,12 +619,14 @@ class CommandLine(Case):
         self.drain()
         self.assertEqual(self.out("logs", "1"), "42\n")
 
+    @SLOW
     def test_500_jobs_on_8_workers_run_once_each(self) -> None:
         lines = "".join(f'{{"command":"echo {n} >> lines"}}\n' for n in range(500))
         self.out("enqueue", "-", stdin=lines)
         self.drain("--count", "8")
         self.assertEqual(sorted(map(int, self.read("lines").split())), list(range(500)))
 
+    @SLOW
     def test_two_pools_share_the_jobs(self) -> None:
         for number in range(60):
             self.enqueue(f"echo {number} >> lines; sleep 0.02")
@@ -677,6 +679,7 @@ class CommandLine(Case):
         self.assertEqual(result.stderr, "queuectl: 2 of 5 jobs shown; --limit 0 shows all\n")
         self.assertEqual(len(self.out("list", "--json").splitlines()), 5)
 
+    @SLOW
     def test_the_dead_letter_queue_is_listed_and_retried(self) -> None:
         self.enqueue("test -e fixed", id="bad", max_retries=1)
         self.enqueue("false", id="other", max_retries=1)
@@ -1244,6 +1247,7 @@ class Stop(Live):
         self.drain()
         self.assertEqual((self.job(job).attempts, self.job(job).run), (1, 2))  # one was given back
 
+    @SLOW
     def test_another_programs_lock_does_not_hold_up_a_pool_that_has_a_job_to_recover(self) -> None:
         self.enqueue("echo $$ > pid; exec sleep 300")
         pool = self.pool()
@@ -1592,6 +1596,7 @@ class FullDisk(Live):
         os.mkdir(self.file("disk"))
         return self.mounted("mount -t tmpfs -o size=1m,mode=755 tmpfs disk")
 
+    @SLOW
     def test_a_job_is_stored_and_told_or_neither_however_little_room_there_is(self) -> None:
         script = [*self.small_disk(), *PYTHON, "-c", self.AT_ANY_ROOM]
         env = {**os.environ, "PYTHONPATH": HERE}
@@ -1727,6 +1732,7 @@ class Exhausted(Live):
         self.assertEqual(self.becomes(job, "completed").attempts, 1)
         return f"job {job} cannot start: {reason}[^|]*; trying again[|]job {job} completed[|]"
 
+    @SLOW
     def test_a_worker_that_cannot_start_jobs_gives_them_back_and_says_so_once(self) -> None:
         self.configure(max_retries="1")
         pool = self.pool()
@@ -2004,6 +2010,7 @@ class Durable(Live):
         found = [name for call in calls for name, p in patterns.items() if re.search(p, call)]
         return list(dict.fromkeys(found))
 
+    @SLOW
     def test_twelve_first_users_at_once_make_one_queue_with_all_their_jobs(self) -> None:
         argv, pipe = [*PYTHON, PROGRAM, "enqueue", "true"], subprocess.PIPE
         users = [
@@ -2041,6 +2048,7 @@ class Durable(Live):
         self.assertEqual(len(self.states()), 1000)
         self.assertLess(sum("sync(" in call for call in calls), 20)
 
+    @SLOW
     def test_each_result_is_synced_before_the_next_claim_where_that_was_asked_for(self) -> None:
         for durability in ("normal", "full"):
             with self.subTest(durability):
@@ -2967,6 +2975,7 @@ class Read(Prompt):
             self.told("list")[2], "queuectl: 100 of 2000 jobs shown; --limit 0 shows all\n"
         )
 
+    @SLOW
     def test_any_locale_will_do_for_any_command(self) -> None:
         env = {**os.environ, "LC_ALL": "C"}
         self.out("enqueue", "--id", "\u00e9\U0001f600", "printf '\u2603'", env=env)
@@ -3770,6 +3779,7 @@ class Vendored(Case):
         for flags in ((), ("-W", "error", "-X", "dev")):
             self.assertEqual(self.run_app(*flags, "app.py"), "0 completed b'vendored\\n'\n")
 
+    @SLOW
     def test_it_runs_from_wherever_it_lies(self) -> None:
         os.mkdir(self.file("lib"))
         shutil.copy(PROGRAM, self.file("lib"))

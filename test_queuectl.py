@@ -2,7 +2,8 @@
 
 python3 -m unittest                         everything in under a minute
 QUEUECTL_SLOW=1 python3 -m unittest         and the sweeps, which take minutes
-python3 test_queuectl.py bench [NAME...]    figures, with a baseline beside each
+python3 test_queuectl.py bench [NAME...]    figures, with a baseline beside each, in a minute
+QUEUECTL_BENCH_FULL=1 python3 test_queuectl.py bench    with 3 M rows, in minutes
 """
 
 from __future__ import annotations
@@ -4051,6 +4052,17 @@ class Readme(Case):
 class Speed(Live):
     """That the cheap way is taken, by facts that a busy machine does not change."""
 
+    def test_no_statement_but_those_that_list_everything_walks_over_a_table(self) -> None:
+        walks, known = set(), r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b"
+        with Queue(self.path) as queue:
+            for name, sql in vars(queuectl).items():
+                if name.isupper() and isinstance(sql, str) and re.match(known, sql):
+                    args = [1] * sql.count("?") or dict.fromkeys(re.findall(r":(\w+)", sql), 1)
+                    for row in queue.db.execute("EXPLAIN QUERY PLAN " + sql, args):
+                        if re.fullmatch(r"SCAN (TABLE )?(jobs|attempts|needs)", row[-1]):
+                            walks.add(name)
+        self.assertEqual(walks, {"JOB", "ALL", "RECENT_IDS"})  # the last one has a limit
+
     def test_workers_come_from_a_server_that_has_loaded_everything(self) -> None:
         self.enqueue("env > env")
         pool = self.pool("--count", "2")
@@ -4122,19 +4134,11 @@ class Figures(Case):
         print(f"{what:<62} {cells[0]:>8} {cells[1]:>8} {cells[2]:>7}  {goal:<8}", end=" ")
         print("met" if met else "MISSED", flush=True)
 
-    def compare(
-        self,
-        what: str,
-        goal: str,
-        count: int,
-        ours: Callable[[], float],
-        other: Callable[[], float],
-    ) -> None:
-        """Alternate rounds of the two, and print the medians and the median ratio."""
-        pairs = [(ours(), other()) for _ in range(count)]
-        ratio = statistics.median(a / b for a, b in pairs)
-        a, b = (statistics.median(side) for side in zip(*pairs))
-        self.show(what, goal, a, b, ratio)
+    def compare(self, what: str, goal: str, count: int, *sides: Callable[[], float]) -> None:
+        """Alternate rounds of ours and the baseline; print the medians and the median ratio."""
+        rounds = [[side() for side in sides] for _ in range(count)]
+        ratio = statistics.median(ours / other for ours, other in rounds)
+        self.show(what, goal, *map(statistics.median, zip(*rounds)), ratio)
 
     def fresh(self, jobs: int = 0, path: str = "queuectl.db", **settings: str) -> str:
         """Make an empty queue with so many jobs that do nothing."""
@@ -4191,37 +4195,35 @@ class Figures(Case):
         return self.rate(count, jobs)
 
     def bench_throughput(self) -> None:
-        for count, settings, goal in (
-            (2, {}, ">= 1.0"),
-            (2, {"synchronous": "full"}, ">= 0.6"),
-            (1, {}, ">= 1.0"),
-            (4, {}, ">= 1.0"),
+        synced = {"synchronous": "full"}
+        for count, rounds, settings, goal in (
+            (2, 3, {}, ">= 1.0"),
+            (2, 3, synced, ">= 0.6"),
+            (1, 1, {}, ">= 1.0"),
+            (4, 1, {}, ">= 1.0"),
         ):
             what = f"2,000 jobs, {count} workers{', synced' * bool(settings)}: jobs/s; xargs"
             ours = partial(self.ours, count, 2000, **settings)
-            self.compare(what, goal, 3 + 2 * (count == 2), ours, partial(self.xargs, count, 2000))
-        what = "2,000 jobs, 16 workers: jobs/s; 4 workers"
-        self.compare(what, ">= 1.0", 3, lambda: self.ours(16, 2000), lambda: self.ours(4, 2000))
+            self.compare(what, goal, rounds, ours, partial(self.xargs, count, 2000))
+        many, few = partial(self.ours, 16, 2000), partial(self.ours, 4, 2000)
+        self.compare("2,000 jobs, 16 workers: jobs/s; 4 workers", ">= 1.0", 2, many, few)
 
     def bench_flat(self) -> None:
-        grown, rows = self.grown(), f"{3 * ROWS:,} rows"
+        grown, rows = self.grown(), f"with {3 * ROWS:,} rows"
         empty = self.fresh(path="empty.db")
-        with Queue(grown) as big, Queue(empty) as small:
-            for what, act in (
-                ("enqueue", lambda queue: queue.enqueue("true")),
-                ("claim and finish", self.work_one),
-                ("counts", lambda queue: (queue.counts(), queue.claimed())),
-            ):
-                ours, other = partial(self.each, act, big), partial(self.each, act, small)
-                self.compare(f"{what} with {rows}: ms; empty", "<= 1.1", 5, ours, other)
-        status = [*PYTHON, PROGRAM, "--db"]
-        ours = partial(self.seconds, *status, grown, "status")
-        other = partial(self.seconds, *status, empty, "status")
-        self.compare(f"status with {rows}: s; empty", "<= 1.3", 9, ours, other)
-        what = f"1,000 jobs, 2 workers, with {rows}: jobs/s; empty"
-        self.compare(
-            what, ">= 0.9", 3, lambda: self.rate(2, 1000, grown), lambda: self.ours(2, 1000)
-        )
+        for what, act in (
+            ("enqueue", lambda queue: queue.enqueue("true")),
+            ("claim and finish", self.work_one),
+            ("counts", lambda queue: (queue.counts(), queue.claimed())),
+        ):
+            with Queue(grown) as big, Queue(empty) as small:
+                sides = partial(self.each, act, big), partial(self.each, act, small)
+                self.compare(f"{what} {rows}: ms; empty", "<= 1.1", 5, *sides)
+        status = [[*PYTHON, PROGRAM, "--db", path, "status"] for path in (grown, empty)]
+        sides = partial(self.seconds, *status[0]), partial(self.seconds, *status[1])
+        self.compare(f"status {rows}: s; empty", "<= 1.3", 7, *sides)
+        what, other = f"1,000 jobs, 2 workers, {rows}: jobs/s; empty", partial(self.ours, 2, 1000)
+        self.compare(what, ">= 0.9", 3, partial(self.rate, 2, 1000, grown), other)
 
     @staticmethod
     def each(act: Callable[[Queue], object], queue: Queue) -> float:
@@ -4296,10 +4298,13 @@ class Figures(Case):
 
     def bench_light(self) -> None:
         status = partial(self.seconds, *PYTHON, PROGRAM, "--db", self.fresh(1), "status")
+        module = partial(self.seconds, *PYTHON, "-m", "queuectl", "--db", self.path, "status")
         bare = partial(self.seconds, *PYTHON, "-c", "import argparse, json, sqlite3")
-        self.compare(
-            "status as a process: s; python3 with its imports", "<= 1.35", 25, status, bare
-        )
+        self.compare("status as a process: s; python3, its imports", "<= 1.35", 15, status, bare)
+        with mock.patch.dict(os.environ, PYTHONPATH=HERE, PYTHONPYCACHEPREFIX=self.dir):
+            os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+            module()
+            self.compare("status by python3 -m, compiled before: s", "<= 1.35", 15, module, bare)
         began = time.time()
         self.pool("--count", "32", "--quiet")
         until(lambda: len(self.workers()) == 32)
@@ -4311,52 +4316,53 @@ class Figures(Case):
         time.sleep(4)
         share = (sum(map(cpu, pids)) - used) / (time.monotonic() - began) * 100
         self.show("16 idle workers and their pool: % of a core", "<= 0.1", share)
-        ours = statistics.median(pss(facts["pid"]) for facts in self.workers().values())
+        ours = statistics.median(
+            memory(facts["pid"], "smaps_rollup", "Pss") for facts in self.workers().values()
+        )
         self.stop_pool()
         command = [*PYTHON, "-c", "import sqlite3; input()"]
         with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
             time.sleep(0.3)
-            other = pss(process.pid)
+            other = memory(process.pid, "smaps_rollup", "Pss")
             process.communicate(b"\n")
         what = "memory of an idle worker, of 16: MiB; python3 with sqlite3"
         self.show(what, "<= 0.6", ours, other, ours / other)
 
     def bench_lines(self) -> None:
-        lines, python, what = (
-            self.file("lines"),
-            " ".join(PYTHON),
-            f"enqueue - of {LINES:,} lines: ",
-        )
+        lines, peaks = self.file("lines"), []
         with open(lines, "w") as file:
             file.writelines(f'{{"command": "echo {n}"}}\n' for n in range(LINES))
-        enqueue = f"{python} {PROGRAM} --db {self.fresh()} enqueue - <{lines}"
-        loads = f'{python} -c "import json, sys; [*map(json.loads, sys.stdin)]" <{lines}'
 
-        def ours() -> float:
-            self.fresh()
-            return self.seconds(shell=enqueue)
+        def enqueue() -> float:
+            command = [*PYTHON, PROGRAM, "--db", self.fresh(), "enqueue", "-"]
+            began = time.perf_counter()
+            with open(lines) as file:
+                process = subprocess.Popen(command, stdin=file, stdout=subprocess.DEVNULL)
+            while process.poll() is None:
+                with contextlib.suppress(IndexError):  # it is ending
+                    peaks.append(memory(process.pid, "status", "VmHWM"))
+                time.sleep(0.01)
+            return time.perf_counter() - began
 
+        loads = f'{" ".join(PYTHON)} -c "import json, sys; [*map(json.loads, sys.stdin)]" <{lines}'
+        what = f"enqueue - of {LINES:,} lines: "
         other = partial(self.seconds, shell=loads)
-        self.compare(what + "s; json.loads of them", "<= 4", 1 if FULL else 3, ours, other)
-        self.fresh()
-        with subprocess.Popen(f"exec {enqueue}", shell=True, stdout=subprocess.DEVNULL) as process:
-            peak = os.wait4(process.pid, 0)[2].ru_maxrss / 1024
-            process.returncode = 0
-        self.show(what + "MiB at the peak", "<= 64", peak)
+        self.compare(what + "s; json.loads of them", "<= 4", 1 if FULL else 2, enqueue, other)
+        self.show(what + "MiB at the peak", "<= 64", max(peaks))
 
     def bench_bounded(self) -> None:
-        self.fresh(JOBS)
         reading = f"""if True:
-            queue = __import__("queuectl").Queue({self.path!r}, readonly=True)
+            queue = __import__("queuectl").Queue({self.fresh(JOBS)!r}, readonly=True)
             while True:
                 for job in queue.jobs(): pass"""
-        with subprocess.Popen([*PYTHON, "-c", reading], cwd=HERE) as reader:
-            pool, size = self.pool("--drain", "--count", "2", "--quiet"), 0.0
-            while pool.poll() is None:
-                time.sleep(0.005)
-                with contextlib.suppress(FileNotFoundError):
-                    size = max(size, os.stat(self.path + "-wal").st_size / 2**20)
-            reader.kill()
+        reader = subprocess.Popen([*PYTHON, "-c", reading], cwd=HERE)
+        self.addCleanup(reader.wait)
+        self.addCleanup(reader.kill)
+        pool, size = self.pool("--drain", "--count", "2", "--quiet"), 0.0
+        while pool.poll() is None:
+            time.sleep(0.005)
+            with contextlib.suppress(FileNotFoundError):
+                size = max(size, os.path.getsize(self.path + "-wal") / 2**20)
         self.show(f"the log through {JOBS:,} jobs, a reader at it: MiB", "<= 64", size)
 
 
@@ -4366,18 +4372,17 @@ def cpu(pid: int) -> float:
         return int(file.read().split()[0]) / 1e9
 
 
-def pss(pid: int) -> float:
-    """Return the MiB of memory that a process uses, its share of what is shared."""
-    with open(f"/proc/{pid}/smaps_rollup") as file:
-        return int(re.findall(r"^Pss: +(\d+)", file.read(), re.MULTILINE)[0]) / 1024
+def memory(pid: int, file: str, what: str) -> float:
+    """Return the MiB that a file of /proc says of a process."""
+    with open(f"/proc/{pid}/{file}") as lines:
+        return int(re.findall(rf"^{what}:\s+(\d+)", lines.read(), re.MULTILINE)[0]) / 1024
 
 
 def bench(names: list[str]) -> None:
     """Print figures, all or those named; one that cannot be taken here is skipped."""
-    os.environ.pop("PYTHONUNBUFFERED", None)
-    known = [name[6:] for name in vars(Figures) if name.startswith("bench_")]
+    os.environ.pop("PYTHONUNBUFFERED", None)  # as most have it: unset
     print(f"{'what: unit; baseline':<62} {'ours':>8} {'baseline':>8} {'ratio':>7}  goal")
-    for name in names or known:
+    for name in names or [name[6:] for name in vars(Figures) if name.startswith("bench_")]:
         case = Figures(f"bench_{name}")
         case.setUp()
         try:

@@ -2853,7 +2853,7 @@ class Pool:
                 with contextlib.suppress(Fault):
                     self.db.truncate_log()
                 now = time.monotonic()  # a reader that stays must not hold up the work
-                self.truncate_at = now + 20 * (now - began)
+                self.truncate_at = now + 5 * (now - began)
 
 
 def work(  # noqa: PLR0913

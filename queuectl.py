@@ -1153,7 +1153,7 @@ BY_SEQ = JOB + "WHERE seq = :seq"
 LAST_RUN = JOB + "WHERE series = :id AND run > 0 ORDER BY seq DESC LIMIT 1"
 NEWEST = JOB + "WHERE series = :id ORDER BY seq DESC LIMIT 1"
 RECENT_IDS = "SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000"
-ALL = JOB + "WHERE (:queue IS NULL OR queue = :queue) ORDER BY seq"
+ALL = JOB + "WHERE seq > :seq AND (:queue IS NULL OR queue = :queue) ORDER BY seq LIMIT 1000"
 LATEST = (
     JOB
     + """WHERE state = :state AND due = :due AND (:queue IS NULL OR queue = :queue)
@@ -1848,7 +1848,7 @@ class Queue:
     ) -> Iterator[Job]:
         """Yield jobs in order of arrival; with a limit, the ones that changed last."""
         if limit is None:
-            found = self._jobs(ALL, queue=queue)
+            found = self._all(queue)
             return (job for job in found if not states or job.state in states)
         latest: list[Job] = []
         for state in states or STATES:
@@ -1856,6 +1856,14 @@ class Queue:
                 latest.extend(self._jobs(LATEST, state=state, due=due, queue=queue, limit=limit))
         latest.sort(key=lambda job: job.updated_at)
         return iter(sorted(latest[-limit:]))
+
+    def _all(self, queue: str | None) -> Iterator[Job]:
+        """Yield every job, in slices: whoever is slow to take them must not hold up the log."""
+        seq, some = 0, True
+        while some:
+            jobs = list(self._jobs(ALL, queue=queue, seq=seq))
+            yield from jobs
+            seq, some = jobs[-1].seq if jobs else 0, bool(jobs)
 
     def recurring(self) -> list[Job]:
         """Return the waiting or running job of each schedule."""

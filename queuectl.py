@@ -250,6 +250,10 @@ class Posix:
     COMMAND_LIMIT = 131071  # Linux's MAX_ARG_STRLEN
     STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
 
+    def __init__(self) -> None:
+        """Begin without having read the environment."""
+        self.inherited: dict[bytes, bytes] = {}
+
     def words(self, line: str) -> list[str]:
         """Split a command line."""
         return shlex.split(line)
@@ -341,10 +345,6 @@ class Posix:
 
         fds = [waker.fd, *([pool.fileno()] if pool else [])]
         return select.select(fds, [], [], limit)[0] != [waker.fd]
-
-    def __init__(self) -> None:
-        """Begin without having read the environment."""
-        self.inherited: dict[bytes, bytes] = {}
 
     def launch(self, argv: Sequence[str], job: Job, env: dict[str, str], out: int) -> Child:
         """Start a job's command in a session of its own; OSError where it cannot be started.
@@ -1023,7 +1023,8 @@ APPLICATION_ID = 0x51554354  # "QUCT"
 APPLICATION = "PRAGMA application_id"
 VERSION = "PRAGMA user_version"
 TABLES = "SELECT count(*) FROM sqlite_master"
-GUEST_VERSION = "SELECT value FROM config WHERE key = 'schema'"
+GUEST_KEY = "queuectl_schema"
+GUEST_VERSION = f"SELECT value FROM config WHERE key = '{GUEST_KEY}'"
 LOG = "PRAGMA journal_mode = WAL"
 SYNCHRONOUS = {"full": "PRAGMA synchronous = full", "normal": "PRAGMA synchronous = normal"}
 WAIT, NO_WAIT = "PRAGMA busy_timeout = 200", "PRAGMA busy_timeout = 0"
@@ -1374,10 +1375,13 @@ def schema_version(db: sqlite3.Connection) -> int:
     """Return the version of the queue's tables, 0 where there are none."""
     if db.execute(APPLICATION).fetchone()[0] == APPLICATION_ID:
         return int(db.execute(VERSION).fetchone()[0])
-    with contextlib.suppress(sqlite3.OperationalError):  # no such table
-        for row in db.execute(GUEST_VERSION):
-            return int(row[0])
-    return 0
+    try:
+        row = db.execute(GUEST_VERSION).fetchone()
+    except sqlite3.OperationalError as error:
+        if "no such" not in str(error):  # table, or column of another program's table
+            raise
+        row = None
+    return int(row[0]) if row else 0
 
 
 def migrate(db: sqlite3.Connection) -> None:
@@ -1394,7 +1398,7 @@ def migrate(db: sqlite3.Connection) -> None:
             if not (guest and statement.startswith("PRAGMA")):
                 db.execute(statement)
         if guest:
-            db.execute(SET, {"key": "schema", "value": str(version + 1)})
+            db.execute(SET, {"key": GUEST_KEY, "value": str(version + 1)})
     db.execute(OUTER[1])
 
 
@@ -1433,8 +1437,8 @@ class Database:
                 self._create()
             if self._inspect(guest=guest) < len(SCHEMA):
                 with contextlib.closing(self._open("rw")) as db:
-                    self._retry(lambda: db.execute(LOG))
                     self._retry(lambda: migrate(db))
+                    self._retry(lambda: db.execute(LOG))  # last: what is refused stays as it was
 
     def _create(self) -> None:
         """Make the file whole under another name, so that nobody ever sees half of it."""
@@ -2126,7 +2130,7 @@ class Queue:
         return [j for queue in asked for j in self._jobs(BLOCKED_JOBS, queue=queue, limit=limit)]
 
 
-# --- processes: launch, find, end; the only place with signals and kills --------------------------
+# --- processes: an attempt's output, and its end --------------------------------------------------
 
 
 def tail(fd: int, limit: int) -> tuple[int, bytes]:
@@ -2526,6 +2530,9 @@ def importable() -> Any:
     return sys.modules["__main__"]
 
 
+HIRING = threading.Lock()  # hiring changes, for a moment, what the whole process has
+
+
 def start_fork_server() -> None:
     """Start it where it finds our module: before Python 3.13 it does not look along sys.path."""
     from multiprocessing import forkserver
@@ -2821,7 +2828,8 @@ class Pool:
                 self.missing.remove((when, slot))
                 self.serial += 1
                 name = f"worker-{self.name[5:]}-{self.serial}"
-                self.members.append(hire(self.db.path, name, slot, self.queues))
+                with HIRING:
+                    self.members.append(hire(self.db.path, name, slot, self.queues))
 
     def wake(self) -> None:
         """Wake one idle worker if there may be work; when it took some, the next one."""
@@ -2840,9 +2848,13 @@ class Pool:
         """Leave, now that nothing is left to run, unless a paused queue may be resumed."""
         held = self.queue.held(self.queues, self.horizon)
         if not held:
-            for job in self.queue.blocked(self.queues):
+            blocked = self.queue.blocked(self.queues)
+            for job in blocked:
                 self.code = NO
                 self.say(f"job {printable(job.id)} is {blocked_by(self.queue.parents(job))}")
+            more = self.queue.counts(self.queues)[PENDING] - len(blocked)
+            if blocked and more > 0:
+                self.say(f"and {more} more jobs wait")
             self.stop("")
         elif not self.told:
             self.told = True
@@ -2891,6 +2903,7 @@ def work(  # noqa: PLR0913
         queue.config()  # where that is damaged, no worker could begin
         if kind:
             say(f"warning: {queue.db.path} is on {kind}; SQLite needs a local disk")
+        say(f"{count} worker{'s' * (count > 1)} on {queue.db.path}")
         pool = Pool(queue, count, queues, say)
         pool.drain, pool.horizon, pool.tick = drain, horizon, tick
         if signals:
@@ -3353,7 +3366,6 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
                 progress.append(Progress(Queue(args.db, readonly=True)))
             LINES.show(progress[0].line)
 
-    event_line(f"{args.count} worker{'s' * (args.count > 1)} on {os.path.realpath(args.db)}")
     options = {key: getattr(args, key) for key in ("drain", "horizon", "insecure", "queues")}
     return work(args.db, args.count, **options, signals=True, say=event_line, tick=tick)
 

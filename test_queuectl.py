@@ -3156,6 +3156,13 @@ class Dependencies(Clocked):
         self.add("f a")
         self.assertEqual(self.runs(), "f")
 
+    def test_what_a_completed_parent_frees_wakes_the_pools_at_once(self) -> None:
+        self.add("a", "b a")
+        bell = queuectl.SYSTEM.bell(self.queue.db.run.file("pool-x", "bell"))
+        self.addCleanup(os.close, bell)
+        self.ends()
+        self.assertEqual(os.read(bell, 9), b"!")
+
     def test_a_blocked_job_that_is_scheduled_waits_for_both(self) -> None:
         self.add("a")
         self.queue.enqueue("true", id="b", after=["a"], delay=60)
@@ -3752,7 +3759,19 @@ class Guest(Case):
         with self.assertRaisesRegex(queuectl.Fault, "needs already exists"):
             Queue(self.path, guest=True)
         names = self.rows("SELECT name FROM sqlite_master ORDER BY name")
-        self.assertEqual(names, ["needs", "orders"])
+        self.assertEqual(
+            (names, self.rows("PRAGMA journal_mode")), (["needs", "orders"], ["delete"])
+        )
+
+    def test_another_programs_own_settings_make_it_no_queue(self) -> None:
+        for columns, values in (("key, value", "'schema', '1'"), ("name", "'queuectl_schema'")):
+            with self.subTest(columns), contextlib.closing(sqlite3.connect(self.path)) as db:
+                db.execute("DROP TABLE IF EXISTS config")
+                db.execute(f"CREATE TABLE config ({columns})")
+                db.execute(f"INSERT INTO config VALUES ({values})")
+                db.commit()
+                line = self.refused("--db", "shop.db", "worker", "start", code=4)
+                self.assertIn("another program's", line)
 
 
 @NEEDS_SHELL
@@ -3824,6 +3843,22 @@ class Vendored(Case):
                 os._exit(queue.enqueue("true") != "2")
             self.assertEqual(os.waitpid(child, 0)[1], 0)
             self.assertEqual([queue.enqueue("true"), queue.counts()["pending"]], ["3", 3])
+
+    def test_pools_of_two_queues_run_in_the_threads_of_one_process(self) -> None:
+        paths, main = [self.file("a.db"), self.file("b.db")], sys.modules["__main__"]
+        for path in paths:
+            with Queue(path) as queue:
+                queue.enqueue_many({"command": "true"} for _ in range(8))
+        start = partial(queuectl.work, count=3, drain=True)
+        threads = [threading.Thread(target=start, args=(path,)) for path in paths]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        self.assertIs(sys.modules["__main__"], main)
+        for path in paths:
+            with Queue(path) as queue:
+                self.assertEqual(queue.counts()["completed"], 8)
 
     def test_words_are_completed_in_each_shell(self) -> None:
         lines = ("queuectl wor", "queuectl --db x worker st", "queuectl show 7 --")

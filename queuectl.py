@@ -1145,7 +1145,7 @@ LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'jobs
 NEW = """seq id queue command cwd env priority max_retries timeout created_at updated_at run_after
 due recurs series planned""".split()
 VALUES = ", ".join(":" + column for column in NEW)
-INSERT = f"INSERT INTO jobs (state, {', '.join(NEW)}) VALUES ('pending', {VALUES})"
+INSERT = f"INSERT OR IGNORE INTO jobs (state, {', '.join(NEW)}) VALUES ('pending', {VALUES})"
 IDS_BETWEEN = (
     "SELECT coalesce(series, id) FROM jobs WHERE seq BETWEEN :first AND :last ORDER BY seq"
 )
@@ -1474,16 +1474,14 @@ class Database:
             raise Fault(f"{self.path} is empty, not a queue; remove it to start a new one")
         self._refuse_planted(info.st_uid)
         logged = os.path.exists(self.path + "-wal")
-        version = self._version("ro" if logged else "ro&immutable=1")  # puts no log beside it
+        mode = "ro" if logged else "ro&immutable=1"  # puts no log beside it
+        with contextlib.closing(self._open(mode)) as db:
+            version = int(self._retry(lambda: schema_version(db)))
         if not version and not guest:
             raise Fault(f"{self.path} is another program's database, not a queue")
         if version > len(SCHEMA):
             raise Fault(f"{self.path} was made by a newer queuectl (schema {version})")
         return version
-
-    def _version(self, mode: str) -> int:
-        with contextlib.closing(self._open(mode)) as db:
-            return int(self._retry(lambda: schema_version(db)))
 
     def _refuse_planted(self, owner: int) -> None:
         """Refuse a stranger's log. As root, SQLite would make it the owner's when it opens it."""
@@ -1521,7 +1519,7 @@ class Database:
         """Turn what SQLite and the file system raise into our errors."""
         try:
             yield
-        except sqlite3.IntegrityError:
+        except sqlite3.IntegrityError:  # of a caller's own table, in a transaction with ours
             raise
         except sqlite3.Error as error:
             raise self.fault(error) from error
@@ -1553,8 +1551,6 @@ class Database:
             if db.in_transaction:
                 return db.execute(sql, args)
             return self._retry(lambda: db.execute(sql, args))  # type: ignore[no-any-return]
-        except sqlite3.IntegrityError:
-            raise
         except sqlite3.Error as error:
             raise self.fault(error) from error
 
@@ -1820,12 +1816,9 @@ class Queue:
             row["id"] = given or str(row["seq"])
             if row["recurs"]:
                 row.update(series=row["id"], id=self._occurrence(row["id"]))
-            try:
-                self.db.execute(INSERT, row)
-            except sqlite3.IntegrityError:
-                row["seq"] += 1
-            else:
+            if self.db.execute(INSERT, row).rowcount:
                 return int(row["seq"])
+            row["seq"] += 1
 
     def _occurrence(self, series: str) -> str:
         """Return the id of the next job of a schedule: its name and a number."""
@@ -2106,9 +2099,8 @@ class Queue:
 
         Not counted: what is blocked, what is paused, and the next job of a schedule.
         """
-        if self.counts(queues)[PROCESSING]:
-            return True
-        return any(self._awaited(queue, horizon) for queue in self._waiting(queues))
+        running, waiting = self.counts(queues)[PROCESSING], self._waiting(queues)
+        return bool(running) or any(self._awaited(queue, horizon) for queue in waiting)
 
     def _awaited(self, queue: str, horizon: float) -> bool:
         """Tell whether anything of a queue is due, or becomes due within so many seconds."""
@@ -2121,8 +2113,8 @@ class Queue:
         """Return the paused queues, all or of these, with jobs that a drain would wait for."""
         waiting = set(self._waiting(queues))
         names = {q for q, state, due, _ in self.tally() if state == PENDING and due != BLOCKED}
-        held = (q for q in names - waiting if not queues or q in queues)
-        return sorted(q for q in held if self._awaited(q, horizon))
+        held = (names - waiting) & (set(queues) or names)
+        return sorted(queue for queue in held if self._awaited(queue, horizon))
 
     def blocked(self, queues: Sequence[str] = (), limit: int = 10) -> list[Job]:
         """Return the jobs that have been blocked longest, of each of these queues or of all."""

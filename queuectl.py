@@ -64,21 +64,8 @@ __all__ = ["Attempt", "Job", "Queue", "QueueError", "work"]
 
 # --- vocabulary ----------------------------------------------------------------------------------
 
-PENDING, PROCESSING, COMPLETED, DEAD, CANCELLED = STATES = (
-    "pending",
-    "processing",
-    "completed",
-    "dead",
-    "cancelled",
-)
-MOVES = {  # every legal change of state; whatever is not here does not happen
-    PENDING: (PROCESSING, CANCELLED),
-    PROCESSING: (COMPLETED, PENDING, DEAD, CANCELLED),
-    DEAD: (PENDING,),
-    CANCELLED: (PENDING,),
-    COMPLETED: (),
-}
-
+STATES = tuple("pending processing completed dead cancelled".split())
+PENDING, PROCESSING, COMPLETED, DEAD, CANCELLED = STATES
 ENDED = (COMPLETED, DEAD, CANCELLED)
 PRUNED = (COMPLETED, CANCELLED)  # unless told otherwise: dead letters stay until they are purged
 DUE, LATER, BLOCKED = 1, 0, -1  # what a pending job is; whatever is not pending counts as due
@@ -170,6 +157,7 @@ class Attempt(NamedTuple):
 
 BINARY = getattr(os, "O_BINARY", 0)  # else Windows translates line ends
 PROC = sys.platform == "linux"  # processes can be looked into through /proc
+STOP_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")]
 EXHAUSTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # the machine's fault
 
 
@@ -178,18 +166,11 @@ def run_key(job: Job) -> str:
     return f"{job.seq}.{job.run}.{job.locked_by}"
 
 
-def others() -> list[int]:
-    """Return the processes of the machine without this one."""
-    return [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and int(pid) != os.getpid()]
-
-
-def read_proc(pid: int, *parts: str) -> bytes:
+def read_proc(path: str) -> bytes:
     """Return a file of /proc; empty where the process is gone or not ours to look at."""
-    try:
-        with open(os.path.join("/proc", str(pid), *parts), "rb") as file:
-            return file.read()
-    except OSError:
-        return b""
+    with contextlib.suppress(OSError), open("/proc/" + path, "rb") as file:
+        return file.read()
+    return b""
 
 
 def holds(pid: int, path: str) -> bool:
@@ -197,10 +178,10 @@ def holds(pid: int, path: str) -> bool:
     with contextlib.suppress(OSError):
         for fd in os.listdir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
-                if os.path.samestat(os.stat(f"/proc/{pid}/fd/{fd}"), os.stat(path)):
-                    info = read_proc(pid, "fdinfo", fd)
-                    if re.search(rb"FLOCK +ADVISORY +WRITE", info):
-                        return True
+                if os.path.samefile(f"/proc/{pid}/fd/{fd}", path) and re.search(
+                    rb"FLOCK +ADVISORY +WRITE", read_proc(f"{pid}/fdinfo/{fd}")
+                ):
+                    return True
     return False
 
 
@@ -211,14 +192,12 @@ def group(facts: Mapping[str, Any], job: Job) -> list[int]:
     """
     import subprocess
 
-    if facts.get("run") != run_key(job) or "job_pid" not in facts:
+    if facts.get("run") != run_key(job):
         return []
-    env = {**os.environ, "LC_ALL": "C"}
-    table = subprocess.run(
-        ["ps", "-axo", "pid=,pgid=,stat=,lstart="], stdout=subprocess.PIPE, check=False, env=env
-    ).stdout.decode(errors="replace")
+    ps, env = ["ps", "-axo", "pid=,pgid=,stat=,lstart="], {**os.environ, "LC_ALL": "C"}
+    table = subprocess.run(ps, stdout=subprocess.PIPE, check=False, env=env).stdout
     found = []
-    for line in table.splitlines():
+    for line in table.decode(errors="replace").splitlines():
         pid, pgid, state, *started = line.split()
         if int(pgid) != facts["job_pid"] or len(started) != 5 or "Z" in state:  # a zombie is dead
             continue
@@ -229,30 +208,19 @@ def group(facts: Mapping[str, Any], job: Job) -> list[int]:
     return found
 
 
-def send_signal(pids: Iterable[int], *signals: int) -> None:
-    """Signal processes, each by its own pid; one that is gone meanwhile is fine."""
-    for pid in pids:
-        for number in signals:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, number)
-
-
 def ignore(_number: int, _frame: object) -> None:
     """Do nothing, but not as SIG_IGN: that would be inherited by the jobs."""
 
 
-class Posix:
-    """Linux, macOS and their like. Windows, below, has the same methods."""
+class System:
+    """What Linux, macOS and their like do for us. Windows, below, does some of it in its way."""
 
     TICK = 0.25  # seconds between a pool's looks at what rings no bell
     GONE: tuple[type[OSError], ...] = (FileNotFoundError,)
     SHELL: tuple[str, ...] = ("/bin/sh", "-c", "--")
     COMMAND_LIMIT = 131071  # Linux's MAX_ARG_STRLEN
-    STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
-
-    def __init__(self) -> None:
-        """Begin without having read the environment."""
-        self.inherited: dict[bytes, bytes] = {}
+    BACKGROUND: Mapping[str, Any] = {"start_new_session": True}  # to outlive the terminal
+    inherited: Mapping[bytes, bytes] = {}  # the environment, once it has been read
 
     def words(self, line: str) -> list[str]:
         """Split a command line."""
@@ -260,7 +228,7 @@ class Posix:
 
     def line(self, words: Sequence[str]) -> str:
         """Quote words so that the shell takes them as they are."""
-        return " ".join(map(shlex.quote, words))
+        return shlex.join(words)
 
     def user(self) -> int | None:
         """Return who runs us, where files have owners and modes."""
@@ -282,69 +250,51 @@ class Posix:
             os.unlink(path)
         os.close(fd)
 
-    def read(self, fd: int, length: int, at: int) -> bytes:
-        """Read from a place in a file."""
-        return os.pread(fd, length, at)
-
     def punch(self, fd: int, length: int) -> bool:
-        """Make the beginning of a file a hole (Linux); False where that cannot be done."""
+        """Make the beginning of a file a hole; False where that cannot be done."""
         import ctypes
 
-        try:
-            fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
-        except (AttributeError, OSError, TypeError):
-            return False
-        keep_size, punch_hole = 1, 2
-        offsets = ctypes.c_int64(0), ctypes.c_int64(length)
-        return bool(fallocate(fd, keep_size | punch_hole, *offsets) == 0)
+        keep_size, punch_hole, offsets = 1, 2, (ctypes.c_int64(0), ctypes.c_int64(length))
+        with contextlib.suppress(AttributeError, OSError):  # only Linux has it
+            fallocate = ctypes.CDLL(None).fallocate64
+            return bool(fallocate(fd, keep_size | punch_hole, *offsets) == 0)
+        return False
 
     def sync(self, path: str) -> None:
         """Sync a file, on macOS down to the medium."""
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            import fcntl
-
-            if hasattr(fcntl, "F_FULLFSYNC"):
-                fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        with open(path, "r+b", buffering=0) as file:  # Windows syncs what may be written
+            try:
+                from fcntl import F_FULLFSYNC, fcntl  # type: ignore[attr-defined]
+            except ImportError:
+                getattr(os, "fdatasync", os.fsync)(file.fileno())
             else:
-                getattr(os, "fdatasync", os.fsync)(fd)
-        finally:
-            os.close(fd)
+                fcntl(file, F_FULLFSYNC)
 
     def bell(self, path: str) -> int | None:
         """Make a bell, and return what is readable when it rings; None where there are none."""
         os.mkfifo(path, 0o600)
         return os.open(path, os.O_RDWR | os.O_NONBLOCK)
 
-    def ring(self, path: str) -> None:
-        """Ring a bell: never waits, and nobody listening is fine."""
-        with contextlib.suppress(OSError):  # ENXIO: its pool is gone
-            fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-            try:
-                os.write(fd, b"!")
-            finally:
-                os.close(fd)
+    def listen(self, *, worker: bool) -> tuple[int, ...]:
+        """Give a process and its jobs the signals they expect, whoever started it.
 
-    def wakeup(self) -> tuple[int, int] | None:
-        """Return a pipe that signals are written to."""
+        Return a pipe that signals may be written to, if that is how to wait for them.
+        """
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        if worker:
+            signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, ignore)
         ends = os.pipe()
         for fd in ends:
             os.set_blocking(fd, False)
         return ends
 
-    def unblock(self, *, worker: bool = False) -> None:
-        """Give a process and its jobs the signals they expect, whoever started it."""
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        if worker:
-            signal.signal(signal.SIGQUIT, signal.SIG_DFL)
-            signal.signal(signal.SIGCHLD, ignore)
-
-    def wait(self, waker: Waker, pool: Connection | None, _: Any, limit: float | None) -> bool:
+    def wait(self, fd: int, pool: Connection | None, child: Any, limit: float | None) -> bool:  # noqa: ARG002
         """Wait for a signal, which a job's end is too, or the pool; True if the pool may speak."""
         import select
 
-        fds = [waker.fd, *([pool.fileno()] if pool else [])]
-        return select.select(fds, [], [], limit)[0] != [waker.fd]
+        sources: list[Any] = [fd, pool] if pool else [fd]
+        return pool in select.select(sources, [], [], limit)[0]
 
     def launch(self, argv: Sequence[str], job: Job, env: dict[str, str], out: int) -> Child:
         """Start a job's command in a session of its own; OSError where it cannot be started.
@@ -374,28 +324,24 @@ class Posix:
         if not PROC:
             return group(run.facts(job.locked_by), job)
         key = b"\0QUEUECTL_RUN=" + run_key(job).encode() + b"\0"
-        found = [pid for pid in others() if key in b"\0" + read_proc(pid, "environ")]
+        others = set(map(int, filter(str.isdigit, os.listdir("/proc")))) - {os.getpid()}
+        found = [pid for pid in sorted(others) if key in b"\0" + read_proc(f"{pid}/environ")]
         if found or run.free(job.seq, job.run, "out"):
             return found
-        return [pid for pid in others() if holds(pid, run.file(job.seq, job.run, "out"))]
+        return [pid for pid in others if holds(pid, run.file(job.seq, job.run, "out"))]
 
-    def ask(self, pids: Iterable[int]) -> None:
-        """Ask processes to end; a stopped one must hear it, too."""
-        send_signal(pids, signal.SIGTERM, signal.SIGCONT)
-
-    def kill(self, pids: Iterable[int], _: Job) -> None:
-        """End processes."""
-        send_signal(pids, signal.SIGKILL)
-
-    def background(self) -> dict[str, Any]:
-        """Return how to start a process that outlives its terminal."""
-        return {"start_new_session": True}
+    def end(self, job: Job, pids: Iterable[int], *, kill: bool) -> None:  # noqa: ARG002
+        """Ask an attempt's processes to end (a stopped one must hear it, too), or kill them."""
+        for pid in pids:
+            for number in (signal.SIGKILL,) if kill else (signal.SIGTERM, signal.SIGCONT):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, number)
 
     def escapes(self) -> None:
         """Have the terminal understand escape sequences."""
 
 
-class Windows:
+class _Windows(System):
     """A job's processes are in a Job Object, which ends them when its last handle is closed.
 
     That is when their worker dies. The lock of a file is on a byte far behind its end.
@@ -403,39 +349,35 @@ class Windows:
 
     TICK = 0.02  # there are no bells
     GONE = (FileNotFoundError, PermissionError)  # what is being removed cannot be opened
-    SHELL: tuple[str, ...] = ("cmd.exe", "/d", "/s", "/c")
+    SHELL = ("cmd.exe", "/d", "/s", "/c")
     COMMAND_LIMIT = 8191
-    STOP_SIGNALS = (signal.SIGINT, getattr(signal, "SIGBREAK", signal.SIGINT))
+    BACKGROUND: Mapping[str, Any] = {"creationflags": 0x8 | 0x200}  # detached, in a new group
     FAR = 1 << 40
 
     def __init__(self) -> None:
-        """Begin with no jobs."""
         self.jobs: dict[int, int] = {}  # the handles of the Job Objects, by process
 
-    def kernel(self) -> Any:
-        """Return the system's functions; handles are as wide as pointers."""
+    def call(self, name: str, *args: Any, dll: str = "kernel32") -> int:
+        """Call a function of the system; numbers are passed, and come back, as wide as handles."""
         import ctypes
 
-        kernel: Any = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]
-        kernel.CreateJobObjectW.restype = kernel.OpenJobObjectW.restype = ctypes.c_void_p
-        return kernel
+        function = getattr(ctypes.WinDLL(dll), name)  # type: ignore[attr-defined]
+        function.restype = ctypes.c_void_p
+        wide = (ctypes.c_void_p(arg) if isinstance(arg, int) else arg for arg in args)
+        return function(*wide) or 0
 
-    def words(self, line: str) -> list[str]:
-        """Split a command line, in which a backslash is a part of a path."""
+    def words(self, line: str) -> list[str]:  # a backslash is a part of a path
         return [word.strip('"') for word in shlex.split(line, posix=False)]
 
     def line(self, words: Sequence[str]) -> str:
-        """Quote words so that the program takes them as they are."""
         import subprocess
 
         return subprocess.list2cmdline(words)
 
-    def user(self) -> int | None:
-        """Access control lists keep strangers out of a user's directories."""
+    def user(self) -> int | None:  # access control lists keep strangers out of our directories
         return None
 
     def lock(self, fd: int, *, shared: bool = False) -> bool:  # noqa: ARG002
-        """Lock an open file without waiting; False where somebody else has it."""
         import msvcrt
 
         os.lseek(fd, self.FAR, os.SEEK_SET)
@@ -448,52 +390,28 @@ class Windows:
         return True
 
     def drop(self, fd: int, path: str) -> None:
-        """Remove a file that this process holds: what is open cannot be removed."""
-        os.close(fd)
+        os.close(fd)  # what is open cannot be removed
         with contextlib.suppress(OSError):  # what a completed job left behind still writes to it
             os.unlink(path)
 
-    def read(self, fd: int, length: int, at: int) -> bytes:
-        """Read from a place in a file."""
-        os.lseek(fd, at, os.SEEK_SET)
-        return os.read(fd, length)
-
     def punch(self, fd: int, length: int) -> bool:
-        """Make the beginning of a file a hole."""
         import ctypes
         import msvcrt
 
-        set_sparse, set_zero_data, unused = 0x900C4, 0x980C8, ctypes.c_uint32()
-        handle = ctypes.c_void_p(msvcrt.get_osfhandle(fd))  # type: ignore[attr-defined]
-        hole, control = (ctypes.c_int64 * 2)(0, length), self.kernel().DeviceIoControl
-        control(handle, set_sparse, None, 0, None, 0, ctypes.byref(unused), None)
-        control(handle, set_zero_data, hole, 16, None, 0, ctypes.byref(unused), None)
+        set_sparse, set_zero_data = 0x900C4, 0x980C8
+        handle = msvcrt.get_osfhandle(fd)  # type: ignore[attr-defined]
+        hole, unused = (ctypes.c_int64 * 2)(0, length), ctypes.byref(ctypes.c_uint32())
+        self.call("DeviceIoControl", handle, set_sparse, None, 0, None, 0, unused, None)
+        self.call("DeviceIoControl", handle, set_zero_data, hole, 16, None, 0, unused, None)
         return True
 
-    def sync(self, path: str) -> None:
-        """Sync a file."""
-        fd = os.open(path, os.O_RDWR)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
     def bell(self, path: str) -> int | None:  # noqa: ARG002
-        """There are none: a pool looks every TICK."""
         return None
 
-    def ring(self, path: str) -> None:
-        """There are none."""
+    def listen(self, *, worker: bool) -> tuple[int, ...]:  # noqa: ARG002
+        return ()  # whoever waits does so for a TICK at most, or for a process
 
-    def wakeup(self) -> tuple[int, int] | None:
-        """There is none: whoever waits does so for a TICK at most, or for a process."""
-        return None
-
-    def unblock(self, *, worker: bool = False) -> None:
-        """Nothing is ever blocked."""
-
-    def wait(self, _: Waker, pool: Connection | None, child: Any, limit: float | None) -> bool:
-        """Wait for a job's end or the pool; True if the pool may speak."""
+    def wait(self, fd: int, pool: Connection | None, child: Any, limit: float | None) -> bool:  # noqa: ARG002
         from multiprocessing.connection import wait
 
         things = [thing for thing in (pool, child and int(child._handle)) if thing]
@@ -502,8 +420,6 @@ class Windows:
         return pool in wait(things, limit)
 
     def launch(self, argv: Sequence[str], job: Job, env: dict[str, str], out: int) -> Child:
-        """Start a job's command in a Job Object of its own; OSError where it cannot be started."""
-        import ctypes
         import subprocess
 
         line = subprocess.list2cmdline([*argv, job.command])
@@ -519,11 +435,11 @@ class Windows:
             stderr=out,
             creationflags=new_group | suspended,
         )
-        process = ctypes.c_void_p(int(child._handle))  # type: ignore[attr-defined]
-        self.jobs[child.pid] = self.kernel().CreateJobObjectW(None, run_key(job))
+        process = int(child._handle)  # type: ignore[attr-defined]
+        self.jobs[child.pid] = self.call("CreateJobObjectW", None, run_key(job))
         self.limit(child, 0x2000)  # kill on close
-        self.kernel().AssignProcessToJobObject(ctypes.c_void_p(self.jobs[child.pid]), process)
-        ctypes.WinDLL("ntdll").NtResumeProcess(process)  # type: ignore[attr-defined]
+        self.call("AssignProcessToJobObject", self.jobs[child.pid], process)
+        self.call("NtResumeProcess", process, dll="ntdll")
         return child
 
     def limit(self, child: Child, flags: int) -> None:
@@ -532,90 +448,69 @@ class Windows:
 
         limits = (ctypes.c_uint32 * (36 if ctypes.sizeof(ctypes.c_void_p) == 8 else 28))()
         limits[4] = flags
-        job = ctypes.c_void_p(self.jobs[child.pid])
-        self.kernel().SetInformationJobObject(job, 9, limits, ctypes.sizeof(limits))
+        size = ctypes.sizeof(limits)
+        self.call("SetInformationJobObject", self.jobs[child.pid], 9, limits, size)
 
     def release(self, child: Child) -> None:
-        """Let go of what a completed job left behind; it goes on."""
-        import ctypes
-
         self.limit(child, 0)
-        self.kernel().CloseHandle(ctypes.c_void_p(self.jobs.pop(child.pid)))
+        self.call("CloseHandle", self.jobs.pop(child.pid))
 
     def members(self, job: Job, _: RunDirectory) -> list[int]:
-        """Return an attempt's processes, up to 1,000: a JOBOBJECT_BASIC_PROCESS_ID_LIST."""
+        """Return up to 1,000 processes: the end of a JOBOBJECT_BASIC_PROCESS_ID_LIST."""
         import ctypes
 
-        kernel, size = self.kernel(), ctypes.sizeof(ctypes.c_void_p)
-        handle = ctypes.c_void_p(kernel.OpenJobObjectW(4, False, run_key(job)))  # noqa: FBT003
-        if not handle:
-            return []
-        found = (ctypes.c_size_t * 1001)()
-        kernel.QueryInformationJobObject(handle, 3, found, ctypes.sizeof(found), None)
-        kernel.CloseHandle(handle)
-        first = 8 // size
-        count = ctypes.cast(found, ctypes.POINTER(ctypes.c_uint32))[1]
-        return list(found[first : first + count])
+        found = (ctypes.c_size_t * 1001)()  # before the processes there are two 32-bit counts
+        handle = self.call("OpenJobObjectW", 4, 0, run_key(job))
+        if handle:  # without one it would be our own job's
+            self.call("QueryInformationJobObject", handle, 3, found, ctypes.sizeof(found), None)
+            self.call("CloseHandle", handle)
+        return [pid for pid in found[8 // ctypes.sizeof(ctypes.c_void_p) :] if pid]
 
-    def ask(self, pids: Iterable[int]) -> None:
-        """Ask processes to end: the ones that lead a group, which this process has started."""
-        for pid in pids:
-            if pid in self.jobs:
-                with contextlib.suppress(OSError):  # no console
-                    os.kill(pid, getattr(signal, "CTRL_BREAK_EVENT", 1))
-
-    def kill(self, _: Iterable[int], job: Job) -> None:
-        """End processes."""
-        import ctypes
-
-        kernel = self.kernel()
-        handle = ctypes.c_void_p(kernel.OpenJobObjectW(8, False, run_key(job)))  # noqa: FBT003
-        kernel.TerminateJobObject(handle, 1)
-        kernel.CloseHandle(handle)
-
-    def background(self) -> dict[str, Any]:
-        """Return how to start a process that outlives its terminal."""
-        detached, new_group = 0x8, 0x200
-        return {"creationflags": detached | new_group}
+    def end(self, job: Job, pids: Iterable[int], *, kill: bool) -> None:
+        if kill:
+            handle = self.call("OpenJobObjectW", 8, 0, run_key(job))
+            self.call("TerminateJobObject", handle, 1)
+            self.call("CloseHandle", handle)
+            return
+        for pid in self.jobs.keys() & set(pids):  # who leads a group that this process has started
+            with contextlib.suppress(OSError):  # no console
+                os.kill(pid, getattr(signal, "CTRL_BREAK_EVENT", 1))
 
     def escapes(self) -> None:
-        """Have the terminal understand escape sequences."""
         for output in (-11, -12):
-            self.kernel().SetConsoleMode(self.kernel().GetStdHandle(output), 7)
+            self.call("SetConsoleMode", self.call("GetStdHandle", output), 7)
 
 
-SYSTEM: Posix | Windows = Windows() if os.name == "nt" else Posix()
+SYSTEM = _Windows() if os.name == "nt" else System()
 
 
-class Waker:
-    """Makes signals readable, where that is how to wait for them along with everything else."""
+class Waker(contextlib.ExitStack):
+    """Handles signals, and makes them readable where that is how to wait for them.
 
-    def __init__(self, handlers: Mapping[int, Callable[[int, Any], None]]) -> None:
-        """Install handlers, but leave a hang-up ignored under nohup."""
-        self.before = {}
-        for number, handler in handlers.items():
-            hangup = number == getattr(signal, "SIGHUP", None)
-            if not hangup or signal.getsignal(number) is not signal.SIG_IGN:
-                self.before[number] = signal.signal(number, handler)
-        self.ends = SYSTEM.wakeup()
-        self.fd = self.ends[0] if self.ends else -1
-        if self.ends:
-            self.before_fd = signal.set_wakeup_fd(self.ends[1], warn_on_full_buffer=False)
+    `close` puts everything back as it was.
+    """
+
+    fd = -1
+
+    def __init__(self, stop: Callable[[int, Any], None], *, worker: bool = False) -> None:
+        """Handle what asks to stop, but leave a hang-up ignored under nohup."""
+        super().__init__()
+        ends = SYSTEM.listen(worker=worker)
+        for number in STOP_SIGNALS:
+            if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+                self.callback(signal.signal, number, signal.signal(number, stop))
+        if ends:
+            self.fd = ends[0]
+            for fd in ends:
+                self.callback(os.close, fd)
+            before = signal.set_wakeup_fd(ends[1], warn_on_full_buffer=False)
+            self.callback(signal.set_wakeup_fd, before)
 
     def clear(self) -> None:
         """Forget the signals so far."""
-        if self.ends:
+        if self.fd >= 0:
             with contextlib.suppress(BlockingIOError):
                 os.read(self.fd, 4096)
-
-    def close(self) -> None:
-        """Put everything back as it was."""
-        if self.ends:
-            signal.set_wakeup_fd(self.before_fd)
-            for fd in self.ends:
-                os.close(fd)
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 # --- rules: pure functions -----------------------------------------------------------------------
@@ -1268,7 +1163,7 @@ class Held:
     def __init__(self, path: str) -> None:
         """Make and lock the file; one that a cleaner removed meanwhile is made again."""
         self.path = path
-        flags = os.O_RDWR | os.O_CREAT | BINARY | getattr(os, "O_NOFOLLOW", 0)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | BINARY | getattr(os, "O_NOFOLLOW", 0)
         while True:
             self.fd = os.open(path, flags, 0o600)
             with contextlib.suppress(FileNotFoundError):
@@ -1282,7 +1177,6 @@ class Held:
         import json
 
         os.ftruncate(self.fd, 0)
-        os.lseek(self.fd, 0, os.SEEK_SET)
         os.write(self.fd, json.dumps(facts).encode())
 
     def close(self) -> None:
@@ -1318,24 +1212,18 @@ class RunDirectory:
     def free(self, *parts: object) -> bool:
         """Tell whether nobody holds the lock of a file; one that does not exist is free."""
         try:
-            fd = os.open(self.file(*parts), os.O_RDWR)
+            with open(self.file(*parts), "r+b", buffering=0) as file:
+                return SYSTEM.lock(file.fileno(), shared=True)
         except SYSTEM.GONE:
             return True
-        try:
-            return SYSTEM.lock(fd, shared=True)
-        finally:
-            os.close(fd)
 
     def facts(self, *parts: object) -> dict[str, Any]:
         """Return what the holder of a file says about itself, as far as it can be read."""
         import json
 
-        try:
-            with open(self.file(*parts), encoding="utf-8") as file:
-                found = json.load(file)
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        with contextlib.suppress(OSError, ValueError), open(self.file(*parts), "rb") as file:
+            return dict(json.load(file))
+        return {}
 
     def holders(self, kind: str) -> dict[str, dict[str, Any]]:
         """Return the living pools or workers: each one's name and what it says about itself."""
@@ -1346,7 +1234,10 @@ class RunDirectory:
         """Wake every pool: there may be work. Never waits, and nobody listening is fine."""
         with contextlib.suppress(OSError):  # the work is stored; a pool finds it within a TICK
             for bell in self.files("pool-", ".bell"):
-                SYSTEM.ring(self.file(bell))
+                with contextlib.suppress(OSError):  # ENXIO: its pool is gone
+                    fd = os.open(self.file(bell), os.O_WRONLY | os.O_NONBLOCK)
+                    with open(fd, "wb", buffering=0) as pipe:
+                        pipe.write(b"!")
 
     def clean(self, keep: Iterable[str | None]) -> None:
         """Remove what the dead left behind, but not what tells about jobs to be recovered."""
@@ -2129,7 +2020,8 @@ def tail(fd: int, limit: int) -> tuple[int, bytes]:
     """Return how many bytes of a file come before its last ones, and the last ones."""
     size = os.fstat(fd).st_size
     kept = min(limit, size)
-    return size - kept, SYSTEM.read(fd, kept, size - kept)
+    os.lseek(fd, size - kept, os.SEEK_SET)
+    return size - kept, os.read(fd, kept)
 
 
 class Output(Held):
@@ -2139,14 +2031,9 @@ class Output(Held):
 
     def __init__(self, path: str) -> None:
         """Make the file; one of that name is left over from another queue."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | BINARY
-        self.path = path
-        try:
-            self.fd = os.open(path, flags, 0o600)
-        except FileExistsError:
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-            self.fd = os.open(path, flags, 0o600)
-        SYSTEM.lock(self.fd)
+        super().__init__(path)
         self.cut = 0  # bytes that are gone from the file, and from its size
         self.hole = 0  # bytes of the file that take no room
 
@@ -2184,13 +2071,10 @@ class Ender:
 
     def gone(self) -> bool:
         """Go on with the ending, and tell whether it is done: no process, and the lock free."""
-        found = SYSTEM.members(self.job, self.run)
-        if time.monotonic() >= self.deadline:
-            SYSTEM.kill(found, self.job)
-        else:
-            news = [pid for pid in found if pid not in self.asked]  # parents first, as a rule
-            SYSTEM.ask(news)
-            self.asked.update(found)
+        found, late = SYSTEM.members(self.job, self.run), time.monotonic() >= self.deadline
+        news = [pid for pid in found if pid not in self.asked]  # parents first, as a rule
+        SYSTEM.end(self.job, found if late else news, kill=late)
+        self.asked.update(found)
         return not found and self.run.free(self.job.seq, self.job.run, "out")
 
 
@@ -2254,8 +2138,7 @@ class Worker:
         self.held = Held(self.run_dir.file(name))
         self.facts = {"pid": os.getpid(), "slot": slot}
         self.held.note(**self.facts)
-        SYSTEM.unblock(worker=True)
-        self.waker = Waker(dict.fromkeys(SYSTEM.STOP_SIGNALS, ignore))
+        self.waker = Waker(ignore, worker=True)
         self.child: Child | None = None
         self.config = self.queue.config()
         self.db.durable(self.config["synchronous"])
@@ -2330,7 +2213,7 @@ class Worker:
         limit = None if until == float("inf") else max(0.0, until - now)
         if self.alone and limit is None:
             return  # nobody is left who could say anything
-        if SYSTEM.wait(self.waker, None if self.alone else self.pool, self.child, limit):
+        if SYSTEM.wait(self.waker.fd, None if self.alone else self.pool, self.child, limit):
             self.hear()
         self.waker.clear()
 
@@ -2899,8 +2782,7 @@ def work(  # noqa: PLR0913
         pool = Pool(queue, count, queues, say)
         pool.drain, pool.horizon, pool.tick = drain, horizon, tick
         if signals:
-            SYSTEM.unblock()  # else the fork server misses its SIGCHLD
-            pool.waker = Waker(dict.fromkeys(SYSTEM.STOP_SIGNALS, pool.on_signal))
+            pool.waker = Waker(pool.on_signal)  # before the fork server, which needs its SIGCHLD
         try:
             return pool.main()
         finally:
@@ -3326,7 +3208,7 @@ def detach(args: argparse.Namespace) -> int:
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     size = os.fstat(fd).st_size
     pool = subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, **SYSTEM.background()
+        argv, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, **SYSTEM.BACKGROUND
     )
     os.close(fd)
     while pool.poll() is None:
@@ -3516,7 +3398,8 @@ def read_on(fd: int, at: int) -> tuple[int, bytes]:
     """Return where the output goes on, and what is there; what was cut meanwhile is a hole."""
     with contextlib.suppress(OSError, AttributeError):  # the end of the file; no such call
         at = os.lseek(fd, at, os.SEEK_DATA)
-    return at, SYSTEM.read(fd, 1 << 16, at)
+    os.lseek(fd, at, os.SEEK_SET)
+    return at, os.read(fd, 1 << 16)
 
 
 def follow(queue: Queue, job: Job, fd: int) -> Iterator[bytes]:

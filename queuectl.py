@@ -275,26 +275,21 @@ class System:
         os.mkfifo(path, 0o600)
         return os.open(path, os.O_RDWR | os.O_NONBLOCK)
 
-    def listen(self, *, worker: bool) -> tuple[int, ...]:
-        """Give a process and its jobs the signals they expect, whoever started it.
-
-        Return a pipe that signals may be written to, if that is how to wait for them.
-        """
+    def unblock(self, *, worker: bool) -> None:
+        """Give a process and its jobs the signals they expect, whoever started it."""
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         if worker:
             signal.signal(signal.SIGQUIT, signal.SIG_DFL)
             signal.signal(signal.SIGCHLD, ignore)
-        ends = os.pipe()
-        for fd in ends:
-            os.set_blocking(fd, False)
-        return ends
 
-    def wait(self, fd: int, pool: Connection | None, child: Any, limit: float | None) -> bool:  # noqa: ARG002
-        """Wait for a signal, which a job's end is too, or the pool; True if the pool may speak."""
+    def wait(self, bell: Any, pool: Any, child: Any, limit: float | None) -> bool:  # noqa: ARG002
+        """Wait for the bell, which a job's end rings too, or the pool; True if that may speak."""
         import select
 
-        sources: list[Any] = [fd, pool] if pool else [fd]
-        return pool in select.select(sources, [], [], limit)[0]
+        ready = select.select([bell, pool] if pool else [bell], [], [], limit)[0]
+        if bell in ready:
+            os.read(bell, 65536)
+        return pool in ready
 
     def launch(self, argv: Sequence[str], job: Job, env: dict[str, str], out: int) -> Child:
         """Start a job's command in a session of its own; OSError where it cannot be started.
@@ -408,10 +403,10 @@ class _Windows(System):
     def bell(self, path: str) -> int | None:  # noqa: ARG002
         return None
 
-    def listen(self, *, worker: bool) -> tuple[int, ...]:  # noqa: ARG002
-        return ()  # whoever waits does so for a TICK at most, or for a process
+    def unblock(self, *, worker: bool) -> None:
+        pass
 
-    def wait(self, fd: int, pool: Connection | None, child: Any, limit: float | None) -> bool:  # noqa: ARG002
+    def wait(self, bell: Any, pool: Any, child: Any, limit: float | None) -> bool:  # noqa: ARG002
         from multiprocessing.connection import wait
 
         things = [thing for thing in (pool, child and int(child._handle)) if thing]
@@ -484,33 +479,22 @@ class _Windows(System):
 SYSTEM = _Windows() if os.name == "nt" else System()
 
 
-class Waker(contextlib.ExitStack):
-    """Handles signals, and makes them readable where that is how to wait for them.
+def handle_signals(
+    stop: Callable[[int, Any], None], bell: int | None, *, worker: bool = False
+) -> contextlib.ExitStack:
+    """Handle what asks to stop, but leave a hang-up ignored under nohup; all signals ring the bell.
 
-    `close` puts everything back as it was.
+    To close what is returned puts everything back as it was.
     """
-
-    fd = -1
-
-    def __init__(self, stop: Callable[[int, Any], None], *, worker: bool = False) -> None:
-        """Handle what asks to stop, but leave a hang-up ignored under nohup."""
-        super().__init__()
-        ends = SYSTEM.listen(worker=worker)
-        for number in STOP_SIGNALS:
-            if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
-                self.callback(signal.signal, number, signal.signal(number, stop))
-        if ends:
-            self.fd = ends[0]
-            for fd in ends:
-                self.callback(os.close, fd)
-            before = signal.set_wakeup_fd(ends[1], warn_on_full_buffer=False)
-            self.callback(signal.set_wakeup_fd, before)
-
-    def clear(self) -> None:
-        """Forget the signals so far."""
-        if self.fd >= 0:
-            with contextlib.suppress(BlockingIOError):
-                os.read(self.fd, 4096)
+    before = contextlib.ExitStack()
+    SYSTEM.unblock(worker=worker)
+    for number in STOP_SIGNALS:
+        if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+            before.callback(signal.signal, number, signal.signal(number, stop))
+    if bell is not None:
+        fd = signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
+        before.callback(signal.set_wakeup_fd, fd)
+    return before
 
 
 # --- rules: pure functions -----------------------------------------------------------------------
@@ -2138,7 +2122,10 @@ class Worker:
         self.held = Held(self.run_dir.file(name))
         self.facts = {"pid": os.getpid(), "slot": slot}
         self.held.note(**self.facts)
-        self.waker = Waker(ignore, worker=True)
+        self.bell = SYSTEM.bell(self.run_dir.file(name, "bell"))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.run_dir.file(name, "bell"))  # only signals ring it
+        handle_signals(ignore, self.bell, worker=True)
         self.child: Child | None = None
         self.config = self.queue.config()
         self.db.durable(self.config["synchronous"])
@@ -2213,9 +2200,8 @@ class Worker:
         limit = None if until == float("inf") else max(0.0, until - now)
         if self.alone and limit is None:
             return  # nobody is left who could say anything
-        if SYSTEM.wait(self.waker.fd, None if self.alone else self.pool, self.child, limit):
+        if SYSTEM.wait(self.bell, None if self.alone else self.pool, self.child, limit):
             self.hear()
-        self.waker.clear()
 
     def claim(self) -> Job | None:
         """Claim a job; a fault of the database or the disk is waited out."""
@@ -2468,7 +2454,7 @@ class Pool:
         self.name = "pool-" + os.urandom(4).hex()
         self.drain, self.horizon, self.code = False, FOREVER, OK
         self.fault: Fault | None = None
-        self.waker: Waker | None = None
+        self.handling = False  # signals
         self.signals: list[tuple[float, int]] = []
         self.stopping = self.now = False
         self.members: list[Member] = []
@@ -2496,20 +2482,24 @@ class Pool:
             facts = {"host": socket.gethostname(), "queues": list(self.queues)}
             held.note(pid=os.getpid(), started=self.queue.clock(), count=self.count, **facts)
             self.bell = SYSTEM.bell(self.run_dir.file(self.name, "bell"))
-        self.identity = self.db.identity()
-        self.run_dir.clean(keep=[job.locked_by for job in self.queue.claimed()])
+        before = handle_signals(self.on_signal, self.bell) if self.handling else None
+        self.say(f"{self.count} worker{'s' * (self.count > 1)} on {self.db.path}")
         try:
+            self.identity = self.db.identity()
+            self.run_dir.clean(keep=[job.locked_by for job in self.queue.claimed()])
             while self.members or not self.stopping:
                 self.turn()
+            self.sync()
         finally:
             for member in self.members:
                 member.conn.close()  # that tells them
             for item in self.run_dir.files(self.name + "."):
                 os.unlink(self.run_dir.file(item))
             held.close()
+            if before:
+                before.close()
             if self.bell is not None:
                 os.close(self.bell)
-        self.sync()
         if self.fault:
             raise self.fault
         return self.code
@@ -2548,10 +2538,7 @@ class Pool:
         until = min(self.look_at, self.sync_at, due, *(when for when, _ in self.missing))
         sources: list[Any] = [member.conn for member in self.members]
         sources += [] if self.bell is None else [self.bell]
-        sources += [self.waker.fd] if self.waker and self.waker.fd >= 0 else []
         ready = wait(sources, max(0.0, until - time.monotonic()))
-        if self.waker:
-            self.waker.clear()
         if self.bell is not None and self.bell in ready:
             os.read(self.bell, 65536)
             self.news += 1
@@ -2778,16 +2765,10 @@ def work(  # noqa: PLR0913
         queue.config()  # where that is damaged, no worker could begin
         if kind:
             say(f"warning: {queue.db.path} is on {kind}; SQLite needs a local disk")
-        say(f"{count} worker{'s' * (count > 1)} on {queue.db.path}")
         pool = Pool(queue, count, queues, say)
         pool.drain, pool.horizon, pool.tick = drain, horizon, tick
-        if signals:
-            pool.waker = Waker(pool.on_signal)  # before the fork server, which needs its SIGCHLD
-        try:
-            return pool.main()
-        finally:
-            if pool.waker:
-                pool.waker.close()
+        pool.handling = signals
+        return pool.main()
 
 
 # --- reports: jobs as text ------------------------------------------------------------------------

@@ -66,6 +66,13 @@ __all__ = ["Attempt", "Job", "Queue", "QueueError", "work"]
 
 STATES = tuple("pending processing completed dead cancelled".split())
 PENDING, PROCESSING, COMPLETED, DEAD, CANCELLED = STATES
+MOVES = {  # every legal change of state; whatever is not here does not happen
+    PENDING: (PROCESSING, CANCELLED),
+    PROCESSING: (COMPLETED, PENDING, DEAD, CANCELLED),
+    DEAD: (PENDING,),
+    CANCELLED: (PENDING,),
+    COMPLETED: (),
+}
 ENDED = (COMPLETED, DEAD, CANCELLED)
 PRUNED = (COMPLETED, CANCELLED)  # unless told otherwise: dead letters stay until they are purged
 DUE, LATER, BLOCKED = 1, 0, -1  # what a pending job is; whatever is not pending counts as due
@@ -1205,7 +1212,8 @@ class RunDirectory:
         """Return what the holder of a file says about itself, as far as it can be read."""
         import json
 
-        with contextlib.suppress(OSError, ValueError), open(self.file(*parts), "rb") as file:
+        garbled = contextlib.suppress(OSError, ValueError, TypeError)
+        with garbled, open(self.file(*parts), "rb") as file:
             return dict(json.load(file))
         return {}
 

@@ -340,6 +340,7 @@ class Rules(unittest.TestCase):
                 ending = queuectl.Ending(fate, None, error, 100.0, 200.0)
                 after = queuectl.sequel(job, ending, config, 200.0)
                 self.assertEqual((after.state, after.attempts), (state, left))
+                self.assertIn(after.state, queuectl.MOVES["processing"])
 
 
 def a_job(**fields: Any) -> queuectl.Job:

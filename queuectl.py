@@ -3601,70 +3601,40 @@ COMMANDS = {
 }
 # fmt: on
 
-COMPLETIONS = {  # for each shell: a function, and how it chooses words by what was typed so far
-    "bash": (
-        """_queuectl() {
-  local i given= choice=
-  for ((i = 1; i < COMP_CWORD; i++)); do
-    case ${COMP_WORDS[i]} in --db) ((i++)) ;; -*) ;; *) given="$given ${COMP_WORDS[i]}" ;; esac
-  done
-  case "$given" in
-CASES  esac
-  COMPREPLY=($(compgen -W "$choice" -- "${COMP_WORDS[COMP_CWORD]}"))
+COMPLETIONS = {  # for each shell: what asks the program, at each TAB, which words fit
+    "bash": """_queuectl() {
+  local fit="$(PROGRAM completion bash "${COMP_WORDS[@]:0:COMP_CWORD}")"
+  COMPREPLY=($(compgen -W "$fit" -- "${COMP_WORDS[COMP_CWORD]}"))
 }
 complete -o default -F _queuectl queuectl queuectl.py""",
-        "    '{typed}'{more}) choice='{choice}' ;;\n",
-    ),
-    "zsh": (
-        """_queuectl() {
-  local i given= choice=
-  for ((i = 2; i < CURRENT; i++)); do
-    case $words[i] in --db) ((i++)) ;; -*) ;; *) given="$given $words[i]" ;; esac
-  done
-  case "$given" in
-CASES  esac
-  compadd -- ${=choice} || _files
-}
+    "zsh": """_queuectl() { compadd -- $(PROGRAM completion zsh "${(@)words[1,CURRENT-1]}") || _files }
 compdef _queuectl queuectl queuectl.py""",
-        "    '{typed}'{more}) choice='{choice}' ;;\n",
-    ),
-    "fish": (
-        """function __queuectl
-  set -l given ''
-  set -l skip 1
-  for word in (commandline -opc)
-    if test $skip = 1
-      set skip 0
-    else if test "$word" = --db
-      set skip 1
-    else if not string match -q -- '-*' "$word"
-      set given "$given $word"
-    end
-  end
-  switch "$given"
-CASES  end
-end
+    "fish": """function __queuectl; PROGRAM completion fish (commandline -opc); end
 complete -c queuectl -a '(__queuectl)'
 complete -c queuectl.py -a '(__queuectl)'""",
-        "    case '{typed}{more}'\n      string split ' ' -- '{choice}'\n",
-    ),
 }
+
+
+def fitting(typed: Sequence[str]) -> Iterable[str]:
+    """Return the words that may follow the ones that were typed: a command's name or options."""
+    if not typed:
+        return ()
+    pairs = zip(typed, typed[1:])
+    given = [word for before, word in pairs if word[:1] != "-" and before != "--db"]
+    for words, command in COMMANDS.items():
+        if words.split() == given[: len(words.split())]:
+            return [name for names, _ in command.arguments for name in names if name[0] == "-"]
+    known = [words.split() for words in COMMANDS if words.split()[: len(given)] == given]
+    return dict.fromkeys(words[len(given)] for words in known)
 
 
 def cmd_completion(args: argparse.Namespace) -> None:
-    """Print what makes a shell complete commands and options."""
-    families: dict[str, list[str]] = {"": []}
-    cases = []
-    for name, command in COMMANDS.items():
-        options = [option for names, _ in command.arguments for option in names]
-        cases.append((f" {name}", "*", [option for option in options if option[0] == "-"]))
-        family, _, verb = name.rpartition(" ")
-        families.setdefault(family and f" {family}", []).append(verb)
-        families[""] += [family] if family and family not in families[""] else []
-    cases += [(typed, "", verbs) for typed, verbs in families.items()]
-    script, line = COMPLETIONS[args.shell]
-    lines = (line.format(typed=t, more=more, choice=" ".join(words)) for t, more, words in cases)
-    print(script.replace("CASES", "".join(lines)))
+    """Print what makes a shell complete words or, asked by it, the words."""
+    for word in fitting(args.typed):
+        print(word)
+    if not args.typed:
+        program = shlex.join([sys.executable, os.path.abspath(sys.argv[0])])
+        print(COMPLETIONS[args.shell].replace("PROGRAM", program))
 
 
 COMMANDS["completion"] = Command(
@@ -3672,7 +3642,10 @@ COMMANDS["completion"] = Command(
     "",
     "print what makes your shell complete words",
     "completion bash",
-    (arg("shell", choices=tuple(COMPLETIONS), metavar="SHELL", help="bash, zsh or fish"),),
+    (
+        arg("shell", choices=tuple(COMPLETIONS), metavar="SHELL", help="bash, zsh or fish"),
+        arg("typed", nargs="...", metavar="WORD", help="what was typed so far, when a shell asks"),
+    ),
 )
 
 HELP = """\

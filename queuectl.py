@@ -1058,6 +1058,7 @@ RECENT_LIMIT = 5000
 RECENT = f"""
 SELECT count(*), min(updated_at) FROM (
   SELECT updated_at FROM jobs WHERE state = :state AND due = 1 AND updated_at > :since
+    AND (:queue IS NULL OR queue = :queue)
   ORDER BY updated_at DESC LIMIT {RECENT_LIMIT})"""
 TALLY = "SELECT queue, state, due, jobs FROM counts WHERE jobs > 0"
 ATTEMPTS = "SELECT " + ", ".join(Attempt._fields) + " FROM attempts WHERE job = :seq ORDER BY run"
@@ -1781,11 +1782,12 @@ class Queue:
                 counts[state] += jobs
         return counts
 
-    def rate(self) -> float:
-        """Return how many jobs ended in a second, over the last minute."""
+    def rate(self, queue: str | None = None) -> float:
+        """Return how many jobs, of one queue or of any, ended in a second of the last minute."""
         since, ended = self.clock() - 60, 0.0
         for state in (COMPLETED, DEAD):
-            jobs, first = self.db.execute(RECENT, {"state": state, "since": since}).fetchone()
+            asked = {"state": state, "since": since, "queue": queue}
+            jobs, first = self.db.execute(RECENT, asked).fetchone()
             ended += jobs / max(self.clock() - first, 0.001) if jobs >= RECENT_LIMIT else jobs / 60
         return ended
 
@@ -2936,7 +2938,7 @@ def status_facts(queue: Queue, only: str | None = None) -> dict[str, Any]:
         facts[state] += jobs
         facts[kinds[due]] += jobs if state == PENDING else 0
         queues.setdefault(name, dict.fromkeys(STATES, 0))[state] += jobs
-    facts.update(queues=queues, paused=queue.paused(), rate=round(queue.rate(), 3))
+    facts.update(queues=queues, paused=queue.paused(), rate=round(queue.rate(only), 3))
     facts["oldest"] = oldest and job_facts(oldest, queue.config())
     return {**facts, "workers": list(worker_facts(queue))}
 
@@ -2965,7 +2967,7 @@ def status_text(queue: Queue, only: str | None = None, *, full: bool = False) ->
     if facts["workers"]:
         yield ""
         yield from table(WORKER_HEADINGS, worker_rows(queue))
-    failed = list(queue.jobs((DEAD,), 5)) if full else []
+    failed = list(queue.jobs((DEAD,), 5, only)) if full else []
     if failed:
         yield ""
         rows = ((job.id, ago(job.updated_at, queue.clock()), job.last_error) for job in failed)
@@ -3089,6 +3091,19 @@ def show_json(objects: Iterable[Mapping[str, Any]]) -> None:
         print(json.dumps(facts))
 
 
+def show_table(
+    args: argparse.Namespace,
+    facts: Iterable[Mapping[str, Any]],
+    headings: Sequence[str],
+    rows: Iterable[Sequence[object]],
+) -> None:
+    """Print what there is as JSON or, for people, as a table."""
+    if args.json:
+        show_json(facts)
+    else:
+        show(table(headings, rows))
+
+
 def changes(queue: Queue, timeout: float | None = None) -> Iterator[None]:
     """Yield at once, at every change, and now and then; end after so many seconds."""
     began, version, look_at = time.monotonic(), -1, 0.0
@@ -3144,47 +3159,44 @@ def with_options(args: argparse.Namespace, job: dict[str, object]) -> dict[str, 
     return {**job, **given}
 
 
-def enqueue_lines(args: argparse.Namespace) -> Iterator[str]:
-    """Enqueue stdin, read to its end first: a slow writer must not hold up the workers."""
+def from_words(words: Sequence[str]) -> list[dict[str, object]]:
+    """Return the jobs that the words of a command line describe: JSON, a shell line, or words."""
+    if len(words) > 1 and not re.match(UNQUOTED, words[0]):
+        return [{"command": SYSTEM.line(words)}]
+    if words[0].lstrip()[:1] in ("{", "["):
+        return from_json(" ".join(words))
+    return [{"command": words[0]}]
+
+
+def read_stdin() -> Any:
+    """Read stdin to its end: a slow writer must not hold up the workers."""
     import shutil
     import tempfile
 
-    at = [0]
-    with tempfile.SpooledTemporaryFile(1 << 20) as spool:
-        shutil.copyfileobj(sys.stdin.buffer, spool)
-        spool.seek(0)
+    spool = tempfile.SpooledTemporaryFile(1 << 20)  # noqa: SIM115
+    shutil.copyfileobj(sys.stdin.buffer, spool)
+    return spool
+
+
+def cmd_enqueue(args: argparse.Namespace) -> None:
+    """Add jobs; print their ids. No queue is made for bad input."""
+    at = [0]  # the line, where stdin has them
+
+    def jobs() -> Iterator[dict[str, object]]:
+        if spool:
+            spool.seek(0)
+        for job in from_lines(spool, at) if spool else from_words(args.words):
+            yield with_options(args, job)
+
+    with read_stdin() if args.words == ["-"] else contextlib.nullcontext() as spool:
         try:
-            if not os.path.lexists(args.db):  # no queue is made for bad input
-                for job in from_lines(spool, at):
-                    check_fields(with_options(args, job))
-                spool.seek(0)
-            jobs = (with_options(args, job) for job in from_lines(spool, at))
+            for job in () if os.path.lexists(args.db) else jobs():
+                check_fields(job)
             with Queue(args.db) as queue:
-                yield from queue.enqueue_many(jobs, if_absent=args.if_absent)
+                for job_id in queue.enqueue_many(jobs(), if_absent=args.if_absent):
+                    print(job_id)
         except BadInput as error:
-            raise BadInput(f"line {at[0]}: {error}") from None
-
-
-def cmd_enqueue(args: argparse.Namespace) -> int:
-    """Add jobs; print their ids."""
-    words: list[str] = args.words
-    if words == ["-"]:
-        for job_id in enqueue_lines(args):
-            print(job_id)
-        return OK
-    if len(words) > 1 and not re.match(UNQUOTED, words[0]):
-        jobs: list[dict[str, object]] = [{"command": SYSTEM.line(words)}]
-    elif words[0].lstrip()[:1] in ("{", "["):
-        jobs = from_json(" ".join(words))
-    else:
-        jobs = [{"command": words[0]}]
-    jobs = [with_options(args, job) for job in jobs]
-    for job in jobs:
-        check_fields(job)  # before a queue is made for it
-    with Queue(args.db) as queue:
-        for job_id in queue.enqueue_many(jobs, if_absent=args.if_absent):
-            print(job_id)
-    return OK
+            raise BadInput(f"line {at[0]}: {error}" if spool else str(error)) from None
 
 
 def detach(args: argparse.Namespace) -> int:
@@ -3260,10 +3272,7 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
 
 def cmd_worker_list(args: argparse.Namespace, queue: Queue) -> None:
     """List the living workers."""
-    if args.json:
-        show_json(worker_facts(queue))
-    else:
-        show(table(WORKER_HEADINGS, worker_rows(queue)))
+    show_table(args, worker_facts(queue), WORKER_HEADINGS, worker_rows(queue))
 
 
 def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
@@ -3306,11 +3315,9 @@ def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
         return
     now, states = queue.clock(), args.state or STATES
     jobs = [j for j in queue.recurring() if args.queue in (None, j.queue) and j.state in states]
-    if args.json:
-        show_json(job_facts(job, queue.config()) for job in jobs)
-    else:
-        rows = [(j.series, schedule(j), ago(j.run_after, now), j.id, j.command) for j in jobs]
-        show(table(("ID", "SCHEDULE", "NEXT", "JOB", "COMMAND"), rows))
+    facts = (job_facts(job, queue.config()) for job in jobs)
+    rows = ((j.series, schedule(j), ago(j.run_after, now), j.id, j.command) for j in jobs)
+    show_table(args, facts, ("ID", "SCHEDULE", "NEXT", "JOB", "COMMAND"), rows)
 
 
 def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
@@ -3359,11 +3366,16 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     for job in map(queue.get, ids):
         if job.due == BLOCKED:
             say(f"job {printable(job.id)} is {why(queue, job)}")
+
+    def line() -> str:
+        left = [printable(job.id) for job in map(queue.get, ids) if job.state not in ENDED]
+        return f"waiting for {', '.join(left)}" if ids else progress.line()
+
     for _ in changes(queue, args.timeout):
         jobs = outcome(queue, ids, dead)
         if jobs is not None:
             return next(filter(None, map(exit_of, jobs)), OK)
-        LINES.show(progress.line)
+        LINES.show(line)
     say(f"not yet, after {span(args.timeout)}")
     return TIMED_OUT
 
@@ -3482,15 +3494,10 @@ def setting_text(value: object) -> str:
 
 def cmd_config_list(args: argparse.Namespace, queue: Queue) -> None:
     """List every setting."""
-    config = queue.config()
-    if args.json:
-        show_json(
-            {"key": key, "value": value, "default": SETTINGS[key].default}
-            for key, value in config.items()
-        )
-        return
-    rows = [(key, setting_text(value), SETTINGS[key].meaning) for key, value in config.items()]
-    show(table(("KEY", "VALUE", "MEANING"), rows))
+    config = queue.config().items()
+    facts = ({"key": k, "value": value, "default": SETTINGS[k].default} for k, value in config)
+    rows = ((key, setting_text(value), SETTINGS[key].meaning) for key, value in config)
+    show_table(args, facts, ("KEY", "VALUE", "MEANING"), rows)
 
 
 def typed(read: Callable[[Any], Any]) -> Callable[[str], Any]:
@@ -3607,7 +3614,9 @@ COMPLETIONS = {  # for each shell: what asks the program, at each TAB, which wor
   COMPREPLY=($(compgen -W "$fit" -- "${COMP_WORDS[COMP_CWORD]}"))
 }
 complete -o default -F _queuectl queuectl queuectl.py""",
-    "zsh": """_queuectl() { compadd -- $(PROGRAM completion zsh "${(@)words[1,CURRENT-1]}") || _files }
+    "zsh": """_queuectl() {
+  compadd -- $(PROGRAM completion zsh "${(@)words[1,CURRENT-1]}") || _files
+}
 compdef _queuectl queuectl queuectl.py""",
     "fish": """function __queuectl; PROGRAM completion fish (commandline -opc); end
 complete -c queuectl -a '(__queuectl)'
@@ -3644,7 +3653,7 @@ COMMANDS["completion"] = Command(
     "completion bash",
     (
         arg("shell", choices=tuple(COMPLETIONS), metavar="SHELL", help="bash, zsh or fish"),
-        arg("typed", nargs="...", metavar="WORD", help="what was typed so far, when a shell asks"),
+        arg("typed", nargs="...", metavar="WORD", help="the words so far, where a shell asks"),
     ),
 )
 

@@ -3698,21 +3698,19 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     lines = (f"  {w:<11} {', '.join(v) or COMMANDS[w].help}\n" for w, v in verbs.items())
     about, usage = HELP.replace("COMMANDS", "".join(lines)), "queuectl [--db PATH] COMMAND ..."
     parser = Parser("queuectl", usage=usage, description=about, add_help=False, **style)
-    hidden = argparse.SUPPRESS
-    version = f"queuectl {__version__}"
+    hidden, version = argparse.SUPPRESS, f"queuectl {__version__}"
     parser.add_argument("-h", "--help", action="help", help=hidden)
     parser.add_argument("--version", action="version", version=version, help=hidden)
     where = os.environ.get("QUEUECTL_DB") or "queuectl.db"
     parser.add_argument("--db", default=where, metavar="PATH", help=hidden)
-    groups = {
-        "": parser.add_subparsers(prog="queuectl", metavar="COMMAND", required=True, help=hidden)
-    }
+    main = parser.add_subparsers(prog="queuectl", metavar="COMMAND", required=True, help=hidden)
+    groups = {"": main}
     for words, command in COMMANDS.items():
         family, _, verb = words.rpartition(" ")
         if words.split()[0] not in argv:
             continue
         if family not in groups:
-            sub = groups[""].add_parser(family, **style)
+            sub = main.add_parser(family, **style)
             groups[family] = sub.add_subparsers(metavar="COMMAND", required=True)
         about, example = command.help.capitalize() + ".", f"example: queuectl {command.example}"
         leaf = groups[family].add_parser(

@@ -301,6 +301,13 @@ class Rules(unittest.TestCase):
         waits = [queuectl.backoff(attempts, config) for attempts in (1, 2, 3, 10, 100_000)]
         self.assertEqual(waits, [2, 4, 8, 60, 60])
 
+    def test_a_setting_is_read_as_it_is_printed(self) -> None:
+        values = {key: setting.default for key, setting in queuectl.SETTINGS.items()}
+        for key, value in {**values, "synchronous": "full", "shell": ("a b", "-c")}.items():
+            with self.subTest(key):
+                read = queuectl.SETTINGS[key].read(queuectl.setting_text(value))
+                self.assertEqual((type(read), read), (type(value), value))
+
     @NEEDS_SHELL
     def test_exit_codes_say_what_they_mean(self) -> None:
         cases = {
@@ -1272,10 +1279,10 @@ class Stop(Live):
 
     def test_a_result_that_cannot_be_stored_is_kept_over_a_stop(self) -> None:
         jobs = {
-            "good": self.enqueue(f"echo good >> log; {WAIT}; echo result; echo >> ended"),
+            "good": self.enqueue(f"echo good >> log; {WAIT}; echo a result; echo >> ended"),
             "bad": self.enqueue(f"echo bad >> log; {WAIT}; echo why; echo >> ended; exit 3"),
         }
-        self.configure(max_retries="1")
+        self.configure(max_retries="1", output_limit="7")
         pool = self.pool("--count", "2")
         until(lambda: len(self.lines("log")) == 2)
         second, db = self.second(), self.locked()
@@ -1290,13 +1297,13 @@ class Stop(Live):
         self.drain(code=1)
         self.assertEqual(sorted(self.lines("log")), ["bad", "good"])  # neither ran again
         for name, state, code, output in (
-            ("good", "completed", 0, b"result\n"),
-            ("bad", "dead", 3, b"why\n"),
+            ("good", "completed", 0, (2, b"result\n")),
+            ("bad", "dead", 3, (0, b"why\n")),
         ):
             with self.subTest(name):
                 job, runs = self.job(jobs[name]), self.attempts(jobs[name])
                 self.assertEqual((job.state, job.exit_code, job.attempts), (state, code, 1))
-                self.assertEqual([run.output for run in runs], [output])
+                self.assertEqual([(run.cut, run.output) for run in runs], [output])
         self.assertEqual(queuectl.RunDirectory(self.path).files(), [])
 
     def test_under_nohup_a_hang_up_changes_nothing(self) -> None:
@@ -3315,7 +3322,8 @@ class Recurring(Clocked):
         ("*/30 * * * *", "2026-03-29T01:30+01:00", "2026-03-29T03:00+02:00"),
         ("30 2 * * *", "2026-10-24T03:00+02:00", "2026-10-25T02:30+02:00"),
         ("30 2 * * *", "2026-10-25T02:30+02:00", "2026-10-26T02:30+01:00"),  # once
-        ("30 * * * *", "2026-10-25T02:30+02:00", "2026-10-25T02:30+01:00"),  # each hour
+        ("30 * * * *", "2026-10-25T01:30+02:00", "2026-10-25T02:30+02:00"),  # each hour
+        ("30 * * * *", "2026-10-25T02:30+02:00", "2026-10-25T02:30+01:00"),
         ("0 3 * * *", "2026-10-24T03:00+02:00", "2026-10-25T03:00+01:00"),
     )
 

@@ -47,7 +47,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
@@ -506,17 +506,17 @@ def handle_signals(
 
 # --- rules: pure functions -----------------------------------------------------------------------
 
-SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+SECONDS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
 FOREVER = 10 * 365 * 86400.0  # no duration is longer, so that no sum of times overflows
 
 
 def seconds(value: object) -> float:
     """Return a duration in seconds: a number, or `90`, `90s`, `5m`, `1h30m`, `2d`, `1.5h`."""
     if isinstance(value, str):
-        parts = re.findall(r"(\d+(?:\.\d*)?|\.\d+)([smhdw]?)", value.strip().lower())
-        if not parts or "".join(n + unit for n, unit in parts) != value.strip().lower():
-            raise ValueError("must be a duration such as 90, 90s, 5m or 1h30m")
-        if len(parts) > 1 and not all(unit for _, unit in parts):
+        written = value.strip().lower()
+        parts = re.findall(r"(\d+(?:\.\d*)?|\.\d+)([smhdw]?)", written)
+        whole = parts and "".join(map("".join, parts)) == written
+        if not whole or (len(parts) > 1 and not all(unit for _, unit in parts)):
             raise ValueError("must be a duration such as 90, 90s, 5m or 1h30m")
         value = sum(float(number) * SECONDS[unit or "s"] for number, unit in parts)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -533,13 +533,12 @@ def moment(value: object) -> float:
     if isinstance(value, str) and re.fullmatch(r"\s*\d+(\.\d*)?\s*", value):
         value = float(value)
     if isinstance(value, str):
-        text = re.sub(r"[zZ]$", "+00:00", value.strip())
+        iso = re.sub(r"[zZ]$", "+00:00", value.strip())
         try:
-            value = datetime.fromisoformat(text).timestamp()
+            value = datetime.fromisoformat(iso).timestamp()
         except (ValueError, OverflowError, OSError):
-            raise ValueError(
-                "must be a time such as 2030-01-31T08:00 or 2030-01-31T08:00Z"
-            ) from None
+            known = "2030-01-31T08:00 or 2030-01-31T08:00Z"
+            raise ValueError(f"must be a time such as {known}") from None
     if not 0 <= value <= 253402300799:
         raise ValueError("must be a time between 1970 and 9999")
     return float(value)
@@ -573,10 +572,9 @@ def command_line(value: object) -> str:
     """Check a shell line: not blank, and not longer than the system can start."""
     if not text(value).strip():
         raise ValueError("must not be blank")
-    if len(text(value).encode()) > SYSTEM.COMMAND_LIMIT:
-        raise ValueError(
-            f"must not be longer than {SYSTEM.COMMAND_LIMIT} bytes; put it into a script"
-        )
+    limit = SYSTEM.COMMAND_LIMIT
+    if len(text(value).encode()) > limit:
+        raise ValueError(f"must not be longer than {limit} bytes; put it into a script")
     return text(value)
 
 
@@ -614,12 +612,10 @@ CRON = (  # each field's first and last value, and the names of its values
 )
 CRON_WORDS = {
     "@hourly": "0 * * * *",
-    "@daily": "0 0 * * *",
-    "@midnight": "0 0 * * *",
+    **dict.fromkeys(("@daily", "@midnight"), "0 0 * * *"),
     "@weekly": "0 0 * * 0",
     "@monthly": "0 0 1 * *",
-    "@yearly": "0 0 1 1 *",
-    "@annually": "0 0 1 1 *",
+    **dict.fromkeys(("@yearly", "@annually"), "0 0 1 1 *"),
 }
 
 
@@ -660,14 +656,14 @@ def cron_next(rule: str, after: float) -> float:
     for _ in range(8 * 366 + 2):  # the 29th of February is at most 8 years away
         match = day.day in days, bool({day.isoweekday(), day.isoweekday() % 7} & weekdays)
         if day.month in months and (any(match) if either else all(match)):
-            times = [
-                datetime(day.year, day.month, day.day, h, m, fold=f).timestamp()  # noqa: DTZ001
-                for h in hours
-                for m in minutes
-                for f in folds
-            ]
-            if max(times) > after:
-                return min(when for when in times if when > after)
+            moments = product(hours, minutes, folds)
+            times = (
+                datetime(day.year, day.month, day.day, h, m, fold=fold).timestamp()  # noqa: DTZ001
+                for h, m, fold in moments
+            )
+            found = min((when for when in times if when > after), default=None)
+            if found is not None:
+                return found
         day += timedelta(days=1)
     raise ValueError("names a day that never comes")
 
@@ -746,22 +742,21 @@ CONFLICTS = {  # what says when a job runs, and what it cannot be said together 
 
 
 def check_fields(fields: Mapping[str, object]) -> dict[str, Any]:
-    """Return the checked fields of a job, or raise BadInput that names the first bad one."""
-    checked = {}
-    for key, value in fields.items():
-        check = FIELDS.get(key)
-        if check is None:
-            raise BadInput(f"unknown field {printable(key)}{nearest(key, FIELDS)}")
-        try:
-            checked[key] = check(value)
-        except ValueError as error:
-            raise BadInput(f"{key} {error}") from None
+    """Return the checked fields of a job, or raise BadInput that names a bad one."""
+    checked: dict[str, Any] = {}
+    for key in fields.keys() - FIELDS.keys():
+        raise BadInput(f"unknown field {printable(key)}{nearest(key, FIELDS)}")
+    for key in fields:
+        for other in CONFLICTS.get(key, ()):
+            if other in fields:
+                raise BadInput(f"a job has {key} or {other}, not both")
+    try:
+        for key, value in fields.items():
+            checked[key] = FIELDS[key](value)
+    except ValueError as error:
+        raise BadInput(f"{key} {error}") from None
     if "command" not in checked:
         raise BadInput("a job needs a command")
-    for key in checked:
-        for other in CONFLICTS.get(key, ()):
-            if other in checked:
-                raise BadInput(f"a job has {key} or {other}, not both")
     return checked
 
 
@@ -867,24 +862,19 @@ def exit_meaning(code: int) -> str | None:
         return None
     if code < 0:
         return f"killed by {signal_name(-code)}"
-    known = {
-        TRY_LATER: "try later",
-        126: "not executable",
-        127: "command not found",
-        9009: "command not found",
-    }
-    if 128 < code <= 128 + 64 and code not in known:
+    known = {TRY_LATER: "try later", 126: "not executable"}
+    known.update(dict.fromkeys((127, 9009), "command not found"))  # of a shell, of cmd.exe
+    if 128 < code <= 128 + 64:
         known[code] = f"128 + {signal_name(code - 128)}"
-    return f"exit code {code} ({known[code]})" if code in known else f"exit code {code}"
+    return f"exit code {code}" + (f" ({known[code]})" if code in known else "")
 
 
 def iso(when: float | None) -> str | None:
     """Return Unix seconds as ISO 8601 in local time with its offset."""
     if when is None:
         return None
-    return (
-        datetime.fromtimestamp(when, timezone.utc).astimezone().isoformat(timespec="milliseconds")
-    )
+    local = datetime.fromtimestamp(when, timezone.utc).astimezone()
+    return local.isoformat(timespec="milliseconds")
 
 
 def span(duration: float) -> str:
@@ -893,10 +883,9 @@ def span(duration: float) -> str:
         return f"{duration:.2f}".rstrip("0").rstrip(".") + " s"
     if duration < 60:
         return f"{duration:.0f} s"
-    units = [("w", 604800), ("d", 86400), ("h", 3600), ("m", 60), ("s", 1)]
     rest = round(duration)
     parts: list[str] = []
-    for unit, size in units:
+    for unit, size in SECONDS.items():
         if rest >= size and len(parts) < 2:
             parts.append(f"{rest // size}{unit}")
             rest %= size

@@ -725,14 +725,15 @@ def cron_field(field: str, low: int, high: int, words: Sequence[str]) -> set[int
     values: set[int] = set()
     numbers = field
     for number, word in enumerate(words, low):
-        numbers = re.sub(rf"\b{word}\b", str(number), numbers)
+        numbers = re.sub(rf"(?<!/)\b{word}\b", str(number), numbers)
     for part in numbers.split(","):
         match = re.fullmatch(r"(?:\*|(\d+)(?:-(\d+))?)(?:/([1-9]\d*))?", part)
         if not match:
             raise ValueError(f"has a bad field {field!r}")
         first, last, step = match.groups()
         begin, end = int(first or low), int(last or (first if first and not step else high))
-        must(low <= begin <= end <= high, f"have {low} to {high}, rising, where it has {field!r}")
+        if not low <= begin <= end <= high:
+            raise ValueError(f"has {field!r} where {low} to {high} is meant, the lower one first")
         values.update(range(begin, end + 1, int(step or 1)))
     return values
 
@@ -985,72 +986,7 @@ PRAGMAS = (  # of every connection
     "PRAGMA temp_store = memory",  # else a batch writes each row's rollback journal to a file
 )
 TRUNCATE_LOG = "PRAGMA wal_checkpoint(TRUNCATE)"
-SCHEMA = (  # one script for each version, which ends by saying so
-    f"PRAGMA application_id = {APPLICATION_ID};"
-    """
-CREATE TABLE jobs (
-  seq INTEGER PRIMARY KEY AUTOINCREMENT,
-  id TEXT NOT NULL UNIQUE,
-  queue TEXT NOT NULL,
-  command TEXT NOT NULL,
-  cwd TEXT NOT NULL,
-  env TEXT,
-  state TEXT NOT NULL,
-  priority INTEGER NOT NULL,
-  attempts INTEGER NOT NULL DEFAULT 0,
-  max_retries INTEGER,
-  timeout REAL,
-  created_at REAL NOT NULL,
-  updated_at REAL NOT NULL,
-  run_after REAL NOT NULL,
-  locked_by TEXT,
-  locked_at REAL,
-  exit_code INTEGER,
-  last_error TEXT,
-  run INTEGER NOT NULL DEFAULT 0,
-  cancelling INTEGER NOT NULL DEFAULT 0,
-  due INTEGER NOT NULL                  -- 0 while run_after is ahead: then no claim walks over it
-);
-CREATE INDEX jobs_due ON jobs (queue, priority DESC, run_after, seq)
-  WHERE state = 'pending' AND due = 1;
-CREATE INDEX jobs_later ON jobs (queue, run_after) WHERE state = 'pending' AND due = 0;
-CREATE INDEX jobs_state ON jobs (state, updated_at);
-CREATE TABLE attempts (
-  job INTEGER NOT NULL,
-  run INTEGER NOT NULL,
-  worker TEXT NOT NULL,
-  started REAL NOT NULL,
-  finished REAL NOT NULL,
-  exit_code INTEGER,
-  error TEXT,
-  cut INTEGER NOT NULL,
-  output BLOB NOT NULL,
-  PRIMARY KEY (job, run)
-) WITHOUT ROWID;
-CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE counts (
-  queue TEXT NOT NULL, state TEXT NOT NULL, jobs INTEGER NOT NULL, PRIMARY KEY (queue, state)
-) WITHOUT ROWID;
-CREATE TRIGGER count_added AFTER INSERT ON jobs BEGIN
-  INSERT INTO counts VALUES (new.queue, new.state, 1)
-    ON CONFLICT (queue, state) DO UPDATE SET jobs = jobs + 1;
-END;
-CREATE TRIGGER count_moved AFTER UPDATE OF state ON jobs WHEN old.state <> new.state BEGIN
-  UPDATE counts SET jobs = jobs - 1 WHERE queue = old.queue AND state = old.state;
-  INSERT INTO counts VALUES (new.queue, new.state, 1)
-    ON CONFLICT (queue, state) DO UPDATE SET jobs = jobs + 1;
-END;
-CREATE TRIGGER count_gone AFTER DELETE ON jobs BEGIN
-  UPDATE counts SET jobs = jobs - 1 WHERE queue = old.queue AND state = old.state;
-END;
-PRAGMA user_version = 1;
-""",
-    """
-ALTER TABLE jobs ADD COLUMN snoozes INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE jobs ADD COLUMN recurs TEXT;
-ALTER TABLE jobs ADD COLUMN series TEXT;
-ALTER TABLE jobs ADD COLUMN planned REAL;
-DROP INDEX jobs_state;
+SINCE_2 = """  -- what version 2 brought
 CREATE INDEX jobs_state ON jobs (state, due, updated_at);
 CREATE INDEX jobs_series ON jobs (series, seq) WHERE series IS NOT NULL;
 CREATE INDEX jobs_recurs ON jobs (series) WHERE recurs IS NOT NULL;
@@ -1062,16 +998,11 @@ CREATE TABLE needs (
 ) WITHOUT ROWID;
 CREATE INDEX needs_child ON needs (child, met);
 CREATE TABLE paused (queue TEXT PRIMARY KEY) WITHOUT ROWID;  -- '': all of them
-UPDATE jobs SET due = 1 WHERE state <> 'pending' AND due <> 1;
-DROP TABLE counts;
 CREATE TABLE counts (
   queue TEXT NOT NULL, state TEXT NOT NULL, due INTEGER NOT NULL, jobs INTEGER NOT NULL,
   PRIMARY KEY (queue, state, due)
 ) WITHOUT ROWID;
 INSERT INTO counts SELECT queue, state, due, count(*) FROM jobs GROUP BY queue, state, due;
-DROP TRIGGER count_added;
-DROP TRIGGER count_moved;
-DROP TRIGGER count_gone;
 CREATE TRIGGER count_added AFTER INSERT ON jobs BEGIN
   INSERT INTO counts VALUES (new.queue, new.state, new.due, 1)
     ON CONFLICT (queue, state, due) DO UPDATE SET jobs = jobs + 1;
@@ -1086,7 +1017,47 @@ CREATE TRIGGER count_gone AFTER DELETE ON jobs BEGIN
   UPDATE counts SET jobs = jobs - 1 WHERE queue = old.queue AND state = old.state AND due = old.due;
 END;
 PRAGMA user_version = 2;
-""",
+"""
+SCHEMA = (  # what brings each version up to date: a new file, and one of version 1
+    f"PRAGMA application_id = {APPLICATION_ID};"
+    """
+CREATE TABLE jobs (
+  seq INTEGER PRIMARY KEY AUTOINCREMENT,
+  id TEXT NOT NULL UNIQUE,
+  queue TEXT NOT NULL, command TEXT NOT NULL, cwd TEXT NOT NULL, env TEXT,
+  state TEXT NOT NULL, priority INTEGER NOT NULL,
+  attempts INTEGER NOT NULL DEFAULT 0, max_retries INTEGER, timeout REAL,
+  created_at REAL NOT NULL, updated_at REAL NOT NULL, run_after REAL NOT NULL,
+  locked_by TEXT, locked_at REAL, exit_code INTEGER, last_error TEXT,
+  run INTEGER NOT NULL DEFAULT 0, cancelling INTEGER NOT NULL DEFAULT 0,
+  due INTEGER NOT NULL,                 -- 0 while run_after is ahead: then no claim walks over it
+  snoozes INTEGER NOT NULL DEFAULT 0,
+  recurs TEXT, series TEXT, planned REAL
+);
+CREATE INDEX jobs_due ON jobs (queue, priority DESC, run_after, seq)
+  WHERE state = 'pending' AND due = 1;
+CREATE INDEX jobs_later ON jobs (queue, run_after) WHERE state = 'pending' AND due = 0;
+CREATE TABLE attempts (
+  job INTEGER NOT NULL, run INTEGER NOT NULL, worker TEXT NOT NULL,
+  started REAL NOT NULL, finished REAL NOT NULL, exit_code INTEGER, error TEXT,
+  cut INTEGER NOT NULL, output BLOB NOT NULL,
+  PRIMARY KEY (job, run)
+) WITHOUT ROWID;
+CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+""" + SINCE_2,
+    """
+ALTER TABLE jobs ADD COLUMN snoozes INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN recurs TEXT;
+ALTER TABLE jobs ADD COLUMN series TEXT;
+ALTER TABLE jobs ADD COLUMN planned REAL;
+DROP INDEX jobs_state;
+DROP TRIGGER count_added;
+DROP TRIGGER count_moved;
+DROP TRIGGER count_gone;
+DROP TABLE counts;
+UPDATE jobs SET due = 1 WHERE state <> 'pending' AND due <> 1;
+"""
+    + SINCE_2,
 )
 
 JOB = "SELECT " + ", ".join(Job._fields) + " FROM jobs "
@@ -1342,12 +1313,13 @@ def migrate(db: sqlite3.Connection) -> None:
     db.execute(OUTER[0])
     tables = db.execute(TABLES).fetchone()[0]
     guest = bool(tables) and db.execute(APPLICATION).fetchone()[0] != APPLICATION_ID
-    for version in range(schema_version(db), len(SCHEMA)):
-        for statement in statements(SCHEMA[version]):
-            if not (guest and statement.startswith("PRAGMA")):
-                db.execute(statement)
-        if guest:
-            db.execute(SET, {"key": GUEST_KEY, "value": str(version + 1)})
+    version = schema_version(db)
+    script = SCHEMA[version] if version < len(SCHEMA) else ""  # another process was faster
+    for statement in statements(script):
+        if not (guest and statement.startswith("PRAGMA")):
+            db.execute(statement)
+    if guest:
+        db.execute(SET, {"key": GUEST_KEY, "value": str(len(SCHEMA))})
     db.execute(OUTER[1])
 
 

@@ -990,10 +990,8 @@ SINCE_2 = """  -- what version 2 brought
 CREATE INDEX jobs_state ON jobs (state, due, updated_at);
 CREATE INDEX jobs_series ON jobs (series, seq) WHERE series IS NOT NULL;
 CREATE INDEX jobs_recurs ON jobs (series) WHERE recurs IS NOT NULL;
-CREATE TABLE needs (
-  parent INTEGER NOT NULL,
-  child INTEGER NOT NULL,               -- is blocked until the parent has completed: met
-  met INTEGER NOT NULL,
+CREATE TABLE needs (                    -- a child is blocked until the parent has completed: met
+  parent INTEGER NOT NULL, child INTEGER NOT NULL, met INTEGER NOT NULL,
   PRIMARY KEY (parent, child)
 ) WITHOUT ROWID;
 CREATE INDEX needs_child ON needs (child, met);
@@ -1070,24 +1068,17 @@ IDS_BETWEEN = (
     "SELECT coalesce(series, id) FROM jobs WHERE seq BETWEEN :first AND :last ORDER BY seq"
 )
 ONE = JOB + "WHERE id = :id"
-BY_SEQ = JOB + "WHERE seq = :seq"
 LAST_RUN = JOB + "WHERE series = :id AND run > 0 ORDER BY seq DESC LIMIT 1"
 NEWEST = JOB + "WHERE series = :id ORDER BY seq DESC LIMIT 1"
 RECENT_IDS = "SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000"
-ALL = JOB + "WHERE seq > :seq AND (:queue IS NULL OR queue = :queue) ORDER BY seq LIMIT 1000"
-LATEST = (
-    JOB
-    + """WHERE state = :state AND due = :due AND (:queue IS NULL OR queue = :queue)
-ORDER BY updated_at DESC, seq DESC LIMIT :limit"""
-)
+IN_QUEUE = "(:queue IS NULL OR queue = :queue)"
+ALL = JOB + f"WHERE seq > :seq AND {IN_QUEUE} ORDER BY seq LIMIT 1000"
+THOSE = JOB + f"WHERE state = :state AND due = :due AND {IN_QUEUE} "
+LATEST = THOSE + "ORDER BY updated_at DESC, seq DESC LIMIT :limit"
+OLDEST = THOSE + "ORDER BY updated_at LIMIT :limit"
 GOES_ON = "recurs IS NOT NULL AND state IN ('pending', 'processing')"
 SCHEDULE = "SELECT 1 FROM jobs WHERE series = :id AND " + GOES_ON
 RECURRING = JOB + f"INDEXED BY jobs_recurs WHERE {GOES_ON} ORDER BY series"
-OLDEST = (
-    JOB
-    + """WHERE state = 'pending' AND due = 1 AND (:queue IS NULL OR queue = :queue)
-ORDER BY updated_at LIMIT 1"""
-)
 RECENT_LIMIT = 5000
 RECENT = f"""
 SELECT count(*), min(updated_at) FROM (
@@ -1145,25 +1136,19 @@ UNBLOCK = """
 UPDATE jobs SET due = run_after <= :now, updated_at = :now
 WHERE seq IN (SELECT child FROM needs WHERE parent = :seq) AND +state = 'pending' AND +due = -1
   AND NOT EXISTS (SELECT 1 FROM needs WHERE child = jobs.seq AND met = 0)"""
-PARENTS = (
-    JOB + "JOIN needs ON parent = seq WHERE child = :seq AND met = 0 ORDER BY parent LIMIT 100"
-)
-CHILDREN = """
+PARENTS = f"""
+{JOB}JOIN needs ON parent = seq WHERE child = :seq AND met = 0 ORDER BY parent LIMIT 100"""
+WAITS_FOR = JOB + "JOIN needs ON child = seq WHERE parent = :seq AND met = 0"
+CHILDREN = f"""
 WITH RECURSIVE below (child) AS (
   SELECT child FROM needs WHERE parent = :seq
   UNION SELECT needs.child FROM needs JOIN below ON parent = below.child)
-SELECT child FROM below"""
-BLOCKED_JOBS = (
-    JOB
-    + """WHERE state = 'pending' AND due = -1 AND (:queue IS NULL OR queue = :queue)
-ORDER BY updated_at LIMIT :limit"""
-)
+{JOB}WHERE seq IN below"""
 
 PRUNABLE = """
 SELECT seq FROM jobs WHERE state = :state AND due = 1 AND updated_at <= :before
   AND NOT EXISTS (SELECT 1 FROM needs WHERE parent = jobs.seq AND met = 0)
 ORDER BY updated_at LIMIT :limit"""
-WAITS_FOR = JOB + "JOIN needs ON child = seq WHERE parent = :seq AND met = 0"
 SLICE = 200  # jobs in a transaction of `prune`, at first
 FORGET = (
     "DELETE FROM attempts WHERE job = :seq",
@@ -1804,7 +1789,7 @@ class Queue:
 
     def oldest(self, queue: str | None = None) -> Job | None:
         """Return the due job, of one queue or of any, that has waited longest."""
-        return next(self._jobs(OLDEST, queue=queue), None)
+        return next(self._jobs(OLDEST, state=PENDING, due=DUE, queue=queue, limit=1), None)
 
     def before(self, job: Job) -> int:
         """Return how many due jobs of its queue come before a due job, counted up to 100,000."""
@@ -1877,8 +1862,7 @@ class Queue:
         with self.db.transaction(ring=True):
             jobs = {job.seq: job for job in map(self.get, ids)}
             for seq in list(jobs) if cascade else []:
-                for row in self.db.execute(CHILDREN, {"seq": seq}):
-                    jobs.update((job.seq, job) for job in self._jobs(BY_SEQ, seq=row[0]))
+                jobs.update((job.seq, job) for job in self._jobs(CHILDREN, seq=seq))
             for seq in jobs:
                 self.db.execute(CANCEL_WAITING, {"seq": seq, "now": self.clock()})
                 self.db.execute(CANCEL_RUNNING, {"seq": seq})
@@ -2047,8 +2031,8 @@ class Queue:
 
     def blocked(self, queues: Sequence[str] = (), limit: int = 10) -> list[Job]:
         """Return the jobs that have been blocked longest, of each of these queues or of all."""
-        asked = queues or (None,)
-        return [j for queue in asked for j in self._jobs(BLOCKED_JOBS, queue=queue, limit=limit)]
+        asked = {"state": PENDING, "due": BLOCKED, "limit": limit}
+        return [j for queue in queues or (None,) for j in self._jobs(OLDEST, queue=queue, **asked)]
 
 
 # --- processes: an attempt's output, and its end --------------------------------------------------

@@ -510,97 +510,82 @@ SECONDS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
 FOREVER = 10 * 365 * 86400.0  # no duration is longer, so that no sum of times overflows
 
 
-def seconds(value: object) -> float:
-    """Return a duration in seconds: a number, or `90`, `90s`, `5m`, `1h30m`, `2d`, `1.5h`."""
-    if isinstance(value, str):
-        written = value.strip().lower()
-        parts = re.findall(r"(\d+(?:\.\d*)?|\.\d+)([smhdw]?)", written)
-        whole = parts and "".join(map("".join, parts)) == written
-        if not whole or (len(parts) > 1 and not all(unit for _, unit in parts)):
-            raise ValueError("must be a duration such as 90, 90s, 5m or 1h30m")
-        value = sum(float(number) * SECONDS[unit or "s"] for number, unit in parts)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError("must be a number of seconds, or a duration such as 5m or 1h30m")
-    if not 0 <= value <= FOREVER:
-        raise ValueError("must be between 0 and 10 years")
-    return float(value)
+def must(condition: object, be: str) -> None:
+    """Refuse a value that does not meet a condition: a check's one way to say no."""
+    if not condition:
+        raise ValueError(f"must {be}")
 
 
-def moment(value: object) -> float:
-    """Return Unix seconds: a number of them, or ISO 8601, local time where it has no offset."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError("must be a time: ISO 8601, or Unix seconds")
-    if isinstance(value, str) and re.fullmatch(r"\s*\d+(\.\d*)?\s*", value):
-        value = float(value)
-    if isinstance(value, str):
-        iso = re.sub(r"[zZ]$", "+00:00", value.strip())
-        try:
-            value = datetime.fromisoformat(iso).timestamp()
-        except (ValueError, OverflowError, OSError):
-            known = "2030-01-31T08:00 or 2030-01-31T08:00Z"
-            raise ValueError(f"must be a time such as {known}") from None
-    if not 0 <= value <= 253402300799:
-        raise ValueError("must be a time between 1970 and 9999")
-    return float(value)
+def within(low: float, value: Any, high: float, be: str, kind: Any = (int, float)) -> Any:
+    """Return a number in a range, which a bool never is, nor is NaN."""
+    must(isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high, be)
+    return value
 
 
 def whole(low: int, high: int) -> Callable[[object], int]:
     """Return a check for a whole number in a range."""
-
-    def check(value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}")
-        return value
-
-    return check
+    return lambda value: int(
+        within(low, value, high, f"be a whole number from {low} to {high}", int)
+    )
 
 
-def text(value: object) -> str:
+def seconds(value: Any) -> float:
+    """Return a duration in seconds: a number, or `90`, `90s`, `5m`, `1h30m`, `2d`, `1.5h`."""
+    word = value.strip().lower() if isinstance(value, str) else ""
+    number = r"(\d+(?:\.\d*)?|\.\d+)"
+    if re.fullmatch(f"{number}|({number}[smhdw])+", word):
+        parts = re.findall(f"{number}([smhdw]?)", word)
+        value = sum(float(count) * SECONDS[unit or "s"] for count, unit in parts)
+    be = "be a duration between 0 and 10 years, such as 90, 90s, 5m or 1h30m"
+    return float(within(0, value, FOREVER, be))
+
+
+def moment(value: Any) -> float:
+    """Return Unix seconds: a number of them, or ISO 8601, local time where it has no offset."""
+    if isinstance(value, str) and re.fullmatch(r"\s*\d+(\.\d*)?\s*", value):
+        value = float(value)
+    elif isinstance(value, str):
+        with contextlib.suppress(ValueError, OverflowError, OSError):
+            value = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", value.strip())).timestamp()
+    be = "be a time between 1970 and 9999, such as 2030-01-31T08:00 or 2030-01-31T08:00Z"
+    return float(within(0, value, 253402300799, be))
+
+
+def text(value: Any) -> str:
     """Check something that the operating system will be given: no NUL, nothing but Unicode."""
-    if not isinstance(value, str):
-        raise ValueError("must be a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError("must be valid Unicode") from None
-    if "\0" in value:
-        raise ValueError("must not contain NUL")
-    return value
+    must(isinstance(value, str), "be a string")
+    must(value == value.encode(errors="ignore").decode(), "be valid Unicode")
+    must("\0" not in value, "not contain NUL")
+    return str(value)
 
 
 def command_line(value: object) -> str:
     """Check a shell line: not blank, and not longer than the system can start."""
-    if not text(value).strip():
-        raise ValueError("must not be blank")
-    limit = SYSTEM.COMMAND_LIMIT
-    if len(text(value).encode()) > limit:
-        raise ValueError(f"must not be longer than {limit} bytes; put it into a script")
-    return text(value)
+    line, limit = text(value), SYSTEM.COMMAND_LIMIT
+    must(line.strip(), "not be blank")
+    must(len(line.encode()) <= limit, f"not be longer than {limit} bytes; put it into a script")
+    return line
 
 
 def name(value: object) -> str:
     """Check the name of a job or a queue: something that can be typed, seen and told apart."""
-    if not 0 < len(text(value)) <= 200 or not re.fullmatch(r"[^\s-]\S*", text(value)):
-        raise ValueError("must be 1 to 200 characters, without white space or a leading '-'")
-    if not text(value).isprintable():
-        raise ValueError("must be printable")
-    return text(value)
+    word = text(value)
+    fits = re.fullmatch(r"[^\s-]\S{0,199}", word)
+    must(fits, "be 1 to 200 characters, without white space or a leading '-'")
+    must(word.isprintable(), "be printable")
+    return word
 
 
-def names(value: object) -> list[str]:
+def names(value: Any) -> list[str]:
     """Check a list of names; a string is one with commas."""
-    if isinstance(value, str):
-        value = value.split(",")
-    if not isinstance(value, (list, tuple)):
-        raise ValueError("must be a list of ids")
-    return [name(item) for item in value]
+    items = value.split(",") if isinstance(value, str) else value
+    must(isinstance(items, (list, tuple)), "be a list of ids")
+    return [name(item) for item in items]
 
 
 def interval(value: object) -> float:
     """Check how often a job recurs."""
-    if seconds(value) < 1:
-        raise ValueError("must be at least 1 second")
-    return seconds(value)
+    return float(within(1, seconds(value), FOREVER, "be at least 1 second"))
 
 
 CRON = (  # each field's first and last value, and the names of its values
@@ -619,21 +604,20 @@ CRON_WORDS = {
 }
 
 
-def cron_field(field: str, low: int, high: int, names: Sequence[str]) -> set[int]:
+def cron_field(field: str, low: int, high: int, words: Sequence[str]) -> set[int]:
     """Return the values of one field: `*`, `5`, `1-5`, `*/15`, `mon-fri`, or a list of those."""
     values: set[int] = set()
-    for part in field.split(","):
-        match = re.fullmatch(r"(?:\*|(\w+)(?:-(\w+))?)(?:/([1-9]\d*))?", part)
+    numbers = field
+    for number, word in enumerate(words, low):
+        numbers = re.sub(rf"(?<!/)\b{word}\b", str(number), numbers)
+    for part in numbers.split(","):
+        match = re.fullmatch(r"(?:\*|(\d+)(?:-(\d+))?)(?:/([1-9]\d*))?", part)
         if not match:
             raise ValueError(f"has a bad field {field!r}")
         first, last, step = match.groups()
-        ends = [names.index(end) + low if end in names else end for end in (first, last) if end]
-        if not all(str(end).isdecimal() and low <= int(end) <= high for end in ends):
-            raise ValueError(f"has {part!r} where {low} to {high} is meant")
-        begin = int(ends[0]) if ends else low
-        end = int(ends[-1]) if ends and (last or not step) else high
-        if begin > end:
-            raise ValueError(f"has an empty range {part!r}")
+        begin, end = int(first or low), int(last or (first if first and not step else high))
+        if not low <= begin <= end <= high:
+            raise ValueError(f"has {field!r} where {low} to {high} is meant, the lower one first")
         values.update(range(begin, end + 1, int(step or 1)))
     return values
 
@@ -646,24 +630,20 @@ def cron_next(rule: str, after: float) -> float:
     unless the rule is for every hour.
     """
     fields = CRON_WORDS.get(rule.strip().lower(), rule).lower().split()
-    if len(fields) != len(CRON):
-        raise ValueError("must have five fields: minute hour day month weekday, or be @daily ...")
+    must(len(fields) == 5, "have five fields: minute hour day month weekday, or be @daily ...")
     values = [cron_field(field, *limits) for field, limits in zip(fields, CRON)]
     minutes, hours, days, months, weekdays = values
-    either = not fields[2].startswith("*") and not fields[4].startswith("*")
+    enough = all if "*" in (fields[2][0], fields[4][0]) else any
     folds = (0, 1) if len(hours) == 24 else (0,)
-    day = datetime.fromtimestamp(after, timezone.utc).astimezone().date()
+    clocks = [(h, m, fold) for h in hours for m in minutes for fold in folds]
+    day = datetime.fromtimestamp(after, timezone.utc).astimezone()
+    day = day.replace(second=0, microsecond=0, tzinfo=None)
     for _ in range(8 * 366 + 2):  # the 29th of February is at most 8 years away
         match = day.day in days, bool({day.isoweekday(), day.isoweekday() % 7} & weekdays)
-        if day.month in months and (any(match) if either else all(match)):
-            moments = product(hours, minutes, folds)
-            times = (
-                datetime(day.year, day.month, day.day, h, m, fold=fold).timestamp()  # noqa: DTZ001
-                for h, m, fold in moments
-            )
-            found = min((when for when in times if when > after), default=None)
-            if found is not None:
-                return found
+        if day.month in months and enough(match):
+            times = [day.replace(hour=h, minute=m, fold=f).timestamp() for h, m, f in clocks]
+            if max(times) > after:
+                return min(when for when in times if when > after)
         day += timedelta(days=1)
     raise ValueError("names a day that never comes")
 
@@ -684,18 +664,15 @@ def recurrence(recurs: str, planned: float, now: float) -> float:
 
 def directory(value: object) -> str:
     """Check a directory, which need not exist yet, and make it absolute."""
-    if not value:
-        raise ValueError("must not be empty")
+    must(text(value), "not be empty")
     return os.path.abspath(text(value))
 
 
-def environment(value: object) -> dict[str, str]:
+def environment(value: Any) -> dict[str, str]:
     """Check a mapping of names of environment variables to their values."""
-    if not isinstance(value, Mapping):
-        raise ValueError('must be an object such as {"NAME": "value"}')
+    must(isinstance(value, Mapping), 'be an object such as {"NAME": "value"}')
     for key, item in value.items():
-        if not text(key) or "=" in key:
-            raise ValueError("must have names without '='")
+        must(text(key) and "=" not in key, "have names without '='")
         text(item)
     return dict(value)
 
@@ -733,30 +710,24 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f": did you mean {close[0]}?" if close else f"; known are {', '.join(choices)}"
 
 
-CONFLICTS = {  # what says when a job runs, and what it cannot be said together with
-    "delay": ("run_at", "cron"),
-    "run_at": ("delay", "cron"),
-    "every": ("cron",),
-    "cron": ("every", "delay", "run_at"),
-}
+CONFLICTS = (("delay", "run_at"), ("delay", "cron"), ("run_at", "cron"), ("every", "cron"))
 
 
 def check_fields(fields: Mapping[str, object]) -> dict[str, Any]:
-    """Return the checked fields of a job, or raise BadInput that names a bad one."""
-    checked: dict[str, Any] = {}
-    for key in fields.keys() - FIELDS.keys():
-        raise BadInput(f"unknown field {printable(key)}{nearest(key, FIELDS)}")
-    for key in fields:
-        for other in CONFLICTS.get(key, ()):
-            if other in fields:
-                raise BadInput(f"a job has {key} or {other}, not both")
-    try:
-        for key, value in fields.items():
+    """Return the checked fields of a job, or raise BadInput that names the first bad one."""
+    checked = {}
+    for key, value in fields.items():
+        if key not in FIELDS:
+            raise BadInput(f"unknown field {printable(key)}{nearest(key, FIELDS)}")
+        try:
             checked[key] = FIELDS[key](value)
-    except ValueError as error:
-        raise BadInput(f"{key} {error}") from None
+        except ValueError as error:
+            raise BadInput(f"{key} {error}") from None
     if "command" not in checked:
         raise BadInput("a job needs a command")
+    for one, other in CONFLICTS:
+        if one in checked and other in checked:
+            raise BadInput(f"a job has {one} or {other}, not both")
     return checked
 
 
@@ -780,13 +751,10 @@ def number(low: int, high: int) -> Callable[[str], int]:
 
 def base(value: str) -> float:
     """Read the base of the backoff."""
-    try:
-        result = float(value)
-    except ValueError:
-        result = 0.0
-    if not 1 <= result <= 1000:
-        raise ValueError("must be a number from 1 to 1000")
-    return result
+    with contextlib.suppress(ValueError):
+        if 1 <= float(value) <= 1000:
+            return float(value)
+    raise ValueError("must be a number from 1 to 1000")
 
 
 def prefix(value: str) -> tuple[str, ...]:
@@ -795,20 +763,18 @@ def prefix(value: str) -> tuple[str, ...]:
         words = tuple(SYSTEM.words(text(value)))
     except ValueError as error:
         raise ValueError(f"must be a command prefix: {error}") from None
-    if not words:
-        raise ValueError("must be a command prefix such as 'bash -ec'")
+    must(words, "be a command prefix such as 'bash -ec'")
     return words
 
 
 def exit_codes(value: str) -> tuple[int, ...]:
     """Read a list of exit codes; it may be empty."""
-    return tuple(number(1, 255)(code) for code in value.split(",") if value.strip())
+    return tuple(map(number(1, 255), value.split(","))) if value.strip() else ()
 
 
 def durability(value: str) -> str:
     """Read one of the two durabilities."""
-    if value not in ("normal", "full"):
-        raise ValueError("must be normal or full")
+    must(value in ("normal", "full"), "be normal or full")
     return value
 
 
@@ -842,31 +808,27 @@ def check_setting(key: str, value: str | None = None) -> str:
 
 def backoff(attempts: int, config: Mapping[str, Any]) -> float:
     """Return the seconds to wait after that many failed attempts."""
-    try:
+    with contextlib.suppress(OverflowError):
         return float(min(config["backoff_base"] ** attempts, config["backoff_max"]))
-    except OverflowError:
-        return float(config["backoff_max"])
+    return float(config["backoff_max"])
 
 
 def signal_name(number: int) -> str:
     """Return SIGKILL for 9, and the number itself where it has no name."""
-    try:
+    with contextlib.suppress(ValueError):
         return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+    return f"signal {number}"
 
 
 def exit_meaning(code: int) -> str | None:
     """Return why an exit code (negative: a signal, as in subprocess) is a failure, else None."""
-    if code == 0:
-        return None
-    if code < 0:
-        return f"killed by {signal_name(-code)}"
-    known = {TRY_LATER: "try later", 126: "not executable"}
-    known.update(dict.fromkeys((127, 9009), "command not found"))  # of a shell, of cmd.exe
+    if code <= 0:
+        return f"killed by {signal_name(-code)}" if code else None
+    gone = "command not found"
+    meaning = {TRY_LATER: "try later", 126: "not executable", 127: gone, 9009: gone}.get(code)
     if 128 < code <= 128 + 64:
-        known[code] = f"128 + {signal_name(code - 128)}"
-    return f"exit code {code}" + (f" ({known[code]})" if code in known else "")
+        meaning = f"128 + {signal_name(code - 128)}"
+    return f"exit code {code} ({meaning})" if meaning else f"exit code {code}"
 
 
 def iso(when: float | None) -> str | None:
@@ -879,17 +841,14 @@ def iso(when: float | None) -> str | None:
 
 def span(duration: float) -> str:
     """Return a duration in at most two units: 0.12 s, 42 s, 3m20s, 2h, 5d."""
-    if duration < 10:
-        return f"{duration:.2f}".rstrip("0").rstrip(".") + " s"
     if duration < 60:
-        return f"{duration:.0f} s"
-    rest = round(duration)
-    parts: list[str] = []
+        return f"{round(duration, 2 if duration < 10 else 0):g} s"
+    parts, rest = [], round(duration)
     for unit, size in SECONDS.items():
-        if rest >= size and len(parts) < 2:
+        if rest >= size:
             parts.append(f"{rest // size}{unit}")
             rest %= size
-    return "".join(parts)
+    return "".join(parts[:2])
 
 
 # --- SQL -----------------------------------------------------------------------------------------
@@ -911,93 +870,21 @@ PRAGMAS = (  # of every connection
     "PRAGMA temp_store = memory",  # else a batch writes each row's rollback journal to a file
 )
 TRUNCATE_LOG = "PRAGMA wal_checkpoint(TRUNCATE)"
-SCHEMA = (  # one script for each version, which ends by saying so
-    f"PRAGMA application_id = {APPLICATION_ID};"
-    """
-CREATE TABLE jobs (
-  seq INTEGER PRIMARY KEY AUTOINCREMENT,
-  id TEXT NOT NULL UNIQUE,
-  queue TEXT NOT NULL,
-  command TEXT NOT NULL,
-  cwd TEXT NOT NULL,
-  env TEXT,
-  state TEXT NOT NULL,
-  priority INTEGER NOT NULL,
-  attempts INTEGER NOT NULL DEFAULT 0,
-  max_retries INTEGER,
-  timeout REAL,
-  created_at REAL NOT NULL,
-  updated_at REAL NOT NULL,
-  run_after REAL NOT NULL,
-  locked_by TEXT,
-  locked_at REAL,
-  exit_code INTEGER,
-  last_error TEXT,
-  run INTEGER NOT NULL DEFAULT 0,
-  cancelling INTEGER NOT NULL DEFAULT 0,
-  due INTEGER NOT NULL                  -- 0 while run_after is ahead: then no claim walks over it
-);
-CREATE INDEX jobs_due ON jobs (queue, priority DESC, run_after, seq)
-  WHERE state = 'pending' AND due = 1;
-CREATE INDEX jobs_later ON jobs (queue, run_after) WHERE state = 'pending' AND due = 0;
-CREATE INDEX jobs_state ON jobs (state, updated_at);
-CREATE TABLE attempts (
-  job INTEGER NOT NULL,
-  run INTEGER NOT NULL,
-  worker TEXT NOT NULL,
-  started REAL NOT NULL,
-  finished REAL NOT NULL,
-  exit_code INTEGER,
-  error TEXT,
-  cut INTEGER NOT NULL,
-  output BLOB NOT NULL,
-  PRIMARY KEY (job, run)
-) WITHOUT ROWID;
-CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE counts (
-  queue TEXT NOT NULL, state TEXT NOT NULL, jobs INTEGER NOT NULL, PRIMARY KEY (queue, state)
-) WITHOUT ROWID;
-CREATE TRIGGER count_added AFTER INSERT ON jobs BEGIN
-  INSERT INTO counts VALUES (new.queue, new.state, 1)
-    ON CONFLICT (queue, state) DO UPDATE SET jobs = jobs + 1;
-END;
-CREATE TRIGGER count_moved AFTER UPDATE OF state ON jobs WHEN old.state <> new.state BEGIN
-  UPDATE counts SET jobs = jobs - 1 WHERE queue = old.queue AND state = old.state;
-  INSERT INTO counts VALUES (new.queue, new.state, 1)
-    ON CONFLICT (queue, state) DO UPDATE SET jobs = jobs + 1;
-END;
-CREATE TRIGGER count_gone AFTER DELETE ON jobs BEGIN
-  UPDATE counts SET jobs = jobs - 1 WHERE queue = old.queue AND state = old.state;
-END;
-PRAGMA user_version = 1;
-""",
-    """
-ALTER TABLE jobs ADD COLUMN snoozes INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE jobs ADD COLUMN recurs TEXT;
-ALTER TABLE jobs ADD COLUMN series TEXT;
-ALTER TABLE jobs ADD COLUMN planned REAL;
-DROP INDEX jobs_state;
+SINCE_2 = """  -- what version 2 brought
 CREATE INDEX jobs_state ON jobs (state, due, updated_at);
 CREATE INDEX jobs_series ON jobs (series, seq) WHERE series IS NOT NULL;
 CREATE INDEX jobs_recurs ON jobs (series) WHERE recurs IS NOT NULL;
-CREATE TABLE needs (
-  parent INTEGER NOT NULL,
-  child INTEGER NOT NULL,               -- is blocked until the parent has completed: met
-  met INTEGER NOT NULL,
+CREATE TABLE needs (                    -- a child is blocked until the parent has completed: met
+  parent INTEGER NOT NULL, child INTEGER NOT NULL, met INTEGER NOT NULL,
   PRIMARY KEY (parent, child)
 ) WITHOUT ROWID;
 CREATE INDEX needs_child ON needs (child, met);
 CREATE TABLE paused (queue TEXT PRIMARY KEY) WITHOUT ROWID;  -- '': all of them
-UPDATE jobs SET due = 1 WHERE state <> 'pending' AND due <> 1;
-DROP TABLE counts;
 CREATE TABLE counts (
   queue TEXT NOT NULL, state TEXT NOT NULL, due INTEGER NOT NULL, jobs INTEGER NOT NULL,
   PRIMARY KEY (queue, state, due)
 ) WITHOUT ROWID;
 INSERT INTO counts SELECT queue, state, due, count(*) FROM jobs GROUP BY queue, state, due;
-DROP TRIGGER count_added;
-DROP TRIGGER count_moved;
-DROP TRIGGER count_gone;
 CREATE TRIGGER count_added AFTER INSERT ON jobs BEGIN
   INSERT INTO counts VALUES (new.queue, new.state, new.due, 1)
     ON CONFLICT (queue, state, due) DO UPDATE SET jobs = jobs + 1;
@@ -1012,7 +899,47 @@ CREATE TRIGGER count_gone AFTER DELETE ON jobs BEGIN
   UPDATE counts SET jobs = jobs - 1 WHERE queue = old.queue AND state = old.state AND due = old.due;
 END;
 PRAGMA user_version = 2;
-""",
+"""
+SCHEMA = (  # what brings each version up to date: a new file, and one of version 1
+    f"PRAGMA application_id = {APPLICATION_ID};"
+    """
+CREATE TABLE jobs (
+  seq INTEGER PRIMARY KEY AUTOINCREMENT,
+  id TEXT NOT NULL UNIQUE,
+  queue TEXT NOT NULL, command TEXT NOT NULL, cwd TEXT NOT NULL, env TEXT,
+  state TEXT NOT NULL, priority INTEGER NOT NULL,
+  attempts INTEGER NOT NULL DEFAULT 0, max_retries INTEGER, timeout REAL,
+  created_at REAL NOT NULL, updated_at REAL NOT NULL, run_after REAL NOT NULL,
+  locked_by TEXT, locked_at REAL, exit_code INTEGER, last_error TEXT,
+  run INTEGER NOT NULL DEFAULT 0, cancelling INTEGER NOT NULL DEFAULT 0,
+  due INTEGER NOT NULL,                 -- 0 while run_after is ahead: then no claim walks over it
+  snoozes INTEGER NOT NULL DEFAULT 0,
+  recurs TEXT, series TEXT, planned REAL
+);
+CREATE INDEX jobs_due ON jobs (queue, priority DESC, run_after, seq)
+  WHERE state = 'pending' AND due = 1;
+CREATE INDEX jobs_later ON jobs (queue, run_after) WHERE state = 'pending' AND due = 0;
+CREATE TABLE attempts (
+  job INTEGER NOT NULL, run INTEGER NOT NULL, worker TEXT NOT NULL,
+  started REAL NOT NULL, finished REAL NOT NULL, exit_code INTEGER, error TEXT,
+  cut INTEGER NOT NULL, output BLOB NOT NULL,
+  PRIMARY KEY (job, run)
+) WITHOUT ROWID;
+CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+""" + SINCE_2,
+    """
+ALTER TABLE jobs ADD COLUMN snoozes INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN recurs TEXT;
+ALTER TABLE jobs ADD COLUMN series TEXT;
+ALTER TABLE jobs ADD COLUMN planned REAL;
+DROP INDEX jobs_state;
+DROP TRIGGER count_added;
+DROP TRIGGER count_moved;
+DROP TRIGGER count_gone;
+DROP TABLE counts;
+UPDATE jobs SET due = 1 WHERE state <> 'pending' AND due <> 1;
+"""
+    + SINCE_2,
 )
 
 JOB = "SELECT " + ", ".join(Job._fields) + " FROM jobs "
@@ -1025,24 +952,17 @@ IDS_BETWEEN = (
     "SELECT coalesce(series, id) FROM jobs WHERE seq BETWEEN :first AND :last ORDER BY seq"
 )
 ONE = JOB + "WHERE id = :id"
-BY_SEQ = JOB + "WHERE seq = :seq"
 LAST_RUN = JOB + "WHERE series = :id AND run > 0 ORDER BY seq DESC LIMIT 1"
 NEWEST = JOB + "WHERE series = :id ORDER BY seq DESC LIMIT 1"
 RECENT_IDS = "SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000"
-ALL = JOB + "WHERE seq > :seq AND (:queue IS NULL OR queue = :queue) ORDER BY seq LIMIT 1000"
-LATEST = (
-    JOB
-    + """WHERE state = :state AND due = :due AND (:queue IS NULL OR queue = :queue)
-ORDER BY updated_at DESC, seq DESC LIMIT :limit"""
-)
+IN_QUEUE = "(:queue IS NULL OR queue = :queue)"
+ALL = JOB + f"WHERE seq > :seq AND {IN_QUEUE} ORDER BY seq LIMIT 1000"
+THOSE = JOB + f"WHERE state = :state AND due = :due AND {IN_QUEUE} "
+LATEST = THOSE + "ORDER BY updated_at DESC, seq DESC LIMIT :limit"
+OLDEST = THOSE + "ORDER BY updated_at LIMIT :limit"
 GOES_ON = "recurs IS NOT NULL AND state IN ('pending', 'processing')"
 SCHEDULE = "SELECT 1 FROM jobs WHERE series = :id AND " + GOES_ON
 RECURRING = JOB + f"INDEXED BY jobs_recurs WHERE {GOES_ON} ORDER BY series"
-OLDEST = (
-    JOB
-    + """WHERE state = 'pending' AND due = 1 AND (:queue IS NULL OR queue = :queue)
-ORDER BY updated_at LIMIT 1"""
-)
 RECENT_LIMIT = 5000
 RECENT = f"""
 SELECT count(*), min(updated_at) FROM (
@@ -1101,25 +1021,19 @@ UNBLOCK = """
 UPDATE jobs SET due = run_after <= :now, updated_at = :now
 WHERE seq IN (SELECT child FROM needs WHERE parent = :seq) AND +state = 'pending' AND +due = -1
   AND NOT EXISTS (SELECT 1 FROM needs WHERE child = jobs.seq AND met = 0)"""
-PARENTS = (
-    JOB + "JOIN needs ON parent = seq WHERE child = :seq AND met = 0 ORDER BY parent LIMIT 100"
-)
-CHILDREN = """
+PARENTS = f"""
+{JOB}JOIN needs ON parent = seq WHERE child = :seq AND met = 0 ORDER BY parent LIMIT 100"""
+WAITS_FOR = JOB + "JOIN needs ON child = seq WHERE parent = :seq AND met = 0"
+CHILDREN = f"""
 WITH RECURSIVE below (child) AS (
   SELECT child FROM needs WHERE parent = :seq
   UNION SELECT needs.child FROM needs JOIN below ON parent = below.child)
-SELECT child FROM below"""
-BLOCKED_JOBS = (
-    JOB
-    + """WHERE state = 'pending' AND due = -1 AND (:queue IS NULL OR queue = :queue)
-ORDER BY updated_at LIMIT :limit"""
-)
+{JOB}WHERE seq IN below"""
 
 PRUNABLE = """
 SELECT seq FROM jobs WHERE state = :state AND due = 1 AND updated_at <= :before
   AND NOT EXISTS (SELECT 1 FROM needs WHERE parent = jobs.seq AND met = 0)
 ORDER BY updated_at LIMIT :limit"""
-WAITS_FOR = JOB + "JOIN needs ON child = seq WHERE parent = :seq AND met = 0"
 SLICE = 200  # jobs in a transaction of `prune`, at first
 FORGET = (
     "DELETE FROM attempts WHERE job = :seq",
@@ -1266,12 +1180,13 @@ def migrate(db: sqlite3.Connection) -> None:
     db.execute(OUTER[0])
     tables = db.execute(TABLES).fetchone()[0]
     guest = bool(tables) and db.execute(APPLICATION).fetchone()[0] != APPLICATION_ID
-    for version in range(schema_version(db), len(SCHEMA)):
-        for statement in statements(SCHEMA[version]):
-            if not (guest and statement.startswith("PRAGMA")):
-                db.execute(statement)
-        if guest:
-            db.execute(SET, {"key": GUEST_KEY, "value": str(version + 1)})
+    version = schema_version(db)
+    script = SCHEMA[version] if version < len(SCHEMA) else ""  # another process was faster
+    for statement in statements(script):
+        if not (guest and statement.startswith("PRAGMA")):
+            db.execute(statement)
+    if guest:
+        db.execute(SET, {"key": GUEST_KEY, "value": str(len(SCHEMA))})
     db.execute(OUTER[1])
 
 
@@ -1749,7 +1664,7 @@ class Queue:
 
     def oldest(self, queue: str | None = None) -> Job | None:
         """Return the due job, of one queue or of any, that has waited longest."""
-        return next(self._jobs(OLDEST, queue=queue), None)
+        return next(self._jobs(OLDEST, state=PENDING, due=DUE, queue=queue, limit=1), None)
 
     def before(self, job: Job) -> int:
         """Return how many due jobs of its queue come before a due job, counted up to 100,000."""
@@ -1823,8 +1738,7 @@ class Queue:
         with self.db.transaction(ring=True):
             jobs = {job.seq: job for job in map(self.get, ids)}
             for seq in list(jobs) if cascade else []:
-                for row in self.db.execute(CHILDREN, {"seq": seq}):
-                    jobs.update((job.seq, job) for job in self._jobs(BY_SEQ, seq=row[0]))
+                jobs.update((job.seq, job) for job in self._jobs(CHILDREN, seq=seq))
             for seq in jobs:
                 self.db.execute(CANCEL_WAITING, {"seq": seq, "now": self.clock()})
                 self.db.execute(CANCEL_RUNNING, {"seq": seq})
@@ -1992,8 +1906,8 @@ class Queue:
 
     def blocked(self, queues: Sequence[str] = (), limit: int = 10) -> list[Job]:
         """Return the jobs that have been blocked longest, of each of these queues or of all."""
-        asked = queues or (None,)
-        return [j for queue in asked for j in self._jobs(BLOCKED_JOBS, queue=queue, limit=limit)]
+        asked = {"state": PENDING, "due": BLOCKED, "limit": limit}
+        return [j for queue in queues or (None,) for j in self._jobs(OLDEST, queue=queue, **asked)]
 
 
 # --- processes: an attempt's output, and its end --------------------------------------------------
@@ -3137,7 +3051,7 @@ def from_lines(lines: Iterable[bytes], at: list[int]) -> Iterator[dict[str, obje
 def with_options(args: argparse.Namespace, job: dict[str, object]) -> dict[str, object]:
     """Return a job with what the options of `enqueue` say about it."""
     given = {key: getattr(args, key) for key in FIELDS if getattr(args, key, None) is not None}
-    replaced = {other for key in given for other in CONFLICTS.get(key, ())}
+    replaced = {key for pair in CONFLICTS if given.keys() & set(pair) for key in pair}
     job = {key: value for key, value in job.items() if key not in replaced}
     if args.env:
         pairs = dict(pair.split("=", 1) if "=" in pair else (pair, None) for pair in args.env)

@@ -3330,6 +3330,63 @@ class Migration(Case):
     """A database of the first schema, as that version left it."""
 
     DUMP = """
+PRAGMA application_id = 0x51554354;
+CREATE TABLE jobs (
+  seq INTEGER PRIMARY KEY AUTOINCREMENT,
+  id TEXT NOT NULL UNIQUE,
+  queue TEXT NOT NULL,
+  command TEXT NOT NULL,
+  cwd TEXT NOT NULL,
+  env TEXT,
+  state TEXT NOT NULL,
+  priority INTEGER NOT NULL,
+  attempts INTEGER NOT NULL DEFAULT 0,
+  max_retries INTEGER,
+  timeout REAL,
+  created_at REAL NOT NULL,
+  updated_at REAL NOT NULL,
+  run_after REAL NOT NULL,
+  locked_by TEXT,
+  locked_at REAL,
+  exit_code INTEGER,
+  last_error TEXT,
+  run INTEGER NOT NULL DEFAULT 0,
+  cancelling INTEGER NOT NULL DEFAULT 0,
+  due INTEGER NOT NULL
+);
+CREATE INDEX jobs_due ON jobs (queue, priority DESC, run_after, seq)
+  WHERE state = 'pending' AND due = 1;
+CREATE INDEX jobs_later ON jobs (queue, run_after) WHERE state = 'pending' AND due = 0;
+CREATE INDEX jobs_state ON jobs (state, updated_at);
+CREATE TABLE attempts (
+  job INTEGER NOT NULL,
+  run INTEGER NOT NULL,
+  worker TEXT NOT NULL,
+  started REAL NOT NULL,
+  finished REAL NOT NULL,
+  exit_code INTEGER,
+  error TEXT,
+  cut INTEGER NOT NULL,
+  output BLOB NOT NULL,
+  PRIMARY KEY (job, run)
+) WITHOUT ROWID;
+CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE counts (
+  queue TEXT NOT NULL, state TEXT NOT NULL, jobs INTEGER NOT NULL, PRIMARY KEY (queue, state)
+) WITHOUT ROWID;
+CREATE TRIGGER count_added AFTER INSERT ON jobs BEGIN
+  INSERT INTO counts VALUES (new.queue, new.state, 1)
+    ON CONFLICT (queue, state) DO UPDATE SET jobs = jobs + 1;
+END;
+CREATE TRIGGER count_moved AFTER UPDATE OF state ON jobs WHEN old.state <> new.state BEGIN
+  UPDATE counts SET jobs = jobs - 1 WHERE queue = old.queue AND state = old.state;
+  INSERT INTO counts VALUES (new.queue, new.state, 1)
+    ON CONFLICT (queue, state) DO UPDATE SET jobs = jobs + 1;
+END;
+CREATE TRIGGER count_gone AFTER DELETE ON jobs BEGIN
+  UPDATE counts SET jobs = jobs - 1 WHERE queue = old.queue AND state = old.state;
+END;
+PRAGMA user_version = 1;
 INSERT INTO jobs VALUES(1,'done','default','true','/',NULL,'completed',0,1,NULL,NULL,100.0,130.0,
   100.0,NULL,NULL,0,NULL,1,0,1);
 INSERT INTO jobs VALUES(2,'bad','default','exit 1','/','{"A": "b"}','dead',5,1,1,60.0,130.0,140.0,
@@ -3350,7 +3407,7 @@ INSERT INTO config VALUES('max_retries','4');
     def setUp(self) -> None:
         super().setUp()
         with contextlib.closing(sqlite3.connect(self.path)) as db:
-            db.executescript("PRAGMA journal_mode = WAL;" + queuectl.SCHEMA[0] + self.DUMP)
+            db.executescript("PRAGMA journal_mode = WAL;" + self.DUMP)
         os.chmod(self.path, 0o600)
 
     def test_whoever_opens_it_first_finds_everything_as_it_was(self) -> None:

@@ -781,7 +781,7 @@ def durability(value: str) -> str:
 SETTINGS = {
     "max_retries": Setting(3, number(1, 1_000_000), "how often a job is tried"),
     "backoff_base": Setting(2.0, base, "a retry waits this ** attempts seconds (1 to 1000)"),
-    "backoff_max": Setting(86400.0, seconds, "and never longer than this"),
+    "backoff_max": Setting(86400.0, seconds, "but never longer than this many seconds"),
     "timeout": Setting(300.0, seconds, "how long an attempt may take (0: no limit)"),
     "kill_grace": Setting(5.0, seconds, "from TERM to KILL when a job is ended"),
     "output_limit": Setting(65536, number(0, 1 << 28), "how many bytes of output are kept"),
@@ -1230,6 +1230,9 @@ class Database:
 
     def _create(self) -> None:
         """Make the file whole under another name, so that nobody ever sees half of it."""
+        where = os.path.dirname(self.path)
+        if not os.path.isdir(where):
+            raise Fault(f"there is no directory {where}")
         self.run.make()
         making = Held(self.run.file("making"))
         try:
@@ -1246,7 +1249,7 @@ class Database:
                 migrate(db)
                 db.execute(LOG)  # last: a log would hide a full disk
             os.rename(new, self.path)
-            sync_directory(os.path.dirname(self.path))
+            sync_directory(where)
         finally:
             making.close()
 
@@ -2535,8 +2538,8 @@ class Pool:
             self.fail(Fault(f"{self.db.path} was moved away or replaced"))
             return
         with contextlib.suppress(OSError), open(self.run_dir.file(self.name, "stop")) as file:
-            word = file.read()
-            if word and not (self.now or (self.stopping and word == "stop")):
+            word = file.read() or "stop"
+            if not (self.now or (self.stopping and word == "stop")):
                 self.stop("asked to stop", word)
         self.recover()
         version = self.queue.version()
@@ -3130,6 +3133,8 @@ def detach(args: argparse.Namespace) -> int:
 
 def cmd_worker_start(args: argparse.Namespace) -> int:
     """Run a pool, here or in the background."""
+    if args.horizon < FOREVER and not args.drain:
+        raise BadInput("--horizon goes with --drain")
     if args.detach:
         return detach(args)
     progress: list[Progress] = []
@@ -3154,7 +3159,7 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
     pools = run.holders("pool")
     for pool in pools:
         fd = os.open(run.file(pool, "stop"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.write(fd, b"now" if args.now else b"stop")
+        os.write(fd, b"now" if args.now else b"")  # which a full disk takes
         os.close(fd)
     run.ring()
     if not pools:
@@ -3258,7 +3263,7 @@ def exit_of(job: Job) -> int:
 def named(args: argparse.Namespace, also: object = None) -> list[str]:
     """Return the ids that a command names, none for all: exactly one of the two must be said."""
     if bool(args.ids) == (args.all or also is not None):
-        raise BadInput("name the jobs, or say --all")
+        raise BadInput("name the jobs or say --all, one of the two")
     return list(args.ids)
 
 
@@ -3279,7 +3284,7 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
         if jobs is not None:
             return next(filter(None, map(exit_of, jobs)), OK)
         LINES.show(line)
-    say(f"not yet, after {span(args.timeout)}")
+    say(f"not yet, after {span(args.timeout)}: {line()}")
     return TIMED_OUT
 
 
@@ -3349,7 +3354,8 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
     except FileNotFoundError:
         attempts = {attempt.run: attempt for attempt in queue.attempts(job)}
         if args.run and run not in attempts:
-            raise NotFound(f"job {job.id} has no run {run}; it has {len(attempts)}") from None
+            has = f"1 to {max(attempts)}" if attempts else "not run yet"
+            raise NotFound(f"job {job.id} has no run {run}; it has {has}") from None
         attempt = attempts.get(run) or attempts.get(max(attempts, default=0))
         cut, chunks = (attempt.cut, [attempt.output]) if attempt else (0, [])
     if cut:
@@ -3422,10 +3428,10 @@ DURATION = {"type": typed(seconds), "metavar": "DURATION"}
 COUNT = {"metavar": "N"}
 JSON = flag("--json", "for programs: see the README for the fields")
 LIMIT = arg("--limit", type=typed(number(0, 10**9)), metavar="N",
-            help="the N that changed last; 0: all")
-STATE = arg("--state", action="append", choices=STATES, help="may be given several times")
+            help="the N that changed last (100); 0: all")
+STATE = arg("--state", action="append", choices=STATES, help="only this state (repeatable)")
 TIMEOUT = arg("--timeout", help="wait no longer; exit 124", **DURATION)
-QUEUE = arg("--queue", type=typed(name), metavar="QUEUE", help="only this queue")
+QUEUE = arg("--queue", type=typed(name), metavar="QUEUE", help="only this queue (else all)")
 ID, IDS = arg("id", metavar="ID"), arg("ids", nargs="*", metavar="ID")
 EVERY_DEAD = flag("--all", "every dead job")
 KEY = arg("key", metavar="KEY", type=check_setting, help="one of: " + ", ".join(SETTINGS))
@@ -3437,21 +3443,21 @@ COMMANDS = {
         arg("--id", help="a name for it (else its number)"),
         arg("--priority", type=literal, help="higher first (0)", **COUNT),
         arg("--delay", metavar="DURATION", help="not before so long from now"),
-        arg("--at", dest="run_at", metavar="TIME", help="not before: 2030-01-31T08:00"),
+        arg("--at", dest="run_at", metavar="TIME", help="not before this time: 2030-01-31T08:00"),
         arg("--timeout", metavar="DURATION", help="end it after so long (0: never)"),
         arg("--max-retries", type=literal, help="how often it is tried", **COUNT),
         arg("--queue", metavar="QUEUE", help="the queue it waits in (default)"),
         arg("--after", metavar="ID,...", help="once these have completed"),
-        arg("--every", metavar="DURATION", help="again and again"),
+        arg("--every", metavar="DURATION", help="again and again, so far apart"),
         arg("--cron", metavar="RULE", help="again and again: '0 3 * * mon-fri', @daily"),
-        arg("--cwd", metavar="DIR", help="where it runs (here)"),
-        arg("--env", action="append", metavar="NAME=VALUE", help="may be given several times"),
+        arg("--cwd", metavar="DIR", help="where it runs (the directory you are in)"),
+        arg("--env", action="append", metavar="NAME=VALUE", help="a variable for it (repeatable)"),
         flag("--if-absent", "a taken id is no error"))),
     "worker start": Command(
         cmd_worker_start, "", "run jobs, until stopped", "worker start --count 4", (
             arg("--count", type=typed(number(1, 1000)), default=1, help="at a time (1)", **COUNT),
             arg("--queue", dest="queues", type=typed(name), action="append", metavar="QUEUE",
-                default=[], help="serve only these queues"),
+                default=[], help="serve only this queue (repeatable)"),
             flag("--drain", "leave when nothing is left to run; exit 1: some died or are blocked"),
             arg("--horizon", default=FOREVER, **DURATION,
                 help="with --drain: do not wait for what is due later than this"),
@@ -3469,10 +3475,10 @@ COMMANDS = {
         STATE, QUEUE, flag("--recurring", "the schedules, and when each is next"), LIMIT, JSON)),
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
     "logs": Command(cmd_logs, "read", "write the output of a job", "logs 7 -f", (
-        ID, arg("-f", "--follow", action="store_true", help="until it ends"),
-        arg("--run", type=typed(number(1, 10**9)), help="of that attempt", **COUNT))),
+        ID, arg("-f", "--follow", action="store_true", help="go on until the attempt ends"),
+        arg("--run", type=typed(number(1, 10**9)), help="the output of attempt N", **COUNT))),
     "wait": Command(
-        cmd_wait, "read", "wait for jobs; exits as the first that failed did", "wait 7 8",
+        cmd_wait, "read", "wait for jobs; exit as the first that failed", "wait 7 8",
         (IDS, flag("--all", "until nothing is left to run"), TIMEOUT)),
     "cancel": Command(cmd_cancel, "write", "call jobs off, waiting or running", "cancel 7", (
         arg("ids", nargs="+", metavar="ID"), flag("--cascade", "and those that wait for them"))),
@@ -3490,13 +3496,13 @@ COMMANDS = {
         "write", "put dead or cancelled jobs back, with no attempts used", "dlq retry 7",
         (IDS, EVERY_DEAD)),
     "dlq purge": Command(
-        cmd_dlq_purge, "write", "delete dead jobs", "dlq purge --older-than 30d",
+        cmd_dlq_purge, "write", "delete dead or cancelled jobs", "dlq purge --older-than 30d",
         (IDS, EVERY_DEAD, arg("--older-than", help="only what died so long ago", **DURATION))),
     "prune": Command(
         lambda args, queue: print(queue.prune(args.older_than, args.state or PRUNED), "pruned"),
         "write", "delete what has completed or was cancelled", "prune --older-than 7d", (
             arg("--older-than", default=0.0, help="only what ended so long ago", **DURATION),
-            arg("--state", action="append", choices=ENDED, help="only this state; repeatable"))),
+            arg("--state", action="append", choices=ENDED, help="only this state (repeatable)"))),
     "config get": Command(
         lambda args, queue: print(setting_text(queue.config()[args.key])),
         "read", "print a setting", "config get timeout", (KEY,)),
@@ -3571,17 +3577,26 @@ examples:
 """
 
 
-def suggestion(message: str) -> str:
-    """Return the nearest word that would have been right, where argparse names a wrong one."""
-    import difflib
+def unknown(called: str, extra: Sequence[str]) -> str:
+    """Return what is wrong with words that a command does not know."""
+    options = [name for names, _ in COMMANDS[called].arguments for name in names if name[0] == "-"]
+    hint = nearest(extra[0].split("=")[0], options) if extra[0][0] == "-" else ""
+    if extra[0].startswith("--db"):
+        hint = ": --db goes before the command"
+    if called == "enqueue" and "mean" not in hint:
+        hint = ": a command of several words goes after --, as in: enqueue -- ls -l"
+    return f"unrecognized: {' '.join(extra)}{hint} (queuectl {called} --help says more)"
 
-    wrong = re.search(r"(?:unrecognized arguments: |invalid choice: ')([^\s']+)", message)
-    words = {word for words in COMMANDS for word in words.split()}
-    options = {n for command in COMMANDS.values() for names, _ in command.arguments for n in names}
-    if "argument --state" in message:
-        words, options = set(STATES), set()
-    near = difflib.get_close_matches(wrong[1].split("=")[0], words | options, 1) if wrong else ()
-    return f": did you mean {near[0]}?" if near else ""
+
+def plain(message: str, prog: str) -> str:
+    """Return an error of argparse in plain words; for a mistyped command with the nearest."""
+    wrong = re.match(r"argument COMMAND: invalid choice: '(.*)' \(", message)
+    if wrong:
+        family = prog.partition(" ")[2]
+        known = (words[len(family) :] for words in COMMANDS if words.startswith(family))
+        verbs = sorted({words.split()[0] for words in known})
+        message = f"no command {wrong[1]}{nearest(wrong[1], verbs)}"
+    return f"{message} ({prog} --help says more)"
 
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -3590,9 +3605,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            known = r"^argument COMMAND: | \(choose from .*"
-            message = re.sub(known, "", message) + suggestion(message)
-            raise BadInput(f"{message} ({self.prog} --help says more)")
+            raise BadInput(plain(message, self.prog))
 
     style: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     verbs: dict[str, list[str]] = {}
@@ -3621,7 +3634,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         )
         for names, options in command.arguments:
             leaf.add_argument(*names, **options)
-        leaf.set_defaults(chosen=command)
+        leaf.set_defaults(called=words)
     return parser
 
 
@@ -3643,7 +3656,7 @@ def discard_output() -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Run a command on the queue that it needs."""
-    command: Command = args.chosen
+    command = COMMANDS[args.called]
     if not command.access:
         return command.run(args) or OK
     readonly, create = command.access == "read", command.access == "make"
@@ -3659,7 +3672,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         words = sys.argv[1:] if argv is None else list(argv)
         SYSTEM.escapes()
-        args = build_parser(words).parse_args(words or ["--help"])
+        args, extra = build_parser(words).parse_known_args(words or ["--help"])
+        if extra:
+            raise BadInput(unknown(args.called, extra))
         args.argv = words
         code = execute(args)
         if sys.stdout:

@@ -2470,7 +2470,7 @@ class Watch(Live):
                 queue.finish(job, Ending("ran", 1, "exit code 1", 1.0, 2.0, 0, output))
         for words, output in (("", "try 2\n"), ("--run 1", "try 1\n"), ("--run 2 -f", "try 2\n")):
             self.assertEqual(self.told("logs", "x", *words.split()), (0, output, ""))
-        self.assertIn("no run 3; it has 2", self.told("logs", "x", "--run", "3")[2])
+        self.assertIn("no run 3; it has 1 to 2", self.told("logs", "x", "--run", "3")[2])
 
     def test_status_can_be_watched(self) -> None:
         self.configure(max_retries="1")
@@ -2564,7 +2564,9 @@ class Wait(Live):
         ids = "blocked scheduled waiting running".split()
         waits = [self.start("wait", "--all"), self.start("wait", *ids)]
         code, _, said = self.told("wait", "running", "--timeout", "0.2")
-        self.assertEqual((code, said), (124, "queuectl: not yet, after 0.2 s\n"))
+        self.assertEqual(
+            (code, said), (124, "queuectl: not yet, after 0.2 s: waiting for running\n")
+        )
         self.write("go")
         self.assertEqual([wait.wait(5) for wait in waits], [9, 9])
         self.assertEqual(self.job("blocked").state, "completed")

@@ -638,18 +638,17 @@ def within(low: float, value: Any, high: float, be: str, kind: Any = (int, float
 
 def whole(low: int, high: int) -> Callable[[object], int]:
     """Return a check for a whole number in a range."""
-    return lambda value: int(
-        within(low, value, high, f"be a whole number from {low} to {high}", int)
-    )
+    be = f"be a whole number from {low} to {high}"
+    return lambda value: int(within(low, value, high, be, int))
 
 
 def seconds(value: Any) -> float:
     """Return a duration in seconds: a number, or `90`, `90s`, `5m`, `1h30m`, `2d`, `1.5h`."""
-    word = value.strip().lower() if isinstance(value, str) else ""
-    number = r"(\d+(?:\.\d*)?|\.\d+)"
-    if re.fullmatch(f"{number}|({number}[smhdw])+", word):
-        parts = re.findall(f"{number}([smhdw]?)", word)
-        value = sum(float(count) * SECONDS[unit or "s"] for count, unit in parts)
+    if isinstance(value, str):
+        word, number = value.strip().lower(), r"(\d+(?:\.\d*)?|\.\d+)"
+        if re.fullmatch(f"{number}|({number}[smhdw])+", word):
+            parts = re.findall(f"{number}([smhdw]?)", word)
+            value = sum(float(count) * SECONDS[unit or "s"] for count, unit in parts)
     be = "be a duration between 0 and 10 years, such as 90, 90s, 5m or 1h30m"
     return float(within(0, value, FOREVER, be))
 

@@ -524,18 +524,17 @@ def within(low: float, value: Any, high: float, be: str, kind: Any = (int, float
 
 def whole(low: int, high: int) -> Callable[[object], int]:
     """Return a check for a whole number in a range."""
-    return lambda value: int(
-        within(low, value, high, f"be a whole number from {low} to {high}", int)
-    )
+    be = f"be a whole number from {low} to {high}"
+    return lambda value: int(within(low, value, high, be, int))
 
 
 def seconds(value: Any) -> float:
     """Return a duration in seconds: a number, or `90`, `90s`, `5m`, `1h30m`, `2d`, `1.5h`."""
-    word = value.strip().lower() if isinstance(value, str) else ""
-    number = r"(\d+(?:\.\d*)?|\.\d+)"
-    if re.fullmatch(f"{number}|({number}[smhdw])+", word):
-        parts = re.findall(f"{number}([smhdw]?)", word)
-        value = sum(float(count) * SECONDS[unit or "s"] for count, unit in parts)
+    if isinstance(value, str):
+        word, number = value.strip().lower(), r"(\d+(?:\.\d*)?|\.\d+)"
+        if re.fullmatch(f"{number}|({number}[smhdw])+", word):
+            parts = re.findall(f"{number}([smhdw]?)", word)
+            value = sum(float(count) * SECONDS[unit or "s"] for count, unit in parts)
     be = "be a duration between 0 and 10 years, such as 90, 90s, 5m or 1h30m"
     return float(within(0, value, FOREVER, be))
 
@@ -570,9 +569,8 @@ def command_line(value: object) -> str:
 def name(value: object) -> str:
     """Check the name of a job or a queue: something that can be typed, seen and told apart."""
     word = text(value)
-    fits = re.fullmatch(r"[^\s-]\S{0,199}", word)
-    must(fits, "be 1 to 200 characters, without white space or a leading '-'")
-    must(word.isprintable(), "be printable")
+    fits = re.fullmatch(r"[^\s-]\S{0,199}", word) and word.isprintable()
+    must(fits, "be 1 to 200 printable characters, without white space or a leading '-'")
     return word
 
 
@@ -583,18 +581,8 @@ def names(value: Any) -> list[str]:
     return [name(item) for item in items]
 
 
-def interval(value: object) -> float:
-    """Check how often a job recurs."""
-    return float(within(1, seconds(value), FOREVER, "be at least 1 second"))
-
-
-CRON = (  # each field's first and last value, and the names of its values
-    (0, 59, ()),
-    (0, 23, ()),
-    (1, 31, ()),
-    (1, 12, "jan feb mar apr may jun jul aug sep oct nov dec".split()),
-    (0, 7, "sun mon tue wed thu fri sat".split()),
-)
+MONTHS, DAYS = "jan feb mar apr may jun jul aug sep oct nov dec", "sun mon tue wed thu fri sat"
+CRON = ((0, 59, ""), (0, 23, ""), (1, 31, ""), (1, 12, MONTHS), (0, 7, DAYS))  # low, high, names
 CRON_WORDS = {
     "@hourly": "0 * * * *",
     **dict.fromkeys(("@daily", "@midnight"), "0 0 * * *"),
@@ -604,11 +592,11 @@ CRON_WORDS = {
 }
 
 
-def cron_field(field: str, low: int, high: int, words: Sequence[str]) -> set[int]:
+def cron_field(field: str, low: int, high: int, words: str) -> set[int]:
     """Return the values of one field: `*`, `5`, `1-5`, `*/15`, `mon-fri`, or a list of those."""
     values: set[int] = set()
     numbers = field
-    for number, word in enumerate(words, low):
+    for number, word in enumerate(words.split(), low):
         numbers = re.sub(rf"(?<!/)\b{word}\b", str(number), numbers)
     for part in numbers.split(","):
         match = re.fullmatch(r"(?:\*|(\d+)(?:-(\d+))?)(?:/([1-9]\d*))?", part)
@@ -689,7 +677,7 @@ FIELDS: dict[str, Callable[[object], Any]] = {  # what a job may be given, each 
     "cwd": directory,
     "env": environment,
     "after": names,
-    "every": interval,
+    "every": lambda value: within(1, seconds(value), FOREVER, "be at least 1 second"),
     "cron": cron,
 }
 
@@ -759,12 +747,11 @@ def base(value: str) -> float:
 
 def prefix(value: str) -> tuple[str, ...]:
     """Read an argument vector, to which a job's command is added."""
+    must(value.strip(), "be a command prefix such as 'bash -ec'")
     try:
-        words = tuple(SYSTEM.words(text(value)))
+        return tuple(SYSTEM.words(text(value)))
     except ValueError as error:
         raise ValueError(f"must be a command prefix: {error}") from None
-    must(words, "be a command prefix such as 'bash -ec'")
-    return words
 
 
 def exit_codes(value: str) -> tuple[int, ...]:
@@ -835,8 +822,7 @@ def iso(when: float | None) -> str | None:
     """Return Unix seconds as ISO 8601 in local time with its offset."""
     if when is None:
         return None
-    local = datetime.fromtimestamp(when, timezone.utc).astimezone()
-    return local.isoformat(timespec="milliseconds")
+    return datetime.fromtimestamp(when, timezone.utc).astimezone().isoformat("T", "milliseconds")
 
 
 def span(duration: float) -> str:
@@ -904,8 +890,7 @@ SCHEMA = (  # what brings each version up to date: a new file, and one of versio
     f"PRAGMA application_id = {APPLICATION_ID};"
     """
 CREATE TABLE jobs (
-  seq INTEGER PRIMARY KEY AUTOINCREMENT,
-  id TEXT NOT NULL UNIQUE,
+  seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
   queue TEXT NOT NULL, command TEXT NOT NULL, cwd TEXT NOT NULL, env TEXT,
   state TEXT NOT NULL, priority INTEGER NOT NULL,
   attempts INTEGER NOT NULL DEFAULT 0, max_retries INTEGER, timeout REAL,
@@ -913,8 +898,7 @@ CREATE TABLE jobs (
   locked_by TEXT, locked_at REAL, exit_code INTEGER, last_error TEXT,
   run INTEGER NOT NULL DEFAULT 0, cancelling INTEGER NOT NULL DEFAULT 0,
   due INTEGER NOT NULL,                 -- 0 while run_after is ahead: then no claim walks over it
-  snoozes INTEGER NOT NULL DEFAULT 0,
-  recurs TEXT, series TEXT, planned REAL
+  snoozes INTEGER NOT NULL DEFAULT 0, recurs TEXT, series TEXT, planned REAL
 );
 CREATE INDEX jobs_due ON jobs (queue, priority DESC, run_after, seq)
   WHERE state = 'pending' AND due = 1;
@@ -922,8 +906,7 @@ CREATE INDEX jobs_later ON jobs (queue, run_after) WHERE state = 'pending' AND d
 CREATE TABLE attempts (
   job INTEGER NOT NULL, run INTEGER NOT NULL, worker TEXT NOT NULL,
   started REAL NOT NULL, finished REAL NOT NULL, exit_code INTEGER, error TEXT,
-  cut INTEGER NOT NULL, output BLOB NOT NULL,
-  PRIMARY KEY (job, run)
+  cut INTEGER NOT NULL, output BLOB NOT NULL, PRIMARY KEY (job, run)
 ) WITHOUT ROWID;
 CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """ + SINCE_2,

@@ -1627,6 +1627,15 @@ class FullDisk(Live):
             shown = self.facts("show", job, **inside)
             self.assertEqual((shown["state"], len(shown["runs"])), ("completed", 1))
 
+    def test_workers_can_be_stopped_on_a_full_disk(self) -> None:
+        inside = {"prefix": self.small_disk()}
+        os.environ["QUEUECTL_DB"] = "disk/q.db"
+        self.out("enqueue", self.FILL, **inside)
+        pool = self.pool(**inside)
+        self.says(pool, "cannot record how job 1 ended")
+        self.out("worker", "stop", **inside)
+        self.ends(pool, 0)
+
     def test_a_limit_on_the_size_of_files_is_like_a_full_disk(self) -> None:
         small = limited(resource.RLIMIT_FSIZE, 20_000)
         for job in ("1", "2"):  # the queue itself cannot be made, then a job cannot be added

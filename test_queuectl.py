@@ -1521,7 +1521,7 @@ class Output(Live):
 
     def test_output_is_looked_at_often_however_long_it_was_quiet(self) -> None:
         now, looks = [0.0], [0.0]
-        worker = mock.Mock(config={"timeout": 0, "output_limit": 0}, now=False)
+        worker = mock.Mock(config={"timeout": 0, "output_limit": 0}, heard=set())
         worker.wait = lambda until: now.append(until + 0.001)
         out = mock.Mock(trim=lambda _: looks.append(now[-1]))
         child = mock.Mock(poll=lambda: 0 if now[-1] > 60 else None)
@@ -4030,7 +4030,7 @@ class AsOnMacOS(AnySystem):
             source = file.read()
         for has, lacks in (
             ('PROC = sys.platform == "linux"', "PROC = False"),
-            ('if "forkserver" in', 'if "no such method" in'),
+            ('forks = "forkserver" in', 'forks = "no such method" in'),
             ("ctypes.CDLL(None, use_errno=True).fallocate64", "ctypes.CDLL(None).no_such_function"),
         ):
             self.assertEqual(source.count(has), 1, has)

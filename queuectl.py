@@ -2247,19 +2247,6 @@ def keep(run: RunDirectory, job: Job, ending: Ending, out: Output | None) -> Non
         os.rename(out.path, run.file(job.seq, job.run, "end", kept))
 
 
-def left_behind(path: str, ending: Ending, limit: int) -> Ending:
-    """Return an attempt's ending with what its output file, and maybe its name, tell of it."""
-    import json
-    from base64 import urlsafe_b64decode
-
-    kept = os.path.basename(path).split(".")[3:]
-    if kept:
-        ending = Ending(*json.loads(urlsafe_b64decode(kept[0])))
-    with open(path, "rb") as file:
-        cut, output = tail(file.fileno(), limit)
-    return ending._replace(cut=ending.cut + cut, output=output)
-
-
 class Worker:
     """A process that claims a job, runs it, records how it ended, and claims the next.
 
@@ -2277,8 +2264,7 @@ class Worker:
         self.db, self.run_dir = self.queue.db, self.queue.db.run
         self.name, self.slot, self.queues, self.pool = name, slot, queues, pool
         self.held = Held(self.run_dir.file(name))
-        self.facts = {"pid": os.getpid(), "slot": slot}
-        self.held.note(**self.facts)
+        self.held.note(pid=os.getpid(), slot=slot)
         SYSTEM.unblock(worker=True)
         self.waker = Waker(dict.fromkeys(SYSTEM.STOP_SIGNALS, ignore))
         self.child: Child | None = None
@@ -2317,13 +2303,10 @@ class Worker:
                 what = f"record how job {done[0].id} ended" if done else "claim a job"
                 self.complain(f"cannot {what}", error)
                 continue
-            if job:
-                if not done:
-                    self.tell("busy")
-                done = job, *self.perform(job)
-                continue
-            done = None
-            if not self.stopping:
+            if job and not done:
+                self.tell("busy")
+            done = (job, *self.perform(job)) if job else None
+            if not done and not self.stopping:
                 self.trouble = ""
                 self.tell("idle")
                 self.wait()
@@ -2364,7 +2347,7 @@ class Worker:
         until = min(until, self.flush_at)
         limit = None if until == NEVER else max(0.0, until - time.monotonic())
         if self.alone and limit is None:
-            return  # nobody is left who could say anything
+            return  # nobody is left to wait for
         if SYSTEM.wait(self.waker, None if self.alone else self.pool, self.child, limit):
             self.hear()
         self.waker.clear()
@@ -2387,7 +2370,8 @@ class Worker:
             return self.unstartable(job, failure, started), out
         self.child, self.trouble = child, ""
         if not PROC:
-            self.held.note(**self.facts, run=run_key(job), job_pid=child.pid, launched=started)
+            facts = {"run": run_key(job), "job_pid": child.pid, "launched": started}
+            self.held.note(pid=os.getpid(), slot=self.slot, **facts)
         fate, error = self.watch(job, child, out)
         if error or child.returncode:
             self.end(job, child, out)
@@ -2473,10 +2457,7 @@ HIRING = threading.Lock()  # hiring changes, for a moment, what the whole proces
 
 
 def importable() -> str:
-    """Return the name by which workers find this module: "__main__" if there is no other.
-
-    Run as a program, it gets to be known by that name, so that it is not loaded a second time.
-    """
+    """Return the name by which workers find this module, known by it even if run as a program."""
     from importlib.util import find_spec
 
     here = os.path.realpath(__file__)
@@ -2577,8 +2558,8 @@ class Pool:
             facts = {"host": socket.gethostname(), "queues": list(self.queues)}
             held.note(pid=os.getpid(), started=self.queue.clock(), count=self.count, **facts)
             bell = SYSTEM.bell(self.run_dir.file(self.name, "bell"))
-        ears = (bell, self.waker.fd if self.waker else None)
-        self.ears = [fd for fd in ears if fd is not None and fd >= 0]
+        fds = (bell, self.waker.fd if self.waker else None)
+        self.ears = [fd for fd in fds if fd is not None and fd >= 0]
         self.run_dir.clean(keep=[job.locked_by for job in self.queue.claimed()])
         try:
             while self.members or not self.stopping:
@@ -2604,10 +2585,9 @@ class Pool:
             self.hear(member)
         self.obey()
         try:
-            if time.monotonic() >= self.look_at:
-                self.look()
-        except Locked:
-            pass  # somebody writes for a long time: at the next look
+            with contextlib.suppress(Locked):  # somebody writes for a long time: at the next look
+                if time.monotonic() >= self.look_at:
+                    self.look()
         except Fault as error:
             self.fail(error)
         self.staff()
@@ -2747,27 +2727,33 @@ class Pool:
                 if job.cancelling:
                     ours[job.locked_by].send(key)
             elif self.run_dir.free(job.locked_by):
-                if key not in self.enders:
-                    grace = self.queue.config()["kill_grace"]
-                    self.enders[key] = Ender(job, self.run_dir, grace)
-                if self.enders[key].gone():
-                    self.give_back(job)
+                grace = self.queue.config()["kill_grace"]
+                if self.enders.setdefault(key, Ender(job, self.run_dir, grace)).gone():
                     del self.enders[key]
-                self.look_within(BATCH)
+                    self.give_back(job)
+        if self.enders:
+            self.look_within(BATCH)
 
     def give_back(self, job: Job) -> None:
-        """Record the end of an attempt whose processes are gone, its worker among them."""
-        limit, now = self.queue.config()["output_limit"], self.queue.clock()
-        then = job.locked_at or 0.0
+        """Record how a dead worker's attempt ended: in a crash, unless the worker kept a result."""
+        import json
+        from base64 import urlsafe_b64decode
+
+        then, now = job.locked_at or 0.0, self.queue.clock()
         ending = Ending("crashed", None, "its worker died", then, max(then, now))
-        files = [self.run_dir.file(item) for item in self.run_dir.files(f"{job.seq}.{job.run}.")]
+        names = self.run_dir.files(f"{job.seq}.{job.run}.")
         with contextlib.suppress(FileNotFoundError):  # another pool is faster
-            for path in files:
-                ending = left_behind(path, ending, limit)
+            for name in names:
+                _, _, _, *kept = name.split(".")
+                if kept:
+                    ending = Ending(*json.loads(urlsafe_b64decode(kept[0])))
+                with open(self.run_dir.file(name), "rb") as file:
+                    cut, output = tail(file.fileno(), self.queue.config()["output_limit"])
+                ending = ending._replace(cut=ending.cut + cut, output=output)
         after = self.queue.finish(job, ending)[0]
         with contextlib.suppress(FileNotFoundError):
-            for path in files:
-                os.unlink(path)
+            for name in names:
+                os.unlink(self.run_dir.file(name))
         self.version = -1  # what this process changes, it does not see there
         if after:
             self.report(*news_of(job, after, ending))

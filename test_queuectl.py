@@ -916,6 +916,20 @@ class Crash(Live):
         self.assertEqual((after.attempts, after.run, len(self.lines("job.log"))), (2, 2, 2))
         self.assertEqual([a.error for a in self.attempts(job)], ["its worker died", None])
 
+    def test_what_a_killed_pool_was_running_is_taken_over_by_another_within_a_second(self) -> None:
+        job = self.enqueue("echo run >> log; [ $QUEUECTL_ATTEMPT = 2 ] || sleep 300")
+        pool = self.pool()
+        self.wrote("log")
+        victims = [pool.pid, *(facts["pid"] for facts in self.workers().values())]
+        self.pool()
+        self.working(2)
+        time.sleep(0.6)  # the other pool has looked at a database that does not change
+        second = self.second()
+        for pid in victims:
+            os.kill(pid, 9)
+        until(lambda: len(self.lines("log")) == 2, second)
+        self.assertEqual(self.becomes(job, "completed").attempts, 2)
+
     def test_a_worker_whose_pool_died_before_it_began_leaves(self) -> None:
         Queue(self.path).db.close()
         code = (
@@ -1129,6 +1143,29 @@ class Fencing(Live):
                 self.assertEqual((queue.get(job_id), queue.attempts(lost), queue.counts()), before)
                 self.assertEqual((before[0].run, before[0].attempts), (2, 2))
                 self.assertEqual(self.finish(queue, queue.get(job_id), ending)[0].id, job_id)
+
+    def test_a_kept_failure_is_retried_when_its_backoff_is_over(self) -> None:
+        self.enqueue("false", id="job")
+        with Queue(self.path) as queue:
+            job, error = queue.claim("worker-1"), "cannot start: \u00e9" * 50
+            out = queuectl.Output(queue.db.run.file("1.1.out"))
+            os.write(out.fd, b"why")
+            queuectl.keep(
+                queue.db.run,
+                job,
+                self.BAD._replace(error=error, finished=queue.clock(), output=b""),
+                out,
+            )
+            pool = queuectl.Pool(queue, 1, (), lambda _: None)
+            held = queuectl.Held(queue.db.run.file("worker-1"))
+            pool.look()
+            held.close()
+            pool.look()
+            after, (run,) = queue.get("job"), queue.attempts(job)
+            self.assertEqual((after.state, run.exit_code, run.output), ("pending", 1, b"why"))
+            self.assertEqual(str(run.error)[:14], error[:14])
+            self.assertEqual(pool.next_time, after.run_after)  # though the change is its own
+            self.assertEqual(queue.db.run.files("1."), [])
 
     def test_a_late_result_does_not_keep_its_worker_from_the_next_job(self) -> None:
         with Queue(self.path) as queue:

@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     import argparse
     import subprocess
     from multiprocessing.connection import Connection
-    from multiprocessing.process import BaseProcess
 
     Child = subprocess.Popen[bytes]
     Argument = tuple[tuple[str, ...], dict[str, Any]]
@@ -1963,7 +1962,9 @@ class Ender:
 
 # --- worker: one job at a time --------------------------------------------------------------------
 
-BATCH = 0.04  # seconds that news for the pool may wait for company
+NEVER = float("inf")
+BATCH = 0.04  # seconds that what is urgent for nobody may wait for company
+AGAIN = 0.25  # seconds before the next try of what the machine did not let us do
 
 
 def blocked_by(parents: Sequence[Job]) -> str:
@@ -1973,42 +1974,45 @@ def blocked_by(parents: Sequence[Job]) -> str:
     return f"blocked by {', '.join(words)}{more}"
 
 
-def event(job: Job, after: Job | None, ending: Ending) -> tuple[str, str, str]:
-    """Return the news of an attempt's end: ("ended", the state now, a line for people)."""
-    name, took = printable(job.id), span(ending.finished - ending.started)
-    reason = printable(ending.error or "")
+def news_of(job: Job, after: Job | None, ending: Ending) -> tuple[str, str]:
+    """Return the news of an attempt's end: the job's state now, and a line for people."""
+    name, reason = printable(job.id), printable(ending.error or "")
     if after is None:
-        return "ended", "", f"job {name} is no longer ours: its result was dropped"
+        return "", f"job {name} is no longer ours: its result was dropped"
     if after.state == COMPLETED:
-        return "ended", COMPLETED, f"job {name} completed in {took}"
-    if after.state == PENDING and ending.fate == "ran":
-        again = f"next in {span(after.run_after - after.updated_at)}"
-        if after.snoozes > job.snoozes:
-            return "ended", PENDING, f"job {name} is put off: {reason}; {again}"
-        return "ended", PENDING, f"job {name} failed: {reason}; try {job.attempts}, {again}"
-    if after.state == PENDING:
-        return "ended", PENDING, f"job {name} is back in the queue: {reason}"
-    return "ended", after.state, f"job {name} is {after.state}: {reason} (attempt {job.attempts})"
+        how = f"completed in {span(ending.finished - ending.started)}"
+    elif after.state != PENDING:
+        how = f"is {after.state}: {reason} (attempt {job.attempts})"
+    elif ending.fate != "ran":
+        how = f"is back in the queue: {reason}"
+    elif after.snoozes > job.snoozes:
+        how = f"is put off: {reason}; next in {span(after.run_after - after.updated_at)}"
+    else:
+        again = span(after.run_after - after.updated_at)
+        how = f"failed: {reason}; try {job.attempts}, next in {again}"
+    return after.state, f"job {name} {how}"
 
 
 def keep(run: RunDirectory, job: Job, ending: Ending, out: Output | None) -> None:
-    """Keep a result that cannot be stored, as a file's name: that needs no space on a full disk."""
+    """Keep a result that cannot be stored, as the output file's name: a full disk takes that."""
     import json
-    from urllib.parse import quote
+    from base64 import urlsafe_b64encode
 
-    cut = ending.cut if out and out.cut else 0  # what the file itself does not tell
-    facts = json.dumps([*ending[:2], (ending.error or "")[:60] or None, *ending[3:5], cut])
     if out:
+        error = ending.error and ascii(ending.error)[1:51]  # a name has at most 255 bytes
+        facts = json.dumps([*ending[:2], error, *ending[3:5], out.cut])
         os.close(out.fd)  # Windows renames nothing that is open
-        os.rename(out.path, run.file(job.seq, job.run, "end" + quote(facts, safe="")))
+        kept = urlsafe_b64encode(facts.encode()).decode()
+        os.rename(out.path, run.file(job.seq, job.run, "end", kept))
 
 
 class Worker:
     """A process that claims a job, runs it, records how it ended, and claims the next.
 
-    It waits in one place: for its job's end, its pool's word, and the next deadline. Messages from
-    the pool: "go" (there may be work), "stop" (claim no more), "now" (and end the job), or the key
-    of a run to cancel. The end of the pipe means that the pool is gone: finish, and leave.
+    It waits in one place: for its job's end, its pool's word, and the next deadline. The pool says
+    "go" (there may be work), "stop" (claim no more), "now" (and end the job), or the key of a run
+    to cancel; the end of the pipe means that it is gone: finish, and leave. The pool is told pairs:
+    "idle", "busy" or "left"; "broken" and why; or a job's state, if any, and a line for people.
     """
 
     def __init__(
@@ -2019,8 +2023,7 @@ class Worker:
         self.db, self.run_dir = self.queue.db, self.queue.db.run
         self.name, self.slot, self.queues, self.pool = name, slot, queues, pool
         self.held = Held(self.run_dir.file(name))
-        self.facts = {"pid": os.getpid(), "slot": slot}
-        self.held.note(**self.facts)
+        self.held.note(pid=os.getpid(), slot=slot)
         self.bell = SYSTEM.bell(self.run_dir.file(name, "bell"))
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.run_dir.file(name, "bell"))  # only signals ring it
@@ -2029,103 +2032,92 @@ class Worker:
         self.config = self.queue.config()
         self.db.durable(self.config["synchronous"])
         self.db.patient = self.patient
-        self.stopping = self.now = self.alone = False
-        self.starved = False  # the machine could not start a job: that is said once
-        self.cancelled: str | None = None
-        self.news: list[tuple[str, ...]] = []
-        self.flush_at = float("inf")
+        self.heard: set[str] = set()  # the pool's words so far
+        self.stopping = False  # no more is claimed
+        self.alone = False  # the pool is gone: nobody else syncs what is recorded now
+        self.trouble = ""  # what keeps us from working: that is said once
+        self.news: list[tuple[str, str]] = []  # what the pool is to be told, at flush_at
+        self.flush_at = NEVER
 
     def patient(self, waited: float) -> bool:
         """Wait for a lock, but not when it is time to leave."""
-        if waited <= 0.3:
-            return True  # to ask the pool costs more than to try again
-        self.hear()
-        return not self.stopping
+        if waited > 0.3:  # before that, to ask the pool costs more than to try again
+            self.hear()
+        return waited <= 0.3 or not self.stopping
 
     def main(self) -> None:
-        """Work until told to stop."""
-        job = self.claim()
-        while True:
-            while job is None and not self.stopping:
+        """Claim a job, run it, record how it ended and claim the next one, until told to stop.
+
+        While a result cannot be recorded, nothing is claimed; when it is time to leave, it stays
+        in the run directory for whoever recovers the job.
+        """
+        done: tuple[Job, Ending, Output | None] | None = None
+        while done or not self.stopping:
+            try:
+                job = self.finish(*done) if done else self.queue.claim(self.name, self.queues)
+            except Fault as error:
+                if isinstance(error, Broken):
+                    self.tell("broken", str(error))
+                    self.stopping = True
+                if self.stopping:
+                    break
+                what = f"record how job {done[0].id} ended" if done else "claim a job"
+                self.complain(f"cannot {what}", error)
+                continue
+            if job and not done:
+                self.tell("busy")
+            done = (job, *self.perform(job)) if job else None
+            if not done and not self.stopping:
+                self.trouble = ""
                 self.tell("idle")
-                self.flush()
-                self.wait(None)
-                job = self.claim()
-                if job:
-                    self.tell("took")
-                    self.flush()
-            if job is None:
-                break
-            job = self.finish(job, *self.perform(job))
-        self.tell("bye")
-        self.flush()
+                self.wait()
+        if done:
+            keep(self.run_dir, *done)
+        self.tell("left")
         self.held.close()
 
-    def tell(self, *news: str) -> None:
-        """Collect news for the pool; it gets them within BATCH, or at the next flush."""
-        self.news.append(news)
-        self.flush_at = min(self.flush_at, time.monotonic() + BATCH)
+    def tell(self, what: str, text: str = "", within: float = 0.0) -> None:
+        """Tell the pool something, within so many seconds."""
+        self.news.append((what, text))
+        self.flush_at = min(self.flush_at, time.monotonic() + within)
+        self.flush()
 
     def flush(self) -> None:
-        """Tell the pool; without one there is nobody to tell."""
-        news, self.news, self.flush_at = self.news, [], float("inf")
+        """Send the news if it is time; without a pool there is nobody to tell."""
+        if time.monotonic() < self.flush_at:
+            return
+        news, self.news, self.flush_at = self.news, [], NEVER
         try:
             self.pool.send(news)
         except OSError:
-            self.left_alone()
-
-    def left_alone(self) -> None:
-        """Go on without a pool: nobody else syncs what is recorded now."""
-        self.alone = self.stopping = True
+            self.alone = self.stopping = True
 
     def hear(self) -> None:
         """Take in what the pool says."""
         try:
             while not self.alone and self.pool.poll():
                 word = self.pool.recv()
+                self.heard.add(word)
                 self.stopping |= word in ("stop", "now")
-                self.now |= word == "now"
-                if word not in ("go", "stop", "now"):
-                    self.cancelled = word
         except (EOFError, OSError):
-            self.left_alone()
+            self.alone = self.stopping = True
 
-    def wait(self, until: float | None) -> None:
+    def wait(self, until: float = NEVER) -> None:
         """Wait for a child's end, the pool, or a time on the monotonic clock."""
-        now = time.monotonic()
-        if now >= self.flush_at:
-            self.flush()
-        until = min(self.flush_at, float("inf") if until is None else until)
-        limit = None if until == float("inf") else max(0.0, until - now)
+        self.flush()
+        until = min(until, self.flush_at)
+        limit = None if until == NEVER else max(0.0, until - time.monotonic())
         if self.alone and limit is None:
-            return  # nobody is left who could say anything
+            return  # nobody is left to wait for
         if SYSTEM.wait(self.bell, None if self.alone else self.pool, self.child, limit):
             self.hear()
 
-    def claim(self) -> Job | None:
-        """Claim a job; a fault of the database or the disk is waited out."""
-        warned = False
-        while not self.stopping:
-            try:
-                return self.queue.claim(self.name, self.queues)
-            except Broken as error:
-                self.give_up(error)
-            except Fault as error:
-                warned = self.complain(f"cannot claim a job: {error}; trying again", warned=warned)
-        return None
-
-    def give_up(self, error: Broken) -> None:
-        """Leave a damaged database, and have the pool leave it."""
-        self.tell("broken", str(error))
-        self.stopping = True
-
-    def complain(self, text: str, *, warned: bool = False) -> bool:
+    def complain(self, what: str, why: object) -> None:
         """Say once what is wrong, and wait before the next try."""
-        if not warned:
-            self.tell("note", "", text)
-        self.flush()
-        self.wait(time.monotonic() + 0.25)
-        return True
+        if what != self.trouble:
+            self.tell("", f"{what}: {why}; trying again")
+        self.trouble = what
+        self.wait(time.monotonic() + AGAIN)
 
     def perform(self, job: Job) -> tuple[Ending, Output | None]:
         """Run one attempt of a job to its end."""
@@ -2136,59 +2128,54 @@ class Worker:
             child = SYSTEM.launch(self.config["shell"], job, self.environment(job), out.fd)
         except OSError as failure:
             return self.unstartable(job, failure, started), out
-        self.starved = False
+        self.child, self.trouble = child, ""
         if not PROC:
-            self.held.note(**self.facts, run=run_key(job), job_pid=child.pid, launched=started)
-        self.child = child
+            facts = {"run": run_key(job), "job_pid": child.pid, "launched": started}
+            self.held.note(pid=os.getpid(), slot=self.slot, **facts)
         fate, error = self.watch(job, child, out)
         if error or child.returncode:
             self.end(job, child, out)
         SYSTEM.release(child)
         self.child = None
-        error = error or exit_meaning(child.returncode)
-        finished = max(self.queue.clock(), started)
+        error, finished = error or exit_meaning(child.returncode), self.queue.clock()
         tail = out.tail(self.config["output_limit"])
-        return Ending(fate, child.returncode, error, started, finished, *tail), out
+        return Ending(fate, child.returncode, error, started, max(started, finished), *tail), out
 
     def environment(self, job: Job) -> dict[str, str]:
         """Return what a job's environment has beside the worker's: its own, then ours."""
-        env = {
+        import json
+
+        return {
+            **(json.loads(job.env) if job.env else {}),
             "QUEUECTL_JOB_ID": job.id,
             "QUEUECTL_ATTEMPT": str(job.attempts),
             "QUEUECTL_WORKER": str(self.slot),
             "QUEUECTL_DB": self.db.path,
             "QUEUECTL_RUN": run_key(job),
         }
-        if job.env:
-            import json
-
-            env = {**json.loads(job.env), **env}
-        return env
 
     def unstartable(self, job: Job, error: OSError, started: float) -> Ending:
         """Decide whose fault it is that a job did not start: its own, or the machine's."""
-        reason = f"cannot start: {error.strerror}"
-        if error.filename:
-            reason += f": {error.filename}"
-        if error.errno not in (*EXHAUSTED, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            self.starved = False
-            return Ending("ran", None, reason, started, self.queue.clock())
-        self.starved = self.complain(f"job {job.id} {reason}; trying again", warned=self.starved)
-        return Ending("returned", None, reason, started, self.queue.clock())
+        why = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        fate = "ran"
+        if error.errno in (*EXHAUSTED, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            fate = "returned"
+            self.complain(f"job {job.id} cannot start", why)
+        return Ending(fate, None, f"cannot start: {why}", started, self.queue.clock())
 
     def watch(self, job: Job, child: Child, out: Output) -> tuple[str, str | None]:
-        """Wait for the end of a job, or for a reason to end it."""
+        """Wait for the end of a job, or for a reason to end it; return its fate and the reason."""
         timeout = self.config["timeout"] if job.timeout is None else job.timeout
-        deadline = time.monotonic() + timeout if timeout else float("inf")
-        pause = 0.01
+        deadline = time.monotonic() + timeout if timeout else NEVER
+        key, pause = run_key(job), 0.01
         while child.poll() is None:
-            if self.now:
-                return "returned", "stopped by the operator"
-            if self.cancelled == run_key(job):
-                return "cancelled", "cancelled by the operator"
-            if time.monotonic() >= deadline:
-                return "ran", f"timed out after {span(timeout)}"
             now = time.monotonic()
+            if "now" in self.heard:
+                return "returned", "stopped by the operator"
+            if key in self.heard:
+                return "cancelled", "cancelled by the operator"
+            if now >= deadline:
+                return "ran", f"timed out after {span(timeout)}"
             self.wait(min(deadline, now + pause))
             if time.monotonic() > now + pause:
                 full = out.trim(self.config["output_limit"])
@@ -2204,44 +2191,15 @@ class Worker:
             pause = min(pause * 1.5, 0.05)
 
     def finish(self, job: Job, ending: Ending, out: Output | None) -> Job | None:
-        """Record how an attempt ended and claim the next job, in one transaction.
-
-        A result that cannot be stored is kept and tried again, and nothing is claimed meanwhile;
-        when it is time to leave, it stays in the run directory for whoever recovers the job.
-        """
-        warned = False
-        while True:
-            try:
-                self.db.durable("full" if self.alone else self.config["synchronous"])
-                claim = None if self.stopping else lambda: self.queues
-                after, following = self.queue.finish(job, ending, claim)
-            except Fault as error:
-                if isinstance(error, Broken):
-                    self.give_up(error)
-                if self.stopping:
-                    keep(self.run_dir, job, ending, out)
-                    return None
-                text = f"cannot record how job {job.id} ended: {error}; trying again"
-                warned = self.complain(text, warned=warned)
-            else:
-                if out:
-                    out.close()
-                if not self.starved:
-                    self.tell(*event(job, after, ending))
-                return following
-
-
-def kept(run: RunDirectory, job: Job) -> tuple[str | None, Ending | None]:
-    """Return the output file of a dead worker's job and, if it was kept, how its attempt ended."""
-    import json
-    from urllib.parse import unquote
-
-    start = f"{job.seq}.{job.run}."
-    for item in run.files(start):
-        if item.startswith(start + "end"):
-            ending = Ending(*json.loads(unquote(item[len(start) + 3 :])))
-            return run.file(item), ending
-    return (run.file(start + "out"), None) if run.files(start + "out") else (None, None)
+        """Record how an attempt ended and claim the next job, in one transaction."""
+        self.db.durable("full" if self.alone else self.config["synchronous"])
+        claim = None if self.stopping else lambda: self.queues
+        after, following = self.queue.finish(job, ending, claim)
+        if out:
+            out.close()
+        if ending.fate != "returned" or ending.exit_code is not None:  # else that was said
+            self.tell(*news_of(job, after, ending), within=BATCH)
+        return following
 
 
 def run_worker(environ: dict[str, str], *worker: Any) -> None:
@@ -2255,87 +2213,66 @@ def run_worker(environ: dict[str, str], *worker: Any) -> None:
 
 LOG_BOUND = 16 << 20  # bytes of -wal; SQLite lets it grow as long as there is always a reader
 BROKEN = 5  # workers that die without a job in a minute: then something is wrong with the machine
+HIRING = threading.Lock()  # hiring changes, for a moment, what the whole process has
+
+
+def importable() -> str:
+    """Return the name by which workers find this module, known by it even if run as a program."""
+    from importlib.util import find_spec
+
+    here = os.path.realpath(__file__)
+    name = __spec__.name if __spec__ else os.path.splitext(os.path.basename(here))[0]
+    if __name__ == "__main__" and name not in sys.modules:
+        if os.path.dirname(here) not in sys.path:
+            sys.path.append(os.path.dirname(here))
+        with contextlib.suppress(ImportError):
+            found = find_spec(name)
+            if found and os.path.realpath(str(found.origin)) == here:
+                sys.modules[name] = sys.modules["__main__"]
+                run_worker.__module__ = name
+    return run_worker.__module__
 
 
 class Member:
-    """A worker as its pool sees it."""
+    """A worker as its pool sees it. It is "idle", "woken", "busy", or has "left"."""
 
-    def __init__(self, name: str, slot: int, process: BaseProcess, conn: Connection) -> None:
-        """Begin as busy: a new worker looks for a job by itself."""
-        self.name, self.slot, self.process, self.conn = name, slot, process, conn
-        self.idle = self.leaving = False
+    def __init__(self, path: str, name: str, slot: int, queues: Sequence[str]) -> None:
+        """Start its process.
+
+        From a fork server, which has loaded everything once; never by a plain fork: siblings would
+        hold each other's pipes and locks open. The main program is hidden, so that workers neither
+        load nor run it. Before Python 3.13 the server does not look along sys.path for our module.
+        """
+        import multiprocessing
+        import types
+
+        self.name, self.slot = name, slot
+        self.doing = "busy"  # a new worker looks for a job by itself
+        forks = "forkserver" in multiprocessing.get_all_start_methods()
+        context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+        self.conn, theirs = context.Pipe()
+        with HIRING:
+            module, main, environ = importable(), sys.modules["__main__"], dict(os.environ)
+            what = (environ, path, name, slot, queues, theirs)
+            self.process = context.Process(target=run_worker, args=what, daemon=False)
+            if forks:
+                context.set_forkserver_preload([module, "json", "select", "subprocess"])
+            if module != "__main__":
+                sys.modules["__main__"] = types.ModuleType("__main__")
+            os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+            try:
+                self.process.start()
+            finally:
+                sys.modules["__main__"] = main
+                del os.environ["PYTHONPATH"]
+                if "PYTHONPATH" in environ:
+                    os.environ["PYTHONPATH"] = environ["PYTHONPATH"]
+        theirs.close()
 
     def send(self, word: str) -> None:
         """Say a word; a worker that is gone does not hear it."""
         with contextlib.suppress(OSError):
             self.conn.send(word)
-
-
-def importable() -> Any:
-    """Return this module, under a name by which a worker process can import it if there is one."""
-    import importlib
-
-    here = os.path.realpath(__file__)
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if __name__ != "__main__":
-        return sys.modules[__name__]
-    if os.path.dirname(here) not in sys.path:
-        sys.path.append(os.path.dirname(here))
-    with contextlib.suppress(ImportError):
-        module = importlib.import_module(
-            spec.name if spec else os.path.splitext(os.path.basename(here))[0]
-        )
-        if os.path.realpath(str(module.__file__)) == here:
-            return module
-    return sys.modules["__main__"]
-
-
-HIRING = threading.Lock()  # hiring changes, for a moment, what the whole process has
-
-
-def start_fork_server() -> None:
-    """Start it where it finds our module: before Python 3.13 it does not look along sys.path."""
-    from multiprocessing import forkserver
-
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    try:
-        forkserver.ensure_running()
-    finally:
-        del os.environ["PYTHONPATH"]
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
-
-
-def hire(path: str, name: str, slot: int, queues: Sequence[str]) -> Member:
-    """Start a worker process.
-
-    From a fork server, which has loaded everything once; never by a plain fork: siblings would
-    hold each other's pipes and locks open. The main program is hidden, so that workers neither
-    load nor run it.
-    """
-    import multiprocessing
-    import types
-
-    module = importable()
-    if "forkserver" in multiprocessing.get_all_start_methods():
-        context: Any = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([module.__name__, "json", "select", "subprocess"])
-        start_fork_server()
-    else:
-        context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    what = (dict(os.environ), path, name, slot, queues, theirs)
-    process = context.Process(target=module.run_worker, args=what, daemon=False)
-    main = sys.modules["__main__"]
-    if module is not main:
-        sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        process.start()
-    finally:
-        sys.modules["__main__"] = main
-    theirs.close()
-    return Member(name, slot, process, ours)
 
 
 class Pool:
@@ -2345,27 +2282,27 @@ class Pool:
         self, queue: Queue, count: int, queues: Sequence[str], say: Callable[[str], None]
     ) -> None:
         """Prepare a pool of so many workers; `say` gets a line for each event."""
-        self.tick: Callable[[], None] = lambda: None  # is called at every turn
-        self.told = False  # that it waits for a paused queue
-        self.prune_at = 0.0
         self.queue, self.db, self.run_dir = queue, queue.db, queue.db.run
         self.count, self.queues, self.say = count, queues, say
-        self.name = "pool-" + os.urandom(4).hex()
+        self.tick: Callable[[], None] = lambda: None  # is called at every turn
         self.drain, self.horizon, self.code = False, FOREVER, OK
-        self.fault: Fault | None = None
+        self.name = "pool-" + os.urandom(4).hex()
+        self.identity = self.db.identity()
         self.handling = False  # signals
         self.signals: list[tuple[float, int]] = []
-        self.stopping = self.now = False
-        self.members: list[Member] = []
-        self.missing = [(0.0, slot) for slot in range(1, count + 1)]  # who is to be started, when
-        self.serial, self.replace_at = 0, 0.0
-        self.deaths: list[float] = []  # of workers that had no job
-        self.enders: dict[str, Ender] = {}
-        self.news, self.served = 1, 1  # occasions to look for work, and the last one looked after
-        self.woken: Member | None = None
-        self.look_at, self.sync_at, self.truncate_at = 0.0, float("inf"), 0.0
-        self.version, self.next_time = -1, float("inf")
         self.db.patient = lambda waited: waited < 0.3 and not self.signals
+        self.fault: Fault | None = None
+        self.stopping = self.now = self.told = False  # told: that it waits for a paused queue
+        self.members: list[Member] = []
+        self.missing = list(range(1, count + 1))  # the slots of workers that are to be started
+        self.hired, self.hire_at = 0, 0.0
+        self.deaths: list[float] = []  # of workers that had no job
+        self.enders: dict[str, Ender] = {}  # for what a dead worker's job left running
+        self.strangers: set[str | None] = set()  # who has jobs and is not, or no longer, ours
+        self.work = True  # there may be some
+        self.version = -1  # of the database, when it was last looked at
+        self.next_time = NEVER  # when a job becomes due; the other times are of the monotonic clock
+        self.look_at, self.prune_at, self.sync_at, self.truncate_at = 0.0, 0.0, NEVER, 0.0
 
     def on_signal(self, number: int, _: object) -> None:
         """Note a signal; the loop reads it."""
@@ -2384,7 +2321,6 @@ class Pool:
         before = handle_signals(self.on_signal, self.bell) if self.handling else None
         self.say(f"{self.count} worker{'s' * (self.count > 1)} on {self.db.path}")
         try:
-            self.identity = self.db.identity()
             self.run_dir.clean(keep=[job.locked_by for job in self.queue.claimed()])
             while self.members or not self.stopping:
                 self.turn()
@@ -2408,101 +2344,96 @@ class Pool:
         self.tick()
         ready = self.wait()
         for member in [member for member in self.members if member.conn in ready]:
-            try:  # the end of its pipe is an EOFError
-                for kind, *text in member.conn.recv():
-                    self.take(member, kind, text)
-            except (EOFError, OSError):
-                self.bury(member)
+            self.hear(member)
         self.obey()
-        now = time.monotonic()
-        if now >= self.look_at:
-            try:
-                self.look()
-            except Locked:
-                pass  # somebody writes for a long time: at the next look
-            except Fault as error:
-                self.fail(error)
-            more = self.enders or self.prune_at <= now
-            self.look_at = now + min(0.03 if more else 1, SYSTEM.TICK)
-        self.staff(now)
+        try:
+            with contextlib.suppress(Locked):  # somebody writes for a long time: at the next look
+                if time.monotonic() >= self.look_at:
+                    self.look()
+        except Fault as error:
+            self.fail(error)
+        self.staff()
         self.wake()
-        if now >= self.sync_at:
+        if time.monotonic() >= self.sync_at:
             self.sync()
 
     def wait(self) -> list[Any]:
-        """Sleep until the bell, a worker, a signal, or the next time to look; return who spoke."""
+        """Sleep until the bell, a worker, a signal, or the next time to act; return who spoke."""
         from multiprocessing.connection import wait
 
-        due = time.monotonic() + max(0.0, self.next_time - self.queue.clock())
-        until = min(self.look_at, self.sync_at, due, *(when for when, _ in self.missing))
+        due = time.monotonic() + self.next_time - self.queue.clock()
+        pause = min(self.look_at, self.sync_at, due) - time.monotonic()
         sources: list[Any] = [member.conn for member in self.members]
         sources += [] if self.bell is None else [self.bell]
-        ready = wait(sources, max(0.0, until - time.monotonic()))
+        ready = wait(sources, max(0.0, pause))
         if self.bell is not None and self.bell in ready:
             os.read(self.bell, 65536)
-            self.news += 1
-            self.look_at = 0.0
+            self.work, self.look_at = True, 0.0
         if self.queue.clock() >= self.next_time:
-            self.news += 1
-            self.next_time = float("inf")
-            self.look_at = min(self.look_at, time.monotonic() + BATCH)
+            self.work, self.next_time = True, NEVER
+            self.look_within(BATCH)  # when is the next one due?
         return ready
 
-    def take(self, member: Member, kind: str, text: list[str]) -> None:
-        """Take in one piece of a worker's news."""
-        if kind == "broken":
-            self.fail(Fault(text[0]))
-        elif kind in ("idle", "took", "bye"):
-            member.idle = kind == "idle"
-            member.leaving = kind == "bye"
-            if member is self.woken:
-                self.woken = None
-                if member.idle:
-                    self.served = self.serving
-        else:
-            self.report(*text)
+    def look_within(self, seconds: float) -> None:
+        """Look again in so many seconds at the latest."""
+        self.look_at = min(self.look_at, time.monotonic() + seconds)
+
+    def hear(self, member: Member) -> None:
+        """Take in a worker's news."""
+        try:
+            news = member.conn.recv()
+        except (EOFError, OSError):  # the end of its pipe
+            self.bury(member)
+            return
+        for what, text in news:
+            if what == "broken":
+                self.fail(Fault(text))
+            elif what in ("idle", "busy", "left"):
+                member.doing = what
+                self.work |= what == "busy"  # it took a job, and there may be more
+            else:
+                self.report(what, text)
 
     def report(self, state: str, text: str) -> None:
         """Say what happened to a job, and see to what follows from it."""
         self.say(text)
-        soon = time.monotonic() + BATCH
-        self.sync_at = min(self.sync_at, soon)
+        self.sync_at = min(self.sync_at, time.monotonic() + BATCH)
         if state == DEAD and self.drain:
             self.code = NO
         if state == PENDING:
-            self.look_at = min(self.look_at, soon)  # when is it due?
+            self.look_within(BATCH)  # when is it due?
 
     def bury(self, member: Member) -> None:
         """Let a worker go that is gone; one that left without a word is replaced."""
         self.members.remove(member)
         member.conn.close()
         member.process.join(1)
-        if member is self.woken:
-            self.woken = None
-        if member.leaving:
+        if member.doing == "left":
             return
         self.say(f"{member.name} died")
-        self.look_at, now = 0.0, time.monotonic()
+        now = time.monotonic()
+        self.look_at, self.version, self.work = 0.0, -1, True
         with contextlib.suppress(Locked):
             if not any(job.locked_by == member.name for job in self.queue.claimed()):
                 self.deaths = [then for then in self.deaths if then > now - 60] + [now]
         if len(self.deaths) > BROKEN:
             self.fail(Fault(f"{len(self.deaths)} workers died in a minute without a job"))
         if not self.stopping:
-            self.replace_at = max(now, self.replace_at + 1)
-            self.missing.append((self.replace_at, member.slot))
+            self.missing.append(member.slot)
 
     def obey(self) -> None:
         """Act on signals: the first one stops, another at least a second later ends the jobs."""
         for when, number in self.signals:
-            if not self.stopping:
-                self.stop(f"{signal_name(number)}: no new jobs; finishing the running ones")
-            elif when - self.signals[0][0] >= 1 and not self.now:
+            if when < self.signals[0][0] + 1:
+                self.stop("stop", f"{signal_name(number)}: no new jobs; finishing the running ones")
+            elif not self.now:
                 self.code = SIGNALLED + number
-                self.stop("ending the running jobs; they go back to the queue", "now")
+                self.stop("now", "ending the running jobs; they go back to the queue")
 
-    def stop(self, why: str, word: str = "stop") -> None:
-        """Stop: claim no more or, for "now", end the running jobs too."""
+    def stop(self, word: str, why: str = "") -> None:
+        """Stop, if that is news: claim no more or, for "now", end the running jobs too."""
+        if self.now or (self.stopping and word != "now"):
+            return
         if why:
             self.say(why)
         self.stopping, self.now, self.missing = True, word == "now", []
@@ -2513,30 +2444,27 @@ class Pool:
         """Stop because of something that no worker can work with."""
         if not self.fault:
             self.fault = fault
-            self.stop("stopping: " + str(fault))
+            self.stop("stop", f"stopping: {fault}")
 
     def look(self) -> None:
         """Look at what rings no bell: stop requests, the file itself, other writers, the dead."""
+        self.look_at = time.monotonic() + SYSTEM.TICK
         if self.db.identity() != self.identity:
-            self.fail(Fault(f"{self.db.path} was moved away or replaced"))
-            return
+            raise Fault(f"{self.db.path} was moved away or replaced")
         with contextlib.suppress(OSError), open(self.run_dir.file(self.name, "stop")) as file:
-            word = file.read() or "stop"
-            if not (self.now or (self.stopping and word == "stop")):
-                self.stop("asked to stop", word)
-        self.recover()
-        version = self.queue.version()
+            self.stop(file.read() or "stop", "asked to stop")
+        version = self.queue.version()  # asked first: what changes from here on is seen next time
+        if version != self.version or self.strangers:  # their locks become free without a change
+            self.recover()
         if version != self.version:
-            self.version = version
-            self.news += 1
-            self.next_time = self.queue.next_time(self.queues) or float("inf")
+            self.version, self.work = version, True
+            self.next_time = self.queue.next_time(self.queues) or NEVER
         if time.monotonic() >= self.prune_at:
             self.prune()
 
     def prune(self) -> None:
-        """Delete a slice of what is older than the retention; look again in a minute, or soon."""
-        pruned, now = 0, time.monotonic()
-        self.prune_at = now + 60
+        """Delete a slice of what is older than the retention; again in a minute, or soon."""
+        pruned, self.prune_at = 0, time.monotonic() + 60
         try:
             retention = self.queue.config()["retention"]
             for state in PRUNED if retention else ():
@@ -2546,61 +2474,70 @@ class Pool:
         except Fault as error:
             self.say(f"cannot prune: {error}")
         if pruned >= SLICE:
-            self.prune_at = now
+            self.prune_at = 0.0
+            self.look_within(BATCH)
 
     def recover(self) -> None:
         """Put jobs whose worker is gone back into the queue, once all their processes are gone."""
-        living = {member.name: member for member in self.members}
-        claimed = self.queue.claimed()
-        theirs = set(self.enders) - set(map(run_key, claimed))  # another pool was faster
-        for key in theirs:
+        ours = {member.name: member for member in self.members}
+        claimed = {run_key(job): job for job in self.queue.claimed()}
+        self.strangers = {job.locked_by for job in claimed.values()} - set(ours)
+        for key in set(self.enders) - set(claimed):  # another pool was faster
             del self.enders[key]
-        for job in claimed:
-            if job.locked_by in living and job.cancelling:
-                living[job.locked_by].send(run_key(job))
-            if job.locked_by in living or not self.run_dir.free(job.locked_by):
-                continue
-            key = run_key(job)
-            if key not in self.enders:
+        for key, job in claimed.items():
+            if job.locked_by in ours:
+                if job.cancelling:
+                    ours[job.locked_by].send(key)
+            elif self.run_dir.free(job.locked_by):
                 grace = self.queue.config()["kill_grace"]
-                self.enders[key] = Ender(job, self.run_dir, grace)
-            if not self.enders[key].gone():
-                continue
-            del self.enders[key]
-            path, ending = kept(self.run_dir, job)
-            then, now = job.locked_at or 0.0, self.queue.clock()
-            ending = ending or Ending("crashed", None, "its worker died", then, max(then, now))
-            if path:
-                fd = os.open(path, os.O_RDONLY | BINARY)
-                cut, output = tail(fd, self.queue.config()["output_limit"])
-                os.close(fd)
-                ending = ending._replace(cut=ending.cut + cut, output=output)
-            after = self.queue.finish(job, ending)[0]
-            if path:
-                os.unlink(path)
-            self.news += 1
-            if after:
-                self.report(*event(job, after, ending)[1:])
+                if self.enders.setdefault(key, Ender(job, self.run_dir, grace)).gone():
+                    del self.enders[key]
+                    self.give_back(job)
+        if self.enders:
+            self.look_within(BATCH)
 
-    def staff(self, now: float) -> None:
-        """Start the workers that are missing and due."""
-        for when, slot in [] if self.stopping else list(self.missing):
-            if when <= now:
-                self.missing.remove((when, slot))
-                self.serial += 1
-                name = f"worker-{self.name[5:]}-{self.serial}"
-                with HIRING:
-                    self.members.append(hire(self.db.path, name, slot, self.queues))
+    def give_back(self, job: Job) -> None:
+        """Record how a dead worker's attempt ended: in a crash, unless the worker kept a result."""
+        import json
+        from base64 import urlsafe_b64decode
+
+        then, now = job.locked_at or 0.0, self.queue.clock()
+        ending = Ending("crashed", None, "its worker died", then, max(then, now))
+        names = self.run_dir.files(f"{job.seq}.{job.run}.")
+        with contextlib.suppress(FileNotFoundError):  # another pool is faster
+            for name in names:
+                _, _, _, *kept = name.split(".")
+                if kept:
+                    ending = Ending(*json.loads(urlsafe_b64decode(kept[0])))
+                with open(self.run_dir.file(name), "rb") as file:
+                    cut, output = tail(file.fileno(), self.queue.config()["output_limit"])
+                ending = ending._replace(cut=ending.cut + cut, output=output)
+        after = self.queue.finish(job, ending)[0]
+        with contextlib.suppress(FileNotFoundError):
+            for name in names:
+                os.unlink(self.run_dir.file(name))
+        self.version = -1  # what this process changes, it does not see there
+        if after:
+            self.report(*news_of(job, after, ending))
+
+    def staff(self) -> None:
+        """Start the workers that are missing: at once at first, then at most one a second."""
+        while self.missing and time.monotonic() >= self.hire_at:
+            self.hired += 1
+            name = f"worker-{self.name[5:]}-{self.hired}"
+            self.members.append(Member(self.db.path, name, self.missing.pop(0), self.queues))
+            self.hire_at = time.monotonic() + 1 if self.hired > self.count else 0.0
 
     def wake(self) -> None:
         """Wake one idle worker if there may be work; when it took some, the next one."""
-        idle = [member for member in self.members if member.idle]
-        if self.stopping or self.woken:
+        doing = [member.doing for member in self.members]
+        if self.stopping or "woken" in doing or "idle" not in doing:
             return
-        if self.news != self.served and idle:
-            self.woken, self.serving = idle[0], self.news
-            idle[0].send("go")
-        elif self.drain and len(idle) == self.count and not self.enders:
+        if self.work:
+            member = self.members[doing.index("idle")]
+            member.doing, self.work = "woken", False
+            member.send("go")
+        elif self.drain and doing == ["idle"] * self.count and not self.enders:
             with contextlib.suppress(Locked):
                 if not self.queue.unfinished(self.queues, self.horizon):
                     self.drained()
@@ -2616,7 +2553,7 @@ class Pool:
             more = self.queue.counts(self.queues)[PENDING] - len(blocked)
             if blocked and more > 0:
                 self.say(f"and {more} more jobs wait")
-            self.stop("")
+            self.stop("stop")
         elif not self.told:
             self.told = True
             self.say(f"waiting: paused with jobs in {', '.join(map(printable, held))}; see resume")
@@ -2626,7 +2563,7 @@ class Pool:
 
         A descriptor of our own on the -wal is safe: unlike the database, it carries no locks.
         """
-        self.sync_at = float("inf")
+        self.sync_at = NEVER
         with contextlib.suppress(FileNotFoundError):
             SYSTEM.sync(self.db.path + "-wal")
             began, size = time.monotonic(), os.stat(self.db.path + "-wal").st_size

@@ -941,6 +941,20 @@ class Crash(Live):
         self.assertEqual((after.attempts, after.run, len(self.lines("job.log"))), (2, 2, 2))
         self.assertEqual([a.error for a in self.attempts(job)], ["its worker died", None])
 
+    def test_what_a_killed_pool_was_running_is_taken_over_by_another_within_a_second(self) -> None:
+        job = self.enqueue("echo run >> log; [ $QUEUECTL_ATTEMPT = 2 ] || sleep 300")
+        pool = self.pool()
+        self.wrote("log")
+        victims = [pool.pid, *(facts["pid"] for facts in self.workers().values())]
+        self.pool()
+        self.working(2)
+        time.sleep(0.6)  # the other pool has looked at a database that does not change
+        second = self.second()
+        for pid in victims:
+            os.kill(pid, 9)
+        until(lambda: len(self.lines("log")) == 2, second)
+        self.assertEqual(self.becomes(job, "completed").attempts, 2)
+
     LATE = """if True:
         import multiprocessing, sys, queuectl
         ours, theirs = multiprocessing.Pipe()
@@ -1160,6 +1174,29 @@ class Fencing(Live):
                 self.assertEqual((queue.get(lost.id), queue.attempts(lost), queue.counts()), before)
                 self.assertEqual((before[0].run, before[0].attempts), (2, 2))
                 self.assertEqual(queue.finish(queue.get(lost.id), ending)[0].id, lost.id)
+
+    def test_a_kept_failure_is_retried_when_its_backoff_is_over(self) -> None:
+        self.enqueue("false", id="job")
+        with Queue(self.path) as queue:
+            job, error = queue.claim("worker-1"), "cannot start: \u00e9" * 50
+            out = queuectl.Output(queue.db.run.file("1.1.out"))
+            os.write(out.fd, b"why")
+            queuectl.keep(
+                queue.db.run,
+                job,
+                self.BAD._replace(error=error, finished=queue.clock(), output=b""),
+                out,
+            )
+            pool = queuectl.Pool(queue, 1, (), lambda _: None)
+            held = queuectl.Held(queue.db.run.file("worker-1"))
+            pool.look()
+            held.close()
+            pool.look()
+            after, (run,) = queue.get("job"), queue.attempts(job)
+            self.assertEqual((after.state, run.exit_code, run.output), ("pending", 1, b"why"))
+            self.assertEqual(str(run.error)[:14], error[:14])
+            self.assertEqual(pool.next_time, after.run_after)  # though the change is its own
+            self.assertEqual(queue.db.run.files("1."), [])
 
     def test_a_late_result_does_not_keep_its_worker_from_the_next_job(self) -> None:
         with Queue(self.path) as queue:
@@ -1529,7 +1566,7 @@ class Output(Live):
 
     def test_output_is_looked_at_often_however_long_it_was_quiet(self) -> None:
         now, looks = [0.0], [0.0]
-        worker = mock.Mock(config={"timeout": 0, "output_limit": 0}, now=False)
+        worker = mock.Mock(config={"timeout": 0, "output_limit": 0}, heard=set())
         worker.wait = lambda until: now.append(until + 0.001)
         out = mock.Mock(trim=lambda _: looks.append(now[-1]))
         child = mock.Mock(poll=lambda: 0 if now[-1] > 60 else None)
@@ -3850,7 +3887,7 @@ class AsOnMacOS(AnySystem):
             source = file.read()
         for has, lacks in (
             ('PROC = sys.platform == "linux"', "PROC = False"),
-            ('if "forkserver" in', 'if "no such method" in'),
+            ('forks = "forkserver" in', 'forks = "no such method" in'),
             ("ctypes.CDLL(None).fallocate64", "ctypes.CDLL(None).no_such_function"),
         ):
             self.assertEqual(source.count(has), 1, has)

@@ -4,6 +4,17 @@ python3 -m unittest                         everything in under a minute
 QUEUECTL_SLOW=1 python3 -m unittest         and the sweeps, which take minutes
 python3 test_queuectl.py bench [NAME...]    figures, with a baseline beside each, in a minute
 QUEUECTL_BENCH_FULL=1 python3 test_queuectl.py bench    with 3 M rows, in minutes
+
+What queuectl promises; who tests one of them says so by its number, as in "Promise 3":
+
+1. A job whose id was printed is kept, whatever is killed, and over a power cut.
+2. It runs at least once, and never twice at once.
+3. It never starts more than max_retries times, crashes included.
+4. Nothing hangs: no timeout, no output, no lock.
+5. Recovery is exact and prompt, and needs no lease and no clock.
+6. Stopping is graceful, from wherever it is asked for.
+7. Only the commands of the owner run.
+8. The cost follows the work, not the history.
 """
 
 from __future__ import annotations
@@ -1602,7 +1613,7 @@ class Output(Live):
 
 
 class FullDisk(Live):
-    """Without room nothing is told that was not stored, and what ran is not forgotten."""
+    """Promise 1: without room nothing is told that was not stored, and what ran is known."""
 
     FILL = "cat /dev/zero >>disk/ballast 2>>/dev/null; true"
     AT_ANY_ROOM = """if True:
@@ -2018,7 +2029,7 @@ class Moved(Live):
 
 
 class Durable(Live):
-    """What was told is on the disk, whatever is killed, and when."""
+    """Promise 1: what was told is on the disk, whatever is killed, and when."""
 
     SYNCS = "fsync,fdatasync"
 
@@ -2145,7 +2156,7 @@ class Durable(Live):
 
 
 class Owner(Live):
-    """Only the commands of the owner of the files run."""
+    """Promise 7: only the commands of the owner of the files run."""
 
     START = ("worker", "start", "--drain", "--quiet")
 
@@ -3497,6 +3508,14 @@ INSERT INTO config VALUES('max_retries','4');
 
 class Layout(unittest.TestCase):
     """How queuectl.py reads: from top to bottom, and everything in its place."""
+
+    def test_each_promise_has_tests_that_name_it(self) -> None:
+        with open(__file__, encoding="utf-8") as file:
+            tree = ast.parse(file.read())
+        told = re.findall(r"(?m)^(\d)\. ", ast.get_docstring(tree) or "")
+        docs = [ast.get_docstring(n) or "" for n in ast.walk(tree) if hasattr(n, "decorator_list")]
+        named = {found[1] for found in (re.match(r"Promise (\d)", doc) for doc in docs) if found}
+        self.assertEqual((told, sorted(named)), (list("12345678"), list("12345678")))
 
     @classmethod
     def setUpClass(cls) -> None:

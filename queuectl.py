@@ -2299,7 +2299,7 @@ class Pool:
         self.deaths: list[float] = []  # of workers that had no job
         self.enders: dict[str, Ender] = {}  # for what a dead worker's job left running
         self.strangers: set[str | None] = set()  # who has jobs and is not, or no longer, ours
-        self.work = True  # there may be some
+        self.maybe_work = True  # some may be due, and nobody was woken for it
         self.version = -1  # of the database, when it was last looked at
         self.next_time = NEVER  # when a job becomes due; the other times are of the monotonic clock
         self.look_at, self.prune_at, self.sync_at, self.truncate_at = 0.0, 0.0, NEVER, 0.0
@@ -2368,9 +2368,9 @@ class Pool:
         ready = wait(sources, max(0.0, pause))
         if self.bell is not None and self.bell in ready:
             os.read(self.bell, 65536)
-            self.work, self.look_at = True, 0.0
+            self.maybe_work, self.look_at = True, 0.0
         if self.queue.clock() >= self.next_time:
-            self.work, self.next_time = True, NEVER
+            self.maybe_work, self.next_time = True, NEVER
             self.look_within(BATCH)  # when is the next one due?
         return ready
 
@@ -2390,7 +2390,7 @@ class Pool:
                 self.fail(Fault(text))
             elif what in ("idle", "busy", "left"):
                 member.doing = what
-                self.work |= what == "busy"  # it took a job, and there may be more
+                self.maybe_work |= what == "busy"  # it took a job, and there may be more
             else:
                 self.report(what, text)
 
@@ -2412,7 +2412,7 @@ class Pool:
             return
         self.say(f"{member.name} died")
         now = time.monotonic()
-        self.look_at, self.version, self.work = 0.0, -1, True
+        self.look_at, self.version, self.maybe_work = 0.0, -1, True
         with contextlib.suppress(Locked):
             if not any(job.locked_by == member.name for job in self.queue.claimed()):
                 self.deaths = [then for then in self.deaths if then > now - 60] + [now]
@@ -2457,7 +2457,7 @@ class Pool:
         if version != self.version or self.strangers:  # their locks become free without a change
             self.recover()
         if version != self.version:
-            self.version, self.work = version, True
+            self.version, self.maybe_work = version, True
             self.next_time = self.queue.next_time(self.queues) or NEVER
         if time.monotonic() >= self.prune_at:
             self.prune()
@@ -2504,7 +2504,7 @@ class Pool:
         then, now = job.locked_at or 0.0, self.queue.clock()
         ending = Ending("crashed", None, "its worker died", then, max(then, now))
         names = self.run_dir.files(f"{job.seq}.{job.run}.")
-        with contextlib.suppress(FileNotFoundError):  # another pool is faster
+        with contextlib.suppress(FileNotFoundError, ValueError):  # another is faster; garbled
             for name in names:
                 _, _, _, *kept = name.split(".")
                 if kept:
@@ -2533,9 +2533,9 @@ class Pool:
         doing = [member.doing for member in self.members]
         if self.stopping or "woken" in doing or "idle" not in doing:
             return
-        if self.work:
+        if self.maybe_work:
             member = self.members[doing.index("idle")]
-            member.doing, self.work = "woken", False
+            member.doing, self.maybe_work = "woken", False
             member.send("go")
         elif self.drain and doing == ["idle"] * self.count and not self.enders:
             with contextlib.suppress(Locked):
@@ -3317,7 +3317,7 @@ def setting_text(value: object) -> str:
     if isinstance(value, tuple) and all(isinstance(item, int) for item in value):
         return ",".join(map(str, value))
     if isinstance(value, tuple):
-        return " ".join(shlex.quote(word) for word in value)
+        return SYSTEM.line(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

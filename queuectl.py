@@ -74,7 +74,7 @@ MOVES = {  # every legal change of state; whatever is not here does not happen
 }
 ENDED = (COMPLETED, DEAD, CANCELLED)
 PRUNED = (COMPLETED, CANCELLED)  # unless told otherwise: dead letters stay until they are purged
-DUE, LATER, BLOCKED = 1, 0, -1  # what a pending job is; whatever is not pending counts as due
+DUE, LATER, BLOCKED = 1, 0, -1  # what a pending job is, in SQL too; any other counts as due
 
 OK, NO, USAGE, FAULT, TIMED_OUT, SIGNALLED = 0, 1, 2, 4, 124, 128  # exit codes
 TRY_LATER = 75  # a job's exit code (EX_TEMPFAIL of sysexits.h): not now, and it is nobody's fault
@@ -848,10 +848,11 @@ LOG = "PRAGMA journal_mode = WAL"
 SYNCHRONOUS = {"full": "PRAGMA synchronous = full", "normal": "PRAGMA synchronous = normal"}
 WAIT, NO_WAIT = "PRAGMA busy_timeout = 200", "PRAGMA busy_timeout = 0"
 OUTER = ("BEGIN IMMEDIATE", "COMMIT", "ROLLBACK")
+# A part that failed is undone, but stays open until it is released.
 INNER = ("SAVEPOINT part", "RELEASE part", "ROLLBACK TO part", "RELEASE part")
 DATA_VERSION = "PRAGMA data_version"  # changes when another connection has written
 PRAGMAS = (  # of every connection
-    "PRAGMA fullfsync = 1",
+    "PRAGMA fullfsync = 1",  # on macOS, down to the medium
     "PRAGMA temp_store = memory",  # else a batch writes each row's rollback journal to a file
 )
 TRUNCATE_LOG = "PRAGMA wal_checkpoint(TRUNCATE)"
@@ -941,7 +942,7 @@ IN_QUEUE = "(:queue IS NULL OR queue = :queue)"
 ALL = JOB + f"WHERE seq > :seq AND {IN_QUEUE} ORDER BY seq LIMIT 1000"
 THOSE = JOB + f"WHERE state = :state AND due = :due AND {IN_QUEUE} "
 LATEST = THOSE + "ORDER BY updated_at DESC, seq DESC LIMIT :limit"
-OLDEST = THOSE + "ORDER BY updated_at LIMIT :limit"
+OLDEST = THOSE + "ORDER BY updated_at LIMIT :limit"  # of a due job: when it became due
 GOES_ON = "recurs IS NOT NULL AND state IN ('pending', 'processing')"
 SCHEDULE = "SELECT 1 FROM jobs WHERE series = :id AND " + GOES_ON
 RECURRING = JOB + f"INDEXED BY jobs_recurs WHERE {GOES_ON} ORDER BY series"
@@ -974,6 +975,7 @@ UPDATE jobs SET due = 1, updated_at = run_after WHERE seq IN (
     AND run_after <= :now ORDER BY run_after LIMIT 500)"""
 NEXT_LATER = """
 SELECT min(run_after) FROM jobs WHERE state = 'pending' AND due = 0 AND queue = :queue"""
+# A drain waits for the retry of a schedule's job, not for its next one.
 NEXT_AWAITED = NEXT_LATER + " AND (recurs IS NULL OR run > 0)"
 CLAIM = """
 UPDATE jobs SET state = 'processing', attempts = attempts + 1, run = run + 1,
@@ -1001,7 +1003,8 @@ NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :met)"
 MEET = "UPDATE needs SET met = 1 WHERE parent = :seq"
 UNBLOCK = """
 UPDATE jobs SET due = run_after <= :now, updated_at = :now
-WHERE seq IN (SELECT child FROM needs WHERE parent = :seq) AND +state = 'pending' AND +due = -1
+WHERE seq IN (SELECT child FROM needs WHERE parent = :seq)
+  AND +state = 'pending' AND +due = -1  -- +: no index, which would lead to all that are blocked
   AND NOT EXISTS (SELECT 1 FROM needs WHERE child = jobs.seq AND met = 0)"""
 PARENTS = f"""
 {JOB}JOIN needs ON parent = seq WHERE child = :seq AND met = 0 ORDER BY parent LIMIT 100"""
@@ -1284,7 +1287,8 @@ class Database:
 
     def fault(self, error: sqlite3.Error) -> Fault:
         """Return our error for one of SQLite's; what is neither full nor locked is damaged."""
-        damaged = type(error) is sqlite3.DatabaseError or "decode" in str(error)
+        undecodable = "decode" in str(error)  # text that is not UTF-8
+        damaged = type(error) is sqlite3.DatabaseError or undecodable
         return (Broken if damaged else Fault)(f"{self.path}: {error}")
 
     @contextlib.contextmanager
@@ -1456,7 +1460,8 @@ def sequel(job: Job, ending: Ending, config: Mapping[str, Any], now: float) -> J
     now, ran = min(now, ending.finished), ending.fate == "ran"  # the clock may be back meanwhile
     after = job._replace(exit_code=ending.exit_code, last_error=ending.error, updated_at=now)
     if ending.fate == "returned" and not job.cancelling:
-        after = after._replace(exit_code=job.exit_code, run_after=min(job.run_after, now))
+        due = min(job.run_after, now)  # at once, also where the clock was set back
+        after = after._replace(exit_code=job.exit_code, run_after=due)
         return after._replace(state=PENDING, attempts=job.attempts - 1)
     if ending.error is None:
         return after._replace(state=COMPLETED)

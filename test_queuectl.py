@@ -2908,6 +2908,23 @@ class Help(Live):
                 typed = shlex.split(example)
                 queuectl.build_parser(typed).parse_args(typed)
 
+    def test_what_cannot_be_meant_gets_a_word_about_what_can(self) -> None:
+        for words, hint in {
+            "frobnicate": "no command frobnicate; known are cancel, completion, config,",
+            "enqueue ls -l": "several words goes after --, as in: enqueue -- ls -l",
+            "status --db x.db": "--db goes before the command",
+            "list --state done": "cancelled",
+            "prune --state pending": "(queuectl prune --help says more)",
+            "worker start --horizon 5": "--horizon goes with --drain",
+            "wait --all 1": "name the jobs or say --all, one of the two",
+        }.items():
+            with self.subTest(words):
+                self.enqueue("true", id="1", if_absent=True)
+                self.assertIn(hint, self.refused(*words.split()))
+        where = self.file("none")
+        err = self.refused("--db", where + "/x.db", "enqueue", "true", code=4)
+        self.assertEqual(err, f"queuectl: there is no directory {where}\n")
+
     def test_the_nearest_command_option_or_id_is_suggested(self) -> None:
         self.enqueue("true", id="nightly-backup")
         for words, near in {

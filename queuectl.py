@@ -825,9 +825,10 @@ def iso(when: float | None) -> str | None:
 
 
 def span(duration: float) -> str:
-    """Return a duration in at most two units: 0.12 s, 42 s, 3m20s, 2h, 5d."""
+    """Return a duration in at most two units: 0.004 s, 42 s, 3m20s, 2h, 5d."""
     if duration < 60:
-        return f"{round(duration, 2 if duration < 10 else 0):g} s"
+        digits = 3 if duration < 0.1 else 2 if duration < 10 else 0
+        return f"{round(duration, digits):g} s"
     parts, rest = [], round(duration)
     for unit, size in SECONDS.items():
         if rest >= size:

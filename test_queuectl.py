@@ -326,7 +326,15 @@ class Rules(Case):
         self.refuses(queuectl.moment, *wrong)
 
     def test_spans_and_distances_are_short(self) -> None:
-        spans = {0.123: "0.12 s", 1: "1 s", 42.4: "42 s", 200: "3m20s", 7200: "2h", 90061: "1d1h"}
+        spans = {
+            0.0034: "0.003 s",
+            0.123: "0.12 s",
+            1: "1 s",
+            42.4: "42 s",
+            200: "3m20s",
+            7200: "2h",
+            90061: "1d1h",
+        }
         self.each(spans, queuectl.span)
         ago = {0: "now", -200: "3m20s ago", 7200: "in 2h", -0.4: "now"}
         self.each(ago, lambda distance: queuectl.ago(1000.0 + distance, 1000.0))

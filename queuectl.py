@@ -2977,18 +2977,26 @@ def from_lines(lines: Iterable[bytes], at: list[int]) -> Iterator[dict[str, obje
                 raise BadInput(f"not UTF-8: {error.reason}") from None
 
 
-def with_options(args: argparse.Namespace, job: dict[str, object]) -> dict[str, object]:
-    """Return a job with what the options of `enqueue` say about it."""
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields that the options of `enqueue` give a job."""
     given = {key: getattr(args, key) for key in FIELDS if getattr(args, key, None) is not None}
-    replaced = {key for pair in CONFLICTS if given.keys() & set(pair) for key in pair}
-    job = {key: value for key, value in job.items() if key not in replaced}
     if args.env:
-        pairs = dict(pair.split("=", 1) if "=" in pair else (pair, None) for pair in args.env)
-        if None in pairs.values():
+        pairs = [pair.partition("=") for pair in args.env]
+        if not all(equals for _, equals, _ in pairs):
             raise BadInput("--env is NAME=VALUE")
-        had = job.get("env", {})
-        given["env"] = {**had, **pairs} if isinstance(had, dict) else had
-    return {**job, **given}
+        given["env"] = {name: value for name, _, value in pairs}
+    return given
+
+
+def with_options(given: Mapping[str, Any], job: dict[str, object]) -> dict[str, object]:
+    """Return a job with the fields that options give it; variables are added to its own."""
+    if not given:
+        return job
+    replaced = {key for pair in CONFLICTS if given.keys() & set(pair) for key in pair}
+    had = job.get("env", {})
+    env = {**had, **given.get("env", {})} if isinstance(had, dict) else had
+    job = {key: value for key, value in job.items() if key not in replaced}
+    return {**job, **given, **({"env": env} if "env" in given else {})}
 
 
 def from_words(words: Sequence[str]) -> list[dict[str, object]]:
@@ -3012,13 +3020,13 @@ def read_stdin() -> Any:
 
 def cmd_enqueue(args: argparse.Namespace) -> None:
     """Add jobs; print their ids. No queue is made for bad input."""
-    at = [0]  # the line, where stdin has them
+    given, at = options(args), [0]  # the line, where stdin has them
 
     def jobs() -> Iterator[dict[str, object]]:
         if spool:
             spool.seek(0)
         for job in from_lines(spool, at) if spool else from_words(args.words):
-            yield with_options(args, job)
+            yield with_options(given, job)
 
     with read_stdin() if args.words == ["-"] else contextlib.nullcontext() as spool:
         try:

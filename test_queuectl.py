@@ -948,7 +948,7 @@ class Crash(Live):
         alone = ALONE % (("job",) * 3)
         more = "[ $QUEUECTL_ATTEMPT = 2 ] && exit; sleep 300 & echo $! > child; wait"
         job = self.enqueue(alone + more)
-        self.pool()
+        pool = self.pool()
         self.wrote("child")
         old = [int(self.lines("job.log")[0]), int(self.read("child"))]
         self.assertEqual([alive(pid) for pid in old], [True, True])
@@ -959,6 +959,7 @@ class Crash(Live):
         after = self.becomes(job, "completed")
         self.assertEqual((after.attempts, after.run, len(self.lines("job.log"))), (2, 2, 2))
         self.assertEqual([a.error for a in self.attempts(job)], ["its worker died", None])
+        self.says(pool, "-1 died\n")
 
     def test_what_a_killed_pool_was_running_is_taken_over_by_another_within_a_second(self) -> None:
         job = self.enqueue("echo run >> log; [ $QUEUECTL_ATTEMPT = 2 ] || sleep 300")

@@ -2620,6 +2620,11 @@ class Wait(Live):
             queue.enqueue("true", id="child", after=["good", "seven"])
         self.each(self.CODES, lambda ids: self.told("wait", *ids.split())[0])
 
+    def reads(self, pid: int) -> bool:
+        """Tell whether a process has begun to read the database."""
+        fds = [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
+        return any(os.path.realpath(fd) == self.path + "-shm" for fd in fds)
+
     def test_it_returns_promptly_whatever_the_jobs_were_doing(self) -> None:
         self.enqueue(f"touch started; {WAIT}; exit 9", id="running", max_retries=1)
         self.enqueue("true", id="waiting")
@@ -2629,6 +2634,7 @@ class Wait(Live):
         self.started("started")
         ids = "blocked scheduled waiting running".split()
         waits = [self.start("wait", "--all"), self.start("wait", *ids)]
+        until(lambda: all(self.reads(wait.pid) for wait in waits))
         code, _, said = self.told("wait", "running", "--timeout", "0.2")
         self.assertEqual(
             (code, said), (124, "queuectl: not yet, after 0.2 s: waiting for running\n")
@@ -2847,6 +2853,14 @@ class CleanUp(Clocked):
 
 
 class Read(Live):
+    def test_a_limited_list_has_what_changed_last_whatever_its_state(self) -> None:
+        clock = itertools.count(1.0)
+        with Queue(self.path, clock=lambda: next(clock)) as queue:
+            queue.enqueue_many({"command": "true", "id": name} for name in "ab")
+            queue.cancel(["b"])
+            queue.enqueue("true", id="c")
+            self.assertEqual([job.id for job in queue.jobs(limit=2)], ["b", "c"])
+
     def test_a_table_is_cut_to_the_terminal_and_coloured_only_there(self) -> None:
         self.enqueue("echo " + "long " * 20, id="one")
         self.enqueue("echo \u5b57" + "\u6f22" * 50, id="\u6f22" * 8, delay="1h30s")

@@ -3737,70 +3737,49 @@ COMMANDS = {
 }
 # fmt: on
 
-COMPLETIONS = {  # for each shell: a function, and how it chooses words by what was typed so far
-    "bash": (
-        """_queuectl() {
-  local i given= choice=
-  for ((i = 1; i < COMP_CWORD; i++)); do
-    case ${COMP_WORDS[i]} in --db) ((i++)) ;; -*) ;; *) given="$given ${COMP_WORDS[i]}" ;; esac
-  done
-  case "$given" in
-CASES  esac
-  COMPREPLY=($(compgen -W "$choice" -- "${COMP_WORDS[COMP_CWORD]}"))
+
+def menu(family: str = "") -> dict[str, str]:
+    """Return the commands, or those of a family, each with what it is for."""
+    found: dict[str, str] = {}
+    for words, command in COMMANDS.items():
+        first, _, verb = words.partition(" ")
+        if first == family:
+            found[verb] = command.help
+        elif not family:
+            found[first] = f"{found[first]}, {verb}" if first in found else verb or command.help
+    return found
+
+
+COMPLETIONS = {  # what has a shell ask the program itself
+    "bash": """_queuectl() {
+  COMPREPLY=($(PROGRAM completion bash "${COMP_WORDS[@]:0:COMP_CWORD+1}" 2>/dev/null))
 }
 complete -o default -F _queuectl queuectl queuectl.py""",
-        "    '{typed}'{more}) choice='{choice}' ;;\n",
-    ),
-    "zsh": (
-        """_queuectl() {
-  local i given= choice=
-  for ((i = 2; i < CURRENT; i++)); do
-    case $words[i] in --db) ((i++)) ;; -*) ;; *) given="$given $words[i]" ;; esac
-  done
-  case "$given" in
-CASES  esac
-  compadd -- ${=choice} || _files
+    "zsh": """_queuectl() {
+  compadd -- $(PROGRAM completion zsh "${(@)words[1,CURRENT]}" 2>/dev/null) || _files
 }
 compdef _queuectl queuectl queuectl.py""",
-        "    '{typed}'{more}) choice='{choice}' ;;\n",
-    ),
-    "fish": (
-        """function __queuectl
-  set -l given ''
-  set -l skip 1
-  for word in (commandline -opc)
-    if test $skip = 1
-      set skip 0
-    else if test "$word" = --db
-      set skip 1
-    else if not string match -q -- '-*' "$word"
-      set given "$given $word"
-    end
-  end
-  switch "$given"
-CASES  end
+    "fish": """function __queuectl
+  PROGRAM completion fish (commandline -opc) (commandline -ct) 2>/dev/null
 end
-complete -c queuectl -a '(__queuectl)'
-complete -c queuectl.py -a '(__queuectl)'""",
-        "    case '{typed}{more}'\n      string split ' ' -- '{choice}'\n",
-    ),
+complete -c queuectl -c queuectl.py -a '(__queuectl)'""",
 }
 
 
 def cmd_completion(args: argparse.Namespace) -> None:
-    """Print what makes a shell complete commands and options."""
-    families: dict[str, list[str]] = {"": []}
-    cases = []
-    for name, command in COMMANDS.items():
-        options = [option for names, _ in command.arguments for option in names]
-        cases.append((f" {name}", "*", [option for option in options if option[0] == "-"]))
-        family, _, verb = name.rpartition(" ")
-        families.setdefault(family and f" {family}", []).append(verb)
-        families[""] += [family] if family and family not in families[""] else []
-    cases += [(typed, "", verbs) for typed, verbs in families.items()]
-    script, line = COMPLETIONS[args.shell]
-    lines = (line.format(typed=t, more=more, choice=" ".join(words)) for t, more, words in cases)
-    print(script.replace("CASES", "".join(lines)))
+    """Print a shell's script or, when that asks, what the last word typed may become."""
+    if not args.typed:
+        program = " ".join(map(shlex.quote, (sys.executable, os.path.abspath(sys.argv[0]))))
+        print(COMPLETIONS[args.shell].replace("PROGRAM", program))
+        return
+    *typed, last = args.typed
+    pairs = zip(typed, typed[1:])  # the first word is the program
+    given = [word for before, word in pairs if before != "--db" and not word.startswith("-")]
+    command = COMMANDS.get(" ".join(given[:2])) or COMMANDS.get(" ".join(given[:1]))
+    options = [option for names, _ in command.arguments for option in names] if command else []
+    for word in [o for o in options if o[0] == "-"] if command else menu(" ".join(given)):
+        if word.startswith(last):
+            print(word)
 
 
 COMMANDS["completion"] = Command(
@@ -3808,7 +3787,10 @@ COMMANDS["completion"] = Command(
     "",
     "print what makes your shell complete words",
     "completion bash",
-    (arg("shell", choices=tuple(COMPLETIONS), metavar="SHELL", help="bash, zsh or fish"),),
+    (
+        arg("shell", choices=tuple(COMPLETIONS), metavar="SHELL", help="bash, zsh or fish"),
+        arg("typed", nargs="...", help="what was typed: its last word is completed"),
+    ),
 )
 
 HELP = """\
@@ -3822,58 +3804,58 @@ examples:
 """
 
 
-def suggestion(message: str) -> str:
-    """Return the nearest word that would have been right, where argparse names a wrong one."""
-    import difflib
-
-    wrong = re.search(r"(?:unrecognized arguments: |invalid choice: ')([^\s']+)", message)
-    words = {word for words in COMMANDS for word in words.split()}
-    options = {n for command in COMMANDS.values() for names, _ in command.arguments for n in names}
-    if "argument --state" in message:
-        words, options = set(STATES), set()
-    near = difflib.get_close_matches(wrong[1].split("=")[0], words | options, 1) if wrong else ()
-    return f": did you mean {near[0]}?" if near else ""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser from the table of commands."""
+def new_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
+    """Return a parser that raises BadInput, with the nearest option to a wrong one."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            known = r"^argument COMMAND: | \(choose from .*"
-            message = re.sub(known, "", message) + suggestion(message)
-            raise BadInput(f"{message} ({self.prog} --help says more)")
+            wrong = re.match("unrecognized arguments: (-[^ =]+)", message)
+            near = nearest(wrong[1], self._option_string_actions) if wrong else ""
+            raise BadInput(f"{message}{near} ({self.prog} --help says more)")
 
-    style: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    verbs: dict[str, list[str]] = {}
-    for words in COMMANDS:
-        verbs.setdefault(words.split()[0], []).extend(words.split()[1:])
-    lines = (f"  {w:<11} {', '.join(v) or COMMANDS[w].help}\n" for w, v in verbs.items())
-    about, usage = HELP.replace("COMMANDS", "".join(lines)), "queuectl [--db PATH] COMMAND ..."
-    parser = Parser("queuectl", usage=usage, description=about, add_help=False, **style)
-    hidden = argparse.SUPPRESS
-    version = f"queuectl {__version__}"
+    style = argparse.RawDescriptionHelpFormatter
+    return Parser(prog, formatter_class=style, allow_abbrev=False, **options)
+
+
+def next_word(args: argparse.Namespace, family: str) -> str:
+    """Take the next word of a command from `args.rest`, and the options before it."""
+    import argparse
+
+    known, hidden = menu(family), argparse.SUPPRESS
+    prog, usage = f"queuectl {family}".strip(), " COMMAND [--help] ..."
+    about = "".join(f"  {word:<11} {meaning}\n" for word, meaning in known.items())
+    if not family:
+        about, usage = HELP.replace("COMMANDS", about), " [--db PATH]" + usage
+    parser = new_parser(prog, usage=prog + usage, description=about, add_help=False)
     parser.add_argument("-h", "--help", action="help", help=hidden)
-    parser.add_argument("--version", action="version", version=version, help=hidden)
-    where = os.environ.get("QUEUECTL_DB") or "queuectl.db"
-    parser.add_argument("--db", default=where, metavar="PATH", help=hidden)
-    groups = {
-        "": parser.add_subparsers(prog="queuectl", metavar="COMMAND", required=True, help=hidden)
-    }
-    for words, command in COMMANDS.items():
-        family, _, verb = words.rpartition(" ")
-        if family not in groups:
-            sub = groups[""].add_parser(family, **style)
-            groups[family] = sub.add_subparsers(metavar="COMMAND", required=True)
-        about, example = command.help.capitalize() + ".", f"example: queuectl {command.example}"
-        leaf = groups[family].add_parser(
-            verb, help=command.help, description=about, epilog=example, **style
-        )
-        for names, options in command.arguments:
-            leaf.add_argument(*names, **options)
-        leaf.set_defaults(chosen=command)
-    return parser
+    if not family:
+        version = f"queuectl {__version__}"
+        parser.add_argument("--version", action="version", version=version, help=hidden)
+        where = os.environ.get("QUEUECTL_DB") or "queuectl.db"
+        parser.add_argument("--db", default=where, metavar="PATH", help=hidden)
+    parser.add_argument("rest", nargs="...", help=hidden)
+    parser.parse_args(args.rest, args)
+    word, args.rest = "".join(args.rest[:1]), args.rest[1:]
+    if word not in known:
+        what = f"no command {word}" if word else "a command is missing"
+        parser.error(printable(what) + nearest(word, known))
+    return word
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments of the command that is meant; no other command's parser is built."""
+    import argparse
+
+    args, name = argparse.Namespace(rest=words), ""
+    while name not in COMMANDS:
+        name = f"{name} {next_word(args, name)}".strip()
+    args.chosen = COMMANDS[name]
+    about, example = args.chosen.help.capitalize() + ".", f"example: queuectl {args.chosen.example}"
+    parser = new_parser(f"queuectl {name}", description=about, epilog=example)
+    for names, options in args.chosen.arguments:
+        parser.add_argument(*names, **options)
+    return parser.parse_args(args.rest, args)
 
 
 def fill_standard_streams() -> None:
@@ -3910,7 +3892,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         words = sys.argv[1:] if argv is None else list(argv)
         SYSTEM.escapes()
-        args = build_parser().parse_args(words or ["--help"])
+        args = parse(words or ["--help"])
         args.argv = words
         code = execute(args)
         if sys.stdout:

@@ -3030,7 +3030,7 @@ class Help(Prompt):
                 code, out, _ = self.told(*words.split(), "--help")
                 example = out.partition("\nexample: queuectl ")[2].strip()
                 self.assertEqual((code, example.startswith(words)), (0, True), out)
-                queuectl.build_parser().parse_args(shlex.split(example))
+                queuectl.parse(shlex.split(example))
 
     def test_the_nearest_command_option_or_id_is_suggested(self) -> None:
         self.enqueue("true", id="nightly-backup")

@@ -48,7 +48,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     import argparse
@@ -1172,6 +1172,7 @@ RECENT_LIMIT = 5000
 RECENT = f"""
 SELECT count(*), min(updated_at) FROM (
   SELECT updated_at FROM jobs WHERE state = :state AND due = 1 AND updated_at > :since
+    AND (:queue IS NULL OR queue = :queue)
   ORDER BY updated_at DESC LIMIT {RECENT_LIMIT})"""
 TALLY = "SELECT queue, state, due, jobs FROM counts WHERE jobs > 0"
 ATTEMPTS = "SELECT " + ", ".join(Attempt._fields) + " FROM attempts WHERE job = :seq ORDER BY run"
@@ -1905,11 +1906,11 @@ class Queue:
                 counts[state] += jobs
         return counts
 
-    def rate(self) -> float:
-        """Return how many jobs ended in a second, over the last minute."""
-        since, ended = self.clock() - 60, 0.0
+    def rate(self, queue: str | None = None) -> float:
+        """Return how many jobs, of one queue or of any, ended in a second, over the last minute."""
+        asked, ended = {"since": self.clock() - 60, "queue": queue}, 0.0
         for state in (COMPLETED, DEAD):
-            jobs, first = self.db.execute(RECENT, {"state": state, "since": since}).fetchone()
+            jobs, first = self.db.execute(RECENT, {"state": state, **asked}).fetchone()
             ended += jobs / max(self.clock() - first, 0.001) if jobs >= RECENT_LIMIT else jobs / 60
         return ended
 
@@ -2918,6 +2919,10 @@ def work(  # noqa: PLR0913
 
 # --- reports: jobs as text ------------------------------------------------------------------------
 
+JOB_HEADINGS = ("ID", "STATE", "QUEUE", "TRIES", "WHEN", "WHY", "COMMAND")
+WORKER_HEADINGS = ("WORKER", "PID", "JOB", "SINCE", "COMMAND")
+KINDS = {DUE: "due", LATER: "scheduled", BLOCKED: "blocked"}  # of pending jobs
+
 
 def breadth(text: str) -> int:
     """Return how many columns of a terminal a text takes."""
@@ -2925,6 +2930,13 @@ def breadth(text: str) -> int:
 
     wide = 0 if text.isascii() else sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide
+
+
+def terminal(stream: Any) -> int:
+    """Return the width of the terminal that a stream is; 0 where it is none, or a dumb one."""
+    if not stream or not stream.isatty() or os.environ.get("TERM") == "dumb":
+        return 0
+    return os.get_terminal_size(stream.fileno()).columns or 80
 
 
 def fit(text: str, width: int) -> str:
@@ -2937,21 +2949,36 @@ def fit(text: str, width: int) -> str:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
-    """Yield aligned lines; a column that is empty in every row is left out."""
+    """Yield aligned lines; a column that is empty in every row is left out.
+
+    On a narrow terminal the widest columns are cut, but not ids or states; what is still too much
+    goes on the next line.
+    """
     lines = [[printable(str(cell)) for cell in row] for row in rows]
     shown = [i for i in range(len(headings)) if not lines or any(line[i] for line in lines)]
     lines = [[line[i] for i in shown] for line in (headings, *lines)]
     widths = [max(map(breadth, column)) for column in zip(*lines)]
+    screen = terminal(sys.stdout) or sum(widths) + 2 * len(widths)
+    widths = [min(width, screen) for width in widths]
+    while sum(widths) + 2 * len(widths) - 2 > screen and max(widths[1:]) > 10:
+        widths[widths.index(max(widths[1:]), 1)] -= 1
+    gaps, at = [""], widths[0]
+    for width in widths[1:]:
+        gaps.append("  " if at + 2 + width <= screen else "\n  ")
+        at = at + 2 + width if gaps[-1] == "  " else 2 + width
     for line in lines:
-        pads = (" " * (width - breadth(cell)) for cell, width in zip(line, widths))
-        yield "  ".join(map("".join, zip(line, pads))).rstrip()
+        cells = [fit(cell, width) for cell, width in zip(line, widths)]
+        pads = [" " * (width - breadth(cell)) for cell, width in zip(cells, widths)]
+        text = "".join(map("".join, zip(gaps, cells, pads)))
+        yield from (part.rstrip() for part in text.split("\n") if part.strip())
 
 
 def ago(when: float, now: float) -> str:
     """Return a time in words: `3m ago`, `in 2h`."""
     distance = abs(when - now)
-    words = span(round(distance)) if distance >= 1 else "now"
-    return words if words == "now" else f"in {words}" if when > now else f"{words} ago"
+    if distance < 1:
+        return "now"
+    return f"in {span(round(distance))}" if when > now else f"{span(round(distance))} ago"
 
 
 def job_facts(job: Job, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -2968,30 +2995,22 @@ def job_facts(job: Job, config: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def attempt_facts(attempt: Attempt) -> dict[str, Any]:
-    """Return an attempt as JSON shows it; output that is not UTF-8 has replacement characters."""
-    facts: dict[str, Any] = attempt._asdict()
-    facts.update(started=iso(attempt.started), finished=iso(attempt.finished))
-    facts["output"] = attempt.output.decode(errors="replace")
-    return facts
-
-
 def why(queue: Queue, job: Job) -> str:
     """Return why a job does not run, in one line; empty where it runs or has ended."""
     if job.state != PENDING:
         return ""
     if job.due == BLOCKED:
         return blocked_by(queue.parents(job))
-    paused = [name for name in queue.paused() if name in ("", job.queue)]
     if job.run_after > queue.clock():
         return "due " + ago(job.run_after, queue.clock())
-    if paused:
-        return f"queue {printable(job.queue)} is paused" if paused[0] else "all queues are paused"
+    paused, name = queue.paused(), f"queue {printable(job.queue)}"
+    if "" in paused or job.queue in paused:
+        return "all queues are paused" if "" in paused else f"{name} is paused"
     served = [pool.get("queues") for pool in queue.db.run.holders("pool").values()]
+    if not served:
+        return "no worker is running"
     if not any(not queues or job.queue in queues for queues in served):
-        return (
-            f"no worker serves queue {printable(job.queue)}" if served else "no worker is running"
-        )
+        return f"no worker serves {name}"
     before = queue.before(job)
     return f"{before} job{'s' * (before != 1)} before it" if before else "next to run"
 
@@ -3006,14 +3025,11 @@ def job_row(queue: Queue, job: Job, config: Mapping[str, Any]) -> tuple[object, 
     """Return a job as a row of a list."""
     when = job.run_after if job.state == PENDING else job.updated_at
     tries = f"{job.attempts}/{job.max_retries or config['max_retries']}"
-    reason = job.last_error or "" if job.state in (DEAD, PENDING, CANCELLED) else ""
+    reason = job.last_error if job.state in (DEAD, PENDING, CANCELLED) else ""
     if job.due == BLOCKED:
         reason = blocked_by(queue.parents(job))
     place = "" if job.queue == "default" else job.queue
-    return job.id, job.state, place, tries, ago(when, queue.clock()), reason, job.command
-
-
-JOB_HEADINGS = ("ID", "STATE", "QUEUE", "TRIES", "WHEN", "WHY", "COMMAND")
+    return job.id, job.state, place, tries, ago(when, queue.clock()), reason or "", job.command
 
 
 def job_text(queue: Queue, job: Job) -> Iterator[str]:
@@ -3025,111 +3041,99 @@ def job_text(queue: Queue, job: Job) -> Iterator[str]:
     for key, value in facts.items():
         if value not in (None, {}, "", 0) or key == "priority":
             yield f"{key:<12} {printable(str(value))}"
-    attempts = queue.attempts(job)
-    if attempts:
-        yield ""
-        rows = (
-            (a.run, iso(a.started), span(a.finished - a.started), a.error or "completed", a.worker)
-            for a in attempts
-        )
-        yield from table(("RUN", "STARTED", "TOOK", "ENDED", "WORKER"), rows)
-
-
-def workers(queue: Queue) -> list[tuple[str, dict[str, Any], Job | None]]:
-    """Return each living worker's name, what it says about itself, and the job it runs."""
-    running = {job.locked_by: job for job in queue.claimed()}
-    living = queue.db.run.holders("worker")
-    return [(name, facts, running.get(name)) for name, facts in living.items()]
+    rows = [
+        (a.run, iso(a.started), span(a.finished - a.started), a.error or "completed", a.worker)
+        for a in queue.attempts(job)
+    ]
+    if rows:
+        yield from ("", *table(("RUN", "STARTED", "TOOK", "ENDED", "WORKER"), rows))
 
 
 def worker_facts(queue: Queue) -> Iterator[dict[str, Any]]:
     """Yield each living worker as JSON shows it."""
-    for name, at, job in workers(queue):
-        doing = {"job": job and job.id, "since": job and iso(job.locked_at)}
-        pool = "pool-" + name.split("-")[1]
-        yield {"worker": name, "pool": pool, "pid": at.get("pid"), "slot": at.get("slot"), **doing}
+    running = {job.locked_by: job for job in queue.claimed()}
+    for name, at in queue.db.run.holders("worker").items():
+        pool, job = "pool-" + name.split("-")[1], running.get(name)
+        facts = {"worker": name, "pool": pool, "pid": at.get("pid"), "slot": at.get("slot")}
+        doing = (job.id, iso(job.locked_at), job.command) if job else (None, None, None)
+        yield {**facts, **dict(zip(("job", "since", "command"), doing))}
 
 
-def worker_rows(queue: Queue) -> Iterator[tuple[object, ...]]:
-    """Yield each living worker as a row of a list."""
-    now = queue.clock()
-    for name, at, job in workers(queue):
-        doing = (job.id, ago(job.locked_at or now, now), job.command) if job else ("idle", "", "")
-        yield name, at.get("pid", "?"), *doing
-
-
-WORKER_HEADINGS = ("WORKER", "PID", "JOB", "SINCE", "COMMAND")
+def worker_rows(workers: Iterable[Mapping[str, Any]], now: float) -> Iterator[tuple[object, ...]]:
+    """Yield workers as rows of a list."""
+    for facts in workers:
+        since = facts["since"] and ago(moment(facts["since"]), now)
+        doing = (facts["job"], since, facts["command"]) if facts["job"] else ("idle", "", "")
+        yield facts["worker"], facts["pid"] or "?", *doing
 
 
 def status_facts(queue: Queue, only: str | None = None) -> dict[str, Any]:
     """Return the state of everything, or of one queue, as JSON shows it."""
-    oldest = queue.oldest(only)
-    kinds = {DUE: "due", LATER: "scheduled", BLOCKED: "blocked"}
-    facts: dict[str, Any] = dict.fromkeys((*STATES, *kinds.values()), 0)
+    facts: dict[str, Any] = dict.fromkeys((*STATES, *KINDS.values()), 0)
     queues: dict[str, dict[str, int]] = {}
     for name, state, due, jobs in queue.tally():
-        if only not in (None, name):
-            continue
-        facts[state] += jobs
-        facts[kinds[due]] += jobs if state == PENDING else 0
-        queues.setdefault(name, dict.fromkeys(STATES, 0))[state] += jobs
-    facts.update(queues=queues, paused=queue.paused(), rate=round(queue.rate(), 3))
+        if only in (None, name):
+            facts[state] += jobs
+            facts[KINDS[due]] += jobs if state == PENDING else 0
+            queues.setdefault(name, dict.fromkeys(STATES, 0))[state] += jobs
+    paused = [name for name in queue.paused() if only in (None, name) or not name]
+    facts.update(queues=queues, paused=paused, rate=round(queue.rate(only), 3))
+    oldest = queue.oldest(only)
     facts["oldest"] = oldest and job_facts(oldest, queue.config())
     return {**facts, "workers": list(worker_facts(queue))}
 
 
 def status_text(queue: Queue, only: str | None = None, *, full: bool = False) -> Iterator[str]:
     """Yield the state of everything, or of one queue; the full view is the one to watch."""
-    facts, oldest = status_facts(queue, only), queue.oldest(only)
-    kinds = ", ".join(f"{facts[kind]} {kind}" for kind in ("due", "scheduled", "blocked"))
-    notes = {PENDING: f"  ({kinds})"} if facts["scheduled"] or facts["blocked"] else {}
+    facts, oldest, now = status_facts(queue, only), queue.oldest(only), queue.clock()
+    kinds = ", ".join(f"{facts[kind]} {kind}" for kind in KINDS.values())
     for state in STATES:
-        yield f"{state:<10} {facts[state]:>8}{notes.get(state, '')}"
+        note = f"  ({kinds})" if state == PENDING and facts["due"] < facts[PENDING] else ""
+        yield f"{state:<10} {facts[state]:>8}{note}"
     yield f"{'workers':<10} {len(facts['workers']):>8}"
     if full:
         yield f"{'rate':<10} {facts['rate']:>8.1f}  jobs/s over the last minute"
     if facts["paused"]:
         yield "paused     " + ", ".join(printable(name) or "all queues" for name in facts["paused"])
     if oldest:
-        since = ago(oldest.run_after, queue.clock())
+        since = ago(oldest.run_after, now)
         yield f"oldest     job {printable(oldest.id)}, due {since}; {why(queue, oldest)}"
     for job in queue.blocked([only] if only else (), limit=1):
         yield f"blocked    job {printable(job.id)} is {blocked_by(queue.parents(job))}"
-    if len(facts["queues"]) > 1 or set(facts["queues"]) - {"default"}:
-        yield ""
-        rows = ((name, *states.values()) for name, states in facts["queues"].items())
-        yield from table(("QUEUE", *map(str.upper, STATES)), rows)
+    if set(facts["queues"]) - {"default"}:
+        rows = [(name, *states.values()) for name, states in facts["queues"].items()]
+        yield from ("", *table(("QUEUE", *map(str.upper, STATES)), rows))
     if facts["workers"]:
-        yield ""
-        yield from table(WORKER_HEADINGS, worker_rows(queue))
-    failed = list(queue.jobs((DEAD,), 5)) if full else []
+        yield from ("", *table(WORKER_HEADINGS, worker_rows(facts["workers"], now)))
+    failed = [
+        (job.id, ago(job.updated_at, now), job.last_error)
+        for job in (queue.jobs((DEAD,), 5, only) if full else ())
+    ]
     if failed:
-        yield ""
-        rows = ((job.id, ago(job.updated_at, queue.clock()), job.last_error) for job in failed)
-        yield from table(("LAST FAILED", "WHEN", "WHY"), rows)
+        yield from ("", *table(("LAST FAILED", "WHEN", "WHY"), failed))
 
 
 class Progress:
-    """How far a queue has come since it was first looked at."""
+    """How far jobs have come since they were first looked at, by how many are in each state."""
 
-    def __init__(self, queue: Queue) -> None:
-        """Begin to count."""
-        self.queue, self.first = queue, queue.counts()
+    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Begin at the first line."""
+        self.counts, self.first = counts, counts()
         self.samples = [(time.monotonic(), 0)]
 
     def line(self) -> str:
         """Return what is done of what there was, how fast, the time left, and what failed."""
-        counts, now = self.queue.counts(), time.monotonic()
+        counts, now = self.counts(), time.monotonic()
         done = sum(max(0, counts[state] - self.first[state]) for state in ENDED)
         left, failed = counts[PENDING] + counts[PROCESSING], counts[DEAD] - self.first[DEAD]
         self.samples = [s for s in self.samples if s[0] > now - 10][-50:] or self.samples[-1:]
         began, before = self.samples[0]
         rate = (done - before) / max(now - began, 0.001)
         self.samples.append((now, done))
-        eta = f", {span(round(left / rate))} left" if rate and left else ""
-        failures = f", {failed} failed" if failed > 0 else ""
         if not done + left:
             return "no jobs yet"
+        eta = f", {span(round(left / rate))} left" if rate and left else ""
+        failures = f", {failed} failed" if failed > 0 else ""
         return f"{done}/{done + left} jobs, {rate:.1f}/s{eta}{failures}"
 
 
@@ -3157,13 +3161,6 @@ def arg(*names: str, **options: Any) -> Argument:
 def flag(name: str, meaning: str) -> Argument:
     """Describe an option without a value."""
     return arg(name, action="store_true", help=meaning)
-
-
-def terminal(stream: Any) -> int:
-    """Return the width of the terminal that a stream is; 0 where it is none, or a dumb one."""
-    if not stream or not stream.isatty() or os.environ.get("TERM") == "dumb":
-        return 0
-    return os.get_terminal_size(stream.fileno()).columns or 80
 
 
 class Lines:
@@ -3218,12 +3215,25 @@ def show(lines: Iterable[str]) -> None:
         print(text)
 
 
-def show_json(objects: Iterable[Mapping[str, Any]]) -> None:
-    """Print each object on one line, in ASCII."""
+def show_json(facts: Mapping[str, Any]) -> None:
+    """Print an object on one line, in ASCII."""
     import json
 
-    for facts in objects:
-        print(json.dumps(facts))
+    print(json.dumps(facts))
+
+
+def show_list(
+    args: argparse.Namespace,
+    facts: Iterable[Mapping[str, Any]],
+    headings: Sequence[str],
+    rows: Iterable[Sequence[object]],
+) -> None:
+    """Print facts for programs, an object on each line, or rows for people."""
+    if args.json:
+        for item in facts:
+            show_json(item)
+    else:
+        show(table(headings, rows))
 
 
 def changes(queue: Queue, timeout: float | None = None) -> Iterator[None]:
@@ -3255,119 +3265,100 @@ def from_json(source: str) -> list[dict[str, object]]:
     return jobs
 
 
-def from_lines(lines: Iterable[bytes], at: list[int]) -> Iterator[dict[str, object]]:
-    """Yield the jobs of JSON lines; `at` has the line's number, for error messages."""
-    for at[0], line in enumerate(lines, 1):
-        if at[0] % 1000 == 0:
-            LINES.show(lambda: f"{at[0]} lines")
-        if line.strip():
-            try:
-                yield from from_json(line.decode())
-            except UnicodeDecodeError as error:
-                raise BadInput(f"not UTF-8: {error.reason}") from None
+def described(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) -> Iterator[Any]:
+    """Yield the jobs of JSON lines, JSON, a shell line or words; `at` is the number of the line."""
+    words: list[str] = args.words
+    if words == ["-"]:
+        stdin.seek(0)
+        for at[0], line in enumerate(stdin, 1):
+            if at[0] % 1000 == 0:
+                LINES.show(lambda: f"{at[0]} lines")
+            if line.strip():
+                yield from from_json(line.decode(errors="surrogateescape"))  # FIELDS refuse those
+    elif len(words) > 1 and not re.match(UNQUOTED, words[0]):
+        yield {"command": SYSTEM.line(words)}
+    elif words[0].lstrip()[:1] in ("{", "["):
+        yield from from_json(" ".join(words))
+    else:
+        yield {"command": words[0]}
 
 
-def with_options(args: argparse.Namespace, job: dict[str, object]) -> dict[str, object]:
-    """Return a job with what the options of `enqueue` say about it."""
+def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """Yield jobs with what the options of `enqueue` say about them."""
     given = {key: getattr(args, key) for key in FIELDS if getattr(args, key, None) is not None}
     replaced = {other for key in given for other in CONFLICTS.get(key, ())}
-    job = {key: value for key, value in job.items() if key not in replaced}
-    if args.env:
-        pairs = dict(pair.split("=", 1) if "=" in pair else (pair, None) for pair in args.env)
-        if None in pairs.values():
-            raise BadInput("--env is NAME=VALUE")
-        had = job.get("env", {})
-        given["env"] = {**had, **pairs} if isinstance(had, dict) else had
-    return {**job, **given}
+    pairs = [pair.partition("=") for pair in given.get("env", ())]
+    if not all(equals for _, equals, _ in pairs):
+        raise BadInput("--env is NAME=VALUE")
+    env = {name: value for name, _, value in pairs}
+    for job in jobs:
+        if env:
+            had = job.get("env", {})
+            given["env"] = {**had, **env} if isinstance(had, dict) else had
+        kept = {key: value for key, value in job.items() if key not in replaced} if given else job
+        yield {**kept, **given}
 
 
-def enqueue_lines(args: argparse.Namespace) -> Iterator[str]:
-    """Enqueue stdin, read to its end first: a slow writer must not hold up the workers."""
+def read_stdin() -> IO[bytes]:
+    """Return stdin, read to its end first: a slow writer must not hold up the workers."""
     import shutil
     import tempfile
 
+    spool: Any = tempfile.SpooledTemporaryFile(1 << 20)  # noqa: SIM115
+    shutil.copyfileobj(sys.stdin.buffer, spool)
+    return spool  # type: ignore[no-any-return]
+
+
+def cmd_enqueue(args: argparse.Namespace) -> None:
+    """Add jobs; print their ids."""
     at = [0]
-    with tempfile.SpooledTemporaryFile(1 << 20) as spool:
-        shutil.copyfileobj(sys.stdin.buffer, spool)
-        spool.seek(0)
+    with read_stdin() if args.words == ["-"] else io.BytesIO() as stdin:
         try:
             if not os.path.lexists(args.db):  # no queue is made for bad input
-                for job in from_lines(spool, at):
-                    check_fields(with_options(args, job))
-                spool.seek(0)
-            jobs = (with_options(args, job) for job in from_lines(spool, at))
+                for job in with_options(args, described(args, stdin, at)):
+                    check_fields(job)
+            jobs = with_options(args, described(args, stdin, at))
             with Queue(args.db) as queue:
-                yield from queue.enqueue_many(jobs, if_absent=args.if_absent)
+                for job_id in queue.enqueue_many(jobs, if_absent=args.if_absent):
+                    print(job_id)
         except BadInput as error:
-            raise BadInput(f"line {at[0]}: {error}") from None
+            raise BadInput(f"line {at[0]}: {error}" if at[0] else str(error)) from None
 
 
-def cmd_enqueue(args: argparse.Namespace) -> int:
-    """Add jobs; print their ids."""
-    words: list[str] = args.words
-    if words == ["-"]:
-        for job_id in enqueue_lines(args):
-            print(job_id)
-        return OK
-    if len(words) > 1 and not re.match(UNQUOTED, words[0]):
-        jobs: list[dict[str, object]] = [{"command": SYSTEM.line(words)}]
-    elif words[0].lstrip()[:1] in ("{", "["):
-        jobs = from_json(" ".join(words))
-    else:
-        jobs = [{"command": words[0]}]
-    jobs = [with_options(args, job) for job in jobs]
-    for job in jobs:
-        check_fields(job)  # before a queue is made for it
-    with Queue(args.db) as queue:
-        for job_id in queue.enqueue_many(jobs, if_absent=args.if_absent):
-            print(job_id)
-    return OK
-
-
-def detach(args: argparse.Namespace) -> int:
+def detach(args: argparse.Namespace, queue: Queue) -> int:
     """Start a pool in a session of its own, and say where it writes."""
     import subprocess
 
-    with Queue(args.db) as queue:
-        run, log = queue.db.run, queue.db.run.file("workers.log")
+    run, log = queue.db.run, queue.db.run.file("workers.log")
+    run.make()  # the database may have been copied here
     argv = [sys.executable, sys.argv[0], *(word for word in args.argv if word != "--detach")]
-    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    size = os.fstat(fd).st_size
-    pool = subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, **SYSTEM.background()
-    )
-    os.close(fd)
-    while pool.poll() is None:
-        for name, facts in run.holders("pool").items():
-            if facts.get("pid") == pool.pid:
-                say(f"{name} runs as process {pool.pid}; its log is {log}")
-                pool.returncode = OK  # it is not waited for
-                return OK
-        time.sleep(0.01)
-    with open(log, errors="replace") as file:
+    with open(log, "a+", errors="replace") as file:
+        size, how = file.tell(), SYSTEM.background()
+        pool = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **how)
+        while pool.poll() is None:
+            for name, facts in run.holders("pool").items():
+                if facts.get("pid") == pool.pid:
+                    say(f"{name} runs as process {pool.pid}; its log is {log}")
+                    pool.returncode = OK  # it is not waited for
+                    return OK
+            time.sleep(0.01)
         file.seek(size)
         LINES.write(file.read())
     return pool.returncode
 
 
-def cmd_worker_start(args: argparse.Namespace) -> int:
+def cmd_worker_start(args: argparse.Namespace, queue: Queue) -> int:
     """Run a pool, here or in the background."""
     if args.detach:
-        return detach(args)
-    progress: list[Progress] = []
-
-    def event_line(text: str) -> None:
-        if not args.quiet:
-            LINES.say(time.strftime("%H:%M:%S ") + text)
-
-    def tick() -> None:
-        if terminal(sys.stderr) and not args.quiet:
-            if not progress:
-                progress.append(Progress(Queue(args.db, readonly=True)))
-            LINES.show(progress[0].line)
-
-    options = {key: getattr(args, key) for key in ("drain", "horizon", "insecure", "queues")}
-    return work(args.db, args.count, **options, signals=True, say=event_line, tick=tick)
+        return detach(args, queue)
+    keys = ("drain", "horizon", "insecure", "queues")
+    options: dict[str, Any] = {key: getattr(args, key) for key in keys}
+    if not args.quiet:
+        options["say"] = lambda text: LINES.say(time.strftime("%H:%M:%S ") + text)
+        if terminal(sys.stderr):
+            progress = Progress(partial(queue.counts, args.queues))
+            options["tick"] = lambda: LINES.show(progress.line)
+    return work(args.db, args.count, **options, signals=True)
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
@@ -3375,9 +3366,8 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
     run = queue.db.run
     pools = run.holders("pool")
     for pool in pools:
-        fd = os.open(run.file(pool, "stop"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.write(fd, b"now" if args.now else b"stop")
-        os.close(fd)
+        with open(run.file(pool, "stop"), "w") as file:
+            file.write("now" if args.now else "stop")
     run.ring()
     if not pools:
         say("no workers are running")
@@ -3397,88 +3387,70 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
 
 def cmd_worker_list(args: argparse.Namespace, queue: Queue) -> None:
     """List the living workers."""
-    if args.json:
-        show_json(worker_facts(queue))
-    else:
-        show(table(WORKER_HEADINGS, worker_rows(queue)))
+    workers = worker_facts(queue)
+    show_list(args, workers, WORKER_HEADINGS, worker_rows(workers, queue.clock()))
 
 
 def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
     """Show the counts and the living workers, once or again and again."""
     while True:
         if args.json:
-            show_json([status_facts(queue, args.queue)])
-        elif args.watch and terminal(sys.stdout):
-            sys.stdout.write("\x1b[H\x1b[J")
-            height = os.get_terminal_size(sys.stdout.fileno()).lines
-            show(list(status_text(queue, args.queue, full=True))[: height - 1])
+            show_json(status_facts(queue, args.queue))
         else:
-            show(status_text(queue, args.queue, full=args.watch))
+            lines = list(status_text(queue, args.queue, full=args.watch))
+            if args.watch and terminal(sys.stdout):
+                sys.stdout.write("\x1b[H\x1b[J")
+                del lines[os.get_terminal_size(sys.stdout.fileno()).lines - 1 :]
+            show(lines)
         sys.stdout.flush()
         if not args.watch:
             return
         time.sleep(1)
 
 
-def print_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str]) -> None:
+def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str]) -> None:
     """Print jobs, and say so where not all of them were."""
     config, name = queue.config(), getattr(args, "queue", None)
     limit = args.limit if args.limit is not None or args.json else 100
     jobs = queue.jobs(states, limit or None, name)
-    if args.json:
-        show_json(job_facts(job, config) for job in jobs)
-        return
-    rows = [job_row(queue, job, config) for job in jobs]
-    show(table(JOB_HEADINGS, rows))
+    facts = (job_facts(job, config) for job in jobs)
+    show_list(args, facts, JOB_HEADINGS, (job_row(queue, job, config) for job in jobs))
     counts = queue.counts([name] if name else ())
     there = sum(counts[state] for state in states or STATES)
-    if len(rows) < there:
-        say(f"{len(rows)} of {there} jobs shown; --limit 0 shows all")
+    if limit and limit < there and not args.json:
+        say(f"{limit} of {there} jobs shown; --limit 0 shows all")
 
 
 def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
     """List jobs, or schedules."""
     if not args.recurring:
-        print_jobs(args, queue, args.state or ())
+        show_jobs(args, queue, args.state or ())
         return
     now, states = queue.clock(), args.state or STATES
     jobs = [j for j in queue.recurring() if args.queue in (None, j.queue) and j.state in states]
-    if args.json:
-        show_json(job_facts(job, queue.config()) for job in jobs)
-    else:
-        rows = [(j.series, schedule(j), ago(j.run_after, now), j.id, j.command) for j in jobs]
-        show(table(("ID", "SCHEDULE", "NEXT", "JOB", "COMMAND"), rows))
+    facts = (job_facts(job, queue.config()) for job in jobs)
+    rows = ((j.series, schedule(j), ago(j.run_after, now), j.id, j.command) for j in jobs)
+    show_list(args, facts, ("ID", "SCHEDULE", "NEXT", "JOB", "COMMAND"), rows)
 
 
 def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
-    """Show everything about one job."""
+    """Show everything about one job; output that is not UTF-8 has replacement characters."""
     job = queue.get(args.id)
-    if args.json:
-        runs = [attempt_facts(attempt) for attempt in queue.attempts(job)]
-        after = [parent.id for parent in queue.parents(job)]
-        more = {"why": why(queue, job) or None, "after": after, "runs": runs}
-        show_json([{**job_facts(job, queue.config()), **more}])
-    else:
+    if not args.json:
         show(job_text(queue, job))
-
-
-def outcome(queue: Queue, ids: Sequence[str], dead: int) -> list[Job] | None:
-    """Return the jobs that were waited for once they have ended; for all, those that failed."""
-    if ids:
-        jobs = [queue.get(job_id) for job_id in ids]
-        return jobs if all(job.state in ENDED for job in jobs) else None
-    if queue.unfinished() or queue.held():
-        return None
-    died = max(0, queue.counts()[DEAD] - dead)
-    failed = sorted(queue.jobs((DEAD,), died), key=lambda job: job.updated_at)
-    return failed + queue.blocked(limit=1)
+        return
+    facts, runs = job_facts(job, queue.config()), []
+    for attempt in queue.attempts(job):
+        output = attempt.output.decode(errors="replace")
+        times = {"started": iso(attempt.started), "finished": iso(attempt.finished)}
+        runs.append({**attempt._asdict(), **times, "output": output})
+    after = [parent.id for parent in queue.parents(job)]
+    show_json({**facts, "why": why(queue, job) or None, "after": after, "runs": runs})
 
 
 def exit_of(job: Job) -> int:
     """Return a job's exit code as a shell has it; one without an exit code failed all the same."""
-    if job.state == COMPLETED:
-        return OK
-    code = job.exit_code or NO
+    code = OK if job.state == COMPLETED else job.exit_code or NO
     return SIGNALLED - code if code < 0 else code
 
 
@@ -3491,18 +3463,32 @@ def named(args: argparse.Namespace, also: object = None) -> list[str]:
 
 def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     """Wait until jobs have ended; return what the first failed one returned."""
-    ids = [queue.get(job_id).id for job_id in named(args)]
-    progress, dead = Progress(queue), queue.counts()[DEAD]
-    for job in map(queue.get, ids):
+    import collections
+
+    jobs = [queue.get(job_id) for job_id in named(args)]
+    ids, dead = [job.id for job in jobs], queue.counts()[DEAD]
+    for job in jobs:
         if job.due == BLOCKED:
             say(f"job {printable(job.id)} is {why(queue, job)}")
+
+    def counts() -> Mapping[str, int]:
+        return collections.Counter(queue.get(job_id).state for job_id in ids)
+
+    progress = Progress(counts if ids else queue.counts)
     for _ in changes(queue, args.timeout):
-        jobs = outcome(queue, ids, dead)
-        if jobs is not None:
-            return next(filter(None, map(exit_of, jobs)), OK)
+        jobs = [queue.get(job_id) for job_id in ids]
+        running = any(job.state not in ENDED for job in jobs)
+        if not (running if ids else queue.unfinished() or queue.held()):
+            break
         LINES.show(progress.line)
-    say(f"not yet, after {span(args.timeout)}")
-    return TIMED_OUT
+    else:
+        say(f"not yet, after {span(args.timeout)}")
+        return TIMED_OUT
+    if not ids:
+        died = max(0, queue.counts()[DEAD] - dead)
+        jobs = sorted(queue.jobs((DEAD,), died), key=lambda job: job.updated_at)
+        jobs += queue.blocked(limit=1)
+    return next(filter(None, map(exit_of, jobs)), OK)
 
 
 def write_output(chunks: Iterable[bytes]) -> None:
@@ -3512,9 +3498,7 @@ def write_output(chunks: Iterable[bytes]) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
     for chunk in chunks:
         if sys.stdout.isatty():
-            print(
-                "".join(c if c in "\n\t" else printable(c) for c in decoder.decode(chunk)), end=""
-            )
+            print(re.sub(r"[^\n\t]+", lambda m: printable(m[0]), decoder.decode(chunk)), end="")
         else:
             sys.stdout.buffer.write(chunk)
         sys.stdout.flush()
@@ -3527,31 +3511,20 @@ def read_on(fd: int, at: int) -> tuple[int, bytes]:
     return at, SYSTEM.read(fd, 1 << 16, at)
 
 
-def follow(queue: Queue, job: Job, fd: int) -> Iterator[bytes]:
-    """Yield the output of a running attempt as it comes, until the attempt has ended."""
-    limit = queue.config()["output_limit"]
-    at, chunk = tail(fd, limit)
+def follow(queue: Queue, job: Job, fd: int, at: int) -> Iterator[bytes]:
+    """Yield the output of an attempt, from a place on, as it comes, until the attempt has ended."""
+    over = False
     while True:
-        now = queue.get(job.id)
-        over = (now.state, now.run) != (PROCESSING, job.run)
-        while chunk:
+        at, chunk = read_on(fd, 0 if os.fstat(fd).st_size < at else at)  # a runaway's was cut
+        if chunk:
             yield chunk
             at += len(chunk)
-            at = 0 if os.fstat(fd).st_size < at else at  # a runaway's output was cut
-            at, chunk = read_on(fd, at)
-        if over:
+        elif over:
             return
-        time.sleep(0.03)
-        at, chunk = read_on(fd, at)
-
-
-def next_run(queue: Queue, job: Job) -> Job:
-    """Return a waiting job once it runs, has run, or has ended without that."""
-    for _ in changes(queue):
-        now = queue.get(job.id)
-        if now.run > job.run or now.state in ENDED:
-            return now
-    return job
+        else:
+            time.sleep(0.03)
+            now = queue.get(job.id)
+            over = (now.state, now.run) != (PROCESSING, job.run)
 
 
 def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
@@ -3561,18 +3534,23 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
         job = queue.last_run(job)  # of a schedule
     if job.state == PENDING and not args.run:
         say(f"job {printable(job.id)} waits: {why(queue, job)}")
-        job = next_run(queue, job) if args.follow else job
-    run, chunks = args.run or job.run, None
+        before = job.run
+        for _ in changes(queue) if args.follow else ():
+            job = queue.get(job.id)
+            if job.run > before or job.state in ENDED:
+                break
+    run = args.run or job.run
     try:
         fd = os.open(queue.db.run.file(job.seq, run, "out"), os.O_RDONLY | BINARY)
         cut, output = tail(fd, queue.config()["output_limit"])
-        chunks = follow(queue, job, fd) if args.follow else [output]
+        chunks = follow(queue, job, fd, cut) if args.follow else [output]
     except FileNotFoundError:
-        attempts = {attempt.run: attempt for attempt in queue.attempts(job)}
-        if args.run and run not in attempts:
+        attempts = queue.attempts(job)
+        found = [attempt for attempt in attempts if attempt.run == run]
+        if args.run and not found:
             raise NotFound(f"job {job.id} has no run {run}; it has {len(attempts)}") from None
-        attempt = attempts.get(run) or attempts.get(max(attempts, default=0))
-        cut, chunks = (attempt.cut, [attempt.output]) if attempt else (0, [])
+        found = found or attempts[-1:]
+        cut, chunks = (found[0].cut, [found[0].output]) if found else (0, [])
     if cut:
         say(f"{cut} bytes of output before this were not kept")
     write_output(chunks)
@@ -3609,24 +3587,18 @@ def cmd_config_set(args: argparse.Namespace) -> None:
 
 def setting_text(value: object) -> str:
     """Return a value as `config set` takes it."""
-    if isinstance(value, tuple) and all(isinstance(item, int) for item in value):
-        return ",".join(map(str, value))
     if isinstance(value, tuple):
-        return " ".join(shlex.quote(word) for word in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        numbers = all(isinstance(item, int) for item in value)
+        return ",".join(map(str, value)) if numbers else SYSTEM.line(value)
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 def cmd_config_list(args: argparse.Namespace, queue: Queue) -> None:
     """List every setting."""
-    config = queue.config()
-    if args.json:
-        show_json(
-            {"key": key, "value": value, "default": SETTINGS[key].default}
-            for key, value in config.items()
-        )
-        return
-    rows = [(key, setting_text(value), SETTINGS[key].meaning) for key, value in config.items()]
-    show(table(("KEY", "VALUE", "MEANING"), rows))
+    config = queue.config().items()
+    facts = ({"key": k, "value": value, "default": SETTINGS[k].default} for k, value in config)
+    rows = ((key, setting_text(value), SETTINGS[key].meaning) for key, value in config)
+    show_list(args, facts, ("KEY", "VALUE", "MEANING"), rows)
 
 
 def typed(read: Callable[[Any], Any]) -> Callable[[str], Any]:
@@ -3674,7 +3646,7 @@ COMMANDS = {
         arg("--env", action="append", metavar="NAME=VALUE", help="may be given several times"),
         flag("--if-absent", "a taken id is no error"))),
     "worker start": Command(
-        cmd_worker_start, "", "run jobs, until stopped", "worker start --count 4", (
+        cmd_worker_start, "make", "run jobs, until stopped", "worker start --count 4", (
             arg("--count", type=typed(number(1, 1000)), default=1, help="at a time (1)", **COUNT),
             arg("--queue", dest="queues", type=typed(name), action="append", metavar="QUEUE",
                 default=[], help="serve only these queues"),
@@ -3709,7 +3681,7 @@ COMMANDS = {
         lambda args, queue: queue.resume(args.queue or ""),
         "write", "start jobs again", "resume", (QUEUE,)),
     "dlq list": Command(
-        lambda args, queue: print_jobs(args, queue, (DEAD,)),
+        lambda args, queue: show_jobs(args, queue, (DEAD,)),
         "read", "list the dead letter queue", "dlq list", (LIMIT, JSON)),
     "dlq retry": Command(
         lambda args, queue: show(queue.retry(named(args) or None)),
@@ -3789,7 +3761,7 @@ COMMANDS["completion"] = Command(
     "completion bash",
     (
         arg("shell", choices=tuple(COMPLETIONS), metavar="SHELL", help="bash, zsh or fish"),
-        arg("typed", nargs="...", help="what was typed: its last word is completed"),
+        arg("typed", nargs="...", metavar="...", help="what was typed: its last word is completed"),
     ),
 )
 
@@ -3839,7 +3811,7 @@ def next_word(args: argparse.Namespace, family: str) -> str:
     word, args.rest = "".join(args.rest[:1]), args.rest[1:]
     if word not in known:
         what = f"no command {word}" if word else "a command is missing"
-        parser.error(printable(what) + nearest(word, known))
+        parser.error(what + nearest(word, known))
     return word
 
 

@@ -32,6 +32,7 @@ database or the machine is at fault; 124 timed out; 128+n ended by signal n.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import io
@@ -58,6 +59,8 @@ if TYPE_CHECKING:
 
     Child = subprocess.Popen[bytes]
     Argument = tuple[tuple[str, ...], dict[str, Any]]
+    Facts = Mapping[str, Any]
+    Rows = Iterable[Sequence[object]]
 
 __version__ = "1.0"
 __all__ = ["Attempt", "Job", "Queue", "QueueError", "work"]
@@ -2948,7 +2951,7 @@ def fit(text: str, width: int) -> str:
     return text + "…"
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
+def table(headings: Sequence[str], rows: Rows) -> Iterator[str]:
     """Yield aligned lines; a column that is empty in every row is left out.
 
     On a narrow terminal the widest columns are cut, but not ids or states; what is still too much
@@ -2966,6 +2969,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator
     for width in widths[1:]:
         gaps.append("  " if at + 2 + width <= screen else "\n  ")
         at = at + 2 + width if gaps[-1] == "  " else 2 + width
+    widths[-1] += max(0, screen - at)
     for line in lines:
         cells = [fit(cell, width) for cell, width in zip(line, widths)]
         pads = [" " * (width - breadth(cell)) for cell, width in zip(cells, widths)]
@@ -3113,28 +3117,24 @@ def status_text(queue: Queue, only: str | None = None, *, full: bool = False) ->
         yield from ("", *table(("LAST FAILED", "WHEN", "WHY"), failed))
 
 
-class Progress:
-    """How far jobs have come since they were first looked at, by how many are in each state."""
+def progress(counts: Callable[[], Mapping[str, int]]) -> Callable[[], str]:
+    """Return what says how far jobs have come from now on, by how many are in each state."""
+    first, samples = counts(), collections.deque([(time.monotonic(), 0)], 50)
 
-    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
-        """Begin at the first line."""
-        self.counts, self.first = counts, counts()
-        self.samples = [(time.monotonic(), 0)]
-
-    def line(self) -> str:
-        """Return what is done of what there was, how fast, the time left, and what failed."""
-        counts, now = self.counts(), time.monotonic()
-        done = sum(max(0, counts[state] - self.first[state]) for state in ENDED)
-        left, failed = counts[PENDING] + counts[PROCESSING], counts[DEAD] - self.first[DEAD]
-        self.samples = [s for s in self.samples if s[0] > now - 10][-50:] or self.samples[-1:]
-        began, before = self.samples[0]
-        rate = (done - before) / max(now - began, 0.001)
-        self.samples.append((now, done))
-        if not done + left:
-            return "no jobs yet"
+    def line() -> str:
+        """Return what is done of what there was, how fast lately, the time left, what failed."""
+        now, clock = counts(), time.monotonic()
+        done = sum(max(0, now[state] - first[state]) for state in ENDED)
+        left, failed = now[PENDING] + now[PROCESSING], now[DEAD] - first[DEAD]
+        began, before = samples[0]
+        rate = (done - before) / max(clock - began, 0.001)
+        samples.append((clock, done))
         eta = f", {span(round(left / rate))} left" if rate and left else ""
         failures = f", {failed} failed" if failed > 0 else ""
-        return f"{done}/{done + left} jobs, {rate:.1f}/s{eta}{failures}"
+        counted = f"{done}/{done + left} jobs, {rate:.1f}/s{eta}{failures}"
+        return counted if done + left else "no jobs yet"
+
+    return line
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -3153,9 +3153,16 @@ class Command(NamedTuple):
     arguments: tuple[Argument, ...] = ()
 
 
-def arg(*names: str, **options: Any) -> Argument:
-    """Describe one argument of a command, as argparse takes it."""
-    return names, options
+def arg(*names: str, check: Callable[[Any], Any] = str, **options: Any) -> Argument:
+    """Describe an argument of a command as argparse takes it, with a rule that checks its value."""
+
+    def read(value: str) -> Any:
+        try:
+            return check(value)
+        except ValueError as error:
+            raise BadInput(f"{names[-1]} {error}") from None
+
+    return names, options if check is str else {"type": read, **options}
 
 
 def flag(name: str, meaning: str) -> Argument:
@@ -3215,20 +3222,15 @@ def show(lines: Iterable[str]) -> None:
         print(text)
 
 
-def show_json(facts: Mapping[str, Any]) -> None:
+def show_json(facts: Facts) -> None:
     """Print an object on one line, in ASCII."""
     import json
 
     print(json.dumps(facts))
 
 
-def show_list(
-    args: argparse.Namespace,
-    facts: Iterable[Mapping[str, Any]],
-    headings: Sequence[str],
-    rows: Iterable[Sequence[object]],
-) -> None:
-    """Print facts for programs, an object on each line, or rows for people."""
+def show_list(args: Any, facts: Iterable[Facts], headings: Sequence[str], rows: Rows) -> None:
+    """Print facts for programs, one object on each line, or rows for people."""
     if args.json:
         for item in facts:
             show_json(item)
@@ -3356,8 +3358,8 @@ def cmd_worker_start(args: argparse.Namespace, queue: Queue) -> int:
     if not args.quiet:
         options["say"] = lambda text: LINES.say(time.strftime("%H:%M:%S ") + text)
         if terminal(sys.stderr):
-            progress = Progress(partial(queue.counts, args.queues))
-            options["tick"] = lambda: LINES.show(progress.line)
+            line = progress(partial(queue.counts, args.queues))
+            options["tick"] = lambda: LINES.show(line)
     return work(args.db, args.count, **options, signals=True)
 
 
@@ -3463,8 +3465,6 @@ def named(args: argparse.Namespace, also: object = None) -> list[str]:
 
 def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     """Wait until jobs have ended; return what the first failed one returned."""
-    import collections
-
     jobs = [queue.get(job_id) for job_id in named(args)]
     ids, dead = [job.id for job in jobs], queue.counts()[DEAD]
     for job in jobs:
@@ -3474,13 +3474,13 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     def counts() -> Mapping[str, int]:
         return collections.Counter(queue.get(job_id).state for job_id in ids)
 
-    progress = Progress(counts if ids else queue.counts)
+    line = progress(counts if ids else queue.counts)
     for _ in changes(queue, args.timeout):
         jobs = [queue.get(job_id) for job_id in ids]
         running = any(job.state not in ENDED for job in jobs)
         if not (running if ids else queue.unfinished() or queue.held()):
             break
-        LINES.show(progress.line)
+        LINES.show(line)
     else:
         say(f"not yet, after {span(args.timeout)}")
         return TIMED_OUT
@@ -3601,43 +3601,29 @@ def cmd_config_list(args: argparse.Namespace, queue: Queue) -> None:
     show_list(args, facts, ("KEY", "VALUE", "MEANING"), rows)
 
 
-def typed(read: Callable[[Any], Any]) -> Callable[[str], Any]:
-    """Make a check into an argparse type, which keeps the check's own words."""
-
-    def convert(value: str) -> Any:
-        import argparse
-
-        try:
-            return read(value)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{printable(value)!r} {error}") from None
-
-    return convert
-
-
 # fmt: off
-DURATION = {"type": typed(seconds), "metavar": "DURATION"}
+DURATION: Any = {"check": seconds, "metavar": "DURATION"}
 COUNT = {"metavar": "N"}
 JSON = flag("--json", "for programs: see the README for the fields")
-LIMIT = arg("--limit", type=typed(number(0, 10**9)), metavar="N",
+LIMIT = arg("--limit", check=number(0, 10**9), metavar="N",
             help="the N that changed last; 0: all")
 STATE = arg("--state", action="append", choices=STATES, help="may be given several times")
 TIMEOUT = arg("--timeout", help="wait no longer; exit 124", **DURATION)
-QUEUE = arg("--queue", type=typed(name), metavar="QUEUE", help="only this queue")
+QUEUE = arg("--queue", check=name, metavar="QUEUE", help="only this queue")
 ID, IDS = arg("id", metavar="ID"), arg("ids", nargs="*", metavar="ID")
 EVERY_DEAD = flag("--all", "every dead job")
-KEY = arg("key", metavar="KEY", type=check_setting, help="one of: " + ", ".join(SETTINGS))
+KEY = arg("key", metavar="KEY", check=check_setting, help="one of: " + ", ".join(SETTINGS))
 
 COMMANDS = {
     "enqueue": Command(cmd_enqueue, "", "add a job; prints its id", "enqueue 'make all'", (
         arg("words", nargs="+", metavar="JSON | - | COMMAND | -- ARG...",
             help="a JSON object or array, JSON lines on stdin, a shell line, or words"),
         arg("--id", help="a name for it (else its number)"),
-        arg("--priority", type=literal, help="higher first (0)", **COUNT),
+        arg("--priority", check=literal, help="higher first (0)", **COUNT),
         arg("--delay", metavar="DURATION", help="not before so long from now"),
         arg("--at", dest="run_at", metavar="TIME", help="not before: 2030-01-31T08:00"),
         arg("--timeout", metavar="DURATION", help="end it after so long (0: never)"),
-        arg("--max-retries", type=literal, help="how often it is tried", **COUNT),
+        arg("--max-retries", check=literal, help="how often it is tried", **COUNT),
         arg("--queue", metavar="QUEUE", help="the queue it waits in (default)"),
         arg("--after", metavar="ID,...", help="once these have completed"),
         arg("--every", metavar="DURATION", help="again and again"),
@@ -3647,8 +3633,8 @@ COMMANDS = {
         flag("--if-absent", "a taken id is no error"))),
     "worker start": Command(
         cmd_worker_start, "make", "run jobs, until stopped", "worker start --count 4", (
-            arg("--count", type=typed(number(1, 1000)), default=1, help="at a time (1)", **COUNT),
-            arg("--queue", dest="queues", type=typed(name), action="append", metavar="QUEUE",
+            arg("--count", check=number(1, 1000), default=1, help="at a time (1)", **COUNT),
+            arg("--queue", dest="queues", check=name, action="append", metavar="QUEUE",
                 default=[], help="serve only these queues"),
             flag("--drain", "leave when nothing is left to run; exit 1: some died or are blocked"),
             arg("--horizon", default=FOREVER, **DURATION,
@@ -3668,7 +3654,7 @@ COMMANDS = {
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
     "logs": Command(cmd_logs, "read", "write the output of a job", "logs 7 -f", (
         ID, arg("-f", "--follow", action="store_true", help="until it ends"),
-        arg("--run", type=typed(number(1, 10**9)), help="of that attempt", **COUNT))),
+        arg("--run", check=number(1, 10**9), help="of that attempt", **COUNT))),
     "wait": Command(
         cmd_wait, "read", "wait for jobs; exits as the first that failed did", "wait 7 8",
         (IDS, flag("--all", "until nothing is left to run"), TIMEOUT)),
@@ -3754,16 +3740,10 @@ def cmd_completion(args: argparse.Namespace) -> None:
             print(word)
 
 
-COMMANDS["completion"] = Command(
-    cmd_completion,
-    "",
-    "print what makes your shell complete words",
-    "completion bash",
-    (
-        arg("shell", choices=tuple(COMPLETIONS), metavar="SHELL", help="bash, zsh or fish"),
-        arg("typed", nargs="...", metavar="...", help="what was typed: its last word is completed"),
-    ),
-)
+SHELL = arg("shell", choices=tuple(COMPLETIONS), metavar="SHELL", help="bash, zsh or fish")
+TYPED = arg("typed", nargs="...", metavar="...", help="what was typed: its last word is completed")
+MEANING = "print what makes your shell complete words"
+COMMANDS["completion"] = Command(cmd_completion, "", MEANING, "completion bash", (SHELL, TYPED))
 
 HELP = """\
   --db PATH   the queue; else $QUEUECTL_DB, else ./queuectl.db
@@ -3790,38 +3770,29 @@ def new_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
     return Parser(prog, formatter_class=style, allow_abbrev=False, **options)
 
 
-def next_word(args: argparse.Namespace, family: str) -> str:
-    """Take the next word of a command from `args.rest`, and the options before it."""
-    import argparse
-
-    known, hidden = menu(family), argparse.SUPPRESS
-    prog, usage = f"queuectl {family}".strip(), " COMMAND [--help] ..."
-    about = "".join(f"  {word:<11} {meaning}\n" for word, meaning in known.items())
-    if not family:
-        about, usage = HELP.replace("COMMANDS", about), " [--db PATH]" + usage
-    parser = new_parser(prog, usage=prog + usage, description=about, add_help=False)
-    parser.add_argument("-h", "--help", action="help", help=hidden)
-    if not family:
-        version = f"queuectl {__version__}"
-        parser.add_argument("--version", action="version", version=version, help=hidden)
-        where = os.environ.get("QUEUECTL_DB") or "queuectl.db"
-        parser.add_argument("--db", default=where, metavar="PATH", help=hidden)
-    parser.add_argument("rest", nargs="...", help=hidden)
-    parser.parse_args(args.rest, args)
-    word, args.rest = "".join(args.rest[:1]), args.rest[1:]
-    if word not in known:
-        what = f"no command {word}" if word else "a command is missing"
-        parser.error(what + nearest(word, known))
-    return word
-
-
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Return the arguments of the command that is meant; no other command's parser is built."""
     import argparse
 
-    args, name = argparse.Namespace(rest=words), ""
+    args, name, hidden = argparse.Namespace(rest=words), "", argparse.SUPPRESS
     while name not in COMMANDS:
-        name = f"{name} {next_word(args, name)}".strip()
+        prog, usage, known = f"queuectl {name}".strip(), " COMMAND [--help] ...", menu(name)
+        about = "".join(f"  {word:<11} {meaning}\n" for word, meaning in known.items())
+        if not name:
+            usage, about = " [--db PATH]" + usage, HELP.replace("COMMANDS", about)
+        parser = new_parser(prog, usage=prog + usage, description=about, add_help=False)
+        parser.add_argument("-h", "--help", action="help", help=hidden)
+        if not name:
+            version, db = f"queuectl {__version__}", os.environ.get("QUEUECTL_DB") or "queuectl.db"
+            parser.add_argument("--version", action="version", version=version, help=hidden)
+            parser.add_argument("--db", default=db, metavar="PATH", help=hidden)
+        parser.add_argument("rest", nargs="...", help=hidden)
+        parser.parse_args(args.rest, args)
+        word, args.rest = "".join(args.rest[:1]), args.rest[1:]
+        if word not in known:
+            what = f"no command {word}" if word else "a command is missing"
+            parser.error(what + nearest(word, known))
+        name = f"{name} {word}".strip()
     args.chosen = COMMANDS[name]
     about, example = args.chosen.help.capitalize() + ".", f"example: queuectl {args.chosen.example}"
     parser = new_parser(f"queuectl {name}", description=about, epilog=example)

@@ -3306,9 +3306,9 @@ def read_stdin() -> IO[bytes]:
     import shutil
     import tempfile
 
-    spool: Any = tempfile.SpooledTemporaryFile(1 << 20)  # noqa: SIM115
+    spool: IO[bytes] = tempfile.SpooledTemporaryFile(1 << 20)  # noqa: SIM115
     shutil.copyfileobj(sys.stdin.buffer, spool)
-    return spool  # type: ignore[no-any-return]
+    return spool
 
 
 def cmd_enqueue(args: argparse.Namespace) -> None:
@@ -3604,68 +3604,68 @@ def cmd_config_list(args: argparse.Namespace, queue: Queue) -> None:
 # fmt: off
 DURATION: Any = {"check": seconds, "metavar": "DURATION"}
 COUNT = {"metavar": "N"}
-JSON = flag("--json", "for programs: see the README for the fields")
-LIMIT = arg("--limit", check=number(0, 10**9), metavar="N",
-            help="the N that changed last; 0: all")
-STATE = arg("--state", action="append", choices=STATES, help="may be given several times")
-TIMEOUT = arg("--timeout", help="wait no longer; exit 124", **DURATION)
+JSON = flag("--json", "for programs; the README has the fields")
+LIMIT = arg("--limit", check=number(0, 10**9), help="only the N that changed last; 0: all", **COUNT)
+STATE = arg("--state", action="append", choices=STATES, help="only this state; repeatable")
+TIMEOUT = arg("--timeout", help="give up after so long, with exit code 124", **DURATION)
 QUEUE = arg("--queue", check=name, metavar="QUEUE", help="only this queue")
 ID, IDS = arg("id", metavar="ID"), arg("ids", nargs="*", metavar="ID")
-EVERY_DEAD = flag("--all", "every dead job")
+EVERY_DEAD = flag("--all", "all dead jobs")
 KEY = arg("key", metavar="KEY", check=check_setting, help="one of: " + ", ".join(SETTINGS))
 
 COMMANDS = {
     "enqueue": Command(cmd_enqueue, "", "add a job; prints its id", "enqueue 'make all'", (
-        arg("words", nargs="+", metavar="JSON | - | COMMAND | -- ARG...",
-            help="a JSON object or array, JSON lines on stdin, a shell line, or words"),
-        arg("--id", help="a name for it (else its number)"),
-        arg("--priority", check=literal, help="higher first (0)", **COUNT),
-        arg("--delay", metavar="DURATION", help="not before so long from now"),
-        arg("--at", dest="run_at", metavar="TIME", help="not before: 2030-01-31T08:00"),
-        arg("--timeout", metavar="DURATION", help="end it after so long (0: never)"),
-        arg("--max-retries", check=literal, help="how often it is tried", **COUNT),
+        arg("words", nargs="+", metavar="JOB",
+            help="a shell line in quotes; JSON (an object or an array); - for JSON lines "
+            "on stdin; or -- and then a command's own words"),
+        arg("--id", help="its name (else a number)"),
+        arg("--priority", check=literal, help="the highest is first (0)", **COUNT),
+        arg("--delay", metavar="DURATION", help="start it so long from now"),
+        arg("--at", dest="run_at", metavar="TIME", help="start it then: 2030-01-31T08:00"),
+        arg("--timeout", metavar="DURATION", help="end an attempt that takes longer (0: never)"),
+        arg("--max-retries", check=literal, help="how often it may start", **COUNT),
         arg("--queue", metavar="QUEUE", help="the queue it waits in (default)"),
-        arg("--after", metavar="ID,...", help="once these have completed"),
-        arg("--every", metavar="DURATION", help="again and again"),
-        arg("--cron", metavar="RULE", help="again and again: '0 3 * * mon-fri', @daily"),
+        arg("--after", metavar="ID,...", help="start it once these have completed"),
+        arg("--every", metavar="DURATION", help="run it again and again, so far apart"),
+        arg("--cron", metavar="RULE", help="run it again and again: '0 3 * * mon-fri', @daily"),
         arg("--cwd", metavar="DIR", help="where it runs (here)"),
-        arg("--env", action="append", metavar="NAME=VALUE", help="may be given several times"),
-        flag("--if-absent", "a taken id is no error"))),
+        arg("--env", action="append", metavar="NAME=VALUE", help="a variable for it; repeatable"),
+        flag("--if-absent", "do nothing if there is a job of that id"))),
     "worker start": Command(
         cmd_worker_start, "make", "run jobs, until stopped", "worker start --count 4", (
-            arg("--count", check=number(1, 1000), default=1, help="at a time (1)", **COUNT),
+            arg("--count", check=number(1, 1000), default=1, help="jobs at a time (1)", **COUNT),
             arg("--queue", dest="queues", check=name, action="append", metavar="QUEUE",
-                default=[], help="serve only these queues"),
-            flag("--drain", "leave when nothing is left to run; exit 1: some died or are blocked"),
+                default=[], help="only jobs of this queue; repeatable"),
+            flag("--drain", "leave when nothing is left to run; exit 1: a job died or is blocked"),
             arg("--horizon", default=FOREVER, **DURATION,
                 help="with --drain: do not wait for what is due later than this"),
-            flag("--detach", "in the background, with a log"),
-            flag("--quiet", "no line for each event"),
-            flag("--insecure", "even if others may write to the queue"))),
+            flag("--detach", "in the background; its log is in the queue's .run directory"),
+            flag("--quiet", "say nothing about each job"),
+            flag("--insecure", "even where others could have put jobs into the queue"))),
     "worker stop": Command(
         cmd_worker_stop, "read", "let workers finish their jobs and leave", "worker stop --now",
         (flag("--now", "end the running jobs; they go back to the queue"), TIMEOUT)),
     "worker list": Command(
         cmd_worker_list, "read", "list the living workers", "worker list", (JSON,)),
     "status": Command(cmd_status, "read", "show counts and workers", "status --watch", (
-        QUEUE, flag("--watch", "again every second, with rate and failures"), JSON)),
+        QUEUE, flag("--watch", "again every second, with the rate and the last failures"), JSON)),
     "list": Command(cmd_list, "read", "list jobs", "list --state dead --limit 20", (
         STATE, QUEUE, flag("--recurring", "the schedules, and when each is next"), LIMIT, JSON)),
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
     "logs": Command(cmd_logs, "read", "write the output of a job", "logs 7 -f", (
-        ID, arg("-f", "--follow", action="store_true", help="until it ends"),
-        arg("--run", check=number(1, 10**9), help="of that attempt", **COUNT))),
+        ID, arg("-f", "--follow", action="store_true", help="go on until the job ends"),
+        arg("--run", check=number(1, 10**9), help="of that attempt, not of the last", **COUNT))),
     "wait": Command(
-        cmd_wait, "read", "wait for jobs; exits as the first that failed did", "wait 7 8",
-        (IDS, flag("--all", "until nothing is left to run"), TIMEOUT)),
+        cmd_wait, "read", "wait for jobs; exit as the first that failed did", "wait 7 8",
+        (IDS, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
     "cancel": Command(cmd_cancel, "write", "call jobs off, waiting or running", "cancel 7", (
-        arg("ids", nargs="+", metavar="ID"), flag("--cascade", "and those that wait for them"))),
+        arg("ids", nargs="+", metavar="ID"), flag("--cascade", "and the jobs that wait for them"))),
     "pause": Command(
         lambda args, queue: queue.pause(args.queue or ""),
-        "make", "start no new jobs", "pause --queue gpu", (QUEUE,)),
+        "make", "start no new jobs until resume", "pause --queue gpu", (QUEUE,)),
     "resume": Command(
         lambda args, queue: queue.resume(args.queue or ""),
-        "write", "start jobs again", "resume", (QUEUE,)),
+        "write", "start jobs again after pause", "resume", (QUEUE,)),
     "dlq list": Command(
         lambda args, queue: show_jobs(args, queue, (DEAD,)),
         "read", "list the dead letter queue", "dlq list", (LIMIT, JSON)),
@@ -3680,7 +3680,8 @@ COMMANDS = {
         lambda args, queue: print(queue.prune(args.older_than, args.state or PRUNED), "pruned"),
         "write", "delete what has completed or was cancelled", "prune --older-than 7d", (
             arg("--older-than", default=0.0, help="only what ended so long ago", **DURATION),
-            arg("--state", action="append", choices=ENDED, help="only this state; repeatable"))),
+            arg("--state", action="append", choices=ENDED,
+                help="only this state (completed and cancelled); repeatable"))),
     "config get": Command(
         lambda args, queue: print(setting_text(queue.config()[args.key])),
         "read", "print a setting", "config get timeout", (KEY,)),

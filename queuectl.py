@@ -2922,7 +2922,6 @@ def work(  # noqa: PLR0913
 
 # --- reports: jobs as text ------------------------------------------------------------------------
 
-JOB_HEADINGS = ("ID", "STATE", "QUEUE", "TRIES", "WHEN", "WHY", "COMMAND")
 WORKER_HEADINGS = ("WORKER", "PID", "JOB", "SINCE", "COMMAND")
 KINDS = {DUE: "due", LATER: "scheduled", BLOCKED: "blocked"}  # of pending jobs
 
@@ -2975,6 +2974,13 @@ def table(headings: Sequence[str], rows: Rows) -> Iterator[str]:
         pads = [" " * (width - breadth(cell)) for cell, width in zip(cells, widths)]
         text = "".join(map("".join, zip(gaps, cells, pads)))
         yield from (part.rstrip() for part in text.split("\n") if part.strip())
+
+
+def section(headings: Sequence[str], rows: Rows) -> Iterator[str]:
+    """Yield a table below an empty line, or nothing where it has no rows."""
+    lines = list(rows)
+    if lines:
+        yield from ("", *table(headings, lines))
 
 
 def ago(when: float, now: float) -> str:
@@ -3045,12 +3051,11 @@ def job_text(queue: Queue, job: Job) -> Iterator[str]:
     for key, value in facts.items():
         if value not in (None, {}, "", 0) or key == "priority":
             yield f"{key:<12} {printable(str(value))}"
-    rows = [
+    rows = (
         (a.run, iso(a.started), span(a.finished - a.started), a.error or "completed", a.worker)
         for a in queue.attempts(job)
-    ]
-    if rows:
-        yield from ("", *table(("RUN", "STARTED", "TOOK", "ENDED", "WORKER"), rows))
+    )
+    yield from section(("RUN", "STARTED", "TOOK", "ENDED", "WORKER"), rows)
 
 
 def worker_facts(queue: Queue) -> Iterator[dict[str, Any]]:
@@ -3059,16 +3064,15 @@ def worker_facts(queue: Queue) -> Iterator[dict[str, Any]]:
     for name, at in queue.db.run.holders("worker").items():
         pool, job = "pool-" + name.split("-")[1], running.get(name)
         facts = {"worker": name, "pool": pool, "pid": at.get("pid"), "slot": at.get("slot")}
-        doing = (job.id, iso(job.locked_at), job.command) if job else (None, None, None)
-        yield {**facts, **dict(zip(("job", "since", "command"), doing))}
+        doing = {"job": job and job.id, "since": job and iso(job.locked_at)}
+        yield {**facts, **doing, "command": job and job.command}
 
 
-def worker_rows(workers: Iterable[Mapping[str, Any]], now: float) -> Iterator[tuple[object, ...]]:
+def worker_rows(workers: Iterable[Facts], now: float) -> Iterator[tuple[object, ...]]:
     """Yield workers as rows of a list."""
-    for facts in workers:
-        since = facts["since"] and ago(moment(facts["since"]), now)
-        doing = (facts["job"], since, facts["command"]) if facts["job"] else ("idle", "", "")
-        yield facts["worker"], facts["pid"] or "?", *doing
+    for at in workers:
+        since = ago(moment(at["since"]), now) if at["since"] else ""
+        yield at["worker"], at["pid"] or "?", at["job"] or "idle", since, at["command"] or ""
 
 
 def status_facts(queue: Queue, only: str | None = None) -> dict[str, Any]:
@@ -3105,16 +3109,12 @@ def status_text(queue: Queue, only: str | None = None, *, full: bool = False) ->
     for job in queue.blocked([only] if only else (), limit=1):
         yield f"blocked    job {printable(job.id)} is {blocked_by(queue.parents(job))}"
     if set(facts["queues"]) - {"default"}:
-        rows = [(name, *states.values()) for name, states in facts["queues"].items()]
-        yield from ("", *table(("QUEUE", *map(str.upper, STATES)), rows))
-    if facts["workers"]:
-        yield from ("", *table(WORKER_HEADINGS, worker_rows(facts["workers"], now)))
-    failed = [
-        (job.id, ago(job.updated_at, now), job.last_error)
-        for job in (queue.jobs((DEAD,), 5, only) if full else ())
-    ]
-    if failed:
-        yield from ("", *table(("LAST FAILED", "WHEN", "WHY"), failed))
+        rows = ((name, *states.values()) for name, states in facts["queues"].items())
+        yield from section(("QUEUE", *map(str.upper, STATES)), rows)
+    yield from section(WORKER_HEADINGS, worker_rows(facts["workers"], now))
+    failed = queue.jobs((DEAD,), 5, only) if full else ()
+    reasons = ((job.id, ago(job.updated_at, now), job.last_error) for job in failed)
+    yield from section(("LAST FAILED", "WHEN", "WHY"), reasons)
 
 
 def progress(counts: Callable[[], Mapping[str, int]]) -> Callable[[], str]:
@@ -3416,7 +3416,8 @@ def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str]) -> 
     limit = args.limit if args.limit is not None or args.json else 100
     jobs = queue.jobs(states, limit or None, name)
     facts = (job_facts(job, config) for job in jobs)
-    show_list(args, facts, JOB_HEADINGS, (job_row(queue, job, config) for job in jobs))
+    headings = ("ID", "STATE", "QUEUE", "TRIES", "WHEN", "WHY", "COMMAND")
+    show_list(args, facts, headings, (job_row(queue, job, config) for job in jobs))
     counts = queue.counts([name] if name else ())
     there = sum(counts[state] for state in states or STATES)
     if limit and limit < there and not args.json:

@@ -705,6 +705,8 @@ class CommandLine(Case):
         self.assertEqual(self.out("config", "get", "backoff_base"), "2\n")
         self.out("config", "set", "shell", "bash -ec")
         self.assertEqual(self.out("config", "get", "shell"), "bash -ec\n")
+        self.out("config", "set", "retention", "30d")
+        self.assertEqual(self.out("config", "get", "retention"), "2592000\n")
         listed = [json.loads(line) for line in self.out("config", "list", "--json").splitlines()]
         self.assertEqual([setting["key"] for setting in listed], list(queuectl.SETTINGS))
 
@@ -2669,9 +2671,11 @@ class Watch(Prompt):
         self.enqueue("true", id="more")
         work = Terminal(self, "worker", "start", "--drain")
         wait = Terminal(self, "wait", "--all")
+        one = Terminal(self, "wait", "more")
         work.sees(r"\r\x1b\[K\d\d:\d\d:\d\d job bad is dead: exit code 3 \(attempt 1\)\r\n")
         work.sees(r"\r\x1b\[K1/3 jobs, \d+\.\d/s(, \d+ s left)?, 1 failed")
         wait.sees(r"\r\x1b\[K[01]/[23] jobs, \d+\.\d/s")
+        one.sees(r"\r\x1b\[K0/1 jobs, 0\.0/s")
         self.touch("go")
         self.assertTrue(work.end().endswith("\r\x1b[K"))  # nothing is left of it
         self.assertTrue(wait.end().endswith("\r\x1b[K"))
@@ -2892,6 +2896,7 @@ class Workers(Prompt):
 
     def test_workers_that_cannot_start_in_the_background_say_why(self) -> None:
         self.enqueue("true")
+        shutil.rmtree(self.path + ".run")  # as beside a copy
         os.chmod(self.path, 0o666)
         line = self.run_cli("worker", "start", "--detach", code=4).stderr
         self.assertIn("may be written by others", line)
@@ -3153,6 +3158,15 @@ class Queues(Clocked):
             {name: queue["pending"] for name, queue in queues.items()},
             {"cpu": 2, "default": 2, "gpu": 2},
         )
+        self.queue.configure("no_retry_exit_codes", "3")
+        self.ends(3)
+        self.queue.pause("cpu")
+        self.assertEqual([self.queue.rate(), self.queue.rate("gpu")], [1 / 60, 0])
+        whole, gpu = (
+            "\n".join(queuectl.status_text(self.queue, q, full=True)) for q in (None, "gpu")
+        )
+        self.assertRegex(whole, r"(?s)rate +0\.0 .*paused +cpu\n.*LAST FAILED.*\ndefault1 ")
+        self.assertNotRegex(gpu, "paused|FAILED|default")
 
 
 class Dependencies(Clocked):
@@ -3874,6 +3888,7 @@ class Vendored(Case):
 
     def test_words_are_completed_in_each_shell(self) -> None:
         lines = ("queuectl wor", "queuectl --db x worker st", "queuectl show 7 --")
+        lines += ("queuectl config list --j",)
         bash = """source <("$@" completion bash)
             t() { COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); _queuectl; echo ${COMPREPLY[*]}; }"""
         zsh = """compdef() { :; }
@@ -3891,7 +3906,7 @@ class Vendored(Case):
                         [*argv, *PYTHON, PROGRAM], stdout=subprocess.PIPE, text=True, check=False
                     )
                     told = [line.split() for line in done.stdout.splitlines()]
-                    self.assertEqual(told, [["worker"], ["start", "stop"], ["--json"]])
+                    self.assertEqual(told, [["worker"], ["start", "stop"], ["--json"], ["--json"]])
 
 
 @unittest.skipIf(

@@ -3333,7 +3333,8 @@ def detach(args: argparse.Namespace, queue: Queue) -> int:
 
     run, log = queue.db.run, queue.db.run.file("workers.log")
     run.make()  # the database may have been copied here
-    argv = [sys.executable, sys.argv[0], *(word for word in args.argv if word != "--detach")]
+    options = [word for word in args.rest if word != "--detach"]
+    argv = [sys.executable, sys.argv[0], "--db", args.db, "worker", "start", *options]
     with open(log, "a+", errors="replace") as file:
         size, how = file.tell(), SYSTEM.background()
         pool = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **how)
@@ -3835,11 +3836,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # whatever a job is called can be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        words = sys.argv[1:] if argv is None else list(argv)
         SYSTEM.escapes()
-        args = parse(words or ["--help"])
-        args.argv = words
-        code = execute(args)
+        code = execute(parse((sys.argv[1:] if argv is None else argv) or ["--help"]))
         if sys.stdout:
             sys.stdout.flush()
         return code

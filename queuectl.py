@@ -3749,7 +3749,7 @@ MEANING = "print what makes your shell complete words"
 COMMANDS["completion"] = Command(cmd_completion, "", MEANING, "completion bash", (SHELL, TYPED))
 
 HELP = """\
-  --db PATH   the queue; else $QUEUECTL_DB, else ./queuectl.db
+  --db PATH   before COMMAND: the queue; else $QUEUECTL_DB, else ./queuectl.db
 COMMANDS
 examples:
   queuectl enqueue 'make all'                  add a job
@@ -3779,22 +3779,22 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
     args, name, hidden = argparse.Namespace(rest=words), "", argparse.SUPPRESS
     while name not in COMMANDS:
-        prog, usage, known = f"queuectl {name}".strip(), " COMMAND [--help] ...", menu(name)
+        prog, known = f"queuectl {name}".strip(), menu(name)
         about = "".join(f"  {word:<11} {meaning}\n" for word, meaning in known.items())
-        if not name:
-            usage, about = " [--db PATH]" + usage, HELP.replace("COMMANDS", about)
-        parser = new_parser(prog, usage=prog + usage, description=about, add_help=False)
+        about, usage = (
+            about if name else HELP.replace("COMMANDS", about),
+            f"{prog} COMMAND [--help] ...",
+        )
+        parser = new_parser(prog, usage=usage, description=about, add_help=False)
         parser.add_argument("-h", "--help", action="help", help=hidden)
         if not name:
             version, db = f"queuectl {__version__}", os.environ.get("QUEUECTL_DB") or "queuectl.db"
             parser.add_argument("--version", action="version", version=version, help=hidden)
             parser.add_argument("--db", default=db, metavar="PATH", help=hidden)
-        parser.add_argument("rest", nargs="...", help=hidden)
-        parser.parse_args(args.rest, args)
-        word, args.rest = "".join(args.rest[:1]), args.rest[1:]
+        parser.add_argument("rest", nargs=argparse.PARSER, metavar="COMMAND", help=hidden)
+        word, *args.rest = parser.parse_args(args.rest, args).rest
         if word not in known:
-            what = f"no command {word}" if word else "a command is missing"
-            parser.error(what + nearest(word, known))
+            parser.error(f"no command {word}{nearest(word, known)}")
         name = f"{name} {word}".strip()
     args.chosen = COMMANDS[name]
     about, example = args.chosen.help.capitalize() + ".", f"example: queuectl {args.chosen.example}"

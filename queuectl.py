@@ -3458,9 +3458,9 @@ def exit_of(job: Job) -> int:
     return SIGNALLED - code if code < 0 else code
 
 
-def named(args: argparse.Namespace, also: object = None) -> list[str]:
-    """Return the ids that a command names, none for all: exactly one of the two must be said."""
-    if bool(args.ids) == (args.all or also is not None):
+def named(args: argparse.Namespace, *, some: bool = False) -> list[str]:
+    """Return the ids that a command names, none for all or some: one of the two must be said."""
+    if bool(args.ids) == (args.all or some):
         raise BadInput("name the jobs, or say --all")
     return list(args.ids)
 
@@ -3576,7 +3576,7 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
 
 def cmd_dlq_purge(args: argparse.Namespace, queue: Queue) -> None:
     """Delete dead jobs."""
-    ids = named(args, args.older_than)
+    ids = named(args, some=args.older_than is not None)
     print(queue.purge(ids) if ids else queue.prune(args.older_than or 0, (DEAD,)), "purged")
 
 
@@ -3780,12 +3780,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     args, name, hidden = argparse.Namespace(rest=words), "", argparse.SUPPRESS
     while name not in COMMANDS:
         prog, known = f"queuectl {name}".strip(), menu(name)
-        about = "".join(f"  {word:<11} {meaning}\n" for word, meaning in known.items())
-        about, usage = (
-            about if name else HELP.replace("COMMANDS", about),
-            f"{prog} COMMAND [--help] ...",
-        )
-        parser = new_parser(prog, usage=usage, description=about, add_help=False)
+        lines = "".join(f"  {word:<11} {meaning}\n" for word, meaning in known.items())
+        about, usage = lines if name else HELP.replace("COMMANDS", lines), " COMMAND [--help] ..."
+        parser = new_parser(prog, usage=prog + usage, description=about, add_help=False)
         parser.add_argument("-h", "--help", action="help", help=hidden)
         if not name:
             version, db = f"queuectl {__version__}", os.environ.get("QUEUECTL_DB") or "queuectl.db"

@@ -2267,14 +2267,15 @@ class Member:
                 context.set_forkserver_preload([module, "json", "select", "subprocess"])
             if module != "__main__":
                 sys.modules["__main__"] = types.ModuleType("__main__")
-            os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+            found = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}  # no other
+            os.environ.update(found)
             try:
                 self.process.start()
             finally:
                 sys.modules["__main__"] = main
-                del os.environ["PYTHONPATH"]
-                if "PYTHONPATH" in environ:
-                    os.environ["PYTHONPATH"] = environ["PYTHONPATH"]
+                for key in found:
+                    del os.environ[key]
+                os.environ.update({key: environ[key] for key in found if key in environ})
         theirs.close()
 
     def send(self, word: str) -> None:
@@ -2933,19 +2934,6 @@ def show_list(args: Any, facts: Iterable[Facts], headings: Sequence[str], rows: 
         show(table(headings, rows))
 
 
-def show_table(
-    args: argparse.Namespace,
-    facts: Iterable[Mapping[str, Any]],
-    headings: Sequence[str],
-    rows: Iterable[Sequence[object]],
-) -> None:
-    """Print what there is as JSON or, for people, as a table."""
-    if args.json:
-        show_json(facts)
-    else:
-        show(table(headings, rows))
-
-
 def changes(queue: Queue, timeout: float | None = None) -> Iterator[None]:
     """Yield at once, at every change, and now and then; end after so many seconds."""
     began, version, look_at = time.monotonic(), -1, 0.0
@@ -2996,7 +2984,7 @@ def described(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) -> Iter
 def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict[str, Any]]:
     """Yield jobs with what the options of `enqueue` say about them."""
     given = {key: getattr(args, key) for key in FIELDS if getattr(args, key, None) is not None}
-    replaced = {other for key in given for other in CONFLICTS.get(key, ())}
+    replaced = {key for pair in CONFLICTS if given.keys() & set(pair) for key in pair}
     pairs = [pair.partition("=") for pair in given.get("env", ())]
     if not all(equals for _, equals, _ in pairs):
         raise BadInput("--env is NAME=VALUE")
@@ -3044,7 +3032,7 @@ def detach(args: argparse.Namespace, queue: Queue) -> int:
     options = [word for word in args.rest if word != "--detach"]
     argv = [sys.executable, sys.argv[0], "--db", args.db, "worker", "start", *options]
     with open(log, "a+", errors="replace") as file:
-        size, how = file.tell(), SYSTEM.background()
+        size, how = file.tell(), SYSTEM.BACKGROUND
         pool = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **how)
         while pool.poll() is None:
             for name, facts in run.holders("pool").items():
@@ -3080,7 +3068,7 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
     pools = run.holders("pool")
     for pool in pools:
         with open(run.file(pool, "stop"), "w") as file:
-            file.write("now" if args.now else "stop")
+            file.write("now" if args.now else "")  # which a full disk takes
     run.ring()
     if not pools:
         say("no workers are running")
@@ -3171,7 +3159,7 @@ def exit_of(job: Job) -> int:
 def named(args: argparse.Namespace, *, some: bool = False) -> list[str]:
     """Return the ids that a command names, none for all or some: one of the two must be said."""
     if bool(args.ids) == (args.all or some):
-        raise BadInput("name the jobs, or say --all")
+        raise BadInput("name the jobs or say --all, one of the two")
     return list(args.ids)
 
 
@@ -3194,7 +3182,7 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
             break
         LINES.show(line)
     else:
-        say(f"not yet, after {span(args.timeout)}")
+        say(f"not yet, after {span(args.timeout)}: {line()}")
         return TIMED_OUT
     if not ids:
         died = max(0, queue.counts()[DEAD] - dead)
@@ -3261,7 +3249,8 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
         attempts = queue.attempts(job)
         found = [attempt for attempt in attempts if attempt.run == run]
         if args.run and not found:
-            raise NotFound(f"job {job.id} has no run {run}; it has {len(attempts)}") from None
+            has = f"1 to {attempts[-1].run}" if attempts else "not run yet"
+            raise NotFound(f"job {job.id} has no run {run}; it has {has}") from None
         found = found or attempts[-1:]
         cut, chunks = (found[0].cut, [found[0].output]) if found else (0, [])
     if cut:
@@ -3490,8 +3479,12 @@ def new_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             wrong = re.match("unrecognized arguments: (-[^ =]+)", message)
-            near = nearest(wrong[1], self._option_string_actions) if wrong else ""
-            raise BadInput(f"{message}{near} ({self.prog} --help says more)")
+            hint = nearest(wrong[1], self._option_string_actions) if wrong else ""
+            if wrong and wrong[1] == "--db":
+                hint = ": --db goes before the command"
+            if wrong and self.prog == "queuectl enqueue" and wrong[1][1] != "-":
+                hint = ": a command of several words goes after --, as in: enqueue -- ls -l"
+            raise BadInput(f"{message}{hint} ({self.prog} --help says more)")
 
     style = argparse.RawDescriptionHelpFormatter
     return Parser(prog, formatter_class=style, allow_abbrev=False, **options)
@@ -3543,7 +3536,7 @@ def discard_output() -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Run a command on the queue that it needs."""
-    command = COMMANDS[args.called]
+    command: Command = args.chosen
     if not command.access:
         return command.run(args) or OK
     readonly, create = command.access == "read", command.access == "make"

@@ -755,8 +755,8 @@ class CommandLine(Case):
         self.assertEqual(self.out("config", "get", "shell"), "bash -ec\n")
         self.out("config", "set", "retention", "30d")
         self.assertEqual(self.out("config", "get", "retention"), "2592000\n")
-        listed = [json.loads(line) for line in self.out("config", "list", "--json").splitlines()]
-        self.assertEqual([setting["key"] for setting in listed], list(queuectl.SETTINGS))
+        listed = [setting["key"] for setting in self.rows("config", "list")]
+        self.assertEqual(listed, list(queuectl.SETTINGS))
 
     def test_bad_settings_are_refused_with_the_nearest_name_and_the_range(self) -> None:
         for setting, message in {
@@ -2576,7 +2576,7 @@ class Watch(Live):
         work.sees(r"\r\x1b\[K1/3 jobs, \d+\.\d/s(, \d+ s left)?, 1 failed")
         wait.sees(r"\r\x1b\[K[01]/[23] jobs, \d+\.\d/s")
         one.sees(r"\r\x1b\[K0/1 jobs, 0\.0/s")
-        self.touch("go")
+        self.write("go")
         self.assertTrue(work.end().endswith("\r\x1b[K"))  # nothing is left of it
         self.assertTrue(wait.end().endswith("\r\x1b[K"))
         self.write("lines", "".join(f'{{"command":"{n}"}}\n' for n in range(1000)))
@@ -2640,9 +2640,7 @@ class Wait(Live):
         waits = [self.start("wait", "--all"), self.start("wait", *ids)]
         until(lambda: all(self.reads(wait.pid) for wait in waits))
         code, _, said = self.told("wait", "running", "--timeout", "0.2")
-        self.assertEqual(
-            (code, said), (124, "queuectl: not yet, after 0.2 s: waiting for running\n")
-        )
+        self.assertEqual((code, said), (124, "queuectl: not yet, after 0.2 s: 0/1 jobs, 0.0/s\n"))
         self.write("go")
         self.assertEqual([wait.wait(5) for wait in waits], [9, 9])
         self.assertEqual(self.job("blocked").state, "completed")
@@ -2936,6 +2934,23 @@ class Help(Live):
                 self.assertEqual((code, example.startswith(words)), (0, True), out)
                 queuectl.parse(shlex.split(example))
 
+    def test_what_cannot_be_meant_gets_a_word_about_what_can(self) -> None:
+        for words, hint in {
+            "frobnicate": "no command frobnicate; known are enqueue, worker, status,",
+            "enqueue ls -l": "several words goes after --, as in: enqueue -- ls -l",
+            "status --db x.db": "--db goes before the command",
+            "list --state done": "cancelled",
+            "prune --state pending": "(queuectl prune --help says more)",
+            "worker start --horizon 5": "--horizon goes with --drain",
+            "wait --all 1": "name the jobs or say --all, one of the two",
+        }.items():
+            with self.subTest(words):
+                self.enqueue("true", id="1", if_absent=True)
+                self.assertIn(hint, self.refused(*words.split()))
+        where = self.file("none")
+        err = self.refused("--db", where + "/x.db", "enqueue", "true", code=4)
+        self.assertEqual(err, f"queuectl: there is no directory {where}\n")
+
     def test_the_nearest_command_option_or_id_is_suggested(self) -> None:
         self.enqueue("true", id="nightly-backup")
         for words, near in {
@@ -3049,15 +3064,13 @@ class Queues(Clocked):
         self.assertEqual(self.next().id, "default1")
 
     def test_status_and_list_show_and_filter_by_queue(self) -> None:
-        listed = self.told("list", "--queue", "gpu", "--json")[1].splitlines()
-        self.assertEqual([json.loads(line)["id"] for line in listed], ["gpu1", "gpu2"])
-        self.assertRegex(self.told("list", "--queue", "gpu")[1], r"gpu1 +pending +gpu +0/3")
-        self.assertRegex(self.told("status")[1], r"\nQUEUE +PENDING.*\n(.*\n)*gpu +2 +0 +0 +0 +0\n")
-        queues = json.loads(self.told("status", "--json")[1])["queues"]
-        self.assertEqual(
-            {name: queue["pending"] for name, queue in queues.items()},
-            {"cpu": 2, "default": 2, "gpu": 2},
-        )
+        listed = self.rows("list", "--queue", "gpu")
+        self.assertEqual([job["id"] for job in listed], ["gpu1", "gpu2"])
+        self.assertRegex(self.out("list", "--queue", "gpu"), r"gpu1 +pending +gpu +0/3")
+        self.assertRegex(self.out("status"), r"\nQUEUE +PENDING.*\n(.*\n)*gpu +2 +0 +0 +0 +0\n")
+        queues = self.facts("status")["queues"]
+        pending = {name: queue["pending"] for name, queue in queues.items()}
+        self.assertEqual(pending, {"cpu": 2, "default": 2, "gpu": 2})
         self.queue.configure("no_retry_exit_codes", "3")
         self.ends(3)
         self.queue.pause("cpu")
@@ -3758,6 +3771,13 @@ class Vendored(Case):
                 self.run_app(*words, "worker", "start", "--drain", "--quiet")
                 self.assertEqual(self.run_app(*words, "logs", job), "/bin/sh\n")
 
+    @unittest.skipIf(sys.version_info < (3, 11), "PYTHONSAFEPATH came with Python 3.11")
+    def test_what_lies_in_the_current_directory_is_not_taken_for_it(self) -> None:
+        self.write("queuectl.py", "open('loaded', 'w')\n")
+        self.run_app(PROGRAM, "enqueue", "true")
+        self.run_app(PROGRAM, "worker", "start", "--drain", "--quiet")
+        self.assertFalse(os.path.exists(self.file("loaded")))
+
     def test_a_program_that_uses_it_is_checked_by_its_types(self) -> None:
         if not shutil.which("mypy"):
             self.skipTest("there is no mypy")
@@ -3792,27 +3812,31 @@ class Vendored(Case):
             with Queue(path) as queue:
                 self.assertEqual(queue.counts()["completed"], 8)
 
-    def test_words_are_completed_in_each_shell(self) -> None:
-        lines = ("queuectl wor", "queuectl --db x worker st", "queuectl show 7 --")
-        lines += ("queuectl config list --j",)
-        bash = """source <("$@" completion bash)
-            t() { COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); _queuectl; echo ${COMPREPLY[*]}; }"""
-        zsh = """compdef() { :; }
+    COMPLETION = {  # t completes the last of its words
+        "bash": """source <("$@" completion bash)
+            t() { COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); _queuectl; echo ${COMPREPLY[*]}; }""",
+        "zsh": """compdef() { :; }
             compadd() { shift; for w; [[ $w == $last* ]] && print -n -- "$w "; echo; }
             source <("$@" completion zsh)
-            t() { words=("$@"); CURRENT=$#; last=$words[-1]; _queuectl; }"""
-        fish = """$argv completion fish | source
-            function t; complete -C "$argv" | string join ' '; end"""
-        for shell, script in (("bash", bash), ("fish", fish), ("zsh", zsh)):
-            with self.subTest(shell):
-                if shutil.which(shell):
-                    whole = "\n".join([script, *(f"t {line}" for line in lines)])
-                    argv = [shell, "-c", whole, *([] if shell == "fish" else ["-"])]
-                    done = subprocess.run(
-                        [*argv, *PYTHON, PROGRAM], stdout=subprocess.PIPE, text=True, check=False
-                    )
-                    told = [line.split() for line in done.stdout.splitlines()]
-                    self.assertEqual(told, [["worker"], ["start", "stop"], ["--json"], ["--json"]])
+            t() { words=("$@"); CURRENT=$#; last=$words[-1]; _queuectl; }""",
+        "fish": """$argv completion fish | source
+            function t; complete -C "$argv" | string join ' '; end""",
+    }
+
+    def test_words_are_completed_in_each_shell(self) -> None:
+        lines = (
+            "t queuectl wor",
+            "t queuectl --db x worker st",
+            "t queuectl show 7 --",
+            "t queuectl config list --j",
+        )
+        for shell, script in self.COMPLETION.items():
+            if shutil.which(shell):
+                with self.subTest(shell):
+                    argv = [shell, "-c", "\n".join((script, *lines)), *["-"] * (shell != "fish")]
+                    told = self.process(*argv, *PYTHON, PROGRAM).stdout.splitlines()
+                    words = [["worker"], ["start", "stop"], ["--json"], ["--json"]]
+                    self.assertEqual([line.split() for line in told], words)
 
 
 @unittest.skipIf(

@@ -3235,11 +3235,12 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
         job = queue.last_run(job)  # of a schedule
     if job.state == PENDING and not args.run:
         say(f"job {printable(job.id)} waits: {why(queue, job)}")
-        before = job.run
-        for _ in changes(queue) if args.follow else ():
-            job = queue.get(job.id)
-            if job.run > before or job.state in ENDED:
-                break
+    before = job.run - (job.state != PENDING)
+    for _ in changes(queue) if args.follow and not args.run else ():
+        job = queue.get(job.id)
+        begun = os.path.exists(queue.db.run.file(job.seq, job.run, "out"))  # a moment after a claim
+        if job.state in ENDED or (begun if job.state == PROCESSING else job.run > before):
+            break
     run = args.run or job.run
     try:
         fd = os.open(queue.db.run.file(job.seq, run, "out"), os.O_RDONLY | BINARY)

@@ -2514,6 +2514,20 @@ class Watch(Live):
         self.write("go")
         self.assertEqual((logs.communicate(timeout=5)[0], logs.returncode), ("two\n", 0))
 
+    def test_a_job_that_is_claimed_but_not_yet_started_is_followed(self) -> None:
+        with Queue(self.path) as queue:
+            queue.enqueue("true", id="x")
+            job: Any = queue.claim("worker-1")
+            logs = self.start("logs", "x", "-f")
+            until(lambda: os.path.exists(self.path + "-shm"))
+            self.assertFalse(select.select([logs.stdout], [], [], 0.5)[0])  # nor has it ended
+            out = queuectl.Output(queue.db.run.file(job.seq, job.run, "out"))
+            os.write(out.fd, b"one\n")
+            self.says(logs, "one\n")
+            queue.finish(job, Ending("ran", 0, None, 1.0, 2.0, 0, b"one\n"))
+            out.close()
+        self.assertEqual(logs.wait(5), 0)
+
     def test_what_a_runaway_has_lost_is_not_followed(self) -> None:
         with open(self.file("out"), "w+b", buffering=0) as file:
             file.write(b"x" * 1_000_000)

@@ -3002,6 +3002,8 @@ def read_stdin() -> IO[bytes]:
     import shutil
     import tempfile
 
+    if not sys.stdin:
+        raise BadInput("stdin is closed: there are no lines to read")
     spool: IO[bytes] = tempfile.SpooledTemporaryFile(1 << 20)  # noqa: SIM115
     shutil.copyfileobj(sys.stdin.buffer, spool)
     return spool
@@ -3023,15 +3025,19 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
             raise BadInput(f"line {at[0]}: {error}" if at[0] else str(error)) from None
 
 
-def detach(args: argparse.Namespace, queue: Queue) -> int:
+PRIVATE: Any = partial(os.open, mode=0o600)  # an opener of files that are the owner's alone
+
+
+def detach(args: argparse.Namespace) -> int:
     """Start a pool in a session of its own, and say where it writes."""
     import subprocess
 
-    run, log = queue.db.run, queue.db.run.file("workers.log")
+    with Queue(args.db) as queue:
+        run, log = queue.db.run, queue.db.run.file("workers.log")
     run.make()  # the database may have been copied here
     options = [word for word in args.rest if word != "--detach"]
     argv = [sys.executable, sys.argv[0], "--db", args.db, "worker", "start", *options]
-    with open(log, "a+", errors="replace") as file:
+    with open(log, "a+", errors="replace", opener=PRIVATE) as file:
         size, how = file.tell(), SYSTEM.BACKGROUND
         pool = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **how)
         while pool.poll() is None:
@@ -3046,20 +3052,21 @@ def detach(args: argparse.Namespace, queue: Queue) -> int:
     return pool.returncode
 
 
-def cmd_worker_start(args: argparse.Namespace, queue: Queue) -> int:
+def cmd_worker_start(args: argparse.Namespace) -> int:
     """Run a pool, here or in the background."""
     if args.horizon < FOREVER and not args.drain:
         raise BadInput("--horizon goes with --drain")
     if args.detach:
-        return detach(args, queue)
+        return detach(args)
     keys = ("drain", "horizon", "insecure", "queues")
     options: dict[str, Any] = {key: getattr(args, key) for key in keys}
     if not args.quiet:
         options["say"] = lambda text: LINES.say(time.strftime("%H:%M:%S ") + text)
-        if terminal(sys.stderr):
-            line = progress(partial(queue.counts, args.queues))
+    with contextlib.ExitStack() as stack:
+        if terminal(sys.stderr) and not args.quiet:
+            line = progress(partial(stack.enter_context(Queue(args.db)).counts, args.queues))
             options["tick"] = lambda: LINES.show(line)
-    return work(args.db, args.count, **options, signals=True)
+        return work(args.db, args.count, **options, signals=True)
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
@@ -3067,7 +3074,7 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
     run = queue.db.run
     pools = run.holders("pool")
     for pool in pools:
-        with open(run.file(pool, "stop"), "w") as file:
+        with open(run.file(pool, "stop"), "w", opener=PRIVATE) as file:
             file.write("now" if args.now else "")  # which a full disk takes
     run.ring()
     if not pools:
@@ -3335,7 +3342,7 @@ COMMANDS = {
         arg("--env", action="append", metavar="NAME=VALUE", help="a variable for it; repeatable"),
         flag("--if-absent", "do nothing if there is a job of that id"))),
     "worker start": Command(
-        cmd_worker_start, "make", "run jobs, until stopped", "worker start --count 4", (
+        cmd_worker_start, "", "run jobs, until stopped", "worker start --count 4", (
             arg("--count", check=number(1, 1000), default=1, help="jobs at a time (1)", **COUNT),
             arg("--queue", dest="queues", check=name, action="append", metavar="QUEUE",
                 default=[], help="only jobs of this queue; repeatable"),
@@ -3428,19 +3435,6 @@ complete -c queuectl -c queuectl.py -a '(__queuectl)'""",
 }
 
 
-def fitting(typed: Sequence[str]) -> Iterable[str]:
-    """Return the words that may follow the ones that were typed: a command's name or options."""
-    if not typed:
-        return ()
-    pairs = zip(typed, typed[1:])
-    given = [word for before, word in pairs if word[:1] != "-" and before != "--db"]
-    for words, command in COMMANDS.items():
-        if words.split() == given[: len(words.split())]:
-            return [name for names, _ in command.arguments for name in names if name[0] == "-"]
-    known = [words.split() for words in COMMANDS if words.split()[: len(given)] == given]
-    return dict.fromkeys(words[len(given)] for words in known)
-
-
 def cmd_completion(args: argparse.Namespace) -> None:
     """Print a shell's script or, when that asks, what the last word typed may become."""
     if not args.typed:
@@ -3519,14 +3513,6 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(args.rest, args)
 
 
-def fill_standard_streams() -> None:
-    """Open descriptors 0 to 2 where they are closed, before a database takes their place."""
-    fd = os.open(os.devnull, os.O_RDWR)
-    while fd <= 2:
-        fd = os.dup(fd)
-    os.close(fd)
-
-
 def discard_output() -> None:
     """Let the flush at exit succeed, where stdout is closed or full."""
     with contextlib.suppress(OSError):
@@ -3547,7 +3533,6 @@ def execute(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; the one place that says what went wrong."""
-    fill_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # whatever a job is called can be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

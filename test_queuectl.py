@@ -805,6 +805,12 @@ class CommandLine(Case):
                 self.assertIn("there is no queue", self.refused(*words.split(), code=1))
         self.assertEqual(os.listdir(self.dir), [])
 
+    @NEEDS_SHELL
+    def test_lines_cannot_come_from_a_closed_stdin(self) -> None:
+        closed = ("sh", "-c", 'exec "$@" <&-', "sh")
+        self.assertIn("stdin is closed", self.refused("enqueue", "-", prefix=closed))
+        self.assertEqual(os.listdir(self.dir), [])
+
     def test_the_database_can_be_named(self) -> None:
         self.out("--db", "other.db", "enqueue", "true")
         os.environ["QUEUECTL_DB"] = "other.db"
@@ -1438,6 +1444,14 @@ class WhatAJobIsGiven(Live):
     def fds(self) -> str:
         """Return what the first job should print of its descriptors."""
         return "/dev/null\n" + f"{self.path}.run/1.1.out\n" * 3
+
+    @unittest.skipUnless(queuectl.PROC, "there is no /proc")
+    def test_no_file_of_the_queue_becomes_a_standard_stream_that_was_closed(self) -> None:
+        self.pool(prefix=self.STARTS["closed"])
+        self.working(1)
+        (pool,) = queuectl.RunDirectory(self.path).holders("pool").values()
+        streams = [os.readlink(f"/proc/{pool['pid']}/fd/{fd}") for fd in range(3)]
+        self.assertEqual(streams, ["/dev/null"] * 3)
 
     def test_a_job_has_its_signals_and_streams_however_the_pool_was_started(self) -> None:
         some = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
@@ -2638,11 +2652,6 @@ class Wait(Live):
             queue.enqueue("true", id="child", after=["good", "seven"])
         self.each(self.CODES, lambda ids: self.told("wait", *ids.split())[0])
 
-    def reads(self, pid: int) -> bool:
-        """Tell whether a process has begun to read the database."""
-        fds = [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
-        return any(os.path.realpath(fd) == self.path + "-shm" for fd in fds)
-
     def test_it_returns_promptly_whatever_the_jobs_were_doing(self) -> None:
         self.enqueue(f"touch started; {WAIT}; exit 9", id="running", max_retries=1)
         self.enqueue("true", id="waiting")
@@ -2650,13 +2659,14 @@ class Wait(Live):
         self.enqueue("true", id="blocked", after="scheduled")
         self.pool()
         self.started("started")
-        ids = "blocked scheduled waiting running".split()
-        waits = [self.start("wait", "--all"), self.start("wait", *ids)]
-        until(lambda: all(self.reads(wait.pid) for wait in waits))
+        everything = Terminal(self, "wait", "--all")
+        everything.sees(r"\d/4 jobs")  # it knows what to wait for
+        named = self.start("wait", "blocked", "scheduled", "waiting", "running")
         code, _, said = self.told("wait", "running", "--timeout", "0.2")
         self.assertEqual((code, said), (124, "queuectl: not yet, after 0.2 s: 0/1 jobs, 0.0/s\n"))
         self.write("go")
-        self.assertEqual([wait.wait(5) for wait in waits], [9, 9])
+        everything.end()
+        self.assertEqual((named.wait(5), everything.process.returncode), (9, 9))
         self.assertEqual(self.job("blocked").state, "completed")
         with Queue(self.path, readonly=True) as queue:
             looks = queuectl.changes(queue)
@@ -2955,12 +2965,13 @@ class Help(Live):
             "status --db x.db": "--db goes before the command",
             "list --state done": "cancelled",
             "prune --state pending": "(queuectl prune --help says more)",
-            "worker start --horizon 5": "--horizon goes with --drain",
+            "--db new.db worker start --horizon 5": "--horizon goes with --drain",
             "wait --all 1": "name the jobs or say --all, one of the two",
         }.items():
             with self.subTest(words):
                 self.enqueue("true", id="1", if_absent=True)
                 self.assertIn(hint, self.refused(*words.split()))
+        self.assertFalse(os.path.exists(self.file("new.db")))
         where = self.file("none")
         err = self.refused("--db", where + "/x.db", "enqueue", "true", code=4)
         self.assertEqual(err, f"queuectl: there is no directory {where}\n")

@@ -53,10 +53,8 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     import argparse
-    import subprocess
     from multiprocessing.connection import Connection
 
-    Child = subprocess.Popen[bytes]
     Argument = tuple[tuple[str, ...], dict[str, Any]]
     Facts = Mapping[str, Any]
     Rows = Iterable[Sequence[object]]
@@ -221,6 +219,27 @@ def ignore(_number: int, _frame: object) -> None:
     """Do nothing, but not as SIG_IGN: that would be inherited by the jobs."""
 
 
+class Child:
+    """A job's own process, with what `subprocess.Popen` tells about one."""
+
+    returncode: int = 0  # once it has ended; a signal is negative
+    running = True
+
+    def __init__(self, pid: int) -> None:
+        """Take over a process that has been started."""
+        self.pid = pid
+
+    def poll(self) -> int | None:
+        """Return how it ended, or None while it runs."""
+        if self.running:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if not pid:
+                return None
+            by_signal, self.running = os.WIFSIGNALED(status), False
+            self.returncode = -os.WTERMSIG(status) if by_signal else os.WEXITSTATUS(status)
+        return self.returncode
+
+
 class System:
     """What Linux, macOS and their like do for us. Windows, below, does some of it in its way."""
 
@@ -290,35 +309,55 @@ class System:
         if worker:
             signal.signal(signal.SIGQUIT, signal.SIG_DFL)
             signal.signal(signal.SIGCHLD, ignore)
+            for fd in map(int, os.listdir("/dev/fd")):  # the fork server's are not for jobs
+                with contextlib.suppress(OSError):
+                    os.set_inheritable(fd, fd <= 2)
 
-    def wait(self, bell: Any, pool: Any, child: Any, limit: float | None) -> bool:  # noqa: ARG002
-        """Wait for the bell, which a job's end rings too, or the pool; True if that may speak."""
+    def wait(self, sources: Iterable[Any], child: Any, limit: float | None) -> list[Any]:  # noqa: ARG002
+        """Wait for bells (a child's end rings its worker's) and connections; return what came.
+
+        What is None is not there.
+        """
         import select
 
-        ready = select.select([bell, pool] if pool else [bell], [], [], limit)[0]
-        if bell in ready:
-            os.read(bell, 65536)
-        return pool in ready
+        poll, found = select.poll(), {}
+        for source in sources:
+            if source is not None:
+                fd = source if isinstance(source, int) else source.fileno()
+                found[fd] = source
+                poll.register(fd, select.POLLIN)
+        ready = [found[fd] for fd, _ in poll.poll(limit and limit * 1000)]
+        for bell in ready:
+            if isinstance(bell, int):
+                os.read(bell, 65536)
+        return ready
 
     def launch(self, argv: Sequence[str], job: Job, env: dict[str, str], out: int) -> Child:
         """Start a job's command in a session of its own; OSError where it cannot be started.
 
         The output file is passed on a third time, as a descriptor that no redirection closes. What
-        the job was given is UTF-8, whatever this process was told about its locale.
+        the job was given is UTF-8, whatever this process was told about its locale. Before Python
+        3.10 Popen copies the whole process first, which takes as long as all the rest of a job.
         """
-        import subprocess
-
         self.inherited = self.inherited or dict(os.environb)
-        return subprocess.Popen(  # signals are at their defaults: this process has handlers for all
-            [*argv, job.command.encode()],
-            cwd=job.cwd,
-            env={**self.inherited, **{k.encode(): v.encode() for k, v in env.items()}},
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            pass_fds=(out,),
-            start_new_session=True,
-        )
+        os.set_inheritable(out, True)  # noqa: FBT003
+        os.chdir(job.cwd)
+        try:
+            pid = os.posix_spawnp(
+                argv[0],
+                [*map(os.fsencode, argv), job.command.encode()],
+                {**self.inherited, **{k.encode(): v.encode() for k, v in env.items()}},
+                file_actions=[
+                    (os.POSIX_SPAWN_DUP2, out, 1),
+                    (os.POSIX_SPAWN_DUP2, out, 2),
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                ],
+                setsid=True,
+                setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
+            )
+        finally:
+            os.chdir("/")  # an idle worker keeps nobody from removing a directory
+        return Child(pid)
 
     def release(self, child: Child) -> None:
         """Let go of what a completed job left behind; it goes on."""
@@ -415,15 +454,15 @@ class _Windows(System):
     def unblock(self, *, worker: bool) -> None:
         pass
 
-    def wait(self, bell: Any, pool: Any, child: Any, limit: float | None) -> bool:  # noqa: ARG002
+    def wait(self, sources: Iterable[Any], child: Any, limit: float | None) -> list[Any]:
         from multiprocessing.connection import wait
 
-        things = [thing for thing in (pool, child and int(child._handle)) if thing]
+        things = [thing for thing in (*sources, child and int(child._handle)) if thing]
         if not things:
             time.sleep(limit or 0)
-        return pool in wait(things, limit)
+        return wait(things, limit)
 
-    def launch(self, argv: Sequence[str], job: Job, env: dict[str, str], out: int) -> Child:
+    def launch(self, argv: Sequence[str], job: Job, env: dict[str, str], out: int) -> Any:
         import subprocess
 
         line = subprocess.list2cmdline([*argv, job.command])
@@ -446,7 +485,7 @@ class _Windows(System):
         self.call("NtResumeProcess", process, dll="ntdll")
         return child
 
-    def limit(self, child: Child, flags: int) -> None:
+    def limit(self, child: Any, flags: int) -> None:
         """Set the flags of a JOBOBJECT_EXTENDED_LIMIT_INFORMATION, which begins with two times."""
         import ctypes
 
@@ -960,8 +999,8 @@ TALLY = "SELECT queue, state, due, jobs FROM counts WHERE jobs > 0"
 ATTEMPTS = "SELECT " + ", ".join(Attempt._fields) + " FROM attempts WHERE job = :seq ORDER BY run"
 
 WAITING_QUEUES = """
-SELECT DISTINCT queue FROM counts WHERE state = 'pending' AND due >= 0 AND jobs > 0
-  AND queue NOT IN paused AND '' NOT IN paused"""
+SELECT queue, min(due) FROM counts WHERE state = 'pending' AND due >= 0 AND jobs > 0
+  AND queue NOT IN paused AND '' NOT IN paused GROUP BY queue"""
 NEXT_DUE = (
     JOB
     + """WHERE state = 'pending' AND due = 1 AND queue = :queue
@@ -1804,16 +1843,20 @@ class Queue:
             self.config()
             return self._claim(worker, queues)
 
-    def _waiting(self, queues: Sequence[str]) -> list[str]:
-        """Return the queues, all or of these, in which jobs wait that are not held up."""
-        waiting = [row[0] for row in self.db.execute(WAITING_QUEUES)]
-        return [queue for queue in waiting if not queues or queue in queues]
+    def _waiting(self, queues: Sequence[str]) -> dict[str, int]:
+        """Return the queues, all or of these, in which jobs wait that are not held up.
+
+        The value is LATER where some of them are not due yet.
+        """
+        waiting = self.db.execute(WAITING_QUEUES)
+        return {queue: due for queue, due in waiting if not queues or queue in queues}
 
     def _claim(self, worker: str, queues: Sequence[str]) -> Job | None:
         now = self.clock()
         found: list[Job] = []
-        for queue in self._waiting(queues):
-            self.db.execute(MAKE_DUE, {"queue": queue, "now": now})
+        for queue, due in self._waiting(queues).items():
+            if due == LATER:
+                self.db.execute(MAKE_DUE, {"queue": queue, "now": now})
             found.extend(self._jobs(NEXT_DUE, queue=queue))
         if not found:
             return None
@@ -2117,7 +2160,8 @@ class Worker:
         limit = None if until == NEVER else max(0.0, until - time.monotonic())
         if self.alone and limit is None:
             return  # nobody is left to wait for
-        if SYSTEM.wait(self.bell, None if self.alone else self.pool, self.child, limit):
+        sources = (self.bell, None if self.alone else self.pool)
+        if self.pool in SYSTEM.wait(sources, self.child, limit):
             self.hear()
 
     def complain(self, what: str, why: object) -> None:
@@ -2368,15 +2412,11 @@ class Pool:
 
     def wait(self) -> list[Any]:
         """Sleep until the bell, a worker, a signal, or the next time to act; return who spoke."""
-        from multiprocessing.connection import wait
-
         due = time.monotonic() + self.next_time - self.queue.clock()
         pause = min(self.look_at, self.sync_at, due) - time.monotonic()
-        sources: list[Any] = [member.conn for member in self.members]
-        sources += [] if self.bell is None else [self.bell]
-        ready = wait(sources, max(0.0, pause))
-        if self.bell is not None and self.bell in ready:
-            os.read(self.bell, 65536)
+        sources = [self.bell, *(member.conn for member in self.members)]
+        ready = SYSTEM.wait(sources, None, max(0.0, pause))
+        if self.bell in ready:
             self.maybe_work, self.look_at = True, 0.0
         if self.queue.clock() >= self.next_time:
             self.maybe_work, self.next_time = True, NEVER

@@ -1490,10 +1490,10 @@ class Ending(NamedTuple):
     """
 
     fate: str
-    exit_code: int | None
-    error: str | None
     started: float
     finished: float
+    exit_code: int | None
+    error: str | None
     cut: int = 0
     output: bytes = b""
 
@@ -1866,16 +1866,16 @@ class Queue:
         return job._replace(locked_by=worker, locked_at=now, updated_at=now)
 
     def finish(
-        self, job: Job, ending: Ending, claim: Callable[[], Sequence[str]] | None = None
+        self, job: Job, ending: Ending, claim: Sequence[str] | None = None
     ) -> tuple[Job | None, Job | None]:
-        """Record how a claimed job's attempt ended and, for `claim`'s queues, claim the next.
+        """Record how a claimed job's attempt ended; claim the next of these queues (none: of all).
 
         Returns the job as it is now, and the next one. None for the first: the claim was lost
         meanwhile, so the result changes nothing.
         """
         with self.db.transaction():
             after = self._end(job, ending)
-            return after, self._claim(job.locked_by or "", claim()) if claim else None
+            return after, None if claim is None else self._claim(job.locked_by or "", claim)
 
     def _end(self, job: Job, ending: Ending) -> Job | None:
         if ending.error is not None or job.recurs:  # is it being cancelled meanwhile?
@@ -1891,8 +1891,7 @@ class Queue:
         )._asdict()
         if self.db.execute(END_CLAIM, {**row, "worker": job.locked_by}).rowcount != 1:
             return None
-        times, how, rest = ending[3:5], ending[1:3], ending[5:]
-        self.db.execute(ADD_ATTEMPT, (job.seq, job.run, job.locked_by, *times, *how, *rest))
+        self.db.execute(ADD_ATTEMPT, (job.seq, job.run, job.locked_by, *ending[1:]))
         if after.state == COMPLETED and self.db.execute(MEET, {"seq": job.seq}).rowcount:
             with self.db.transaction(ring=True):
                 self.db.execute(UNBLOCK, {"seq": job.seq, "now": now})
@@ -2051,7 +2050,7 @@ def keep(run: RunDirectory, job: Job, ending: Ending, out: Output | None) -> Non
 
     if out:
         error = ending.error and ascii(ending.error)[1:51]  # a name has at most 255 bytes
-        facts = json.dumps([*ending[:2], error, *ending[3:5], out.cut])
+        facts = json.dumps([*ending[:4], error, out.cut])
         os.close(out.fd)  # Windows renames nothing that is open
         kept = urlsafe_b64encode(facts.encode()).decode()
         os.rename(out.path, run.file(job.seq, job.run, "end", kept))
@@ -2191,7 +2190,7 @@ class Worker:
         self.child = None
         error, finished = error or exit_meaning(child.returncode), self.queue.clock()
         tail = out.tail(self.config["output_limit"])
-        return Ending(fate, child.returncode, error, started, max(started, finished), *tail), out
+        return Ending(fate, started, max(started, finished), child.returncode, error, *tail), out
 
     def environment(self, job: Job) -> dict[str, str]:
         """Return what a job's environment has beside the worker's: its own, then ours."""
@@ -2213,7 +2212,7 @@ class Worker:
         if error.errno in (*EXHAUSTED, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             fate = "returned"
             self.complain(f"job {job.id} cannot start", why)
-        return Ending(fate, None, f"cannot start: {why}", started, self.queue.clock())
+        return Ending(fate, started, self.queue.clock(), None, f"cannot start: {why}")
 
     def watch(self, job: Job, child: Child, out: Output) -> tuple[str, str | None]:
         """Wait for the end of a job, or for a reason to end it; return its fate and the reason."""
@@ -2245,7 +2244,7 @@ class Worker:
     def finish(self, job: Job, ending: Ending, out: Output | None) -> Job | None:
         """Record how an attempt ended and claim the next job, in one transaction."""
         self.db.durable("full" if self.alone else self.config["synchronous"])
-        claim = None if self.stopping else lambda: self.queues
+        claim = None if self.stopping else self.queues
         after, following = self.queue.finish(job, ending, claim)
         if out:
             out.close()
@@ -2551,7 +2550,7 @@ class Pool:
         from base64 import urlsafe_b64decode
 
         then, now = job.locked_at or 0.0, self.queue.clock()
-        ending = Ending("crashed", None, "its worker died", then, max(then, now))
+        ending = Ending("crashed", then, max(then, now), None, "its worker died")
         names = self.run_dir.files(f"{job.seq}.{job.run}.")
         with contextlib.suppress(FileNotFoundError, ValueError):  # another is faster; garbled
             for name in names:

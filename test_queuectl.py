@@ -385,7 +385,7 @@ class Rules(Case):
         def moved(case: tuple[str, str | None, int, int]) -> tuple[str, int]:
             fate, error, attempts, cancelling = case
             job = a_job(attempts=attempts, cancelling=cancelling)
-            after = queuectl.sequel(job, Ending(fate, None, error, 100.0, 200.0), config, 200.0)
+            after = queuectl.sequel(job, Ending(fate, 100.0, 200.0, None, error), config, 200.0)
             self.assertIn(after.state, queuectl.MOVES["processing"])
             return after.state, after.attempts
 
@@ -416,7 +416,7 @@ class Clocked(Case):
 
     def ends(self, code: int = 0, job: Any = None) -> Any:
         """Let a job, the next one, end with an exit code; return it as it is then."""
-        ending = Ending("ran", code, queuectl.exit_meaning(code), self.now, self.now)
+        ending = Ending("ran", self.now, self.now, code, queuectl.exit_meaning(code))
         return self.queue.finish(job or self.next(), ending)[0]
 
     def runs(self) -> str:
@@ -457,7 +457,7 @@ class Library(Clocked):
             with self.subTest(fate):
                 self.now = 1000.0
                 self.queue.enqueue("false")
-                job, ending = self.next(), Ending(fate, 1, "exit code 1", self.now, self.now)
+                job, ending = self.next(), Ending(fate, self.now, self.now, 1, "exit code 1")
                 self.now = 10.0
                 self.assertEqual(self.queue.finish(job, ending)[0].updated_at, 10.0)
                 self.now += pause
@@ -1126,7 +1126,7 @@ class NoFalseAlarm(Live):
                     self.assertEqual(queue.get("job").state, "pending")  # now it does not
                     self.assertEqual(queue.claim("worker-2").attempts, 2)  # and at once
                     clock[0] -= 2 * day
-                    ending = Ending("ran", 0, None, clock[0], clock[0])
+                    ending = Ending("ran", clock[0], clock[0], 0, None)
                     after, _ = queue.finish(queue.get("job"), ending)
                     self.assertEqual(after.state, "completed")
 
@@ -1176,8 +1176,8 @@ time.time = shifted
 class Fencing(Live):
     """Promise 2: what comes from a lost claim changes nothing."""
 
-    GOOD = Ending("ran", 0, None, 1.0, 2.0, 0, b"late")
-    BAD = Ending("ran", 1, "exit code 1", 1.0, 2.0, 0, b"late")
+    GOOD = Ending("ran", 1.0, 2.0, 0, None, 0, b"late")
+    BAD = Ending("ran", 1.0, 2.0, 1, "exit code 1", 0, b"late")
     CASES = (  # successor, what comes from the first one
         ("worker-2", GOOD),
         ("worker-2", BAD),
@@ -1230,7 +1230,7 @@ class Fencing(Live):
         with Queue(self.path) as queue:
             lost = self.lost(queue, "worker-2")
             job_id = queue.enqueue("true")
-            after, following = queue.finish(lost, self.GOOD, lambda: ())
+            after, following = queue.finish(lost, self.GOOD, ())
             self.assertIsNone(after)
             self.assertEqual((following.id, following.locked_by), (job_id, "worker-1"))
 
@@ -1954,7 +1954,7 @@ class Broken(Live):
             for number in range(20):
                 job = queue.claim("w")
                 error = "exit code 1" if number % 2 else None
-                queue.finish(job, Ending("ran", 0, error, 1.0, 2.0, 0, b"o" * 300))
+                queue.finish(job, Ending("ran", 1.0, 2.0, 0, error, 0, b"o" * 300))
             queue.configure("timeout", "10")
         with open(self.path, "rb") as file:
             whole = file.read()
@@ -2538,7 +2538,7 @@ class Watch(Live):
             out = queuectl.Output(queue.db.run.file(job.seq, job.run, "out"))
             os.write(out.fd, b"one\n")
             self.says(logs, "one\n")
-            queue.finish(job, Ending("ran", 0, None, 1.0, 2.0, 0, b"one\n"))
+            queue.finish(job, Ending("ran", 1.0, 2.0, 0, None, 0, b"one\n"))
             out.close()
         self.assertEqual(logs.wait(5), 0)
 
@@ -2563,7 +2563,7 @@ class Watch(Live):
         with Queue(self.path) as queue:
             for output in (b"try 1\n", b"try 2\n"):
                 job = queue.claim("worker-1")
-                queue.finish(job, Ending("ran", 1, "exit code 1", 1.0, 2.0, 0, output))
+                queue.finish(job, Ending("ran", 1.0, 2.0, 1, "exit code 1", 0, output))
         for words, output in (("", "try 2\n"), ("--run 1", "try 1\n"), ("--run 2 -f", "try 2\n")):
             self.assertEqual(self.told("logs", "x", *words.split()), (0, output, ""))
         self.assertIn("no run 3; it has 1 to 2", self.told("logs", "x", "--run", "3")[2])
@@ -2645,7 +2645,7 @@ class Wait(Live):
         with Queue(self.path) as queue:
             for name, code in {"good": 0, "seven": 7, "killed": -9, "unstarted": None}.items():
                 queue.enqueue("true", id=name, max_retries=1)
-                ending = Ending("ran", code, None if code == 0 else "why", 1.0, 2.0)
+                ending = Ending("ran", 1.0, 2.0, code, None if code == 0 else "why")
                 queue.finish(queue.claim("worker-1"), ending)
             queue.enqueue("true", id="called-off")
             queue.cancel(["called-off"])
@@ -2834,7 +2834,7 @@ class CleanUp(Clocked):
         self.queue.cancel(["off"])
         self.now += 86400
         job = self.queue.claim("worker-1")
-        self.queue.finish(job, Ending("ran", 0, None, 1e6, self.now))
+        self.queue.finish(job, Ending("ran", 1e6, self.now, 0, None))
         self.assertEqual(job.id, "slow")
         self.assertEqual((self.queue.prune(86401), self.queue.prune(86400)), (0, 2))
         self.assertEqual(self.ids(), "dead slow waits")
@@ -3313,13 +3313,10 @@ class Recurring(Clocked):
 
     def test_the_next_one_is_made_in_the_transaction_that_ends_the_last(self) -> None:
         self.queue.enqueue("true", id="x", every=10)
-        job, ending = self.next(), Ending("ran", 0, None, self.now, self.now)
-
-        def fail() -> Any:
-            raise OSError("the power is cut")
-
-        with self.assertRaises(queuectl.Fault):
-            self.queue.finish(job, ending, fail)
+        job, ending = self.next(), Ending("ran", self.now, self.now, 0, None)
+        cut = mock.patch.object(self.queue, "_claim", side_effect=OSError("the power is cut"))
+        with cut, self.assertRaises(queuectl.Fault):
+            self.queue.finish(job, ending, ())
         self.assertEqual((self.queue.get("x.1").state, self.ids()), ("processing", "x.1"))
         self.queue.finish(job, ending)
         self.assertEqual((self.queue.finish(job, ending)[0], self.ids()), (None, "x.1 x.2"))
@@ -3401,12 +3398,12 @@ class ExitCodes(Clocked):
         self.queue.enqueue("true", id="x", max_retries=1)
         self.ends(75)
         self.now += 2
-        ending = Ending("crashed", None, "its worker died", self.now, self.now)
+        ending = Ending("crashed", self.now, self.now, None, "its worker died")
         self.assertEqual(self.queue.finish(self.next(), ending)[0].state, "dead")
 
     def test_a_timeout_is_no_snooze_whatever_the_job_says_as_it_is_ended(self) -> None:
         self.queue.enqueue("true", id="x", max_retries=1)
-        ending = Ending("ran", 75, "timed out after 1 s", self.now, self.now)
+        ending = Ending("ran", self.now, self.now, 75, "timed out after 1 s")
         after = self.queue.finish(self.next(), ending)[0]
         self.assertEqual((after.state, after.attempts), ("dead", 1))
 
@@ -4093,9 +4090,9 @@ class Speed(Live):
 
             thread = threading.Thread(target=look)
             thread.start()
-            ending, job = Ending("ran", 0, None, 1.0, 2.0), queue.claim("w")
+            ending, job = Ending("ran", 1.0, 2.0, 0, None), queue.claim("w")
             while job:
-                job = queue.finish(job, ending, lambda: ())[1]
+                job = queue.finish(job, ending, ())[1]
             size = os.stat(self.path + "-wal").st_size
             with mock.patch.object(queuectl, "LOG_BOUND", 1 << 20):
                 until(lambda: pool.sync() or os.stat(self.path + "-wal").st_size < size)
@@ -4234,7 +4231,7 @@ class Figures(Case):
     def work_one(queue: Queue) -> None:
         job = queue.claim("worker-x-1")
         assert job
-        queue.finish(job, Ending("ran", 0, None, 1.0, time.time()))
+        queue.finish(job, Ending("ran", 1.0, time.time(), 0, None))
 
     def idle_pool(self, count: int) -> None:
         """Start workers, and wait until they have nothing to do."""

@@ -48,7 +48,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
@@ -303,6 +303,18 @@ class System:
         os.mkfifo(path, 0o600)
         return os.open(path, os.O_RDWR | os.O_NONBLOCK)
 
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Start a process that no signal ends before it has its handlers: see `unblock`."""
+        from multiprocessing import resource_tracker
+
+        resource_tracker.ensure_running()  # else the start sees to it, and unblocks the signals
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
     def unblock(self, *, worker: bool) -> None:
         """Give a process and its jobs the signals they expect, whoever started it."""
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -356,7 +368,8 @@ class System:
                 setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
             )
         finally:
-            os.chdir("/")  # an idle worker keeps nobody from removing a directory
+            with contextlib.suppress(OSError):  # else an idle worker would be in the way there
+                os.chdir(os.path.dirname(env["QUEUECTL_DB"]))
         return Child(pid)
 
     def release(self, child: Child) -> None:
@@ -451,6 +464,10 @@ class _Windows(System):
     def bell(self, path: str) -> int | None:  # noqa: ARG002
         return None
 
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        yield
+
     def unblock(self, *, worker: bool) -> None:
         pass
 
@@ -535,13 +552,13 @@ def handle_signals(
     To close what is returned puts everything back as it was.
     """
     before = contextlib.ExitStack()
-    SYSTEM.unblock(worker=worker)
     for number in STOP_SIGNALS:
         if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
             before.callback(signal.signal, number, signal.signal(number, stop))
     if bell is not None:
         fd = signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
         before.callback(signal.set_wakeup_fd, fd)
+    SYSTEM.unblock(worker=worker)
     return before
 
 
@@ -974,9 +991,9 @@ NEW = """seq id queue command cwd env priority max_retries timeout created_at up
 due recurs series planned""".split()
 VALUES = ", ".join(":" + column for column in NEW)
 INSERT = f"INSERT OR IGNORE INTO jobs (state, {', '.join(NEW)}) VALUES ('pending', {VALUES})"
-IDS_BETWEEN = (
-    "SELECT coalesce(series, id) FROM jobs WHERE seq BETWEEN :first AND :last ORDER BY seq"
-)
+IDS_BETWEEN = """
+SELECT seq, coalesce(series, id) FROM jobs
+WHERE seq BETWEEN :first AND :last ORDER BY seq LIMIT 1000"""
 ONE = JOB + "WHERE id = :id"
 LAST_RUN = JOB + "WHERE series = :id AND run > 0 ORDER BY seq DESC LIMIT 1"
 NEWEST = JOB + "WHERE series = :id ORDER BY seq DESC LIMIT 1"
@@ -1163,10 +1180,13 @@ class RunDirectory:
                     with open(fd, "wb", buffering=0) as pipe:
                         pipe.write(b"!")
 
-    def clean(self, keep: Iterable[str | None]) -> None:
+    def clean(self, claimed: Sequence[Job]) -> None:
         """Remove what the dead left behind, but not what tells about jobs to be recovered."""
-        for item in self.files("pool-") + self.files("worker-"):
-            if item not in keep and self.free(item.split(".")[0]):
+        keep = {job.locked_by for job in claimed} | {f"{job.seq}.{job.run}" for job in claimed}
+        for item in self.files():
+            attempt = re.match(r"\d+\.\d+(?=\.)", item)
+            owner = attempt or re.match("(pool|worker)-[^.]+", item)
+            if owner and owner[0] not in keep and self.free(item if attempt else owner[0]):
                 with contextlib.suppress(OSError):
                     os.unlink(self.file(item))
 
@@ -1485,7 +1505,7 @@ def network(path: str) -> str | None:
 class Ending(NamedTuple):
     """How an attempt ended, as whoever watched it saw it; `error` is None if it completed.
 
-    `fate` says who ended it: it "ran" to its end or its timeout, its worker "crashed", or the
+    `fate` says who ended it: it "ran" to its end, "timed out", its worker "crashed", or the
     operator had it "returned" to the queue (the attempt does not count) or "cancelled".
     """
 
@@ -1500,7 +1520,7 @@ class Ending(NamedTuple):
 
 def sequel(job: Job, ending: Ending, config: Mapping[str, Any], now: float) -> Job:
     """Return the job as it goes on after an attempt: the one rule of retries."""
-    now, ran = min(now, ending.finished), ending.fate == "ran"  # the clock may be back meanwhile
+    now = min(now, ending.finished)  # the clock may be back meanwhile
     after = job._replace(exit_code=ending.exit_code, last_error=ending.error, updated_at=now)
     if ending.fate == "returned" and not job.cancelling:
         due = min(job.run_after, now)  # at once, also where the clock was set back
@@ -1510,14 +1530,14 @@ def sequel(job: Job, ending: Ending, config: Mapping[str, Any], now: float) -> J
         return after._replace(state=COMPLETED)
     if ending.fate == "cancelled" or job.cancelling:
         return after._replace(state=CANCELLED)
-    final = ran and ending.exit_code in config["no_retry_exit_codes"]
-    later = ran and ending.error == exit_meaning(TRY_LATER) and not final
-    if later and job.snoozes < config["max_snoozes"]:
+    said = ending.exit_code if ending.fate == "ran" else None
+    final = said in config["no_retry_exit_codes"]
+    if said == TRY_LATER and not final and job.snoozes < config["max_snoozes"]:
         after = after._replace(attempts=job.attempts - 1, snoozes=job.snoozes + 1)
         return after._replace(state=PENDING, run_after=now + backoff(after.snoozes, config))
     if final or job.attempts >= (job.max_retries or config["max_retries"]):
         return after._replace(state=DEAD)
-    pause = backoff(job.attempts, config) if ran else 0
+    pause = 0 if ending.fate == "crashed" else backoff(job.attempts, config)
     return after._replace(state=PENDING, run_after=now + pause)
 
 
@@ -1599,8 +1619,16 @@ class Queue:
                     taken.append(job["id"])
                 else:
                     seq = self._add({**blank, **job, "seq": seq}, now) + 1
-        rows = self.db.execute(IDS_BETWEEN, {"first": first, "last": seq - 1})
-        return chain((row[0] for row in rows), taken)
+            ids = self._ids(first, seq - 1)
+            head = list(islice(ids, 1000))  # before any of them can have been pruned
+        return chain(head, ids, taken)
+
+    def _ids(self, first: int, last: int) -> Iterator[str]:
+        """Yield the ids of what was added, in slices: see `_all`."""
+        while first <= last:
+            rows = self.db.execute(IDS_BETWEEN, {"first": first, "last": last}).fetchall()
+            yield from (row[1] for row in rows)
+            first = rows[-1][0] + 1 if rows else last + 1
 
     def _taken(self, job_id: str) -> bool:
         """Tell whether a job or a schedule that goes on has that id."""
@@ -2033,7 +2061,7 @@ def news_of(job: Job, after: Job | None, ending: Ending) -> tuple[str, str]:
         how = f"completed in {span(ending.finished - ending.started)}"
     elif after.state != PENDING:
         how = f"is {after.state}: {reason} (attempt {job.attempts})"
-    elif ending.fate != "ran":
+    elif ending.fate in ("crashed", "returned"):
         how = f"is back in the queue: {reason}"
     elif after.snoozes > job.snoozes:
         how = f"is put off: {reason}; next in {span(after.run_after - after.updated_at)}"
@@ -2226,7 +2254,7 @@ class Worker:
             if key in self.heard:
                 return "cancelled", "cancelled by the operator"
             if now >= deadline:
-                return "ran", f"timed out after {span(timeout)}"
+                return "timed out", f"timed out after {span(timeout)}"
             self.wait(min(deadline, now + pause))
             if time.monotonic() > now + pause:
                 full = out.trim(self.config["output_limit"])
@@ -2313,7 +2341,8 @@ class Member:
             found = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}  # no other
             os.environ.update(found)
             try:
-                self.process.start()
+                with SYSTEM.starting():
+                    self.process.start()
             finally:
                 sys.modules["__main__"] = main
                 for key in found:
@@ -2373,7 +2402,7 @@ class Pool:
         before = handle_signals(self.on_signal, self.bell) if self.handling else None
         self.say(f"{self.count} worker{'s' * (self.count > 1)} on {self.db.path}")
         try:
-            self.run_dir.clean(keep=[job.locked_by for job in self.queue.claimed()])
+            self.run_dir.clean(self.queue.claimed())
             while self.members or not self.stopping:
                 self.turn()
             self.sync()
@@ -2984,6 +3013,7 @@ def changes(queue: Queue, timeout: float | None = None) -> Iterator[None]:
 
 
 UNQUOTED = r"\s*\{\s*\w+\s*:"  # what PowerShell leaves of JSON, in as many words as it has blanks
+JSON_BEGINS = r'\s*((\[\s*)?\{\s*(["}]|\w+\s*:|$)|\[[\s\d]*[],])'  # as no shell line does
 
 
 def from_json(source: str) -> list[dict[str, object]]:
@@ -3014,7 +3044,7 @@ def described(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) -> Iter
                 yield from from_json(line.decode(errors="surrogateescape"))  # FIELDS refuse those
     elif len(words) > 1 and not re.match(UNQUOTED, words[0]):
         yield {"command": SYSTEM.line(words)}
-    elif words[0].lstrip()[:1] in ("{", "["):
+    elif re.match(JSON_BEGINS, words[0]):
         yield from from_json(" ".join(words))
     else:
         yield {"command": words[0]}
@@ -3111,15 +3141,16 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
     """Ask every pool to stop, and wait until they are gone."""
     run = queue.db.run
-    pools = run.holders("pool")
+    pools = list(run.holders("pool"))
+    living = pools + list(run.holders("worker"))  # one without its pool finishes its job
     for pool in pools:
         with open(run.file(pool, "stop"), "w", opener=PRIVATE) as file:
             file.write("now" if args.now else "")  # which a full disk takes
     run.ring()
-    if not pools:
+    if not living:
         say("no workers are running")
     began, told = time.monotonic(), False
-    while not all(run.free(pool) for pool in pools):
+    while not all(map(run.free, living)):
         waited = time.monotonic() - began
         if args.timeout is not None and waited > args.timeout:
             say(f"still running after {span(args.timeout)}")
@@ -3313,11 +3344,12 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
         if not any(job.cancelling for job in jobs) or not queue.db.run.holders("pool"):
             break
     for job in jobs:
-        if job.state == CANCELLED or job.cancelling:
+        gone = job.cancelling and queue.db.run.free(job.locked_by)  # the next pool cancels it
+        if job.state == CANCELLED or gone:
             print(job.id)
         else:
-            say(f"job {printable(job.id)} is {job.state}; it stays so")
-            code = NO
+            code, how = NO, "runs on, since its pool is gone" if job.cancelling else "stays so"
+            say(f"job {printable(job.id)} is {job.state}; it {how}")
     return code
 
 

@@ -613,6 +613,10 @@ class CommandLine(Case):
         outputs = [self.out("logs", str(number)) for number in (1, 2, 3, 4)]
         self.assertEqual(outputs, ["b", "two words|it's|$HOME|*|", "3", "4"])
 
+    def test_a_shell_line_may_begin_as_json_does(self) -> None:
+        for line in ("[ -e x ] && echo", '[ "$A" = b ]', "[[ -e x ]]", "{ a; b; } | c"):
+            self.assertEqual(self.job(self.out("enqueue", line).strip()).command, line)
+
     def test_a_batch_is_stored_whole_or_not_at_all_and_an_error_names_its_line(self) -> None:
         self.out("enqueue", '{"id":"there","command":"true"}')
         for bad in ("{", '{"command":7}', '{"id":"there","command":"x"}', '{"command":"x"} x'):
@@ -1081,6 +1085,23 @@ class NoFalseAlarm(Live):
         self.processes.append(stranger)
         return stranger
 
+    def test_what_the_dead_left_in_the_run_directory_goes_with_the_next_start(self) -> None:
+        self.enqueue("true", delay=3600)
+        self.enqueue("true")
+        with Queue(self.path) as queue:
+            held = queuectl.Held(queue.db.run.file("worker-1"))
+            self.addCleanup(held.close)
+            queue.claim("worker-1")
+        kept = ["2.1.out", "workers.log"]
+        for name in (*kept, "1.7.out", "1.7.end.eA==", "worker-9", "pool-9.stop", "pool-9.bell"):
+            self.write(os.path.join("queuectl.db.run", name))
+        pool = self.pool()
+        self.says(pool, " worker on ")
+        until(lambda: len(self.workers()) == 2)
+        names = os.listdir(self.file("queuectl.db.run"))
+        ours = [name for name in names if not re.match("(pool|worker)-.*[0-9a-f]{8}", name)]
+        self.assertEqual(sorted(ours), sorted([*kept, "worker-1"]))
+
     def test_a_stranger_with_a_recorded_pid_lives(self) -> None:
         stranger, job = self.stranger(), self.enqueue("echo again > log")
         with Queue(self.path) as queue:
@@ -1291,6 +1312,30 @@ class Stop(Live):
                 job = self.job("job")
                 self.assertEqual((job.state, job.attempts, job.run), ("pending", 0, 1))
         until(lambda: not self.left())
+
+    @unittest.skipUnless(os.path.exists("/proc/self"), "looks for the fork server in /proc")
+    def test_ctrl_c_while_the_workers_are_being_started_is_heard_like_any_other(self) -> None:
+        pool = self.pool(start_new_session=True)
+        self.says(pool, " worker on ")
+        children = f"/proc/{pool.pid}/task/{pool.pid}/children"
+        until(lambda: len(self.read(children).split()) == 2)  # the fork server loads what it needs
+        os.killpg(pool.pid, signal.SIGINT)
+        self.says(pool, "SIGINT: no new jobs")
+        self.ends(pool, 0)
+
+    def test_a_worker_without_its_pool_is_waited_for_and_cannot_be_told_to_cancel(self) -> None:
+        self.enqueue(f"touch started; {WAIT}", id="x")
+        pool = self.pool()
+        self.started("started")
+        pool.kill()
+        pool.wait()
+        self.assertEqual(self.told("worker", "stop", "--timeout", "0.1")[0], 124)
+        answer = self.told("cancel", "x")
+        runs_on = "queuectl: job x is processing; it runs on, since its pool is gone\n"
+        self.assertEqual(answer, (1, "", runs_on))
+        self.write("go")
+        self.assertEqual(self.told("worker", "stop"), (0, "", ""))
+        self.assertEqual(self.job("x").state, "completed")
 
     def test_worker_stop_waits_until_the_workers_are_gone(self) -> None:
         job = self.enqueue(f"touch started; {WAIT}; sleep 0.3")
@@ -2351,7 +2396,7 @@ WRONG_JSON = (  # what is given, and a part of the answer
     ("{", "bad JSON"),
     ('{"command": "true"} {"command": "true"}', "bad JSON"),
     ("{command:true}", "lost its quotes"),
-    ("[" * 100_000, "bad JSON"),
+    ('[{"env": [' * 10_000, "bad JSON"),
     ('{"command": ' * 10_000, "bad JSON"),
 )
 
@@ -3403,7 +3448,7 @@ class ExitCodes(Clocked):
 
     def test_a_timeout_is_no_snooze_whatever_the_job_says_as_it_is_ended(self) -> None:
         self.queue.enqueue("true", id="x", max_retries=1)
-        ending = Ending("ran", self.now, self.now, 75, "timed out after 1 s")
+        ending = Ending("timed out", self.now, self.now, 75, "timed out after 1 s")
         after = self.queue.finish(self.next(), ending)[0]
         self.assertEqual((after.state, after.attempts), ("dead", 1))
 
@@ -3412,6 +3457,9 @@ class ExitCodes(Clocked):
         for code, state in {2: "dead", 127: "dead", 1: "pending", -2: "pending"}.items():
             self.queue.enqueue("true")
             self.assertEqual(self.ends(code).state, state, code)
+        self.queue.enqueue("true")
+        timed_out = Ending("timed out", self.now, self.now, 2, "timed out after 1 s")
+        self.assertEqual(self.queue.finish(self.next(), timed_out)[0].state, "pending")
         for bad in ("0", "256", "x", "2;3", "-9"):
             self.assertEqual(self.told("config", "set", "no_retry_exit_codes", bad)[0], 2)
         self.assertEqual(self.out("config", "get", "no_retry_exit_codes"), "2,126,127\n")
@@ -4054,6 +4102,17 @@ class Speed(Live):
             self.assertEqual(queue.db.execute(queuectl.TRUNCATE_LOG).fetchone()[0], 0)
             seen += [job.seq for job in jobs]
             self.assertEqual(seen, list(range(1, 2502)))
+
+    def test_so_does_who_is_slow_to_take_the_ids_of_a_batch(self) -> None:
+        with Queue(self.path) as queue:
+            jobs = [{"command": "true"} for _ in range(2500)]
+            jobs[7]["id"] = jobs[2400]["id"] = "taken"
+            ids = queue.enqueue_many(jobs, if_absent=True)
+            taken = [next(ids)]
+            self.assertEqual(queue.db.execute(queuectl.TRUNCATE_LOG).fetchone()[0], 0)
+            taken += ids
+        numbers = [str(n) for n in range(1, 2500) if n != 8]
+        self.assertEqual(taken, [*numbers[:7], "taken", *numbers[7:], "taken"])
 
     def test_workers_come_from_a_server_that_has_loaded_everything(self) -> None:
         self.enqueue("echo ${PYTHONPATH-unset} > env")

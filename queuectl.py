@@ -19,8 +19,11 @@ it, `queuectl.db.run`, holds what is alive, as locked files: the kernel drops a 
 holder dies, so that nobody has to guess with heartbeats, leases or clocks.
 
     worker-ID       locked by one worker: free means that the worker is gone
+    pool-ID         locked by one pool; beside it .bell, which is rung when there may be work, and
+                    .stop, which asks it to stop
     SEQ.RUN.out     one attempt's output, locked by the worker and, through an inherited
                     descriptor, by every process of the job: free means that all of them are gone
+    SEQ.RUN.end.X   the same with a result, X, that the full disk did not let its worker store
 
 A job in `processing` whose worker's lock is free has crashed. If its attempt's lock is still held,
 its orphans are ended first; then it goes back to the queue, and the attempt counts. A worker
@@ -28,6 +31,9 @@ without its pool finishes its job and leaves. So a job runs at least once, and n
 
 Exit codes: 0 done; 1 the answer is no (a job failed, no such job); 2 bad usage or input; 4 the
 database or the machine is at fault; 124 timed out; 128+n ended by signal n.
+
+To read on: each part uses what stands above it, so that `main` is at the end. A job's way is
+cmd_enqueue, Queue.enqueue_many, Pool.wake, Worker.main, Queue.claim, Worker.perform, Queue.finish.
 """
 
 from __future__ import annotations
@@ -36,6 +42,7 @@ import collections
 import contextlib
 import errno
 import io
+import json
 import os
 import re
 import shlex
@@ -192,7 +199,7 @@ def holds(pid: int, path: str) -> bool:
     return False
 
 
-def group(facts: Mapping[str, Any], job: Job) -> list[int]:
+def process_group(facts: Mapping[str, Any], job: Job) -> list[int]:
     """Return the process group of an attempt where there is no /proc: by pid and start time.
 
     A leader that did not start when the job was launched is a stranger who got the pid later.
@@ -378,7 +385,7 @@ class System:
     def members(self, job: Job, run: RunDirectory) -> list[int]:
         """Return an attempt's processes, as far as they can be told from strangers for certain."""
         if not PROC:
-            return group(run.facts(job.locked_by), job)
+            return process_group(run.facts(job.locked_by), job)
         key = b"\0QUEUECTL_RUN=" + run_key(job).encode() + b"\0"
         others = set(map(int, filter(str.isdigit, os.listdir("/proc")))) - {os.getpid()}
         found = [pid for pid in sorted(others) if key in b"\0" + read_proc(f"{pid}/environ")]
@@ -608,7 +615,7 @@ def moment(value: Any) -> float:
     return float(within(0, value, 253402300799, be))
 
 
-def text(value: Any) -> str:
+def valid_text(value: Any) -> str:
     """Check something that the operating system will be given: no NUL, nothing but Unicode."""
     must(isinstance(value, str), "be a string")
     must(value == value.encode(errors="ignore").decode(), "be valid Unicode")
@@ -616,27 +623,27 @@ def text(value: Any) -> str:
     return str(value)
 
 
-def command_line(value: object) -> str:
+def valid_command(value: object) -> str:
     """Check a shell line: not blank, and not longer than the system can start."""
-    line, limit = text(value), SYSTEM.COMMAND_LIMIT
+    line, limit = valid_text(value), SYSTEM.COMMAND_LIMIT
     must(line.strip(), "not be blank")
     must(len(line.encode()) <= limit, f"not be longer than {limit} bytes; put it into a script")
     return line
 
 
-def name(value: object) -> str:
+def valid_name(value: object) -> str:
     """Check the name of a job or a queue: something that can be typed, seen and told apart."""
-    word = text(value)
+    word = valid_text(value)
     fits = re.fullmatch(r"[^\s-]\S{0,199}", word) and word.isprintable()
     must(fits, "be 1 to 200 printable characters, without white space or a leading '-'")
     return word
 
 
-def names(value: Any) -> list[str]:
+def valid_names(value: Any) -> list[str]:
     """Check a list of names; a string is one with commas."""
     items = value.split(",") if isinstance(value, str) else value
     must(isinstance(items, (list, tuple)), "be a list of ids")
-    return [name(item) for item in items]
+    return [valid_name(item) for item in items]
 
 
 MONTHS, DAYS = "jan feb mar apr may jun jul aug sep oct nov dec", "sun mon tue wed thu fri sat"
@@ -694,10 +701,10 @@ def cron_next(rule: str, after: float) -> float:
     raise ValueError("names a day that never comes")
 
 
-def cron(value: object) -> str:
+def valid_cron(value: object) -> str:
     """Check a rule of five fields."""
-    cron_next(text(value), time.time())
-    return text(value)
+    cron_next(valid_text(value), time.time())
+    return valid_text(value)
 
 
 def recurrence(recurs: str, planned: float, now: float) -> float:
@@ -708,35 +715,35 @@ def recurrence(recurs: str, planned: float, now: float) -> float:
     return planned + float(rule) * max(1, (now - planned) // float(rule) + 1)
 
 
-def directory(value: object) -> str:
+def valid_directory(value: object) -> str:
     """Check a directory, which need not exist yet, and make it absolute."""
-    must(text(value), "not be empty")
-    return os.path.abspath(text(value))
+    must(valid_text(value), "not be empty")
+    return os.path.abspath(valid_text(value))
 
 
-def environment(value: Any) -> dict[str, str]:
+def valid_environment(value: Any) -> dict[str, str]:
     """Check a mapping of names of environment variables to their values."""
     must(isinstance(value, Mapping), 'be an object such as {"NAME": "value"}')
     for key, item in value.items():
-        must(text(key) and "=" not in key, "have names without '='")
-        text(item)
+        must(valid_text(key) and "=" not in key, "have names without '='")
+        valid_text(item)
     return dict(value)
 
 
 FIELDS: dict[str, Callable[[object], Any]] = {  # what a job may be given, each with its check
-    "id": name,
-    "command": command_line,
-    "queue": name,
+    "id": valid_name,
+    "command": valid_command,
+    "queue": valid_name,
     "priority": whole(-1_000_000, 1_000_000),
     "delay": seconds,
     "run_at": moment,
     "timeout": seconds,
     "max_retries": whole(1, 1_000_000),
-    "cwd": directory,
-    "env": environment,
-    "after": names,
+    "cwd": valid_directory,
+    "env": valid_environment,
+    "after": valid_names,
     "every": lambda value: within(1, seconds(value), FOREVER, "be at least 1 second"),
-    "cron": cron,
+    "cron": valid_cron,
 }
 
 
@@ -790,7 +797,7 @@ def literal(value: str) -> int | str:
     return int(value) if re.fullmatch(r"[+-]?\d{1,18}", value.strip()) else value
 
 
-def number(low: int, high: int) -> Callable[[str], int]:
+def number_in(low: int, high: int) -> Callable[[str], int]:
     """Return a reader for a whole number in a range."""
     return lambda value: whole(low, high)(literal(value))
 
@@ -807,14 +814,14 @@ def prefix(value: str) -> tuple[str, ...]:
     """Read an argument vector, to which a job's command is added."""
     must(value.strip(), "be a command prefix such as 'bash -ec'")
     try:
-        return tuple(SYSTEM.words(text(value)))
+        return tuple(SYSTEM.words(valid_text(value)))
     except ValueError as error:
         raise ValueError(f"must be a command prefix: {error}") from None
 
 
 def exit_codes(value: str) -> tuple[int, ...]:
     """Read a list of exit codes; it may be empty."""
-    return tuple(map(number(1, 255), value.split(","))) if value.strip() else ()
+    return tuple(map(number_in(1, 255), value.split(","))) if value.strip() else ()
 
 
 def durability(value: str) -> str:
@@ -824,14 +831,18 @@ def durability(value: str) -> str:
 
 
 SETTINGS = {
-    "max_retries": Setting(3, number(1, 1_000_000), "how often a job is tried"),
+    "max_retries": Setting(
+        3, number_in(1, 1_000_000), "how often a job is tried, the first time included"
+    ),
     "backoff_base": Setting(2.0, base, "a retry waits this ** attempts seconds (1 to 1000)"),
     "backoff_max": Setting(86400.0, seconds, "but never longer than this many seconds"),
     "timeout": Setting(300.0, seconds, "how long an attempt may take (0: no limit)"),
     "kill_grace": Setting(5.0, seconds, "from TERM to KILL when a job is ended"),
-    "output_limit": Setting(65536, number(0, 1 << 28), "how many bytes of output are kept"),
+    "output_limit": Setting(65536, number_in(0, 1 << 28), "how many bytes of output are kept"),
     "shell": Setting(SYSTEM.SHELL, prefix, "what runs a command: the command is its last argument"),
-    "max_snoozes": Setting(20, number(0, 1_000_000), "how often a job may exit 75: try me later"),
+    "max_snoozes": Setting(
+        20, number_in(0, 1_000_000), "how often a job may exit 75: try me later"
+    ),
     "no_retry_exit_codes": Setting((), exit_codes, "exit codes that are final, such as 2,126,127"),
     "retention": Setting(0.0, seconds, "when what completed or was cancelled is pruned (0: never)"),
     "synchronous": Setting("normal", durability, "full: each result synced before the next claim"),
@@ -1114,8 +1125,6 @@ class Held:
 
     def note(self, **facts: object) -> None:
         """Replace the text of the file, which tells others what its holder is doing."""
-        import json
-
         os.ftruncate(self.fd, 0)
         os.write(self.fd, json.dumps(facts).encode())
 
@@ -1159,8 +1168,6 @@ class RunDirectory:
 
     def facts(self, *parts: object) -> dict[str, Any]:
         """Return what the holder of a file says about itself, as far as it can be read."""
-        import json
-
         garbled = contextlib.suppress(OSError, ValueError, TypeError)
         with garbled, open(self.file(*parts), "rb") as file:
             return dict(json.load(file))
@@ -1264,7 +1271,7 @@ class Database:
         """
         self.path = os.path.realpath(path)  # one database has one run directory
         self.mode = "ro" if readonly else "rw"
-        self.run = RunDirectory(self.path)
+        self.run_dir = RunDirectory(self.path)
         self.synchronous = "full"
         self.patient: Callable[[float], bool] = lambda waited: waited < PATIENCE
         self._local = threading.local()
@@ -1281,16 +1288,16 @@ class Database:
         where = os.path.dirname(self.path)
         if not os.path.isdir(where):
             raise Fault(f"there is no directory {where}")
-        self.run.make()
-        making = Held(self.run.file("making"))
+        self.run_dir.make()
+        making = Held(self.run_dir.file("making"))
         try:
             if os.path.lexists(self.path):
                 return
             if os.path.lexists(self.path + "-wal"):  # SQLite would replay it into a new file
                 raise Fault(f"{self.path}-wal is there without {self.path}: move it away too")
-            for left in self.run.files("new.db"):
-                os.unlink(self.run.file(left))
-            new = self.run.file("new.db")
+            for left in self.run_dir.files("new.db"):
+                os.unlink(self.run_dir.file(left))
+            new = self.run_dir.file("new.db")
             os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             os.chmod(new, 0o600)  # whatever the umask
             with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as db:
@@ -1381,7 +1388,9 @@ class Database:
                 waited = time.monotonic() - began
                 if not self.patient(waited):
                     raise Locked(f"{self.path} has been locked for {span(waited)}") from error
-            time.sleep(pause * (0.5 + time.perf_counter_ns() % 1000 / 1000))
+            time.sleep(
+                pause * (0.5 + time.perf_counter_ns() % 1000 / 1000)
+            )  # by chance, no two alike
             pause = min(pause * 1.5, 0.004)
 
     def execute(self, sql: str, args: Any = ()) -> sqlite3.Cursor:
@@ -1403,7 +1412,7 @@ class Database:
         """
         db, local = self.connection, self._local
         begin, end, *back = INNER if db.in_transaction else OUTER
-        local.ring = (local.ring if db.in_transaction else False) or ring
+        local.ring = ring or (db.in_transaction and local.ring)
         self.execute(begin)
         try:
             with self.faults():
@@ -1414,7 +1423,11 @@ class Database:
                 db.execute(sql)
             raise
         if local.ring and not db.in_transaction:
-            self.run.ring()
+            self.run_dir.ring()
+
+    def ring_when_stored(self) -> None:
+        """Wake the pools as soon as the transaction that is open is stored."""
+        self._local.ring = True
 
     def durable(self, synchronous: str) -> None:
         """Choose whether each commit is synced (full), or the caller sees to it (normal)."""
@@ -1445,7 +1458,7 @@ class Database:
             self._local.pid = None
 
 
-def shared(gid: int) -> bool:
+def shared_group(gid: int) -> bool:
     """Tell whether a group is more than the private group of the user who runs us."""
     import grp
     import pwd
@@ -1465,7 +1478,7 @@ def suspicious(info: os.stat_result, *, directory: bool) -> str | None:
         return "has another name (a hard link)"
     if info.st_uid != SYSTEM.user():
         return f"belongs to another user ({info.st_uid})"
-    if info.st_mode & stat.S_IWOTH or (info.st_mode & stat.S_IWGRP and shared(info.st_gid)):
+    if info.st_mode & stat.S_IWOTH or (info.st_mode & stat.S_IWGRP and shared_group(info.st_gid)):
         return "may be written by others"
     return None
 
@@ -1480,9 +1493,9 @@ def distrust(db: Database) -> str | None:
     where = os.path.dirname(db.path)
     if os.stat(where).st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
         return f"anybody may replace files in {where}"
-    for path in (db.path, db.path + "-wal", db.path + "-shm", db.run.path):
+    for path in (db.path, db.path + "-wal", db.path + "-shm", db.run_dir.path):
         with contextlib.suppress(FileNotFoundError):
-            reason = suspicious(os.lstat(path), directory=path == db.run.path)
+            reason = suspicious(os.lstat(path), directory=path == db.run_dir.path)
             if reason:
                 return f"{path} {reason}"
     return None
@@ -1565,7 +1578,7 @@ class Queue:
         create = create and not readonly
         self.db = Database(path, create=create, readonly=readonly, guest=guest)
         self.clock = clock
-        self.settings = {key: setting.default for key, setting in SETTINGS.items()}
+        self.settings: dict[str, Any] = {}  # as they were when a job was last claimed or finished
 
     def __enter__(self) -> Queue:
         """Return the queue; leaving the block closes it."""
@@ -1643,8 +1656,6 @@ class Queue:
             when = cron_next(row["cron"], now)
             row.update(recurs=f"cron {row['cron']}", planned=when)
         if row["env"] is not None:
-            import json
-
             row["env"] = json.dumps(row["env"])
         try:
             parents = [self.get(parent) for parent in row.get("after", ())]
@@ -1755,7 +1766,7 @@ class Queue:
             ended += jobs / max(self.clock() - first, 0.001) if jobs >= RECENT_LIMIT else jobs / 60
         return ended
 
-    def version(self) -> int:
+    def data_version(self) -> int:
         """Return a number that changes when another connection has changed anything."""
         return int(self.db.execute(DATA_VERSION).fetchone()[0])
 
@@ -1765,7 +1776,6 @@ class Queue:
         for key, value in self.db.execute(SETTINGS_STORED):
             if key in SETTINGS:
                 config[key] = SETTINGS[key].read(value)
-        self.settings = config  # for workers, which have just read it in a transaction
         return config
 
     # operating
@@ -1868,7 +1878,7 @@ class Queue:
     def claim(self, worker: str, queues: Sequence[str] = ()) -> Job | None:
         """Give the next due job to a worker, which has its lock; None where nothing is due."""
         with self.db.transaction():
-            self.config()
+            self.settings = self.config()
             return self._claim(worker, queues)
 
     def _waiting(self, queues: Sequence[str]) -> dict[str, int]:
@@ -1910,7 +1920,8 @@ class Queue:
             asked = next(self._jobs(ONE, id=job.id), job)
             job = job._replace(cancelling=asked.cancelling)
         now = self.clock()
-        after = sequel(job, ending, self.config(), now)
+        self.settings = self.config()
+        after = sequel(job, ending, self.settings, now)
         over = after.state in (COMPLETED, DEAD)
         recurs = job.recurs and over and not job.cancelling
         row = after._replace(
@@ -1921,8 +1932,8 @@ class Queue:
             return None
         self.db.execute(ADD_ATTEMPT, (job.seq, job.run, job.locked_by, *ending[1:]))
         if after.state == COMPLETED and self.db.execute(MEET, {"seq": job.seq}).rowcount:
-            with self.db.transaction(ring=True):
-                self.db.execute(UNBLOCK, {"seq": job.seq, "now": now})
+            self.db.execute(UNBLOCK, {"seq": job.seq, "now": now})
+            self.db.ring_when_stored()
         if recurs:
             self._recur(job, now)
         return after
@@ -1932,8 +1943,8 @@ class Queue:
         when = recurrence(str(job.recurs), job.planned or now, now)
         row = {**job._asdict(), "id": job.series, "created_at": now, "updated_at": now}
         row.update(run_after=when, planned=when, due=LATER)
-        with self.db.transaction(ring=True):
-            self._insert({**row, "seq": self.db.execute(LAST_SEQ).fetchone()[0] + 1})
+        self._insert({**row, "seq": self.db.execute(LAST_SEQ).fetchone()[0] + 1})
+        self.db.ring_when_stored()
 
     def claimed(self) -> list[Job]:
         """Return the jobs that are claimed by a worker, living or dead."""
@@ -1960,12 +1971,12 @@ class Queue:
         soonest = self.db.execute(NEXT_AWAITED, {"queue": queue}).fetchone()[0]
         return soonest is not None and soonest <= self.clock() + horizon
 
-    def held(self, queues: Sequence[str] = (), horizon: float = FOREVER) -> list[str]:
+    def paused_with_work(self, queues: Sequence[str] = (), horizon: float = FOREVER) -> list[str]:
         """Return the paused queues, all or of these, with jobs that a drain would wait for."""
         waiting = set(self._waiting(queues))
         names = {q for q, state, due, _ in self.tally() if state == PENDING and due != BLOCKED}
-        held = (names - waiting) & (set(queues) or names)
-        return sorted(queue for queue in held if self._awaited(queue, horizon))
+        paused = (names - waiting) & (set(queues) or names)
+        return sorted(queue for queue in paused if self._awaited(queue, horizon))
 
     def blocked(self, queues: Sequence[str] = (), limit: int = 10) -> list[Job]:
         """Return the jobs that have been blocked longest, of each of these queues or of all."""
@@ -2073,7 +2084,6 @@ def news_of(job: Job, after: Job | None, ending: Ending) -> tuple[str, str]:
 
 def keep(run: RunDirectory, job: Job, ending: Ending, out: Output | None) -> None:
     """Keep a result that cannot be stored, as the output file's name: a full disk takes that."""
-    import json
     from base64 import urlsafe_b64encode
 
     if out:
@@ -2082,6 +2092,23 @@ def keep(run: RunDirectory, job: Job, ending: Ending, out: Output | None) -> Non
         os.close(out.fd)  # Windows renames nothing that is open
         kept = urlsafe_b64encode(facts.encode()).decode()
         os.rename(out.path, run.file(job.seq, job.run, "end", kept))
+
+
+def ending_of(run: RunDirectory, job: Job, now: float, limit: int) -> Ending:
+    """Return how a dead worker's attempt ended: in a crash, unless the worker kept a result."""
+    from base64 import urlsafe_b64decode
+
+    then = job.locked_at or 0.0
+    ending = Ending("crashed", then, max(then, now), None, "its worker died")
+    with contextlib.suppress(FileNotFoundError, ValueError):  # another is faster; garbled
+        for name in run.files(f"{job.seq}.{job.run}."):
+            _, _, _, *kept = name.split(".")
+            if kept:
+                ending = Ending(*json.loads(urlsafe_b64decode(kept[0])))
+            with open(run.file(name), "rb") as file:
+                cut, output = tail(file.fileno(), limit)
+            ending = ending._replace(cut=ending.cut + cut, output=output)
+    return ending
 
 
 class Worker:
@@ -2098,17 +2125,16 @@ class Worker:
     ) -> None:
         """Take the lock that says: this worker is alive."""
         self.queue = Queue(path, create=False)
-        self.db, self.run_dir = self.queue.db, self.queue.db.run
+        self.db, self.run_dir = self.queue.db, self.queue.db.run_dir
         self.name, self.slot, self.queues, self.pool = name, slot, queues, pool
         self.held = Held(self.run_dir.file(name))
         self.held.note(pid=os.getpid(), slot=slot)
-        self.bell = SYSTEM.bell(self.run_dir.file(name, "bell"))
+        self.bell = SYSTEM.bell(self.run_dir.file(name, "bell"))  # signals ring it, SIGCHLD too
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.run_dir.file(name, "bell"))  # only signals ring it
+            os.unlink(self.run_dir.file(name, "bell"))  # and nobody else
         handle_signals(ignore, self.bell, worker=True)
         self.child: Child | None = None
-        self.config = self.queue.config()
-        self.db.durable(self.config["synchronous"])
+        self.db.durable(self.queue.config()["synchronous"])
         self.db.patient = self.patient
         self.heard: set[str] = set()  # the pool's words so far
         self.stopping = False  # no more is claimed
@@ -2200,11 +2226,10 @@ class Worker:
 
     def perform(self, job: Job) -> tuple[Ending, Output | None]:
         """Run one attempt of a job to its end."""
-        self.config = self.queue.settings
         started, out = self.queue.clock(), None
         try:
             out = Output(self.run_dir.file(job.seq, job.run, "out"))
-            child = SYSTEM.launch(self.config["shell"], job, self.environment(job), out.fd)
+            child = SYSTEM.launch(self.queue.settings["shell"], job, self.environment(job), out.fd)
         except OSError as failure:
             return self.unstartable(job, failure, started), out
         self.child, self.trouble = child, ""
@@ -2217,13 +2242,11 @@ class Worker:
         SYSTEM.release(child)
         self.child = None
         error, finished = error or exit_meaning(child.returncode), self.queue.clock()
-        tail = out.tail(self.config["output_limit"])
+        tail = out.tail(self.queue.settings["output_limit"])
         return Ending(fate, started, max(started, finished), child.returncode, error, *tail), out
 
     def environment(self, job: Job) -> dict[str, str]:
         """Return what a job's environment has beside the worker's: its own, then ours."""
-        import json
-
         return {
             **(json.loads(job.env) if job.env else {}),
             "QUEUECTL_JOB_ID": job.id,
@@ -2244,7 +2267,7 @@ class Worker:
 
     def watch(self, job: Job, child: Child, out: Output) -> tuple[str, str | None]:
         """Wait for the end of a job, or for a reason to end it; return its fate and the reason."""
-        timeout = self.config["timeout"] if job.timeout is None else job.timeout
+        timeout = self.queue.settings["timeout"] if job.timeout is None else job.timeout
         deadline = time.monotonic() + timeout if timeout else NEVER
         key, pause = run_key(job), 0.01
         while child.poll() is None:
@@ -2257,21 +2280,21 @@ class Worker:
                 return "timed out", f"timed out after {span(timeout)}"
             self.wait(min(deadline, now + pause))
             if time.monotonic() > now + pause:
-                full = out.trim(self.config["output_limit"])
+                full = out.trim(self.queue.settings["output_limit"])
                 pause = 0.01 if full else min(pause * 2, 0.1)
         return "ran", None
 
     def end(self, job: Job, child: Child, out: Output) -> None:
         """End what is left of an attempt; return when every process of it is gone."""
         out.reopen()
-        ender, pause = Ender(job, self.run_dir, self.config["kill_grace"]), 0.005
+        ender, pause = Ender(job, self.run_dir, self.queue.settings["kill_grace"]), 0.005
         while not ender.gone() or child.poll() is None:
             self.wait(time.monotonic() + pause)
             pause = min(pause * 1.5, 0.05)
 
     def finish(self, job: Job, ending: Ending, out: Output | None) -> Job | None:
         """Record how an attempt ended and claim the next job, in one transaction."""
-        self.db.durable("full" if self.alone else self.config["synchronous"])
+        self.db.durable("full" if self.alone else self.queue.settings["synchronous"])
         claim = None if self.stopping else self.queues
         after, following = self.queue.finish(job, ending, claim)
         if out:
@@ -2296,7 +2319,12 @@ HIRING = threading.Lock()  # hiring changes, for a moment, what the whole proces
 
 
 def importable() -> str:
-    """Return the name by which workers find this module, known by it even if run as a program."""
+    """Return the name by which workers find this module.
+
+    A worker gets `run_worker` by the name of its module. Where the module was run as a program, it
+    is made known by the name under which it can be imported; if it has none (a program without
+    `.py`), `__main__` stays, which workers then load once more.
+    """
     from importlib.util import find_spec
 
     here = os.path.realpath(__file__)
@@ -2363,7 +2391,7 @@ class Pool:
         self, queue: Queue, count: int, queues: Sequence[str], say: Callable[[str], None]
     ) -> None:
         """Prepare a pool of so many workers; `say` gets a line for each event."""
-        self.queue, self.db, self.run_dir = queue, queue.db, queue.db.run
+        self.queue, self.db, self.run_dir = queue, queue.db, queue.db.run_dir
         self.count, self.queues, self.say = count, queues, say
         self.tick: Callable[[], None] = lambda: None  # is called at every turn
         self.drain, self.horizon, self.code = False, FOREVER, OK
@@ -2381,7 +2409,7 @@ class Pool:
         self.enders: dict[str, Ender] = {}  # for what a dead worker's job left running
         self.strangers: set[str | None] = set()  # who has jobs and is not, or no longer, ours
         self.maybe_work = True  # some may be due, and nobody was woken for it
-        self.version = -1  # of the database, when it was last looked at
+        self.seen = -1  # the data_version of the last look
         self.next_time = NEVER  # when a job becomes due; the other times are of the monotonic clock
         self.look_at, self.prune_at, self.sync_at, self.truncate_at = 0.0, 0.0, NEVER, 0.0
 
@@ -2489,7 +2517,7 @@ class Pool:
             return
         self.say(f"{member.name} died")
         now = time.monotonic()
-        self.look_at, self.version, self.maybe_work = 0.0, -1, True
+        self.look_at, self.seen, self.maybe_work = 0.0, -1, True
         with contextlib.suppress(Locked):
             if not any(job.locked_by == member.name for job in self.queue.claimed()):
                 self.deaths = [then for then in self.deaths if then > now - 60] + [now]
@@ -2530,11 +2558,11 @@ class Pool:
             raise Fault(f"{self.db.path} was moved away or replaced")
         with contextlib.suppress(OSError), open(self.run_dir.file(self.name, "stop")) as file:
             self.stop(file.read() or "stop", "asked to stop")
-        version = self.queue.version()  # asked first: what changes from here on is seen next time
-        if version != self.version or self.strangers:  # their locks become free without a change
+        version = self.queue.data_version()  # asked first: what changes from now on is seen later
+        if version != self.seen or self.strangers:  # their locks become free without a change
             self.recover()
-        if version != self.version:
-            self.version, self.maybe_work = version, True
+        if version != self.seen:
+            self.seen, self.maybe_work = version, True
             self.next_time = self.queue.next_time(self.queues) or NEVER
         if time.monotonic() >= self.prune_at:
             self.prune()
@@ -2574,26 +2602,14 @@ class Pool:
             self.look_within(BATCH)
 
     def give_back(self, job: Job) -> None:
-        """Record how a dead worker's attempt ended: in a crash, unless the worker kept a result."""
-        import json
-        from base64 import urlsafe_b64decode
-
-        then, now = job.locked_at or 0.0, self.queue.clock()
-        ending = Ending("crashed", then, max(then, now), None, "its worker died")
-        names = self.run_dir.files(f"{job.seq}.{job.run}.")
-        with contextlib.suppress(FileNotFoundError, ValueError):  # another is faster; garbled
-            for name in names:
-                _, _, _, *kept = name.split(".")
-                if kept:
-                    ending = Ending(*json.loads(urlsafe_b64decode(kept[0])))
-                with open(self.run_dir.file(name), "rb") as file:
-                    cut, output = tail(file.fileno(), self.queue.config()["output_limit"])
-                ending = ending._replace(cut=ending.cut + cut, output=output)
+        """Record how a dead worker's attempt ended, and remove its files."""
+        limit = self.queue.config()["output_limit"]
+        ending = ending_of(self.run_dir, job, self.queue.clock(), limit)
         after = self.queue.finish(job, ending)[0]
-        with contextlib.suppress(FileNotFoundError):
-            for name in names:
+        for name in self.run_dir.files(f"{job.seq}.{job.run}."):
+            with contextlib.suppress(FileNotFoundError):  # another is faster
                 os.unlink(self.run_dir.file(name))
-        self.version = -1  # what this process changes, it does not see there
+        self.seen = -1  # what this process changes, it does not see there
         if after:
             self.report(*news_of(job, after, ending))
 
@@ -2621,8 +2637,8 @@ class Pool:
 
     def drained(self) -> None:
         """Leave, now that nothing is left to run, unless a paused queue may be resumed."""
-        held = self.queue.held(self.queues, self.horizon)
-        if not held:
+        paused = self.queue.paused_with_work(self.queues, self.horizon)
+        if not paused:
             blocked = self.queue.blocked(self.queues)
             for job in blocked:
                 self.code = NO
@@ -2633,7 +2649,8 @@ class Pool:
             self.stop("stop")
         elif not self.told:
             self.told = True
-            self.say(f"waiting: paused with jobs in {', '.join(map(printable, held))}; see resume")
+            names = ", ".join(map(printable, paused))
+            self.say(f"waiting: paused with jobs in {names}; see resume")
 
     def sync(self) -> None:
         """Make what the workers recorded durable: they do not wait for the disk themselves.
@@ -2671,7 +2688,7 @@ def work(  # noqa: PLR0913
     `say` gets a line for each event, `tick` is called at least once a second.
     """
     with Queue(path) as queue:
-        queue.db.run.make()  # the database may have been copied here
+        queue.db.run_dir.make()  # the database may have been copied here
         reason, kind = distrust(queue.db), network(queue.db.path)
         if reason and not insecure:
             raise Fault(f"{reason}: whoever writes there runs commands as you; see --insecure")
@@ -2757,8 +2774,6 @@ def ago(when: float, now: float) -> str:
 
 def job_facts(job: Job, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a job as JSON shows it: the fields of the table, times in ISO 8601."""
-    import json
-
     facts: dict[str, Any] = job._asdict()
     for key in ("created_at", "updated_at", "run_after", "locked_at", "planned"):
         facts[key] = iso(facts[key])
@@ -2780,7 +2795,7 @@ def why(queue: Queue, job: Job) -> str:
     paused, name = queue.paused(), f"queue {printable(job.queue)}"
     if "" in paused or job.queue in paused:
         return "all queues are paused" if "" in paused else f"{name} is paused"
-    served = [pool.get("queues") for pool in queue.db.run.holders("pool").values()]
+    served = [pool.get("queues") for pool in queue.db.run_dir.holders("pool").values()]
     if not served:
         return "no worker is running"
     if not any(not queues or job.queue in queues for queues in served):
@@ -2825,7 +2840,7 @@ def job_text(queue: Queue, job: Job) -> Iterator[str]:
 def worker_facts(queue: Queue) -> Iterator[dict[str, Any]]:
     """Yield each living worker as JSON shows it."""
     running = {job.locked_by: job for job in queue.claimed()}
-    for name, at in queue.db.run.holders("worker").items():
+    for name, at in queue.db.run_dir.holders("worker").items():
         pool, job = "pool-" + name.split("-")[1], running.get(name)
         facts = {"worker": name, "pool": pool, "pid": at.get("pid"), "slot": at.get("slot")}
         doing = {"job": job and job.id, "since": job and iso(job.locked_at)}
@@ -2835,8 +2850,8 @@ def worker_facts(queue: Queue) -> Iterator[dict[str, Any]]:
 def worker_rows(workers: Iterable[Facts], now: float) -> Iterator[tuple[object, ...]]:
     """Yield workers as rows of a list."""
     for at in workers:
-        since = ago(moment(at["since"]), now) if at["since"] else ""
-        yield at["worker"], at["pid"] or "?", at["job"] or "idle", since, at["command"] or ""
+        since = at["since"] and ago(moment(at["since"]), now)
+        yield at["worker"], at["pid"] or "?", at["job"] or "idle", since or "", at["command"] or ""
 
 
 def status_facts(queue: Queue, only: str | None = None) -> dict[str, Any]:
@@ -2988,8 +3003,6 @@ def show(lines: Iterable[str]) -> None:
 
 def show_json(facts: Facts) -> None:
     """Print an object on one line, in ASCII."""
-    import json
-
     print(json.dumps(facts))
 
 
@@ -3006,8 +3019,8 @@ def changes(queue: Queue, timeout: float | None = None) -> Iterator[None]:
     """Yield at once, at every change, and now and then; end after so many seconds."""
     began, version, look_at = time.monotonic(), -1, 0.0
     while timeout is None or time.monotonic() - began <= timeout:
-        if queue.version() != version or time.monotonic() >= look_at:
-            version, look_at = queue.version(), time.monotonic() + 0.5
+        if queue.data_version() != version or time.monotonic() >= look_at:
+            version, look_at = queue.data_version(), time.monotonic() + 0.5
             yield
         time.sleep(0.01)
 
@@ -3018,8 +3031,6 @@ JSON_BEGINS = r'\s*((\[\s*)?\{\s*(["}]|\w+\s*:|$)|\[[\s\d]*[],])'  # as no shell
 
 def from_json(source: str) -> list[dict[str, object]]:
     """Return the jobs that a JSON object, or an array of them, describes."""
-    import json
-
     try:
         value = json.loads(source)
     except (ValueError, RecursionError) as error:
@@ -3102,7 +3113,7 @@ def detach(args: argparse.Namespace) -> int:
     import subprocess
 
     with Queue(args.db) as queue:
-        run, log = queue.db.run, queue.db.run.file("workers.log")
+        run, log = queue.db.run_dir, queue.db.run_dir.file("workers.log")
     run.make()  # the database may have been copied here
     options = [word for word in args.rest if word != "--detach"]
     argv = [sys.executable, sys.argv[0], "--db", args.db, "worker", "start", *options]
@@ -3140,7 +3151,7 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
     """Ask every pool to stop, and wait until they are gone."""
-    run = queue.db.run
+    run = queue.db.run_dir
     pools = list(run.holders("pool"))
     living = pools + list(run.holders("worker"))  # one without its pool finishes its job
     for pool in pools:
@@ -3255,11 +3266,11 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     for _ in changes(queue, args.timeout):
         jobs = [queue.get(job_id) for job_id in ids]
         running = any(job.state not in ENDED for job in jobs)
-        if not (running if ids else queue.unfinished() or queue.held()):
+        if not (running if ids else queue.unfinished() or queue.paused_with_work()):
             break
         LINES.show(line)
     else:
-        say(f"not yet, after {span(args.timeout)}: {line()}")
+        say(f"timed out after {span(args.timeout)}: {line()}")
         return TIMED_OUT
     if not ids:
         died = max(0, queue.counts()[DEAD] - dead)
@@ -3315,12 +3326,13 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
     before = job.run - (job.state != PENDING)
     for _ in changes(queue) if args.follow and not args.run else ():
         job = queue.get(job.id)
-        begun = os.path.exists(queue.db.run.file(job.seq, job.run, "out"))  # a moment after a claim
+        out = queue.db.run_dir.file(job.seq, job.run, "out")
+        begun = os.path.exists(out)  # a moment after a claim
         if job.state in ENDED or (begun if job.state == PROCESSING else job.run > before):
             break
     run = args.run or job.run
     try:
-        fd = os.open(queue.db.run.file(job.seq, run, "out"), os.O_RDONLY | BINARY)
+        fd = os.open(queue.db.run_dir.file(job.seq, run, "out"), os.O_RDONLY | BINARY)
         cut, output = tail(fd, queue.config()["output_limit"])
         chunks = follow(queue, job, fd, cut) if args.follow else [output]
     except FileNotFoundError:
@@ -3341,10 +3353,10 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
     jobs, code = queue.cancel(args.ids, cascade=args.cascade), OK
     for _ in changes(queue):
         jobs = [queue.get(job.id) for job in jobs]
-        if not any(job.cancelling for job in jobs) or not queue.db.run.holders("pool"):
+        if not any(job.cancelling for job in jobs) or not queue.db.run_dir.holders("pool"):
             break
     for job in jobs:
-        gone = job.cancelling and queue.db.run.free(job.locked_by)  # the next pool cancels it
+        gone = job.cancelling and queue.db.run_dir.free(job.locked_by)  # the next pool cancels it
         if job.state == CANCELLED or gone:
             print(job.id)
         else:
@@ -3386,43 +3398,43 @@ def cmd_config_list(args: argparse.Namespace, queue: Queue) -> None:
 DURATION: Any = {"check": seconds, "metavar": "DURATION"}
 COUNT = {"metavar": "N"}
 JSON = flag("--json", "for programs; the README has the fields")
-LIMIT = arg("--limit", check=number(0, 10**9), help="only the N that changed last; 0: all", **COUNT)
+LIMIT = arg("--limit", check=number_in(0, 10**9), help="the N that changed last; 0: all", **COUNT)
 STATE = arg("--state", action="append", choices=STATES, help="only this state; repeatable")
 TIMEOUT = arg("--timeout", help="give up after so long, with exit code 124", **DURATION)
-QUEUE = arg("--queue", check=name, metavar="QUEUE", help="only this queue")
+QUEUE = arg("--queue", check=valid_name, metavar="QUEUE", help="only this queue")
 ID, IDS = arg("id", metavar="ID"), arg("ids", nargs="*", metavar="ID")
 EVERY_DEAD = flag("--all", "all dead jobs")
 KEY = arg("key", metavar="KEY", check=check_setting, help="one of: " + ", ".join(SETTINGS))
 
 COMMANDS = {
-    "enqueue": Command(cmd_enqueue, "", "add a job; prints its id", "enqueue 'make all'", (
+    "enqueue": Command(cmd_enqueue, "", "add a job and print its id", "enqueue 'make all'", (
         arg("words", nargs="+", metavar="JOB",
             help="a shell line in quotes; JSON (an object or an array); - for JSON lines "
             "on stdin; or -- and then a command's own words"),
         arg("--id", help="its name (else a number)"),
         arg("--priority", check=literal, help="the highest is first (0)", **COUNT),
-        arg("--delay", metavar="DURATION", help="start it so long from now"),
+        arg("--delay", metavar="DURATION", help="start it after this long"),
         arg("--at", dest="run_at", metavar="TIME", help="start it then: 2030-01-31T08:00"),
         arg("--timeout", metavar="DURATION", help="end an attempt that takes longer (0: never)"),
-        arg("--max-retries", check=literal, help="how often it may start", **COUNT),
+        arg("--max-retries", check=literal, help="how many tries, the first included", **COUNT),
         arg("--queue", metavar="QUEUE", help="the queue it waits in (default)"),
         arg("--after", metavar="ID,...", help="start it once these have completed"),
-        arg("--every", metavar="DURATION", help="run it again and again, so far apart"),
-        arg("--cron", metavar="RULE", help="run it again and again: '0 3 * * mon-fri', @daily"),
+        arg("--every", metavar="DURATION", help="repeat it at this interval"),
+        arg("--cron", metavar="RULE", help="repeat it by a rule: '0 3 * * mon-fri', @daily"),
         arg("--cwd", metavar="DIR", help="where it runs (here)"),
         arg("--env", action="append", metavar="NAME=VALUE", help="a variable for it; repeatable"),
         flag("--if-absent", "do nothing if there is a job of that id"))),
     "worker start": Command(
         cmd_worker_start, "", "run jobs, until stopped", "worker start --count 4", (
-            arg("--count", check=number(1, 1000), default=1, help="jobs at a time (1)", **COUNT),
-            arg("--queue", dest="queues", check=name, action="append", metavar="QUEUE",
+            arg("--count", check=number_in(1, 1000), default=1, help="at a time (1)", **COUNT),
+            arg("--queue", dest="queues", check=valid_name, action="append", metavar="QUEUE",
                 default=[], help="only jobs of this queue; repeatable"),
             flag("--drain", "leave when nothing is left to run; exit 1: a job died or is blocked"),
             arg("--horizon", default=FOREVER, **DURATION,
                 help="with --drain: do not wait for what is due later than this"),
-            flag("--detach", "in the background; its log is in the queue's .run directory"),
-            flag("--quiet", "say nothing about each job"),
-            flag("--insecure", "even where others could have put jobs into the queue"))),
+            flag("--detach", "run in the background; the log is in the queue's .run directory"),
+            flag("--quiet", "print no event lines"),
+            flag("--insecure", "run even if others could have put jobs into the queue"))),
     "worker stop": Command(
         cmd_worker_stop, "read", "let workers finish their jobs and leave", "worker stop --now",
         (flag("--now", "end the running jobs; they go back to the queue"), TIMEOUT)),
@@ -3435,9 +3447,9 @@ COMMANDS = {
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
     "logs": Command(cmd_logs, "read", "write the output of a job", "logs 7 -f", (
         ID, arg("-f", "--follow", action="store_true", help="go on until the job ends"),
-        arg("--run", check=number(1, 10**9), help="of that attempt, not of the last", **COUNT))),
+        arg("--run", check=number_in(1, 10**9), help="show attempt N, not the last", **COUNT))),
     "wait": Command(
-        cmd_wait, "read", "wait for jobs; exit as the first that failed did", "wait 7 8",
+        cmd_wait, "read", "wait for jobs; exit with the code of the first that failed", "wait 7 8",
         (IDS, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
     "cancel": Command(cmd_cancel, "write", "call jobs off, waiting or running", "cancel 7", (
         arg("ids", nargs="+", metavar="ID"), flag("--cascade", "and the jobs that wait for them"))),
@@ -3528,7 +3540,7 @@ MEANING = "print what makes your shell complete words"
 COMMANDS["completion"] = Command(cmd_completion, "", MEANING, "completion bash", (SHELL, TYPED))
 
 HELP = """\
-  --db PATH   before COMMAND: the queue; else $QUEUECTL_DB, else ./queuectl.db
+PATH is the queue; if it is not given, $QUEUECTL_DB or ./queuectl.db.
 COMMANDS
 examples:
   queuectl enqueue 'make all'                  add a job
@@ -3546,6 +3558,8 @@ def new_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
         def error(self, message: str) -> NoReturn:
             wrong = re.match("unrecognized arguments: (-[^ =]+)", message)
             hint = nearest(wrong[1], self._option_string_actions) if wrong else ""
+            if message.endswith("required: COMMAND"):
+                message = f"which one? {', '.join(menu(self.prog[9:]))}"
             if wrong and wrong[1] == "--db":
                 hint = ": --db goes before the command"
             if wrong and self.prog == "queuectl enqueue" and wrong[1][1] != "-":
@@ -3564,8 +3578,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     while name not in COMMANDS:
         prog, known = f"queuectl {name}".strip(), menu(name)
         lines = "".join(f"  {word:<11} {meaning}\n" for word, meaning in known.items())
-        about, usage = lines if name else HELP.replace("COMMANDS", lines), " COMMAND [--help] ..."
-        parser = new_parser(prog, usage=prog + usage, description=about, add_help=False)
+        about = lines if name else HELP.replace("COMMANDS\n", lines + "\n")
+        usage = prog + " [--db PATH]" * (not name) + " COMMAND [--help] ..."
+        parser = new_parser(prog, usage=usage, description=about, add_help=False)
         parser.add_argument("-h", "--help", action="help", help=hidden)
         if not name:
             version, db = f"queuectl {__version__}", os.environ.get("QUEUECTL_DB") or "queuectl.db"

@@ -1089,7 +1089,7 @@ class NoFalseAlarm(Live):
         self.enqueue("true", delay=3600)
         self.enqueue("true")
         with Queue(self.path) as queue:
-            held = queuectl.Held(queue.db.run.file("worker-1"))
+            held = queuectl.Held(queue.db.run_dir.file("worker-1"))
             self.addCleanup(held.close)
             queue.claim("worker-1")
         kept = ["2.1.out", "workers.log"]
@@ -1126,7 +1126,7 @@ class NoFalseAlarm(Live):
             (): [],
         }
         names = ("run", "job_pid", "launched")
-        self.each(cases, lambda facts: queuectl.group(dict(zip(names, facts)), job))
+        self.each(cases, lambda facts: queuectl.process_group(dict(zip(names, facts)), job))
 
     def test_a_clock_that_jumps_changes_nobodys_life(self) -> None:
         for day in (86400.0, -86400.0):
@@ -1136,7 +1136,7 @@ class NoFalseAlarm(Live):
                 with Queue(self.path, clock=lambda now=clock: now[0]) as queue:
                     queue.enqueue("true", id="job")
                     pool = queuectl.Pool(queue, 1, (), lambda _: None)
-                    held = queuectl.Held(queue.db.run.file("worker-1"))
+                    held = queuectl.Held(queue.db.run_dir.file("worker-1"))
                     self.assertEqual(queue.claim("worker-1").run, 1)
                     clock[0] += day
                     pool.recover()
@@ -1228,16 +1228,16 @@ class Fencing(Live):
         self.enqueue("false", id="job")
         with Queue(self.path) as queue:
             job, error = queue.claim("worker-1"), "cannot start: \u00e9" * 50
-            out = queuectl.Output(queue.db.run.file("1.1.out"))
+            out = queuectl.Output(queue.db.run_dir.file("1.1.out"))
             os.write(out.fd, b"why")
             queuectl.keep(
-                queue.db.run,
+                queue.db.run_dir,
                 job,
                 self.BAD._replace(error=error, finished=queue.clock(), output=b""),
                 out,
             )
             pool = queuectl.Pool(queue, 1, (), lambda _: None)
-            held = queuectl.Held(queue.db.run.file("worker-1"))
+            held = queuectl.Held(queue.db.run_dir.file("worker-1"))
             pool.look()
             held.close()
             pool.look()
@@ -1245,7 +1245,7 @@ class Fencing(Live):
             self.assertEqual((after.state, run.exit_code, run.output), ("pending", 1, b"why"))
             self.assertEqual(str(run.error)[:14], error[:14])
             self.assertEqual(pool.next_time, after.run_after)  # though the change is its own
-            self.assertEqual(queue.db.run.files("1."), [])
+            self.assertEqual(queue.db.run_dir.files("1."), [])
 
     def test_a_late_result_does_not_keep_its_worker_from_the_next_job(self) -> None:
         with Queue(self.path) as queue:
@@ -1647,7 +1647,8 @@ class Output(Live):
 
     def test_output_is_looked_at_often_however_long_it_was_quiet(self) -> None:
         now, looks = [0.0], [0.0]
-        worker = mock.Mock(config={"timeout": 0, "output_limit": 0}, heard=set())
+        worker = mock.Mock(heard=set())
+        worker.queue.settings = {"timeout": 0, "output_limit": 0}
         worker.wait = lambda until: now.append(until + 0.001)
         out = mock.Mock(trim=lambda _: looks.append(now[-1]))
         child = mock.Mock(poll=lambda: 0 if now[-1] > 60 else None)
@@ -2333,7 +2334,7 @@ class Owner(Live):
         os.chown(self.path, -1, NOBODY)
         self.distrusted("may be written by others")
         os.chown(self.path, -1, 0)
-        if queuectl.shared(0):
+        if queuectl.shared_group(0):
             raise unittest.SkipTest("the group of root has other members here")
         self.trusted()
 
@@ -2343,7 +2344,7 @@ class Owner(Live):
             user, found = mock.Mock(pw_name="ada"), mock.Mock(gr_name=name, gr_mem=members)
             users = mock.patch("pwd.getpwuid", return_value=user)
             with users, mock.patch("grp.getgrgid", return_value=found):
-                return queuectl.shared(1)
+                return queuectl.shared_group(1)
 
         cases = {"ada": False, "ada ada": False, "ada ada eve": True, "staff": True}
         self.each(cases, shared)
@@ -2580,7 +2581,7 @@ class Watch(Live):
             logs = self.start("logs", "x", "-f")
             until(lambda: os.path.exists(self.path + "-shm"))
             self.assertFalse(select.select([logs.stdout], [], [], 0.5)[0])  # nor has it ended
-            out = queuectl.Output(queue.db.run.file(job.seq, job.run, "out"))
+            out = queuectl.Output(queue.db.run_dir.file(job.seq, job.run, "out"))
             os.write(out.fd, b"one\n")
             self.says(logs, "one\n")
             queue.finish(job, Ending("ran", 1.0, 2.0, 0, None, 0, b"one\n"))
@@ -2708,7 +2709,7 @@ class Wait(Live):
         everything.sees(r"\d/4 jobs")  # it knows what to wait for
         named = self.start("wait", "blocked", "scheduled", "waiting", "running")
         code, _, said = self.told("wait", "running", "--timeout", "0.2")
-        self.assertEqual((code, said), (124, "queuectl: not yet, after 0.2 s: 0/1 jobs, 0.0/s\n"))
+        self.assertEqual((code, said), (124, "queuectl: timed out after 0.2 s: 0/1 jobs, 0.0/s\n"))
         self.write("go")
         everything.end()
         self.assertEqual((named.wait(5), everything.process.returncode), (9, 9))
@@ -2768,7 +2769,7 @@ class Cancel(Live):
         self.enqueue("true", id="x")
         with Queue(self.path) as queue:
             queue.claim("worker-dead")
-            orphan = queuectl.Held(queue.db.run.file("1.1.out"))
+            orphan = queuectl.Held(queue.db.run_dir.file("1.1.out"))
             pools = [queuectl.Pool(queue, 1, (), lambda _: None) for _ in "ab"]
             for pool in pools:
                 pool.recover()
@@ -2782,7 +2783,7 @@ class Cancel(Live):
     def test_nobody_waits_for_a_pool_that_has_died_meanwhile(self) -> None:
         self.enqueue("true", id="x")
         with Queue(self.path) as queue:
-            held = [queuectl.Held(queue.db.run.file(name)) for name in ("worker-1", "pool-1")]
+            held = [queuectl.Held(queue.db.run_dir.file(name)) for name in ("worker-1", "pool-1")]
             queue.claim("worker-1")
             cancel = self.start("cancel", "x")
             until(lambda: queue.get("x").cancelling)
@@ -2821,11 +2822,16 @@ class Hold(Live):
             self.assertIn("paused     gpu\n", self.out("status"))
             claimed = [queue.claim("worker-1"), queue.claim("worker-2")]
             self.assertEqual([job and job.id for job in claimed], ["cpu", None])
-            self.assertEqual((queue.held(), queue.held(["cpu"])), (["gpu"], []))
+            self.assertEqual(
+                (queue.paused_with_work(), queue.paused_with_work(["cpu"])), (["gpu"], [])
+            )
             queue.enqueue("true", queue="night", cron="@daily")
             queue.enqueue("true", queue="later", delay=60)
             queue.pause()
-            self.assertEqual((queue.held(), queue.held((), 9)), (["gpu", "later"], ["gpu"]))
+            self.assertEqual(
+                (queue.paused_with_work(), queue.paused_with_work((), 9)),
+                (["gpu", "later"], ["gpu"]),
+            )
             queue.resume()
             queue.pause("gpu")
             self.told("resume", "--queue", "gpu")
@@ -2973,7 +2979,7 @@ class Read(Live):
         self.enqueue("true", id="x")
         self.enqueue("true", every="1h", id="\u00e9")
         with Queue(self.path) as queue:
-            held = queuectl.Held(queue.db.run.file("worker-1-1"))
+            held = queuectl.Held(queue.db.run_dir.file("worker-1-1"))
             self.addCleanup(held.close)
             queue.claim("worker-1-1")
         text = readme()
@@ -3168,7 +3174,7 @@ class Dependencies(Clocked):
 
     def test_what_a_completed_parent_frees_wakes_the_pools_at_once(self) -> None:
         self.add("a", "b a")
-        bell = queuectl.SYSTEM.bell(self.queue.db.run.file("pool-x", "bell"))
+        bell = queuectl.SYSTEM.bell(self.queue.db.run_dir.file("pool-x", "bell"))
         self.addCleanup(os.close, bell)
         self.ends()
         self.assertEqual(os.read(bell, 9), b"!")
@@ -3325,7 +3331,7 @@ class Recurring(Clocked):
     def test_what_is_no_rule_is_refused(self) -> None:
         for rule in (*NO_RULES, None, 5):
             with self.subTest(rule), self.assertRaisesRegex(ValueError, "^(must|has|names) "):
-                queuectl.cron(rule)
+                queuectl.valid_cron(rule)
 
     def due(self) -> float:
         """Return in how many seconds the schedule is next due."""
@@ -3490,7 +3496,7 @@ class Why(Clocked):
         alone = {"x": "no worker is running", "child": "blocked by seven (processing)"}
         self.each(alone, self.why)
         self.ends(1, self.queue.get("seven"))
-        held = queuectl.Held(self.queue.db.run.file("pool-1"))
+        held = queuectl.Held(self.queue.db.run_dir.file("pool-1"))
         held.note(queues=["default"])
         self.addCleanup(held.close)
         served = {"first": "next to run", "x": "1 job before it", "later": "due in 2h"}
@@ -3684,7 +3690,7 @@ class Layout(unittest.TestCase):
         code = "import sys; before = set(sys.modules); import queuectl"
         code += "; print(*set(sys.modules) - before)"
         loaded = subprocess.check_output([*PYTHON, "-c", code], cwd=HERE, text=True).split()
-        slow = {"argparse", "json", "subprocess", "multiprocessing", "difflib", "socket", "ctypes"}
+        slow = {"argparse", "subprocess", "multiprocessing", "difflib", "socket", "ctypes"}
         self.assertEqual(slow & set(loaded), set())
 
     @unittest.skipIf(sys.version_info < (3, 11), "its symbols include those of annotations")

@@ -312,7 +312,7 @@ class System:
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
-        """Start a process that no signal ends before it has its handlers: see `unblock`."""
+        """Start a process that no signal reaches before it has handlers, and calls `unblock`."""
         from multiprocessing import resource_tracker
 
         resource_tracker.ensure_running()  # else the start sees to it, and unblocks the signals
@@ -1388,9 +1388,8 @@ class Database:
                 waited = time.monotonic() - began
                 if not self.patient(waited):
                     raise Locked(f"{self.path} has been locked for {span(waited)}") from error
-            time.sleep(
-                pause * (0.5 + time.perf_counter_ns() % 1000 / 1000)
-            )  # by chance, no two alike
+            chance = time.perf_counter_ns() % 1000 / 1000  # that two do not try in step
+            time.sleep(pause * (0.5 + chance))
             pause = min(pause * 1.5, 0.004)
 
     def execute(self, sql: str, args: Any = ()) -> sqlite3.Cursor:
@@ -1906,10 +1905,11 @@ class Queue:
     def finish(
         self, job: Job, ending: Ending, claim: Sequence[str] | None = None
     ) -> tuple[Job | None, Job | None]:
-        """Record how a claimed job's attempt ended; claim the next of these queues (none: of all).
+        """Record how a claimed job's attempt ended, and claim the next one in the same transaction.
 
-        Returns the job as it is now, and the next one. None for the first: the claim was lost
-        meanwhile, so the result changes nothing.
+        `claim` names the queues to claim from (empty: all of them); None claims nothing. Returns
+        the job as it is now, and the next one. None for the first: the claim was lost meanwhile, so
+        the result changes nothing.
         """
         with self.db.transaction():
             after = self._end(job, ending)

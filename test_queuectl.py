@@ -1860,8 +1860,8 @@ class Exhausted(Live):
         (worker,) = (facts["pid"] for facts in self.workers().values())
         what = resource.RLIMIT_NOFILE
         before = resource.prlimit(worker, what)
-        few = max(map(int, os.listdir(f"/proc/{worker}/fd"))) + 2
-        resource.prlimit(worker, what, (few, before[1]))
+        taken = map(int, os.listdir(f"/proc/{worker}/fd"))
+        resource.prlimit(worker, what, (min({*range(1000)}.difference(taken)), before[1]))
         feed = lambda: resource.prlimit(worker, what, before)  # noqa: E731
         said += self.cannot_start("Too many open files", feed)
         with self.subTest("no processes"):

@@ -23,7 +23,7 @@ holder dies, so that nobody has to guess with heartbeats, leases or clocks.
                     .stop, which asks it to stop
     SEQ.RUN.out     one attempt's output, locked by the worker and, through an inherited
                     descriptor, by every process of the job: free means that all of them are gone
-    SEQ.RUN.end.X   the same with a result, X, that the full disk did not let its worker store
+    SEQ.RUN.kept.X  the same with a result, X, that the full disk did not let its worker store
 
 A job in `processing` whose worker's lock is free has crashed. If its attempt's lock is still held,
 its orphans are ended first; then it goes back to the queue, and the attempt counts. A worker
@@ -2091,7 +2091,7 @@ def keep(run: RunDirectory, job: Job, ending: Ending, out: Output | None) -> Non
         facts = json.dumps([*ending[:4], error, out.cut])
         os.close(out.fd)  # Windows renames nothing that is open
         kept = urlsafe_b64encode(facts.encode()).decode()
-        os.rename(out.path, run.file(job.seq, job.run, "end", kept))
+        os.rename(out.path, run.file(job.seq, job.run, "kept", kept))
 
 
 def ending_of(run: RunDirectory, job: Job, now: float, limit: int) -> Ending:
@@ -2102,8 +2102,8 @@ def ending_of(run: RunDirectory, job: Job, now: float, limit: int) -> Ending:
     ending = Ending("crashed", then, max(then, now), None, "its worker died")
     with contextlib.suppress(FileNotFoundError, ValueError):  # another is faster; garbled
         for name in run.files(f"{job.seq}.{job.run}."):
-            _, _, _, *kept = name.split(".")
-            if kept:
+            _, _, kind, *kept = name.split(".")
+            if kind == "kept":
                 ending = Ending(*json.loads(urlsafe_b64decode(kept[0])))
             with open(run.file(name), "rb") as file:
                 cut, output = tail(file.fileno(), limit)

@@ -1093,7 +1093,7 @@ class NoFalseAlarm(Live):
             self.addCleanup(held.close)
             queue.claim("worker-1")
         kept = ["2.1.out", "workers.log"]
-        for name in (*kept, "1.7.out", "1.7.end.eA==", "worker-9", "pool-9.stop", "pool-9.bell"):
+        for name in (*kept, "1.7.out", "1.7.kept.eA==", "worker-9", "pool-9.stop", "pool-9.bell"):
             self.write(os.path.join("queuectl.db.run", name))
         pool = self.pool()
         self.says(pool, " worker on ")

@@ -581,6 +581,14 @@ def must(condition: object, be: str) -> None:
         raise ValueError(f"must {be}")
 
 
+def checked(name: str, check: Callable[[Any], Any], value: object) -> Any:
+    """Return a value as its check reads it, or raise BadInput that names it."""
+    try:
+        return check(value)
+    except ValueError as error:
+        raise BadInput(f"{name} {error}") from None
+
+
 def within(low: float, value: Any, high: float, be: str, kind: Any = (int, float)) -> Any:
     """Return a number in a range, which a bool never is, nor is NaN."""
     must(isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high, be)
@@ -768,20 +776,17 @@ CONFLICTS = (("delay", "run_at"), ("delay", "cron"), ("run_at", "cron"), ("every
 
 def check_fields(fields: Mapping[str, object]) -> dict[str, Any]:
     """Return the checked fields of a job, or raise BadInput that names the first bad one."""
-    checked = {}
+    job = {}
     for key, value in fields.items():
         if key not in FIELDS:
             raise BadInput(f"unknown field {printable(key)}{nearest(key, FIELDS)}")
-        try:
-            checked[key] = FIELDS[key](value)
-        except ValueError as error:
-            raise BadInput(f"{key} {error}") from None
-    if "command" not in checked:
+        job[key] = checked(key, FIELDS[key], value)
+    if "command" not in job:
         raise BadInput("a job needs a command")
     for one, other in CONFLICTS:
-        if one in checked and other in checked:
+        if one in job and other in job:
             raise BadInput(f"a job has {one} or {other}, not both")
-    return checked
+    return job
 
 
 class Setting(NamedTuple):
@@ -854,11 +859,8 @@ def check_setting(key: str, value: str | None = None) -> str:
     key = key.replace("-", "_")
     if key not in SETTINGS:
         raise BadInput(f"unknown key {printable(key)}{nearest(key, SETTINGS)}")
-    try:
-        if value is not None:
-            SETTINGS[key].read(value)
-    except ValueError as error:
-        raise BadInput(f"{key} {error}") from None
+    if value is not None:
+        checked(key, SETTINGS[key].read, value)
     return key
 
 
@@ -2934,19 +2936,12 @@ class Command(NamedTuple):
 
 def arg(*names: str, check: Callable[[Any], Any] = str, **options: Any) -> Argument:
     """Describe an argument of a command as argparse takes it, with a rule that checks its value."""
-
-    def read(value: str) -> Any:
-        try:
-            return check(value)
-        except ValueError as error:
-            raise BadInput(f"{names[-1]} {error}") from None
-
-    return names, options if check is str else {"type": read, **options}
+    return names, {"type": partial(checked, names[-1], check), **options}
 
 
-def flag(name: str, meaning: str) -> Argument:
+def flag(names: str, meaning: str) -> Argument:
     """Describe an option without a value."""
-    return arg(name, action="store_true", help=meaning)
+    return tuple(names.split()), {"action": "store_true", "help": meaning}
 
 
 class Lines:
@@ -3446,7 +3441,7 @@ COMMANDS = {
         STATE, QUEUE, flag("--recurring", "the schedules, and when each is next"), LIMIT, JSON)),
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
     "logs": Command(cmd_logs, "read", "write the output of a job", "logs 7 -f", (
-        ID, arg("-f", "--follow", action="store_true", help="go on until the job ends"),
+        ID, flag("-f --follow", "go on until the job ends"),
         arg("--run", check=number_in(1, 10**9), help="show attempt N, not the last", **COUNT))),
     "wait": Command(
         cmd_wait, "read", "wait for jobs; exit with the code of the first that failed", "wait 7 8",

@@ -4208,14 +4208,14 @@ class Figures(Case):
             queue.enqueue_many({"command": "true"} for _ in range(jobs))
         return self.path
 
-    def grown(self) -> str:
-        """Make a queue of three times ROWS: completed, due, and scheduled at a higher priority."""
-        path = self.fresh(path="grown.db")
+    def grown(self, rows: int) -> str:
+        """Make a queue with so many completed, due, and, of a higher priority, scheduled jobs."""
+        path = self.fresh(path=f"{rows}.db")
         with contextlib.closing(sqlite3.connect(path)) as db:
             later = time.time() + 86400
             for case in (("completed", 0, 1, 1), ("pending", 0, 1, 1), ("pending", 9, later, 0)):
                 names = ("state", "priority", "run_after", "due")
-                args = dict(zip(names, case), rows=ROWS)
+                args = dict(zip(names, case), rows=rows)
                 db.execute(BUILD.replace(":state || i", ":state || i || '.' || :due"), args)
             db.execute(FINISHED)
             db.commit()
@@ -4266,19 +4266,18 @@ class Figures(Case):
         self.compare("2,000 jobs, 16 workers: jobs/s; 4 workers", ">= 1.0", 2, many, few)
 
     def bench_flat(self) -> None:
-        grown, rows = self.grown(), f"with {3 * ROWS:,} rows"
-        empty = self.fresh(path="empty.db")
+        grown, few, rows = self.grown(ROWS), self.grown(500), f"with {3 * ROWS:,} rows"
         for what, act in (
             ("enqueue", lambda queue: queue.enqueue("true")),
             ("claim and finish", self.work_one),
             ("counts", lambda queue: (queue.counts(), queue.claimed())),
         ):
-            with Queue(grown) as big, Queue(empty) as small:
+            with Queue(grown) as big, Queue(few) as small:
                 sides = partial(self.each, act, big), partial(self.each, act, small)
-                self.compare(f"{what} {rows}: ms; empty", "<= 1.1", 5, *sides)
-        status = [[*PYTHON, PROGRAM, "--db", path, "status"] for path in (grown, empty)]
+                self.compare(f"{what} {rows}: ms; with 1,500", "<= 1.1", 5, *sides)
+        status = [[*PYTHON, PROGRAM, "--db", path, "status"] for path in (grown, few)]
         sides = partial(self.seconds, *status[0]), partial(self.seconds, *status[1])
-        self.compare(f"status {rows}: s; empty", "<= 1.3", 7, *sides)
+        self.compare(f"status {rows}: s; with 1,500", "<= 1.3", 7, *sides)
         what, other = f"1,000 jobs, 2 workers, {rows}: jobs/s; empty", partial(self.ours, 2, 1000)
         self.compare(what, ">= 0.9", 3, partial(self.rate, 2, 1000, grown), other)
 
@@ -4293,10 +4292,12 @@ class Figures(Case):
         return statistics.median(took)
 
     @staticmethod
-    def work_one(queue: Queue) -> None:
+    def work_one(queue: Queue) -> bool:
+        """Claim and finish a job; tell whether there was one."""
         job = queue.claim("worker-x-1")
-        assert job
-        queue.finish(job, Ending("ran", 1.0, time.time(), 0, None))
+        if job:
+            queue.finish(job, Ending("ran", 1.0, time.time(), 0, None))
+        return bool(job)
 
     def idle_pool(self, count: int) -> None:
         """Start workers, and wait until they have nothing to do."""
@@ -4421,6 +4422,27 @@ class Figures(Case):
             with contextlib.suppress(FileNotFoundError):
                 size = max(size, os.path.getsize(self.path + "-wal") / 2**20)
         self.show(f"the log through {JOBS:,} jobs, a reader at it: MiB", "<= 64", size)
+
+    def bench_pruned(self) -> None:
+        with Queue(self.grown(ROWS)) as queue:
+            pruning, waits = threading.Thread(target=queue.prune), []
+            pruning.start()
+            while pruning.is_alive():
+                began = time.perf_counter()
+                queue.resume()
+                waits.append((time.perf_counter() - began) * 1000)
+            self.show(f"a writer, while {ROWS:,} jobs are pruned, at most: ms", "<= 50", max(waits))
+        sizes = []
+        with Queue(self.fresh()) as queue:
+            for _ in range(6):
+                queue.enqueue_many({"command": "true"} for _ in range(JOBS // 4))
+                while self.work_one(queue):
+                    pass
+                queue.prune()
+                queue.db.truncate_log()
+                sizes.append(os.path.getsize(self.path) / 2**20)
+        what = f"the file after six times {JOBS // 4:,} jobs, each pruned: MiB; after two"
+        self.show(what, "<= 1.05", sizes[5], sizes[1], sizes[5] / sizes[1])
 
 
 def cpu(pid: int) -> float:

@@ -435,7 +435,9 @@ class _Windows(System):
     def line(self, words: Sequence[str]) -> str:
         import subprocess
 
-        return subprocess.list2cmdline(words)
+        line = subprocess.list2cmdline(words)
+        special = re.search("[&|<>^%!()]", line)  # to cmd.exe, for which no quotes are closed then
+        return re.sub('([&|<>^%!()"])', r"^\1", line) if special else line
 
     def user(self) -> int | None:  # access control lists keep strangers out of our directories
         return None
@@ -674,7 +676,7 @@ def cron_field(field: str, low: int, high: int, words: str) -> set[int]:
     for part in numbers.split(","):
         match = re.fullmatch(r"(?:\*|(\d+)(?:-(\d+))?)(?:/([1-9]\d*))?", part)
         if not match:
-            raise ValueError(f"has a bad field {field!r}")
+            raise ValueError(f"has a field {field!r} that is no number, range, list or *")
         first, last, step = match.groups()
         begin, end = int(first or low), int(last or (first if first and not step else high))
         if not low <= begin <= end <= high:
@@ -691,7 +693,10 @@ def cron_next(rule: str, after: float) -> float:
     unless the rule is for every hour.
     """
     fields = CRON_WORDS.get(rule.strip().lower(), rule).lower().split()
-    must(len(fields) == 5, "have five fields: minute hour day month weekday, or be @daily ...")
+    must(
+        len(fields) == 5,
+        f"have five fields: minute hour day month weekday, or be one of {' '.join(CRON_WORDS)}",
+    )
     values = [cron_field(field, *limits) for field, limits in zip(fields, CRON)]
     minutes, hours, days, months, weekdays = values
     enough = all if "*" in (fields[2][0], fields[4][0]) else any
@@ -731,7 +736,8 @@ def valid_directory(value: object) -> str:
 
 def valid_environment(value: Any) -> dict[str, str]:
     """Check a mapping of names of environment variables to their values."""
-    must(isinstance(value, Mapping), 'be an object such as {"NAME": "value"}')
+    be = 'be an object of strings such as {"NAME": "value"}'
+    must(isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values()), be)
     for key, item in value.items():
         must(valid_text(key) and "=" not in key, "have names without '='")
         valid_text(item)
@@ -767,7 +773,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     import difflib
 
     choices = list(known)
-    close = difflib.get_close_matches(word, choices, 1, 0.5)
+    close = difflib.get_close_matches(word, choices, 1, 0.7)
     return f": did you mean {close[0]}?" if close else f"; known are {', '.join(choices)}"
 
 
@@ -826,7 +832,8 @@ def prefix(value: str) -> tuple[str, ...]:
 
 def exit_codes(value: str) -> tuple[int, ...]:
     """Read a list of exit codes; it may be empty."""
-    return tuple(map(number_in(1, 255), value.split(","))) if value.strip() else ()
+    codes, be = value.split(",") if value.strip() else [], "be like 2,126,127, each from 1 to 255"
+    return tuple(within(1, literal(code), 255, be, int) for code in codes)
 
 
 def durability(value: str) -> str:
@@ -1084,8 +1091,8 @@ PARENTS = f"""
 WAITS_FOR = JOB + "JOIN needs ON child = seq WHERE parent = :seq AND met = 0"
 CHILDREN = f"""
 WITH RECURSIVE below (child) AS (
-  SELECT child FROM needs WHERE parent = :seq
-  UNION SELECT needs.child FROM needs JOIN below ON parent = below.child)
+  SELECT child FROM needs WHERE parent = :seq AND met = 0
+  UNION SELECT needs.child FROM needs JOIN below ON parent = below.child WHERE met = 0)
 {JOB}WHERE seq IN below"""
 
 PRUNABLE = """
@@ -1315,7 +1322,7 @@ class Database:
         try:
             info = os.stat(self.path)
         except FileNotFoundError:
-            raise NotFound(f"there is no queue at {self.path}") from None
+            raise NotFound(f"there is no queue at {self.path}; enqueue makes one") from None
         if not stat.S_ISREG(info.st_mode):
             raise Fault(f"{self.path} is not a file")
         if info.st_size == 0 and not guest:
@@ -1361,15 +1368,15 @@ class Database:
         """Return our error for one of SQLite's; what is neither full nor locked is damaged."""
         undecodable = "decode" in str(error)  # text that is not UTF-8
         damaged = type(error) is sqlite3.DatabaseError or undecodable
-        return (Broken if damaged else Fault)(f"{self.path}: {error}")
+        if damaged:
+            return Broken(f"{self.path} is damaged, or not a queue: {error}")
+        return Fault(f"{self.path}: {error}")
 
     @contextlib.contextmanager
     def faults(self) -> Iterator[None]:
         """Turn what SQLite and the file system raise into our errors."""
         try:
             yield
-        except sqlite3.IntegrityError:  # of a caller's own table, in a transaction with ours
-            raise
         except sqlite3.Error as error:
             raise self.fault(error) from error
         except OSError as error:
@@ -1404,6 +1411,14 @@ class Database:
         except sqlite3.Error as error:
             raise self.fault(error) from error
 
+    def rows(self, sql: str, args: Any = ()) -> list[Any]:
+        """Return all the rows of a query: one that is read slowly would hold up the log."""
+        cursor = self.execute(sql, args)
+        try:
+            return cursor.fetchall()
+        except sqlite3.Error as error:  # damage shows where it is read
+            raise self.fault(error) from error
+
     @contextlib.contextmanager
     def transaction(self, *, ring: bool = False) -> Iterator[sqlite3.Connection]:
         """Write: all of it or, on any exception, nothing. The only place that begins one.
@@ -1416,8 +1431,7 @@ class Database:
         local.ring = ring or (db.in_transaction and local.ring)
         self.execute(begin)
         try:
-            with self.faults():
-                yield db
+            yield db
             self.execute(end)
         except BaseException:
             for sql in back if db.in_transaction else ():
@@ -1440,7 +1454,7 @@ class Database:
         """Empty the -wal. Nobody writes meanwhile; gives up if readers do not end within 0.2 s."""
         self.execute(WAIT)
         try:
-            self.execute(TRUNCATE_LOG).fetchall()
+            self.rows(TRUNCATE_LOG)
         finally:
             self.execute(NO_WAIT)
 
@@ -1474,7 +1488,7 @@ def shared_group(gid: int) -> bool:
 def suspicious(info: os.stat_result, *, directory: bool) -> str | None:
     """Return what makes a file one that others may have written."""
     if not (stat.S_ISDIR if directory else stat.S_ISREG)(info.st_mode):
-        return "is not a regular file"
+        return f"is not a {'directory' if directory else 'regular file'}"
     if info.st_nlink > 1 and not directory:
         return "has another name (a hard link)"
     if info.st_uid != SYSTEM.user():
@@ -1600,7 +1614,7 @@ class Queue:
             yield db
 
     def _jobs(self, sql: str, **args: object) -> Iterator[Job]:
-        return (Job(*row) for row in self.db.execute(sql, args))
+        return (Job(*row) for row in self.db.rows(sql, args))
 
     # adding
 
@@ -1624,7 +1638,7 @@ class Queue:
         blank = dict.fromkeys(NEW, None)
         blank.update(queue="default", priority=0, cwd=os.getcwd(), created_at=now, updated_at=now)
         with self.db.transaction(ring=True):
-            first = seq = self.db.execute(LAST_SEQ).fetchone()[0] + 1
+            first = seq = self.db.rows(LAST_SEQ)[0][0] + 1
             for fields in jobs:
                 job = check_fields(fields)
                 if "id" in job and self._taken(job["id"]):
@@ -1640,13 +1654,13 @@ class Queue:
     def _ids(self, first: int, last: int) -> Iterator[str]:
         """Yield the ids of what was added, in slices: see `_all`."""
         while first <= last:
-            rows = self.db.execute(IDS_BETWEEN, {"first": first, "last": last}).fetchall()
+            rows = self.db.rows(IDS_BETWEEN, {"first": first, "last": last})
             yield from (row[1] for row in rows)
             first = rows[-1][0] + 1 if rows else last + 1
 
     def _taken(self, job_id: str) -> bool:
         """Tell whether a job or a schedule that goes on has that id."""
-        return any(self.db.execute(sql, {"id": job_id}).fetchone() for sql in (ONE, SCHEDULE))
+        return any(self.db.rows(sql, {"id": job_id}) for sql in (ONE, SCHEDULE))
 
     def _add(self, row: dict[str, Any], now: float) -> int:
         """Insert a checked job, and what it waits for; return its number."""
@@ -1685,7 +1699,7 @@ class Queue:
         """Return the id of the next job of a schedule: its name and a number."""
         newest = next(self._jobs(NEWEST, id=series), None)
         number = int(newest.id.rpartition(".")[2]) + 1 if newest else 1
-        while self.db.execute(ONE, {"id": f"{series}.{number}"}).fetchone():
+        while self.db.rows(ONE, {"id": f"{series}.{number}"}):
             number += 1
         return f"{series}.{number}"
 
@@ -1696,7 +1710,7 @@ class Queue:
         for sql in (ONE, NEWEST):
             for job in self._jobs(sql, id=job_id):
                 return job
-        recent = (row[0] for row in self.db.execute(RECENT_IDS))
+        recent = (row[0] for row in self.db.rows(RECENT_IDS))
         near = nearest(job_id, recent)
         near = near if near.startswith(":") else ""
         raise NotFound(f"no job {printable(job_id)} in {self.db.path}{near}")
@@ -1741,15 +1755,15 @@ class Queue:
 
     def before(self, job: Job) -> int:
         """Return how many due jobs of its queue come before a due job, counted up to 100,000."""
-        return int(self.db.execute(BEFORE, job._asdict()).fetchone()[0])
+        return int(self.db.rows(BEFORE, job._asdict())[0][0])
 
     def attempts(self, job: Job) -> list[Attempt]:
         """Return the attempts of a job that have ended, the first one first."""
-        return [Attempt(*row) for row in self.db.execute(ATTEMPTS, {"seq": job.seq})]
+        return [Attempt(*row) for row in self.db.rows(ATTEMPTS, {"seq": job.seq})]
 
     def tally(self) -> list[tuple[str, str, int, int]]:
         """Return the number of jobs by queue, state and whether they are due, later or blocked."""
-        return self.db.execute(TALLY).fetchall()
+        return self.db.rows(TALLY)
 
     def counts(self, queues: Sequence[str] = ()) -> dict[str, int]:
         """Return the number of jobs in each state, in these queues or in all."""
@@ -1763,18 +1777,18 @@ class Queue:
         """Return how many jobs, of one queue or of any, ended in a second, over the last minute."""
         asked, ended = {"since": self.clock() - 60, "queue": queue}, 0.0
         for state in (COMPLETED, DEAD):
-            jobs, first = self.db.execute(RECENT, {"state": state, **asked}).fetchone()
+            jobs, first = self.db.rows(RECENT, {"state": state, **asked})[0]
             ended += jobs / max(self.clock() - first, 0.001) if jobs >= RECENT_LIMIT else jobs / 60
         return ended
 
     def data_version(self) -> int:
         """Return a number that changes when another connection has changed anything."""
-        return int(self.db.execute(DATA_VERSION).fetchone()[0])
+        return int(self.db.rows(DATA_VERSION)[0][0])
 
     def config(self) -> dict[str, Any]:
         """Return the value of every setting."""
         config = {key: setting.default for key, setting in SETTINGS.items()}
-        for key, value in self.db.execute(SETTINGS_STORED):
+        for key, value in self.db.rows(SETTINGS_STORED):
             if key in SETTINGS:
                 config[key] = SETTINGS[key].read(value)
         return config
@@ -1791,12 +1805,12 @@ class Queue:
         """Put dead or cancelled jobs (all dead ones, where none is named) back, all or none."""
         with self.db.transaction(ring=True):
             if ids is None:
-                ids = [row[0] for row in self.db.execute(DEAD_IDS)]
+                ids = [row[0] for row in self.db.rows(DEAD_IDS)]
             jobs = [self.get(job_id) for job_id in ids]
             for job in jobs:
                 if not self.db.execute(RETRY, {"seq": job.seq, "now": self.clock()}).rowcount:
                     raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
-                if len(self.db.execute(SCHEDULE, {"id": job.series}).fetchall()) > 1:
+                if len(self.db.rows(SCHEDULE, {"id": job.series})) > 1:
                     raise BadInput(f"schedule {job.series} goes on already")
         return [job.id for job in jobs]
 
@@ -1827,7 +1841,7 @@ class Queue:
 
     def paused(self) -> list[str]:
         """Return the paused queues; "" stands for all."""
-        return [row[0] for row in self.db.execute(PAUSED)]
+        return [row[0] for row in self.db.rows(PAUSED)]
 
     def prune(self, older_than: float = 0, states: Sequence[str] = PRUNED) -> int:
         """Delete jobs that ended so many seconds ago; return how many there were.
@@ -1857,7 +1871,9 @@ class Queue:
                 if job.state not in (DEAD, CANCELLED):
                     raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
                 for child in self._jobs(WAITS_FOR, seq=job.seq):
-                    raise NotFound(f"job {child.id} waits for {job.id}: cancel and prune it first")
+                    raise NotFound(
+                        f"job {child.id} waits for {job.id}; cancel and prune {child.id} first"
+                    )
                 self._forget(job.seq)
         return len(jobs)
 
@@ -1869,7 +1885,7 @@ class Queue:
         """Delete the first few jobs that ended before a time; return how many."""
         asked = {"state": state, "before": before, "limit": limit}
         with self.db.transaction():
-            rows = self.db.execute(PRUNABLE, asked).fetchall()
+            rows = self.db.rows(PRUNABLE, asked)
             for row in rows:
                 self._forget(row[0])
         return len(rows)
@@ -1887,7 +1903,7 @@ class Queue:
 
         The value is LATER where some of them are not due yet.
         """
-        waiting = self.db.execute(WAITING_QUEUES)
+        waiting = self.db.rows(WAITING_QUEUES)
         return {queue: due for queue, due in waiting if not queues or queue in queues}
 
     def _claim(self, worker: str, queues: Sequence[str]) -> Job | None:
@@ -1945,7 +1961,7 @@ class Queue:
         when = recurrence(str(job.recurs), job.planned or now, now)
         row = {**job._asdict(), "id": job.series, "created_at": now, "updated_at": now}
         row.update(run_after=when, planned=when, due=LATER)
-        self._insert({**row, "seq": self.db.execute(LAST_SEQ).fetchone()[0] + 1})
+        self._insert({**row, "seq": self.db.rows(LAST_SEQ)[0][0] + 1})
         self.db.ring_when_stored()
 
     def claimed(self) -> list[Job]:
@@ -1955,7 +1971,7 @@ class Queue:
     def next_time(self, queues: Sequence[str] = ()) -> float | None:
         """Return when the next job becomes due by itself."""
         waiting = self._waiting(queues)
-        times = [self.db.execute(NEXT_LATER, {"queue": queue}).fetchone()[0] for queue in waiting]
+        times = [self.db.rows(NEXT_LATER, {"queue": queue})[0][0] for queue in waiting]
         return min((when for when in times if when is not None), default=None)
 
     def unfinished(self, queues: Sequence[str] = (), horizon: float = FOREVER) -> bool:
@@ -1968,9 +1984,9 @@ class Queue:
 
     def _awaited(self, queue: str, horizon: float) -> bool:
         """Tell whether anything of a queue is due, or becomes due within so many seconds."""
-        if self.db.execute(NEXT_DUE, {"queue": queue}).fetchone():
+        if self.db.rows(NEXT_DUE, {"queue": queue}):
             return True
-        soonest = self.db.execute(NEXT_AWAITED, {"queue": queue}).fetchone()[0]
+        soonest = self.db.rows(NEXT_AWAITED, {"queue": queue})[0][0]
         return soonest is not None and soonest <= self.clock() + horizon
 
     def paused_with_work(self, queues: Sequence[str] = (), horizon: float = FOREVER) -> list[str]:
@@ -2073,7 +2089,7 @@ def news_of(job: Job, after: Job | None, ending: Ending) -> tuple[str, str]:
     if after.state == COMPLETED:
         how = f"completed in {span(ending.finished - ending.started)}"
     elif after.state != PENDING:
-        how = f"is {after.state}: {reason} (attempt {job.attempts})"
+        how = f"is {after.state}: {reason} (try {job.attempts})"
     elif ending.fate in ("crashed", "returned"):
         how = f"is back in the queue: {reason}"
     elif after.snoozes > job.snoozes:
@@ -2089,7 +2105,7 @@ def keep(run: RunDirectory, job: Job, ending: Ending, out: Output | None) -> Non
     from base64 import urlsafe_b64encode
 
     if out:
-        error = ending.error and ascii(ending.error)[1:51]  # a name has at most 255 bytes
+        error = ending.error and ascii(ending.error)[1:-1][:50]  # a name has at most 255 bytes
         facts = json.dumps([*ending[:4], error, out.cut])
         os.close(out.fd)  # Windows renames nothing that is open
         kept = urlsafe_b64encode(facts.encode()).decode()
@@ -2316,6 +2332,10 @@ def run_worker(environ: dict[str, str], *worker: Any) -> None:
 # --- pool: starts the workers, wakes them, recovers what the dead left ----------------------------
 
 LOG_BOUND = 16 << 20  # bytes of -wal; SQLite lets it grow as long as there is always a reader
+STOPPING = {
+    "stop": "no new jobs; finishing the running ones",
+    "now": "ending the running jobs; they go back to the queue",
+}
 BROKEN = 5  # workers that die without a job in a minute: then something is wrong with the machine
 HIRING = threading.Lock()  # hiring changes, for a moment, what the whole process has
 
@@ -2430,7 +2450,8 @@ class Pool:
             held.note(pid=os.getpid(), started=self.queue.clock(), count=self.count, **facts)
             self.bell = SYSTEM.bell(self.run_dir.file(self.name, "bell"))
         before = handle_signals(self.on_signal, self.bell) if self.handling else None
-        self.say(f"{self.count} worker{'s' * (self.count > 1)} on {self.db.path}")
+        empty = "" if any(self.queue.counts().values()) else ", where there are no jobs yet"
+        self.say(f"{self.count} worker{'s' * (self.count > 1)} on {self.db.path}{empty}")
         try:
             self.run_dir.clean(self.queue.claimed())
             while self.members or not self.stopping:
@@ -2532,17 +2553,17 @@ class Pool:
         """Act on signals: the first one stops, another at least a second later ends the jobs."""
         for when, number in self.signals:
             if when < self.signals[0][0] + 1:
-                self.stop("stop", f"{signal_name(number)}: no new jobs; finishing the running ones")
+                self.stop("stop", signal_name(number))
             elif not self.now:
                 self.code = SIGNALLED + number
-                self.stop("now", "ending the running jobs; they go back to the queue")
+                self.stop("now", signal_name(number))
 
     def stop(self, word: str, why: str = "") -> None:
         """Stop, if that is news: claim no more or, for "now", end the running jobs too."""
         if self.now or (self.stopping and word != "now"):
             return
         if why:
-            self.say(why)
+            self.say(f"{why}: {STOPPING[word]}")
         self.stopping, self.now, self.missing = True, word == "now", []
         for member in self.members:
             member.send(word)
@@ -2551,7 +2572,7 @@ class Pool:
         """Stop because of something that no worker can work with."""
         if not self.fault:
             self.fault = fault
-            self.stop("stop", f"stopping: {fault}")
+            self.stop("stop", str(fault))
 
     def look(self) -> None:
         """Look at what rings no bell: stop requests, the file itself, other writers, the dead."""
@@ -2559,7 +2580,7 @@ class Pool:
         if self.db.identity() != self.identity:
             raise Fault(f"{self.db.path} was moved away or replaced")
         with contextlib.suppress(OSError), open(self.run_dir.file(self.name, "stop")) as file:
-            self.stop(file.read() or "stop", "asked to stop")
+            self.stop(file.read() or "stop", "worker stop")
         version = self.queue.data_version()  # asked first: what changes from now on is seen later
         if version != self.seen or self.strangers:  # their locks become free without a change
             self.recover()
@@ -2647,12 +2668,12 @@ class Pool:
                 self.say(f"job {printable(job.id)} is {blocked_by(self.queue.parents(job))}")
             more = self.queue.counts(self.queues)[PENDING] - len(blocked)
             if blocked and more > 0:
-                self.say(f"and {more} more jobs wait")
+                self.say(f"and {more} more are pending")
             self.stop("stop")
         elif not self.told:
             self.told = True
             names = ", ".join(map(printable, paused))
-            self.say(f"waiting: paused with jobs in {names}; see resume")
+            self.say(f"waiting for jobs of {names}: paused; resume goes on")
 
     def sync(self) -> None:
         """Make what the workers recorded durable: they do not wait for the disk themselves.
@@ -2789,7 +2810,8 @@ def job_facts(job: Job, config: Mapping[str, Any]) -> dict[str, Any]:
 def why(queue: Queue, job: Job) -> str:
     """Return why a job does not run, in one line; empty where it runs or has ended."""
     if job.state != PENDING:
-        return ""
+        gone = job.state == PROCESSING and queue.db.run_dir.free(job.locked_by)
+        return "its worker is gone; a pool puts it back" if gone else ""
     if job.due == BLOCKED:
         return blocked_by(queue.parents(job))
     if job.run_after > queue.clock():
@@ -2830,7 +2852,7 @@ def job_text(queue: Queue, job: Job) -> Iterator[str]:
     facts.update(why=why(queue, job), schedule=schedule(job), snoozes=job.snoozes)
     facts["state"] += " (being cancelled)" if job.cancelling else ""
     for key, value in facts.items():
-        if value not in (None, {}, "", 0) or key == "priority":
+        if value not in (None, {}, "", 0) or key in ("priority", "timeout"):
             yield f"{key:<12} {printable(str(value))}"
     rows = (
         (a.run, iso(a.started), span(a.finished - a.started), a.error or "completed", a.worker)
@@ -3027,7 +3049,7 @@ JSON_BEGINS = r'\s*((\[\s*)?\{\s*(["}]|\w+\s*:|$)|\[[\s\d]*[],])'  # as no shell
 def from_json(source: str) -> list[dict[str, object]]:
     """Return the jobs that a JSON object, or an array of them, describes."""
     try:
-        value = json.loads(source)
+        value = json.loads(source.lstrip("\ufeff"))  # which PowerShell puts before a file's text
     except (ValueError, RecursionError) as error:
         hint = "; lost its quotes, in PowerShell? Try: enqueue COMMAND, or JSON on stdin: enqueue -"
         lost = hint if re.match(UNQUOTED, source) else ""
@@ -3355,9 +3377,17 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
         if job.state == CANCELLED or gone:
             print(job.id)
         else:
-            code, how = NO, "runs on, since its pool is gone" if job.cancelling else "stays so"
+            how = "runs on, since its pool is gone" if job.cancelling else "stays so"
             say(f"job {printable(job.id)} is {job.state}; it {how}")
+            code = code if args.cascade and job.state in ENDED else NO
     return code
+
+
+def cmd_resume(args: argparse.Namespace, queue: Queue) -> None:
+    """Resume a queue, or all of them."""
+    queue.resume(args.queue or "")
+    if "" in queue.paused():
+        say("all queues are paused still: resume without --queue goes on")
 
 
 def cmd_dlq_purge(args: argparse.Namespace, queue: Queue) -> None:
@@ -3421,7 +3451,8 @@ COMMANDS = {
         flag("--if-absent", "do nothing if there is a job of that id"))),
     "worker start": Command(
         cmd_worker_start, "", "run jobs, until stopped", "worker start --count 4", (
-            arg("--count", check=number_in(1, 1000), default=1, help="at a time (1)", **COUNT),
+            arg("--count", check=number_in(1, 1000), default=1, **COUNT,
+                help="how many at a time (1)"),
             arg("--queue", dest="queues", check=valid_name, action="append", metavar="QUEUE",
                 default=[], help="only jobs of this queue; repeatable"),
             flag("--drain", "leave when nothing is left to run; exit 1: a job died or is blocked"),
@@ -3452,8 +3483,7 @@ COMMANDS = {
         lambda args, queue: queue.pause(args.queue or ""),
         "make", "start no new jobs until resume", "pause --queue gpu", (QUEUE,)),
     "resume": Command(
-        lambda args, queue: queue.resume(args.queue or ""),
-        "write", "start jobs again after pause", "resume", (QUEUE,)),
+        cmd_resume, "write", "start jobs again after pause", "resume", (QUEUE,)),
     "dlq list": Command(
         lambda args, queue: show_jobs(args, queue, (DEAD,)),
         "read", "list the dead letter queue", "dlq list", (LIMIT, JSON)),
@@ -3469,7 +3499,7 @@ COMMANDS = {
         "write", "delete what has completed or was cancelled", "prune --older-than 7d", (
             arg("--older-than", default=0.0, help="only what ended so long ago", **DURATION),
             arg("--state", action="append", choices=ENDED,
-                help="only this state (completed and cancelled); repeatable"))),
+                help="only this state, else completed and cancelled; repeatable"))),
     "config get": Command(
         lambda args, queue: print(setting_text(queue.config()[args.key])),
         "read", "print a setting", "config get timeout", (KEY,)),

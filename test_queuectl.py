@@ -3999,6 +3999,13 @@ while True:
         self.assertEqual([run["exit_code"] for run in self.shown(bad)["runs"]], [3, 3])
         self.assertEqual(self.shown(good)["state"], "completed")
 
+    def test_the_words_of_a_command_reach_it_exactly(self) -> None:
+        words = ["a b", "c&d", "50%", 'e"f&g"', "^h|i", "(j)>k", "l\\", "$m;'n'", "", "!o!"]
+        self.write("words.py", "import json, sys; print(json.dumps(sys.argv[1:]))")
+        job = self.python("words.py", *words)
+        self.pool("--drain").communicate(timeout=60)
+        self.assertEqual(json.loads(self.out("logs", job)), words)
+
     def test_a_timeout_and_a_cancel_end_the_whole_tree(self) -> None:
         self.out("config", "set", "kill_grace", "0.5")
         timed = self.python("beat.py", "timed", "tree", timeout=1.5, **{"max-retries": 1})

@@ -4101,11 +4101,41 @@ class Readme(Case):
         text = re.sub(r"  (now|\d+ s ago) +", "  AGO  ", text)
         return re.sub(r"WHEN +", "WHEN  ", re.sub(r"/\S*/queuectl\.db", "/queuectl.db", text))
 
-    def test_its_session_runs_as_it_is_printed(self) -> None:
+    def setUp(self) -> None:
+        super().setUp()
         shutil.copy(PROGRAM, self.dir)
         os.mkdir(self.file("bin"))
         os.symlink(sys.executable, self.file("bin/python3"))
         os.environ.update(PATH=f"{self.dir}/bin:{os.environ['PATH']}", LC_ALL="C")
+
+    def example(self, section: str, number: int = 0) -> str:
+        """Return an example of a section."""
+        text = readme().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+        return re.findall(r"(?s)```[a-z]+\n(.*?)```", text)[number]
+
+    def test_its_example_for_ci_has_the_tails_of_what_failed_and_an_exit_code(self) -> None:
+        os.environ["TMPDIR"] = self.dir
+        self.write("bin/make", '#!/bin/sh\necho "making $1"; test "$1" != "$BROKEN"\n')
+        os.chmod(self.file("bin/make"), 0o755)
+        example = self.example("In CI").replace('"max_retries": 2', '"max_retries": 1')
+        for broken, job, code in (("nothing", "", 0), ("test", "unit", 1), ("e2e", "e2e", 1)):
+            with self.subTest(broken):
+                done = self.process("sh", "-c", example, env={**os.environ, "BROKEN": broken})
+                told = f"--- {job} failed:\nmaking {broken}\n" * code
+                self.assertEqual((done.returncode, done.stdout), (code, "unit\ne2e\n" + told))
+
+    def test_its_examples_of_the_library_run(self) -> None:
+        self.write("bin/send-invoice", "")
+        first, second = (self.example("As a library", number) for number in (0, 1))
+        first = first.replace("make all", "true").replace("delay=10", "delay=0.1")
+        self.assertEqual(self.script(first).stdout, "completed\n")
+        with contextlib.closing(sqlite3.connect(self.file("shop.db"))) as db:
+            db.execute("CREATE TABLE orders (id INTEGER, what TEXT)")
+            self.script("from queuectl import Queue\n" + second)
+            self.assertEqual(db.execute("SELECT * FROM orders").fetchall(), [(42, "tea")])
+            self.assertEqual(db.execute("SELECT id FROM jobs").fetchall(), [("invoice-42",)])
+
+    def test_its_session_runs_as_it_is_printed(self) -> None:
         session = readme().partition("```console\n")[2].partition("```")[0]
         for part in session.split("$ ")[1:]:
             command, _, printed = part.partition("\n")

@@ -52,9 +52,10 @@ import stat
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, islice
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -359,13 +360,14 @@ class System:
         3.10 Popen copies the whole process first, which takes as long as all the rest of a job.
         """
         self.inherited = self.inherited or dict(os.environb)
+        given = {k.encode(): v.encode(errors="surrogateescape") for k, v in env.items()}
         os.set_inheritable(out, True)  # noqa: FBT003
         os.chdir(job.cwd)
         try:
             pid = os.posix_spawnp(
                 argv[0],
                 [*map(os.fsencode, argv), job.command.encode()],
-                {**self.inherited, **{k.encode(): v.encode() for k, v in env.items()}},
+                {**self.inherited, **given},
                 file_actions=[
                     (os.POSIX_SPAWN_DUP2, out, 1),
                     (os.POSIX_SPAWN_DUP2, out, 2),
@@ -616,13 +618,13 @@ def seconds(value: Any) -> float:
 
 def moment(value: Any) -> float:
     """Return Unix seconds: a number of them, or ISO 8601, local time where it has no offset."""
-    if isinstance(value, str) and re.fullmatch(r"\s*\d+(\.\d*)?\s*", value):
+    if isinstance(value, str) and re.fullmatch(r"\s*\d{9,}(\.\d*)?\s*", value):
         value = float(value)
     elif isinstance(value, str):
         with contextlib.suppress(ValueError, OverflowError, OSError):
             value = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", value.strip())).timestamp()
     be = "be a time between 1970 and 9999, such as 2030-01-31T08:00 or 2030-01-31T08:00Z"
-    return float(within(0, value, 253402300799, be))
+    return float(within(0, value, 253402214400, be))  # wherever that is
 
 
 def valid_text(value: Any) -> str:
@@ -644,8 +646,8 @@ def valid_command(value: object) -> str:
 def valid_name(value: object) -> str:
     """Check the name of a job or a queue: something that can be typed, seen and told apart."""
     word = valid_text(value)
-    fits = re.fullmatch(r"[^\s-]\S{0,199}", word) and word.isprintable()
-    must(fits, "be 1 to 200 printable characters, without white space or a leading '-'")
+    fits = re.fullmatch(r"[^\s,-][^\s,]{0,199}", word) and word.isprintable()
+    must(fits, "be 1 to 200 printable characters, without blanks, commas or a leading '-'")
     return word
 
 
@@ -1069,8 +1071,10 @@ WHERE seq = :seq AND state = 'processing' AND locked_by = :worker AND run = :run
 ADD_ATTEMPT = "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 CLAIMED = JOB + "WHERE state = 'processing'"
 RETRY = """
-UPDATE jobs SET state = 'pending', attempts = 0, snoozes = 0, run_after = :now, updated_at = :now,
-  due = CASE WHEN EXISTS (SELECT 1 FROM needs WHERE child = seq AND met = 0) THEN -1 ELSE 1 END
+UPDATE jobs SET state = 'pending', attempts = 0, snoozes = 0, updated_at = :now,
+  run_after = CASE WHEN run = 0 THEN max(run_after, :now) ELSE :now END,  -- not before its time
+  due = CASE WHEN EXISTS (SELECT 1 FROM needs WHERE child = seq AND met = 0) THEN -1
+    ELSE run > 0 OR run_after <= :now END
 WHERE seq = :seq AND state IN ('dead', 'cancelled')"""
 DEAD_IDS = "SELECT id FROM jobs WHERE state = 'dead' ORDER BY updated_at"
 CANCEL_WAITING = """
@@ -1135,7 +1139,8 @@ class Held:
     def note(self, **facts: object) -> None:
         """Replace the text of the file, which tells others what its holder is doing."""
         os.ftruncate(self.fd, 0)
-        os.write(self.fd, json.dumps(facts).encode())
+        with contextlib.suppress(OSError):  # a full disk: what matters is the lock
+            os.write(self.fd, json.dumps(facts).encode())
 
     def close(self) -> None:
         """Give up this process's hold on the lock, and remove the file."""
@@ -1264,6 +1269,42 @@ def sync_directory(path: str) -> None:
             os.close(fd)
 
 
+class Opened(sqlite3.Connection):
+    """A connection that knows its file."""
+
+    path = ""
+
+
+OPEN: weakref.WeakSet[Opened] = weakref.WeakSet()  # what this process has open
+INHERITED: dict[str, Opened] = {}  # what was in use at a fork: in the child, of no use
+
+
+def before_fork() -> None:
+    """Close this thread's idle connections: with them, a child would inherit locks that it has not.
+
+    SQLite remembers in memory which locks its process holds. A child that believes it takes none of
+    its own, and what it writes is lost or destroys the file.
+    """
+    for db in list(OPEN):
+        with contextlib.suppress(sqlite3.ProgrammingError):  # another thread's
+            if not db.in_transaction:
+                db.close()
+                OPEN.discard(db)
+
+
+def after_fork() -> None:
+    """Keep, in the child, away from files that were in use."""
+    INHERITED.update((db.path, db) for db in OPEN)
+    OPEN.clear()
+
+
+@lru_cache(maxsize=None)
+def prepare_forks() -> None:
+    """Have forks looked after from now on."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=before_fork, after_in_child=after_fork)
+
+
 class Database:
     """The SQLite file: the one way to it, and the one place that decides what its errors mean.
 
@@ -1348,21 +1389,28 @@ class Database:
                 if uid != owner:
                     raise Fault(f"{path} belongs to another user ({uid})")
 
-    def _open(self, mode: str) -> sqlite3.Connection:
+    def _open(self, mode: str) -> Opened:
         path = re.sub("[%?#]", lambda m: f"%{ord(m[0]):02x}", self.path.replace("\\", "/"))
         uri = f"file:{path if path.startswith('/') else '/' + path}?mode={mode}"
-        return sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
+        if self.path in INHERITED:
+            raise Fault(f"{self.path} was in use, in a transaction or a thread, before the fork")
+        prepare_forks()
+        db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, factory=Opened)
+        db.path = self.path
+        OPEN.add(db)
+        return db
 
     @property
     def connection(self) -> sqlite3.Connection:
         """The connection of this thread."""
-        if getattr(self._local, "pid", None) != os.getpid():
+        db: Opened | None = getattr(self._local, "db", None)
+        if db is None or db not in OPEN:
             with self.faults():
-                self._local.db = self._open(self.mode)
+                db = self._open(self.mode)
                 for pragma in (*PRAGMAS, SYNCHRONOUS[self.synchronous]):
-                    self._retry(partial(self._local.db.execute, pragma))
-            self._local.pid = os.getpid()
-        return self._local.db  # type: ignore[no-any-return]
+                    self._retry(partial(db.execute, pragma))
+            self._local.db, self._local.ring = db, None
+        return db
 
     def fault(self, error: sqlite3.Error) -> Fault:
         """Return our error for one of SQLite's; what is neither full nor locked is damaged."""
@@ -1410,6 +1458,8 @@ class Database:
             return self._retry(lambda: db.execute(sql, args))  # type: ignore[no-any-return]
         except sqlite3.Error as error:
             raise self.fault(error) from error
+        except UnicodeEncodeError as error:  # an id or a directory that is not UTF-8
+            raise BadInput(f"{error.object!a} is not valid Unicode") from None
 
     def rows(self, sql: str, args: Any = ()) -> list[Any]:
         """Return all the rows of a query: one that is read slowly would hold up the log."""
@@ -1427,17 +1477,24 @@ class Database:
         is stored.
         """
         db, local = self.connection, self._local
-        begin, end, *back = INNER if db.in_transaction else OUTER
-        local.ring = ring or (db.in_transaction and local.ring)
+        inner = local.ring is not None
+        if inner and not db.in_transaction:
+            raise Fault(f"{self.path}: a statement has ended the transaction")
+        begin, end, *back = INNER if inner else OUTER
         self.execute(begin)
+        local.ring = ring or bool(local.ring)
         try:
             yield db
             self.execute(end)
         except BaseException:
-            for sql in back if db.in_transaction else ():
+            for sql in back if db in OPEN and db.in_transaction else ():
                 db.execute(sql)
             raise
-        if local.ring and not db.in_transaction:
+        finally:
+            ring = local.ring
+            if not inner:
+                local.ring = None
+        if ring and not inner:
             self.run_dir.ring()
 
     def ring_when_stored(self) -> None:
@@ -1468,9 +1525,10 @@ class Database:
 
     def close(self) -> None:
         """Close this thread's connection."""
-        if getattr(self._local, "pid", None) == os.getpid():
-            self._local.db.close()
-            self._local.pid = None
+        db: Opened | None = getattr(self._local, "db", None)
+        if db and db in OPEN:
+            db.close()
+            OPEN.discard(db)
 
 
 def shared_group(gid: int) -> bool:
@@ -1636,7 +1694,7 @@ class Queue:
         """
         now, taken = self.clock(), []
         blank = dict.fromkeys(NEW, None)
-        blank.update(queue="default", priority=0, cwd=os.getcwd(), created_at=now, updated_at=now)
+        blank.update(queue="default", priority=0, created_at=now, updated_at=now)
         with self.db.transaction(ring=True):
             first = seq = self.db.rows(LAST_SEQ)[0][0] + 1
             for fields in jobs:
@@ -1670,6 +1728,7 @@ class Queue:
         if "cron" in row:
             when = cron_next(row["cron"], now)
             row.update(recurs=f"cron {row['cron']}", planned=when)
+        row["cwd"] = row["cwd"] or os.getcwd()
         if row["env"] is not None:
             row["env"] = json.dumps(row["env"])
         try:
@@ -1714,6 +1773,10 @@ class Queue:
         near = nearest(job_id, recent)
         near = near if near.startswith(":") else ""
         raise NotFound(f"no job {printable(job_id)} in {self.db.path}{near}")
+
+    def _named(self, ids: Iterable[str]) -> list[Job]:
+        """Return the jobs with these ids; a string is one id."""
+        return [self.get(job_id) for job_id in ([ids] if isinstance(ids, str) else ids)]
 
     def jobs(
         self, states: Sequence[str] = (), limit: int | None = None, queue: str | None = None
@@ -1806,7 +1869,7 @@ class Queue:
         with self.db.transaction(ring=True):
             if ids is None:
                 ids = [row[0] for row in self.db.rows(DEAD_IDS)]
-            jobs = [self.get(job_id) for job_id in ids]
+            jobs = self._named(ids)
             for job in jobs:
                 if not self.db.execute(RETRY, {"seq": job.seq, "now": self.clock()}).rowcount:
                     raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
@@ -1821,7 +1884,7 @@ class Queue:
         it. One that has ended stays as it is. A schedule ends with its waiting or running job.
         """
         with self.db.transaction(ring=True):
-            jobs = {job.seq: job for job in map(self.get, ids)}
+            jobs = {job.seq: job for job in self._named(ids)}
             for seq in list(jobs) if cascade else []:
                 jobs.update((job.seq, job) for job in self._jobs(CHILDREN, seq=seq))
             for seq in jobs:
@@ -1866,7 +1929,7 @@ class Queue:
     def purge(self, ids: Iterable[str]) -> int:
         """Delete dead or cancelled jobs; return how many."""
         with self.db.transaction():
-            jobs = [self.get(job_id) for job_id in ids]
+            jobs = self._named(ids)
             for job in jobs:
                 if job.state not in (DEAD, CANCELLED):
                     raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
@@ -2506,6 +2569,10 @@ class Pool:
         """Look again in so many seconds at the latest."""
         self.look_at = min(self.look_at, time.monotonic() + seconds)
 
+    def sync_within(self, seconds: float) -> None:
+        """Make what was recorded durable in so many seconds at the latest."""
+        self.sync_at = min(self.sync_at, time.monotonic() + seconds)
+
     def hear(self, member: Member) -> None:
         """Take in a worker's news."""
         try:
@@ -2518,14 +2585,16 @@ class Pool:
                 self.fail(Fault(text))
             elif what in ("idle", "busy", "left"):
                 member.doing = what
-                self.maybe_work |= what == "busy"  # it took a job, and there may be more
+                if what == "busy":  # a claim counts after a power cut too; and there may be more
+                    self.maybe_work = True
+                    self.sync_within(BATCH)
             else:
                 self.report(what, text)
 
     def report(self, state: str, text: str) -> None:
         """Say what happened to a job, and see to what follows from it."""
         self.say(text)
-        self.sync_at = min(self.sync_at, time.monotonic() + BATCH)
+        self.sync_within(BATCH)
         if state == DEAD and self.drain:
             self.code = NO
         if state == PENDING:
@@ -2710,6 +2779,7 @@ def work(  # noqa: PLR0913
     TERM and HUP stop it, which only a main thread may ask for; `queuectl worker stop` always can.
     `say` gets a line for each event, `tick` is called at least once a second.
     """
+    checked("count", whole(1, 1000), count)
     with Queue(path) as queue:
         queue.db.run_dir.make()  # the database may have been copied here
         reason, kind = distrust(queue.db), network(queue.db.path)
@@ -3034,16 +3104,18 @@ def show_list(args: Any, facts: Iterable[Facts], headings: Sequence[str], rows: 
 
 def changes(queue: Queue, timeout: float | None = None) -> Iterator[None]:
     """Yield at once, at every change, and now and then; end after so many seconds."""
-    began, version, look_at = time.monotonic(), -1, 0.0
-    while timeout is None or time.monotonic() - began <= timeout:
+    over, version, look_at = time.monotonic() + (timeout or 0), -1, 0.0
+    while True:
         if queue.data_version() != version or time.monotonic() >= look_at:
             version, look_at = queue.data_version(), time.monotonic() + 0.5
             yield
+        if timeout is not None and time.monotonic() >= over:
+            return
         time.sleep(0.01)
 
 
 UNQUOTED = r"\s*\{\s*\w+\s*:"  # what PowerShell leaves of JSON, in as many words as it has blanks
-JSON_BEGINS = r'\s*((\[\s*)?\{\s*(["}]|\w+\s*:|$)|\[[\s\d]*[],])'  # as no shell line does
+JSON_BEGINS = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""  # as no shell line does
 
 
 def from_json(source: str) -> list[dict[str, object]]:
@@ -3133,7 +3205,7 @@ def detach(args: argparse.Namespace) -> int:
         run, log = queue.db.run_dir, queue.db.run_dir.file("workers.log")
     run.make()  # the database may have been copied here
     options = [word for word in args.rest if word != "--detach"]
-    argv = [sys.executable, sys.argv[0], "--db", args.db, "worker", "start", *options]
+    argv = [sys.executable, sys.argv[0], f"--db={args.db}", "worker", "start", *options]
     with open(log, "a+", errors="replace", opener=PRIVATE) as file:
         size, how = file.tell(), SYSTEM.BACKGROUND
         pool = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **how)
@@ -3271,7 +3343,7 @@ def named(args: argparse.Namespace, *, some: bool = False) -> list[str]:
 def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     """Wait until jobs have ended; return what the first failed one returned."""
     jobs = [queue.get(job_id) for job_id in named(args)]
-    ids, dead = [job.id for job in jobs], queue.counts()[DEAD]
+    ids, began = [job.id for job in jobs], queue.clock()
     for job in jobs:
         if job.due == BLOCKED:
             say(f"job {printable(job.id)} is {why(queue, job)}")
@@ -3290,9 +3362,8 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
         say(f"timed out after {span(args.timeout)}: {line()}")
         return TIMED_OUT
     if not ids:
-        died = max(0, queue.counts()[DEAD] - dead)
-        jobs = sorted(queue.jobs((DEAD,), died), key=lambda job: job.updated_at)
-        jobs += queue.blocked(limit=1)
+        died = (job for job in queue.jobs((DEAD,), 1000) if job.updated_at >= began)
+        jobs = [*sorted(died, key=lambda job: job.updated_at), *queue.blocked(limit=1)]
     return next(filter(None, map(exit_of, jobs)), OK)
 
 
@@ -3644,13 +3715,14 @@ def execute(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; the one place that says what went wrong."""
+    if not sys.stdout:  # it was closed
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # whatever a job is called can be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         SYSTEM.escapes()
         code = execute(parse((sys.argv[1:] if argv is None else argv) or ["--help"]))
-        if sys.stdout:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return code
     except QueueError as error:
         say(printable(str(error)))

@@ -2519,7 +2519,7 @@ class Submit(Live):
         "--every 0": "every must be at least 1 second",
         "--cron ": "cron must have five fields",
         "--cron @daily --every 1d": "a job has every or cron, not both",
-        "--delay 1 --at 5": "a job has delay or run_at, not both",
+        "--delay 1 --at 2030-01-01": "a job has delay or run_at, not both",
         "--env =x": "env must have names",
         "--env x": "--env is NAME=VALUE",
         "--queue ": "queue must be",
@@ -3802,6 +3802,9 @@ class Guest(Case):
                 db.execute("INSERT INTO nowhere VALUES (1)")
             with self.assertRaises(FileNotFoundError), queue.transaction():
                 os.stat(self.file("nothing"))
+            with self.assertRaisesRegex(queuectl.Fault, "ended"), queue.transaction() as db:
+                db.execute("ROLLBACK")
+                queue.enqueue("true")
             self.assertEqual(self.execute("SELECT id FROM orders"), [])
             self.assertEqual(list(queue.jobs()), [])
             with queue.transaction() as db:
@@ -3897,6 +3900,55 @@ class Vendored(Case):
             thread.start()
             thread.join()
             self.assertIsNot(theirs[0], ours)
+
+    FORKED = """if True:
+        import os, subprocess, sys, threading
+        from queuectl import Queue, QueueError
+        queue, other = Queue("queuectl.db"), Queue("queuectl.db")
+        told, heard = os.pipe(), os.pipe()
+        queue.enqueue("true", id="before"), other.counts()
+        if not os.fork():
+            queue.enqueue("true", id="child")
+            os.write(told[1], b".")
+            os.read(heard[0], 1)
+            other.enqueue("true", id="child-2")
+            os._exit(0)
+        os.read(told[0], 1)
+        queue.db.close(), other.db.close()
+        subprocess.run([sys.executable, sys.argv[1], "enqueue", "--id", "stranger", "true"])
+        os.write(heard[1], b".")
+        os.wait()
+
+        def refused():
+            child = os.fork()
+            if child:
+                return os.WEXITSTATUS(os.waitpid(child, 0)[1])
+            try:
+                Queue("queuectl.db").enqueue("true", id="lost")
+            except QueueError as error:
+                os._exit(error.code if "before the fork" in str(error) else 9)
+            os._exit(0)
+        with queue.transaction():
+            queue.enqueue("true", id="inside")
+            print(refused())
+        over, begun = threading.Event(), threading.Event()
+        thread = threading.Thread(target=lambda: (queue.counts(), begun.set(), over.wait()))
+        thread.start()
+        begun.wait()
+        print(refused())
+        over.set()
+        thread.join()
+        queue.enqueue("true", id="after")
+        """
+
+    @unittest.skipUnless(hasattr(os, "fork"), "there are no forks here")
+    def test_what_a_child_of_a_fork_enqueues_outlives_its_parents_connections(self) -> None:
+        """Promise 1: SQLite's own idea of its locks is not inherited."""
+        told = self.script(self.FORKED, PROGRAM)
+        self.assertEqual((told.stdout, told.stderr), ("stranger\n4\n4\n", ""))
+        ids = ["before", "child", "stranger", "child-2", "inside", "after"]
+        with Queue(self.path) as queue:
+            self.assertEqual([job.id for job in queue.jobs()], ids)
 
     def test_pools_of_two_queues_run_in_the_threads_of_one_process(self) -> None:
         paths, main = [self.file("a.db"), self.file("b.db")], sys.modules["__main__"]

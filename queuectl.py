@@ -188,6 +188,17 @@ def read_proc(path: str) -> bytes:
     return b""
 
 
+def is_of(pid: int, key: bytes, db: str) -> bool:
+    """Tell whether a process is of an attempt; one of a queue that this one is a copy of is not."""
+    environ = b"\0" + read_proc(f"{pid}/environ")
+    if b"\0QUEUECTL_RUN=" + key + b"\0" not in environ:
+        return False
+    other = (re.findall(rb"\0QUEUECTL_DB=([^\0]*)", environ) or [b""])[-1]
+    with contextlib.suppress(OSError):
+        return os.path.samefile(other, db)
+    return True  # the queue was moved
+
+
 def holds(pid: int, path: str) -> bool:
     """Tell whether a process holds the lock of a file (to have it open is not enough)."""
     with contextlib.suppress(OSError):
@@ -388,9 +399,9 @@ class System:
         """Return an attempt's processes, as far as they can be told from strangers for certain."""
         if not PROC:
             return process_group(run.facts(job.locked_by), job)
-        key = b"\0QUEUECTL_RUN=" + run_key(job).encode() + b"\0"
         others = set(map(int, filter(str.isdigit, os.listdir("/proc")))) - {os.getpid()}
-        found = [pid for pid in sorted(others) if key in b"\0" + read_proc(f"{pid}/environ")]
+        key = run_key(job).encode()
+        found = [pid for pid in sorted(others) if is_of(pid, key, run.db)]
         if found or run.free(job.seq, job.run, "out"):
             return found
         return [pid for pid in others if holds(pid, run.file(job.seq, job.run, "out"))]
@@ -1152,7 +1163,7 @@ class RunDirectory:
 
     def __init__(self, db: str) -> None:
         """Name the run directory of a database; `make` makes it."""
-        self.path = db + ".run"
+        self.db, self.path = db, db + ".run"
 
     def make(self) -> None:
         """Make the directory, for the owner alone whatever the umask."""
@@ -1276,7 +1287,8 @@ class Opened(sqlite3.Connection):
 
 
 OPEN: weakref.WeakSet[Opened] = weakref.WeakSet()  # what this process has open
-INHERITED: dict[str, Opened] = {}  # what was in use at a fork: in the child, of no use
+IN_USE: list[Opened] = []  # at a fork: held, so that no child closes them, which others would feel
+INHERITED: dict[str, Opened] = {}  # in a child: what was in use, and is never to be touched
 
 
 def before_fork() -> None:
@@ -1290,11 +1302,12 @@ def before_fork() -> None:
             if not db.in_transaction:
                 db.close()
                 OPEN.discard(db)
+    IN_USE.extend(OPEN)
 
 
 def after_fork() -> None:
     """Keep, in the child, away from files that were in use."""
-    INHERITED.update((db.path, db) for db in OPEN)
+    INHERITED.update((db.path, db) for db in IN_USE)
     OPEN.clear()
 
 
@@ -1302,7 +1315,8 @@ def after_fork() -> None:
 def prepare_forks() -> None:
     """Have forks looked after from now on."""
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=before_fork, after_in_child=after_fork)
+        after = {"after_in_parent": IN_USE.clear, "after_in_child": after_fork}
+        os.register_at_fork(before=before_fork, **after)
 
 
 class Database:
@@ -2287,6 +2301,15 @@ class Worker:
         except (EOFError, OSError):
             self.alone = self.stopping = True
 
+    def overhear(self, job: Job) -> None:
+        """Look, without a pool, for what it would have said: `worker stop --now`, `cancel`."""
+        pool = "pool-" + self.name.split("-")[1]
+        with contextlib.suppress(OSError), open(self.run_dir.file(pool, "stop")) as file:
+            self.heard.add(file.read())
+        with contextlib.suppress(QueueError):
+            if self.queue.get(job.id).cancelling:
+                self.heard.add(run_key(job))
+
     def wait(self, until: float = NEVER) -> None:
         """Wait for a child's end, the pool, or a time on the monotonic clock."""
         self.flush()
@@ -2360,6 +2383,8 @@ class Worker:
             if now >= deadline:
                 return "timed out", f"timed out after {span(timeout)}"
             self.wait(min(deadline, now + pause))
+            if self.alone:
+                self.overhear(job)
             if time.monotonic() > now + pause:
                 full = out.trim(self.queue.settings["output_limit"])
                 pause = 0.01 if full else min(pause * 2, 0.1)
@@ -2608,15 +2633,19 @@ class Pool:
         if member.doing == "left":
             return
         self.say(f"{member.name} died")
-        now = time.monotonic()
         self.look_at, self.seen, self.maybe_work = 0.0, -1, True
         with contextlib.suppress(Locked):
             if not any(job.locked_by == member.name for job in self.queue.claimed()):
-                self.deaths = [then for then in self.deaths if then > now - 60] + [now]
-        if len(self.deaths) > BROKEN:
-            self.fail(Fault(f"{len(self.deaths)} workers died in a minute without a job"))
+                self.count_death()
         if not self.stopping:
             self.missing.append(member.slot)
+
+    def count_death(self) -> None:
+        """Note that a worker died without a job, or could not be started; too many are a fault."""
+        now = time.monotonic()
+        self.deaths = [then for then in self.deaths if then > now - 60] + [now]
+        if len(self.deaths) > BROKEN:
+            self.fail(Fault(f"{len(self.deaths)} workers died in a minute without a job"))
 
     def obey(self) -> None:
         """Act on signals: the first one stops, another at least a second later ends the jobs."""
@@ -2686,8 +2715,10 @@ class Pool:
                 if job.cancelling:
                     ours[job.locked_by].send(key)
             elif self.run_dir.free(job.locked_by):
-                grace = self.queue.config()["kill_grace"]
-                if self.enders.setdefault(key, Ender(job, self.run_dir, grace)).gone():
+                config, now = self.queue.config(), self.queue.clock()
+                ender = self.enders.setdefault(key, Ender(job, self.run_dir, config["kill_grace"]))
+                kept = ending_of(self.run_dir, job, now, 0)
+                if kept.error is None or ender.gone():  # what a completed job left goes on
                     del self.enders[key]
                     self.give_back(job)
         if self.enders:
@@ -2710,7 +2741,11 @@ class Pool:
         while self.missing and time.monotonic() >= self.hire_at:
             self.hired += 1
             name = f"worker-{self.name[5:]}-{self.hired}"
-            self.members.append(Member(self.db.path, name, self.missing.pop(0), self.queues))
+            try:
+                self.members.append(Member(self.db.path, name, self.missing[0], self.queues))
+                del self.missing[0]
+            except (EOFError, ConnectionError):  # the fork server died: there will be another
+                self.count_death()
             self.hire_at = time.monotonic() + 1 if self.hired > self.count else 0.0
 
     def wake(self) -> None:
@@ -3241,9 +3276,8 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
     """Ask every pool to stop, and wait until they are gone."""
     run = queue.db.run_dir
-    pools = list(run.holders("pool"))
-    living = pools + list(run.holders("worker"))  # one without its pool finishes its job
-    for pool in pools:
+    living = [*run.holders("pool"), *run.holders("worker")]  # a worker may be without its pool
+    for pool in {"pool-" + name.split("-")[1] for name in living}:
         with open(run.file(pool, "stop"), "w", opener=PRIVATE) as file:
             file.write("now" if args.now else "")  # which a full disk takes
     run.ring()
@@ -3438,18 +3472,17 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
 
 def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
     """Cancel jobs; return once the running ones have been ended."""
-    jobs, code = queue.cancel(args.ids, cascade=args.cascade), OK
+    jobs, code, run = queue.cancel(args.ids, cascade=args.cascade), OK, queue.db.run_dir
     for _ in changes(queue):
         jobs = [queue.get(job.id) for job in jobs]
-        if not any(job.cancelling for job in jobs) or not queue.db.run_dir.holders("pool"):
+        running = [job for job in jobs if job.cancelling and not run.free(job.locked_by)]
+        if not running and not (any(job.cancelling for job in jobs) and run.holders("pool")):
             break
     for job in jobs:
-        gone = job.cancelling and queue.db.run_dir.free(job.locked_by)  # the next pool cancels it
-        if job.state == CANCELLED or gone:
+        if job.state == CANCELLED or job.cancelling:  # with its worker gone: by the next pool
             print(job.id)
         else:
-            how = "runs on, since its pool is gone" if job.cancelling else "stays so"
-            say(f"job {printable(job.id)} is {job.state}; it {how}")
+            say(f"job {printable(job.id)} is {job.state}; it stays so")
             code = code if args.cascade and job.state in ENDED else NO
     return code
 

@@ -2539,7 +2539,8 @@ class Pool:
             self.bell = SYSTEM.bell(self.run_dir.file(self.name, "bell"))
         before = handle_signals(self.on_signal, self.bell) if self.handling else None
         empty = "" if any(self.queue.counts().values()) else ", where there are no jobs yet"
-        self.say(f"{self.count} worker{'s' * (self.count > 1)} on {self.db.path}{empty}")
+        path = printable(self.db.path)
+        self.say(f"{self.count} worker{'s' * (self.count > 1)} on {path}{empty}")
         try:
             self.run_dir.clean(self.queue.claimed())
             while self.members or not self.stopping:
@@ -3170,14 +3171,17 @@ def from_json(source: str) -> list[dict[str, object]]:
 def described(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) -> Iterator[Any]:
     """Yield the jobs of JSON lines, JSON, a shell line or words; `at` is the number of the line."""
     words: list[str] = args.words
-    if words == ["-"]:
+    exact = args.rest[-len(words) - 1 :] == ["--", *words]
+    if "--" in args.rest and not exact:
+        raise BadInput("a command's own words all go after --, as in: enqueue -- git log -- README")
+    if words == ["-"] and not exact:
         stdin.seek(0)
         for at[0], line in enumerate(stdin, 1):
             if at[0] % 1000 == 0:
                 LINES.show(lambda: f"{at[0]} lines")
             if line.strip():
                 yield from from_json(line.decode(errors="surrogateescape"))  # FIELDS refuse those
-    elif len(words) > 1 and not re.match(UNQUOTED, words[0]):
+    elif exact or (len(words) > 1 and not re.match(UNQUOTED, words[0])):
         yield {"command": SYSTEM.line(words)}
     elif re.match(JSON_BEGINS, words[0]):
         yield from from_json(" ".join(words))
@@ -3216,7 +3220,7 @@ def read_stdin() -> IO[bytes]:
 def cmd_enqueue(args: argparse.Namespace) -> None:
     """Add jobs; print their ids."""
     at = [0]
-    with read_stdin() if args.words == ["-"] else io.BytesIO() as stdin:
+    with read_stdin() if args.words == ["-"] and "--" not in args.rest else io.BytesIO() as stdin:
         try:
             if not os.path.lexists(args.db):  # no queue is made for bad input
                 for job in with_options(args, described(args, stdin, at)):

@@ -322,7 +322,19 @@ class Rules(Case):
             "2030-01-31T08:00": time.mktime((2030, 1, 31, 8, 0, 0, 0, 0, -1)),
         }
         self.each(cases, queuectl.moment)
-        wrong = ("", "tomorrow", "2030-13-01", -1, 1e18, float("nan"), True, None, "9" * 30)
+        wrong = (
+            "",
+            "tomorrow",
+            "2030-13-01",
+            "12345678",
+            "12",
+            -1,
+            1e18,
+            float("nan"),
+            True,
+            None,
+            "9" * 30,
+        )
         self.refuses(queuectl.moment, *wrong)
 
     def test_spans_and_distances_are_short(self) -> None:
@@ -440,6 +452,17 @@ class Clocked(Case):
 
 class Library(Clocked):
     """Queue, by itself."""
+
+    def test_one_id_is_one_id_and_not_its_letters(self) -> None:
+        for job_id in ("1", "2", "12"):
+            self.queue.enqueue("true", id=job_id)
+        self.queue.cancel("12")
+        self.assertEqual([job.id for job in self.queue.jobs(["cancelled"])], ["12"])
+        self.assertEqual((self.queue.retry("12"), self.queue.counts()["cancelled"]), (["12"], 0))
+
+    def test_there_is_at_least_one_worker(self) -> None:
+        with self.assertRaisesRegex(queuectl.BadInput, "count must be a whole number from 1"):
+            queuectl.work(self.path, 0)
 
     def test_a_failing_job_waits_2_then_4_seconds_and_is_dead_after_three(self) -> None:
         self.queue.enqueue("false", id="bad")
@@ -604,7 +627,7 @@ class CommandLine(Case):
         self.assertEqual({key: shown[key] for key in fields}, fields)
         self.assertEqual((shown["timeout"], self.job("x").run_after), (300, 1896076800))
 
-    def test_a_shell_line_an_argv_and_lines_from_stdin(self) -> None:
+    def test_a_shell_line_words_and_lines_from_stdin_become_jobs(self) -> None:
         self.out("enqueue", "printf a | tr a b")
         self.out("enqueue", "--", "printf", "%s|", "two words", "it's", "$HOME", "*")
         lines = '{"command":"printf 3"}\n\n[{"command":"printf 4"}]\n'
@@ -612,6 +635,16 @@ class CommandLine(Case):
         self.drain()
         outputs = [self.out("logs", str(number)) for number in (1, 2, 3, 4)]
         self.assertEqual(outputs, ["b", "two words|it's|$HOME|*|", "3", "4"])
+
+    def test_what_stands_after_two_dashes_is_one_command(self) -> None:
+        words = (["/a b/c"], ["-"], ['{"command": "x"}'], ["git", "log", "--", "f"], ["{", "a"])
+        for argv in words:
+            job = self.job(self.out("enqueue", "--priority", "1", "--", *argv).strip())
+            self.assertEqual(shlex.split(job.command), argv)
+        self.assertIn("all go after --", self.refused("enqueue", "git", "log", "--", "f"))
+
+    def test_a_byte_order_mark_before_json_is_nothing(self) -> None:
+        self.assertEqual(self.out("enqueue", "-", stdin='\ufeff{"id":"x","command":"x"}'), "x\n")
 
     def test_a_shell_line_may_begin_as_json_does(self) -> None:
         for line in ("[ -e x ] && echo", '[ "$A" = b ]', "[[ -e x ]]", "{ a; b; } | c"):
@@ -808,6 +841,35 @@ class CommandLine(Case):
             with self.subTest(words):
                 self.assertIn("there is no queue", self.refused(*words.split(), code=1))
         self.assertEqual(os.listdir(self.dir), [])
+
+    @NEEDS_SHELL
+    @NEEDS_SHELL
+    def test_nothing_is_said_on_a_closed_stdout(self) -> None:
+        for words in ("status", "list", "logs 1", "show 1"):
+            self.out("enqueue", "true")
+            line = f"exec {shlex.join([*PYTHON, PROGRAM])} {words} >&-"
+            done = self.process("sh", "-c", line)
+            self.assertEqual((done.returncode, done.stderr.count("Traceback")), (0, 0), done.stderr)
+
+    @NEEDS_SHELL
+    def test_what_is_not_unicode_is_refused(self) -> None:
+        self.out("enqueue", "true")
+        for words in ("show \udcff", "cancel \udcff", "wait \udcff", "dlq retry \udcff"):
+            self.assertIn("'\\udcff' is not valid Unicode", self.refused(*words.split()))
+        there = os.fsencode(self.dir) + b"/\xff"
+        os.mkdir(there)
+        self.assertIn("is not valid Unicode", self.refused("enqueue", "true", real=True, cwd=there))
+        self.assertEqual(self.out("enqueue", "--cwd", "/", "true", real=True, cwd=there), "1\n")
+
+    @NEEDS_SHELL
+    def test_a_queue_may_be_in_a_directory_whose_name_is_not_unicode(self) -> None:
+        os.mkdir(os.fsencode(self.dir) + b"/\xff")
+        self.path = os.environ["QUEUECTL_DB"] = os.fsdecode(os.fsencode(self.dir) + b"/\xff/q.db")
+        job = self.enqueue('echo "$QUEUECTL_DB" > db')
+        self.drain()
+        self.assertEqual(self.job(job).state, "completed")
+        with open(self.file("db"), "rb") as file:
+            self.assertTrue(file.read().endswith(b"/\xff/q.db\n"))
 
     @NEEDS_SHELL
     def test_lines_cannot_come_from_a_closed_stdin(self) -> None:
@@ -1800,8 +1862,11 @@ class FullDisk(Live):
         self.out("enqueue", self.FILL, **inside)
         pool = self.pool(**inside)
         self.says(pool, "cannot record how job 1 ended")
+        late = self.pool(**inside)
+        until(lambda: self.out("worker", "list", **inside).count("\nworker-") == 2)
         self.out("worker", "stop", **inside)
         self.ends(pool, 0)
+        self.assertNotIn("died", late.communicate(timeout=10)[0])
 
     def test_a_limit_on_the_size_of_files_is_like_a_full_disk(self) -> None:
         small = limited(resource.RLIMIT_FSIZE, 20_000)
@@ -2220,6 +2285,7 @@ class Durable(Live):
         calls = ["-e", "trace=pwrite64,write,fsync,fdatasync", "-o", self.file("strace.log")]
         self.pool(prefix=["strace", "-f", "-y", "-ttt", "-s", "0", *calls])
         self.started("began")
+        until(lambda: [line for line in self.lines("strace.log") if "sync(" in line])  # the claim
         before = len(self.lines("strace.log"))
         self.write("go")
         self.becomes("1", "completed")
@@ -2419,7 +2485,7 @@ NO_RULES = (
     *("* * * * mon-xyz", "0 0 31 2 *", "@reboot"),
 )
 WRONG = {
-    "id": (1, None, True, [], {}, "", "a b", "-a", "x" * 201, "a\nb", "a\0", "a\u202eb"),
+    "id": (1, None, True, [], {}, "", "a b", "-a", "x" * 201, "a\nb", "a\0", "a\u202eb", "a,b"),
     "command": (1, None, False, [], {}, "", " \t\n", "a\0b", "a\ud800b"),
     "queue": (1, None, True, [], {}, "", "a b", "\udfff"),
     "priority": ("1", None, True, 1.5, [], {}, 10**7, -(10**7), 10**400),
@@ -2445,6 +2511,7 @@ WRONG_JSON = (  # what is given, and a part of the answer
     ("{", "bad JSON"),
     ('{"command": "true"} {"command": "true"}', "bad JSON"),
     ("{command:true}", "lost its quotes"),
+    ("{'command': 'true'}", "bad JSON"),
     ('[{"env": [' * 10_000, "bad JSON"),
     ('{"command": ' * 10_000, "bad JSON"),
 )
@@ -2728,6 +2795,7 @@ class Wait(Live):
         "unstarted": 1,
         "called-off good": 1,
         "child --timeout 0": 124,
+        "good --timeout 0": 0,
         "good child --timeout 0": 124,
         "--all": 1,  # the child is blocked for good
         "nobody": 1,
@@ -2745,6 +2813,19 @@ class Wait(Live):
             queue.cancel(["called-off"])
             queue.enqueue("true", id="child", after=["good", "seven"])
         self.each(self.CODES, lambda ids: self.told("wait", *ids.split())[0])
+
+    def test_that_of_a_job_that_died_meanwhile_whatever_else_was_purged(self) -> None:
+        self.enqueue("false", id="before", max_retries=1)
+        self.drain(code=1)
+        self.enqueue(f"touch started; {WAIT}; exit 7", id="meanwhile", max_retries=1)
+        self.pool()
+        self.started("started")
+        waiting = Terminal(self, "wait", "--all")
+        waiting.sees(r"\d/1 jobs")
+        self.told("dlq", "purge", "before")
+        self.write("go")
+        waiting.end()
+        self.assertEqual(waiting.process.returncode, 7)
 
     def test_it_returns_promptly_whatever_the_jobs_were_doing(self) -> None:
         self.enqueue(f"touch started; {WAIT}; exit 9", id="running", max_retries=1)
@@ -2844,6 +2925,13 @@ class Cancel(Live):
         self.told("cancel", "x")
         self.assertEqual(self.told("dlq", "retry", "x"), (0, "x\n", ""))
         self.assertEqual((self.job("x").state, self.job("x").attempts), ("pending", 0))
+
+    def test_a_cancelled_job_that_never_ran_is_retried_no_sooner_than_it_was_to_run(self) -> None:
+        self.enqueue("true", id="x", delay=3600)
+        due = self.job("x").run_after
+        self.told("cancel", "x")
+        self.told("dlq", "retry", "x")
+        self.assertEqual((self.job("x").run_after, self.job("x").due), (due, queuectl.LATER))
 
 
 class Hold(Live):

@@ -268,6 +268,7 @@ class System:
     COMMAND_LIMIT = 131071  # Linux's MAX_ARG_STRLEN
     BACKGROUND: Mapping[str, Any] = {"start_new_session": True}  # to outlive the terminal
     inherited: Mapping[bytes, bytes] = {}  # the environment, once it has been read
+    user = staticmethod(getattr(os, "geteuid", lambda: None))  # on Windows files have other rights
 
     def words(self, line: str) -> list[str]:
         """Split a command line."""
@@ -276,10 +277,6 @@ class System:
     def line(self, words: Sequence[str]) -> str:
         """Quote words so that the shell takes them as they are."""
         return shlex.join(words)
-
-    def user(self) -> int | None:
-        """Return who runs us, where files have owners and modes."""
-        return os.geteuid()
 
     def lock(self, fd: int, *, shared: bool = False) -> bool:
         """Lock an open file without waiting; False where somebody else has it."""
@@ -451,9 +448,6 @@ class _Windows(System):
         line = subprocess.list2cmdline(words)
         special = re.search("[&|<>^%!()]", line)  # to cmd.exe, for which no quotes are closed then
         return re.sub('([&|<>^%!()"])', r"^\1", line) if special else line
-
-    def user(self) -> int | None:  # access control lists keep strangers out of our directories
-        return None
 
     def lock(self, fd: int, *, shared: bool = False) -> bool:  # noqa: ARG002
         import msvcrt
@@ -1110,11 +1104,11 @@ WITH RECURSIVE below (child) AS (
   UNION SELECT needs.child FROM needs JOIN below ON parent = below.child WHERE met = 0)
 {JOB}WHERE seq IN below"""
 
-PRUNABLE = """
+SLICE = 200  # jobs in a transaction of `prune`
+PRUNABLE = f"""
 SELECT seq FROM jobs WHERE state = :state AND due = 1 AND updated_at <= :before
   AND NOT EXISTS (SELECT 1 FROM needs WHERE parent = jobs.seq AND met = 0)
-ORDER BY updated_at LIMIT :limit"""
-SLICE = 200  # jobs in a transaction of `prune`, at first
+ORDER BY updated_at LIMIT {SLICE}"""
 FORGET = (
     "DELETE FROM attempts WHERE job = :seq",
     "DELETE FROM needs WHERE parent = :seq",
@@ -1270,16 +1264,6 @@ def migrate(db: sqlite3.Connection) -> None:
     db.execute(OUTER[1])
 
 
-def sync_directory(path: str) -> None:
-    """Make a new name in a directory durable, where the system has a way to."""
-    with contextlib.suppress(OSError):  # Windows opens no directories
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
 class Opened(sqlite3.Connection):
     """A connection that knows its file."""
 
@@ -1368,7 +1352,10 @@ class Database:
                 migrate(db)
                 db.execute(LOG)  # last: a log would hide a full disk
             os.rename(new, self.path)
-            sync_directory(where)
+            with contextlib.suppress(OSError):  # Windows opens no directories
+                fd = os.open(where, os.O_RDONLY)
+                os.fsync(fd)  # the new name
+                os.close(fd)
         finally:
             making.close()
 
@@ -1529,14 +1516,6 @@ class Database:
         finally:
             self.execute(NO_WAIT)
 
-    def identity(self) -> tuple[int, int] | None:
-        """Return what tells this file from another at its path; None where there is none."""
-        try:
-            info = os.stat(self.path)
-        except OSError:
-            return None
-        return info.st_dev, info.st_ino
-
     def close(self) -> None:
         """Close this thread's connection."""
         db: Opened | None = getattr(self._local, "db", None)
@@ -1675,15 +1654,13 @@ class Queue:
         """Close this thread's connection."""
         self.db.close()
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
         """Put what the caller writes to its own tables and what it enqueues into one transaction.
 
         Yields the connection; all of it is on disk when the block ends, or nothing of it if it
         raises. The caller begins and commits nothing itself.
         """
-        with self.db.transaction() as db:
-            yield db
+        return self.db.transaction()
 
     def _jobs(self, sql: str, **args: object) -> Iterator[Job]:
         return (Job(*row) for row in self.db.rows(sql, args))
@@ -1930,14 +1907,11 @@ class Queue:
         if not set(states) <= set(ENDED):
             raise BadInput(f"only what is {', '.join(ENDED)} can be pruned")
         for state in states:
-            size, pruned = SLICE, 1
-            while pruned:
-                began = time.monotonic()
-                pruned = self.prune_slice(before, state, size)
-                took = time.monotonic() - began
-                size = max(10, min(SLICE * 10, int(size * 0.02 / max(took, 0.001))))
+            began = time.monotonic()
+            while pruned := self.prune_slice(before, state):
                 total += pruned
-                time.sleep(min(took, 0.05))
+                time.sleep(min(time.monotonic() - began, 0.05))
+                began = time.monotonic()
         return total
 
     def purge(self, ids: Iterable[str]) -> int:
@@ -1958,11 +1932,10 @@ class Queue:
         for sql in FORGET:
             self.db.execute(sql, {"seq": seq})
 
-    def prune_slice(self, before: float, state: str, limit: int = SLICE) -> int:
+    def prune_slice(self, before: float, state: str) -> int:
         """Delete the first few jobs that ended before a time; return how many."""
-        asked = {"state": state, "before": before, "limit": limit}
         with self.db.transaction():
-            rows = self.db.rows(PRUNABLE, asked)
+            rows = self.db.rows(PRUNABLE, {"state": state, "before": before})
             for row in rows:
                 self._forget(row[0])
         return len(rows)
@@ -2051,27 +2024,23 @@ class Queue:
         times = [self.db.rows(NEXT_LATER, {"queue": queue})[0][0] for queue in waiting]
         return min((when for when in times if when is not None), default=None)
 
-    def unfinished(self, queues: Sequence[str] = (), horizon: float = FOREVER) -> bool:
-        """Tell whether anything runs, is due, or becomes due within so many seconds.
+    def awaited(self, queues: Sequence[str] = (), horizon: float = FOREVER) -> dict[str, bool]:
+        """Return the queues, all or of these, that a drain waits for; True where only for a resume.
 
-        Not counted: what is blocked, what is paused, and the next job of a schedule.
+        Something runs there, is due, or becomes due within so many seconds. What is blocked does
+        not count, nor does the next job of a schedule.
         """
-        running, waiting = self.counts(queues)[PROCESSING], self._waiting(queues)
-        return bool(running) or any(self._awaited(queue, horizon) for queue in waiting)
-
-    def _awaited(self, queue: str, horizon: float) -> bool:
-        """Tell whether anything of a queue is due, or becomes due within so many seconds."""
-        if self.db.rows(NEXT_DUE, {"queue": queue}):
-            return True
-        soonest = self.db.rows(NEXT_AWAITED, {"queue": queue})[0][0]
-        return soonest is not None and soonest <= self.clock() + horizon
-
-    def paused_with_work(self, queues: Sequence[str] = (), horizon: float = FOREVER) -> list[str]:
-        """Return the paused queues, all or of these, with jobs that a drain would wait for."""
-        waiting = set(self._waiting(queues))
-        names = {q for q, state, due, _ in self.tally() if state == PENDING and due != BLOCKED}
-        paused = (names - waiting) & (set(queues) or names)
-        return sorted(queue for queue in paused if self._awaited(queue, horizon))
+        found: dict[str, bool] = {}
+        paused, soon = self.paused(), self.clock() + horizon
+        for queue, state, due, _ in self.tally():
+            asked = state in (PENDING, PROCESSING) and (not queues or queue in queues)
+            if asked and due == LATER:
+                when = self.db.rows(NEXT_AWAITED, {"queue": queue})[0][0]
+                asked = when is not None and when <= soon
+            if asked and due != BLOCKED:
+                held = state == PENDING and ("" in paused or queue in paused)
+                found[queue] = held and found.get(queue, True)
+        return found
 
     def blocked(self, queues: Sequence[str] = (), limit: int = 10) -> list[Job]:
         """Return the jobs that have been blocked longest, of each of these queues or of all."""
@@ -2506,7 +2475,7 @@ class Pool:
         self.tick: Callable[[], None] = lambda: None  # is called at every turn
         self.drain, self.horizon, self.code = False, FOREVER, OK
         self.name = "pool-" + os.urandom(4).hex()
-        self.identity = self.db.identity()
+        self.file = os.stat(self.db.path)
         self.handling = False  # signals
         self.signals: list[tuple[float, int]] = []
         self.db.patient = lambda waited: waited < 0.3 and not self.signals
@@ -2676,8 +2645,9 @@ class Pool:
     def look(self) -> None:
         """Look at what rings no bell: stop requests, the file itself, other writers, the dead."""
         self.look_at = time.monotonic() + SYSTEM.TICK
-        if self.db.identity() != self.identity:
-            raise Fault(f"{self.db.path} was moved away or replaced")
+        path = self.db.path
+        if not os.path.exists(path) or not os.path.samestat(os.stat(path), self.file):
+            raise Fault(f"{path} was moved away or replaced")
         with contextlib.suppress(OSError), open(self.run_dir.file(self.name, "stop")) as file:
             self.stop(file.read() or "stop", "worker stop")
         version = self.queue.data_version()  # asked first: what changes from now on is seen later
@@ -2760,12 +2730,12 @@ class Pool:
             member.send("go")
         elif self.drain and doing == ["idle"] * self.count and not self.enders:
             with contextlib.suppress(Locked):
-                if not self.queue.unfinished(self.queues, self.horizon):
-                    self.drained()
+                awaited = self.queue.awaited(self.queues, self.horizon)
+                if all(awaited.values()):
+                    self.drained(sorted(awaited))
 
-    def drained(self) -> None:
+    def drained(self, paused: Sequence[str]) -> None:
         """Leave, now that nothing is left to run, unless a paused queue may be resumed."""
-        paused = self.queue.paused_with_work(self.queues, self.horizon)
         if not paused:
             blocked = self.queue.blocked(self.queues)
             for job in blocked:
@@ -3393,7 +3363,7 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     for _ in changes(queue, args.timeout):
         jobs = [queue.get(job_id) for job_id in ids]
         running = any(job.state not in ENDED for job in jobs)
-        if not (running if ids else queue.unfinished() or queue.paused_with_work()):
+        if not (running if ids else queue.awaited()):
             break
         LINES.show(line)
     else:

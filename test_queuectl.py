@@ -2959,16 +2959,13 @@ class Hold(Live):
             self.assertIn("paused     gpu\n", self.out("status"))
             claimed = [queue.claim("worker-1"), queue.claim("worker-2")]
             self.assertEqual([job and job.id for job in claimed], ["cpu", None])
-            self.assertEqual(
-                (queue.paused_with_work(), queue.paused_with_work(["cpu"])), (["gpu"], [])
-            )
+            self.assertEqual(queue.awaited(), {"cpu": False, "gpu": True})
+            self.assertEqual(queue.awaited(["cpu"]), {"cpu": False})
             queue.enqueue("true", queue="night", cron="@daily")
             queue.enqueue("true", queue="later", delay=60)
             queue.pause()
-            self.assertEqual(
-                (queue.paused_with_work(), queue.paused_with_work((), 9)),
-                (["gpu", "later"], ["gpu"]),
-            )
+            self.assertEqual(queue.awaited(), {"cpu": False, "gpu": True, "later": True})
+            self.assertEqual(queue.awaited((), 9), {"cpu": False, "gpu": True})
             queue.resume()
             queue.pause("gpu")
             self.told("resume", "--queue", "gpu")
@@ -3571,10 +3568,10 @@ class Recurring(Clocked):
 
     def test_a_drain_does_not_wait_for_a_future_occurrence_but_for_its_retry(self) -> None:
         self.queue.enqueue("true", id="x", every=1000, max_retries=2)
-        self.assertTrue(self.queue.unfinished())
+        self.assertTrue(self.queue.awaited())
         for code, waits in ((1, True), (0, False), (75, True), (0, False)):
             self.ends(code)
-            self.assertEqual(self.queue.unfinished(), waits, code)
+            self.assertEqual(bool(self.queue.awaited()), waits, code)
             self.now += 2 if waits else 1000
 
 

@@ -2365,6 +2365,17 @@ class Owner(Live):
         self.drain(*args)
         self.assertEqual(self.read("log"), "x\n")
 
+    def test_a_network_file_system_is_warned_about(self) -> None:
+        told: list[str] = []
+        mounts = "/dev/sda / ext4 rw 0 0\nhost:/x /tmp nfs4 rw 0 0\n"
+        for root, kind in (("/tmp", "nfs4"), ("/nowhere", None)):
+            text = mock.mock_open(read_data=mounts.replace("/tmp", root))
+            with mock.patch.object(queuectl, "open", text, create=True):
+                self.assertEqual(queuectl.network("/tmp/a/queue.db"), kind)
+        with mock.patch.object(queuectl, "network", return_value="nfs4"):
+            queuectl.work(self.path, drain=True, say=told.append)
+        self.assertIn(f"warning: {self.path} is on nfs4; SQLite needs a local disk", told)
+
     def test_all_files_are_the_owners_alone_whatever_the_umask(self) -> None:
         for mask in (0o777, 0o000):
             self.at(oct(mask))
@@ -3059,6 +3070,8 @@ class CleanUp(Clocked):
     def test_a_pool_prunes_what_is_older_than_the_retention(self) -> None:
         self.ended("old")
         self.ended("dead", 1)
+        self.queue.enqueue("true", id="off")
+        self.queue.cancel(["off"])
         self.now = time.time()
         self.ended("new")
         self.told("config", "set", "retention", "30d")

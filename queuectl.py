@@ -20,7 +20,7 @@ holder dies, so that nobody has to guess with heartbeats, leases or clocks.
 
     worker-ID       locked by one worker: free means that the worker is gone
     pool-ID         locked by one pool; beside it .bell, which is rung when there may be work, and
-                    .stop, which asks it to stop
+                    .stop or .now, which asks it to stop
     SEQ.RUN.out     one attempt's output, locked by the worker and, through an inherited
                     descriptor, by every process of the job: free means that all of them are gone
     SEQ.RUN.kept.X  the same with a result, X, that the full disk did not let its worker store
@@ -116,7 +116,7 @@ class Locked(Fault):
 
 
 class Broken(Fault):
-    """The file is damaged: to wait does not help."""
+    """The file is damaged, or another one: to wait does not help."""
 
 
 class Job(NamedTuple):
@@ -1251,6 +1251,8 @@ def migrate(db: sqlite3.Connection) -> None:
     The numbers that SQLite keeps in a file are its owner's. In another program's database the
     queue keeps its version among its settings.
     """
+    if db.in_transaction:  # a reader refused the last try's COMMIT
+        db.execute(OUTER[2])
     db.execute(OUTER[0])
     tables = db.execute(TABLES).fetchone()[0]
     guest = bool(tables) and db.execute(APPLICATION).fetchone()[0] != APPLICATION_ID
@@ -1391,7 +1393,7 @@ class Database:
                     raise Fault(f"{path} belongs to another user ({uid})")
 
     def _open(self, mode: str) -> Opened:
-        path = re.sub("[%?#]", lambda m: f"%{ord(m[0]):02x}", self.path.replace("\\", "/"))
+        path = re.sub("[%?#]", lambda m: f"%{ord(m[0]):02x}", self.path.replace(os.sep, "/"))
         uri = f"file:{path if path.startswith('/') else '/' + path}?mode={mode}"
         if self.path in INHERITED:
             raise Fault(f"{self.path} was in use, in a transaction or a thread, before the fork")
@@ -1767,7 +1769,7 @@ class Queue:
 
     def _named(self, ids: Iterable[str]) -> list[Job]:
         """Return the jobs with these ids; a string is one id."""
-        return [self.get(job_id) for job_id in ([ids] if isinstance(ids, str) else ids)]
+        return [self.get(one) for one in dict.fromkeys([ids] if isinstance(ids, str) else ids)]
 
     def jobs(
         self, states: Sequence[str] = (), limit: int | None = None, queue: str | None = None
@@ -1864,8 +1866,11 @@ class Queue:
             for job in jobs:
                 if not self.db.execute(RETRY, {"seq": job.seq, "now": self.clock()}).rowcount:
                     raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
-                if len(self.db.rows(SCHEDULE, {"id": job.series})) > 1:
-                    raise BadInput(f"schedule {job.series} goes on already")
+                name = {"id": job.series}
+                if len(self.db.rows(SCHEDULE, name)) > 1 or (
+                    job.recurs and self.db.rows(ONE, name)
+                ):
+                    raise BadInput(f"schedule {job.series} goes on already, or its name is taken")
         return [job.id for job in jobs]
 
     def cancel(self, ids: Iterable[str], *, cascade: bool = False) -> list[Job]:
@@ -2074,8 +2079,10 @@ class Output(Held):
 
     def reopen(self) -> None:
         """Let go of the descriptor that the job shares, so that the lock is the job's alone."""
-        os.close(self.fd)
-        self.fd = os.open(self.path, os.O_RDWR | os.O_APPEND | BINARY)
+        with contextlib.suppress(FileNotFoundError):  # the job has removed it
+            fd = os.open(self.path, os.O_RDWR | os.O_APPEND | BINARY)
+            os.close(self.fd)
+            self.fd = fd
 
     def trim(self, limit: int) -> bool:
         """Give back the disk space of a runaway's output, all but what will be kept."""
@@ -2220,6 +2227,7 @@ class Worker:
         in the run directory for whoever recovers the job.
         """
         done: tuple[Job, Ending, Output | None] | None = None
+        self.hear()  # it may be time to leave already
         while done or not self.stopping:
             try:
                 job = self.finish(*done) if done else self.queue.claim(self.name, self.queues)
@@ -2272,9 +2280,8 @@ class Worker:
 
     def overhear(self, job: Job) -> None:
         """Look, without a pool, for what it would have said: `worker stop --now`, `cancel`."""
-        pool = "pool-" + self.name.split("-")[1]
-        with contextlib.suppress(OSError), open(self.run_dir.file(pool, "stop")) as file:
-            self.heard.add(file.read())
+        if os.path.exists(self.run_dir.file("pool-" + self.name.split("-")[1], "now")):
+            self.heard.add("now")
         with contextlib.suppress(QueueError):
             if self.queue.get(job.id).cancelling:
                 self.heard.add(run_key(job))
@@ -2480,6 +2487,7 @@ class Pool:
         self.signals: list[tuple[float, int]] = []
         self.db.patient = lambda waited: waited < 0.3 and not self.signals
         self.fault: Fault | None = None
+        self.trouble = ""  # what kept us from a look: that is said once
         self.stopping = self.now = self.told = False  # told: that it waits for a paused queue
         self.members: list[Member] = []
         self.missing = list(range(1, count + 1))  # the slots of workers that are to be started
@@ -2506,13 +2514,15 @@ class Pool:
             facts = {"host": socket.gethostname(), "queues": list(self.queues)}
             held.note(pid=os.getpid(), started=self.queue.clock(), count=self.count, **facts)
             self.bell = SYSTEM.bell(self.run_dir.file(self.name, "bell"))
-        before = handle_signals(self.on_signal, self.bell) if self.handling else None
-        empty = "" if any(self.queue.counts().values()) else ", where there are no jobs yet"
-        path = printable(self.db.path)
-        self.say(f"{self.count} worker{'s' * (self.count > 1)} on {path}{empty}")
+        before = contextlib.ExitStack()
         try:
+            if self.handling:
+                before = handle_signals(self.on_signal, self.bell)
+            empty = "" if any(self.queue.counts().values()) else ", where there are no jobs yet"
+            path = printable(self.db.path)
+            self.say(f"{self.count} worker{'s' * (self.count > 1)} on {path}{empty}")
             self.run_dir.clean(self.queue.claimed())
-            while self.members or not self.stopping:
+            while self.members or not self.stopping or self.ending():
                 self.turn()
             self.sync()
         finally:
@@ -2521,8 +2531,7 @@ class Pool:
             for item in self.run_dir.files(self.name + "."):
                 os.unlink(self.run_dir.file(item))
             held.close()
-            if before:
-                before.close()
+            before.close()
             if self.bell is not None:
                 os.close(self.bell)
         if self.fault:
@@ -2537,11 +2546,15 @@ class Pool:
             self.hear(member)
         self.obey()
         try:
-            with contextlib.suppress(Locked):  # somebody writes for a long time: at the next look
-                if time.monotonic() >= self.look_at:
-                    self.look()
-        except Fault as error:
+            if time.monotonic() >= self.look_at:
+                self.look()
+                self.trouble = ""
+        except Broken as error:
             self.fail(error)
+        except Fault as error:  # a full disk, another program's lock: at the next look
+            if str(error) != self.trouble and not isinstance(error, Locked):
+                self.trouble = str(error)
+                self.say(f"{error}; trying again")
         self.staff()
         self.wake()
         if time.monotonic() >= self.sync_at:
@@ -2647,9 +2660,10 @@ class Pool:
         self.look_at = time.monotonic() + SYSTEM.TICK
         path = self.db.path
         if not os.path.exists(path) or not os.path.samestat(os.stat(path), self.file):
-            raise Fault(f"{path} was moved away or replaced")
-        with contextlib.suppress(OSError), open(self.run_dir.file(self.name, "stop")) as file:
-            self.stop(file.read() or "stop", "worker stop")
+            raise Broken(f"{path} was moved away or replaced")
+        for word in ("stop", "now"):
+            if os.path.exists(self.run_dir.file(self.name, word)):
+                self.stop(word, "worker stop")
         version = self.queue.data_version()  # asked first: what changes from now on is seen later
         if version != self.seen or self.strangers:  # their locks become free without a change
             self.recover()
@@ -2662,14 +2676,9 @@ class Pool:
     def prune(self) -> None:
         """Delete a slice of what is older than the retention; again in a minute, or soon."""
         pruned, self.prune_at = 0, time.monotonic() + 60
-        try:
-            retention = self.queue.config()["retention"]
-            for state in PRUNED if retention else ():
-                pruned += self.queue.prune_slice(self.queue.clock() - retention, state)
-        except Broken:
-            raise
-        except Fault as error:
-            self.say(f"cannot prune: {error}")
+        retention = self.queue.config()["retention"]
+        for state in PRUNED if retention else ():
+            pruned += self.queue.prune_slice(self.queue.clock() - retention, state)
         if pruned >= SLICE:
             self.prune_at = 0.0
             self.look_within(BATCH)
@@ -2687,13 +2696,21 @@ class Pool:
                     ours[job.locked_by].send(key)
             elif self.run_dir.free(job.locked_by):
                 config, now = self.queue.config(), self.queue.clock()
-                ender = self.enders.setdefault(key, Ender(job, self.run_dir, config["kill_grace"]))
+                if key not in self.enders:
+                    self.enders[key] = Ender(job, self.run_dir, config["kill_grace"])
                 kept = ending_of(self.run_dir, job, now, 0)
-                if kept.error is None or ender.gone():  # what a completed job left goes on
+                if (
+                    kept.error is None or self.enders[key].gone()
+                ):  # what a completed job left goes on
                     del self.enders[key]
                     self.give_back(job)
         if self.enders:
             self.look_within(BATCH)
+
+    def ending(self) -> bool:
+        """Tell whether what the dead left is being ended; a second after its KILL nobody waits."""
+        now = time.monotonic()
+        return any(now < ender.deadline + 1 for ender in self.enders.values())
 
     def give_back(self, job: Job) -> None:
         """Record how a dead worker's attempt ended, and remove its files."""
@@ -3252,8 +3269,8 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
     run = queue.db.run_dir
     living = [*run.holders("pool"), *run.holders("worker")]  # a worker may be without its pool
     for pool in {"pool-" + name.split("-")[1] for name in living}:
-        with open(run.file(pool, "stop"), "w", opener=PRIVATE) as file:
-            file.write("now" if args.now else "")  # which a full disk takes
+        with open(run.file(pool, "now" if args.now else "stop"), "w", opener=PRIVATE):
+            pass  # an empty file: a full disk takes it
     run.ring()
     if not living:
         say("no workers are running")

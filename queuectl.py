@@ -1031,7 +1031,7 @@ THOSE = JOB + f"WHERE state = :state AND due = :due AND {IN_QUEUE} "
 LATEST = THOSE + "ORDER BY updated_at DESC, seq DESC LIMIT :limit"
 OLDEST = THOSE + "ORDER BY updated_at LIMIT :limit"  # of a due job: when it became due
 GOES_ON = "recurs IS NOT NULL AND state IN ('pending', 'processing')"
-SCHEDULE = "SELECT 1 FROM jobs WHERE series = :id AND " + GOES_ON
+SCHEDULE = JOB + "WHERE series = :id AND " + GOES_ON
 RECURRING = JOB + f"INDEXED BY jobs_recurs WHERE {GOES_ON} ORDER BY series"
 RECENT_LIMIT = 5000
 RECENT = f"""
@@ -1758,8 +1758,8 @@ class Queue:
     # reading
 
     def get(self, job_id: str) -> Job:
-        """Return one job, the newest of a schedule for the schedule's name, or raise NotFound."""
-        for sql in (ONE, NEWEST):
+        """Return one job, for a schedule's name the one that goes on or the newest; or NotFound."""
+        for sql in (ONE, SCHEDULE, NEWEST):
             for job in self._jobs(sql, id=job_id):
                 return job
         recent = (row[0] for row in self.db.rows(RECENT_IDS))

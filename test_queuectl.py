@@ -44,6 +44,7 @@ import tempfile
 import threading
 import time
 import unittest
+from concurrent import futures
 from functools import partial
 from typing import Any, Callable, Iterator
 from unittest import mock
@@ -490,6 +491,16 @@ class Library(Clocked):
         self.assertEqual([job.id for job in self.queue.jobs(["cancelled"])], ["12"])
         self.assertEqual((self.queue.retry("12"), self.queue.counts()["cancelled"]), (["12"], 0))
 
+        self.queue.cancel(["1", "1"])
+        self.assertEqual(self.queue.retry(["1", "1"]), ["1"])
+
+    def test_only_a_main_thread_may_handle_signals_and_no_pool_is_left_where_another_tries(
+        self,
+    ) -> None:
+        with futures.ThreadPoolExecutor() as thread, self.assertRaises(ValueError):
+            thread.submit(queuectl.work, self.path, signals=True).result()
+        self.assertEqual(self.queue.db.run_dir.holders("pool"), {})
+
     def test_there_is_at_least_one_worker(self) -> None:
         with self.assertRaisesRegex(queuectl.BadInput, "count must be a whole number from 1"):
             queuectl.work(self.path, 0)
@@ -890,6 +901,17 @@ class CommandLine(Case):
         os.mkdir(there)
         self.assertIn("is not valid Unicode", self.refused("enqueue", "true", real=True, cwd=there))
         self.assertEqual(self.out("enqueue", "--cwd", "/", "true", real=True, cwd=there), "1\n")
+
+    @NEEDS_SHELL
+    def test_a_backslash_in_a_path_is_a_part_of_its_name(self) -> None:
+        os.mkdir(self.file("a\\b"))
+        self.out("--db", "a\\b/queuectl.db", "enqueue", "true")
+        self.assertIn("queuectl.db", os.listdir(self.file("a\\b")))
+
+    def test_a_job_that_removes_its_own_output_ends_like_any_other(self) -> None:
+        job = self.enqueue("rm -f queuectl.db.run/*.out; exit 3", max_retries=1)
+        self.drain(code=1)
+        self.assertEqual(self.job(job).last_error, "exit code 3")
 
     @NEEDS_SHELL
     def test_a_queue_may_be_in_a_directory_whose_name_is_not_unicode(self) -> None:
@@ -1442,6 +1464,29 @@ class Stop(Live):
         self.says(pool, "SIGINT: no new jobs")
         self.ends(pool, 0)
 
+    EARLY = """if True:
+        import multiprocessing, os, sys, queuectl
+        ours, theirs = multiprocessing.Pipe()
+        ours.send("stop")
+        queuectl.run_worker(dict(os.environ), sys.argv[1], "worker-a-1", 1, (), theirs)
+    """
+
+    def test_a_worker_that_is_told_to_stop_before_it_begins_claims_nothing(self) -> None:
+        self.enqueue("true", id="x")
+        self.assertEqual(self.script(self.EARLY, self.path).returncode, 0)
+        self.assertEqual(self.job("x").state, "pending")
+
+    def test_a_pool_that_stops_ends_what_its_dead_worker_left_first(self) -> None:
+        self.configure(kill_grace="0.3")
+        self.enqueue("trap '' TERM; echo $$ > pid; while :; do sleep 0.02; done", id="x")
+        pool = self.pool()
+        self.wrote("pid")
+        pool.terminate()
+        self.says(pool, "SIGTERM: no new jobs")
+        self.kill_workers()
+        self.ends(pool, 0)
+        self.assertEqual((alive(int(self.read("pid"))), self.job("x").state), (False, "pending"))
+
     def orphaned(self) -> None:
         """Have a worker run a job, and kill its pool."""
         self.enqueue(f"touch started; {WAIT}", id="x")
@@ -1897,6 +1942,31 @@ class FullDisk(Live):
         self.out("worker", "stop", **inside)
         self.ends(pool, 0)
         self.assertNotIn("died", late.communicate(timeout=10)[0])
+
+    def test_jobs_can_be_ended_on_a_full_disk(self) -> None:
+        inside = {"prefix": self.small_disk()}
+        os.environ["QUEUECTL_DB"] = "disk/q.db"
+        self.out("enqueue", f"{self.FILL}; touch full; exec sleep 300", **inside)
+        pool = self.pool(**inside)
+        self.started("full")
+        self.out("worker", "stop", "--now", **inside)
+        self.ends(pool, 0)
+
+    def test_a_pool_whose_worker_dies_on_a_full_disk_goes_on_when_there_is_room(self) -> None:
+        inside = {"prefix": self.small_disk()}
+        os.environ["QUEUECTL_DB"] = "disk/q.db"
+        job = (
+            f"[ $QUEUECTL_ATTEMPT = 2 ] || {{ {self.FILL}; echo $PPID > worker; exec sleep 300; }}"
+        )
+        self.out("enqueue", job, **inside)
+        pool = self.pool("--drain", **inside)
+        self.wrote("worker")
+        os.kill(int(self.read("worker")), 9)
+        self.says(pool, "trying again")
+        self.process(*inside["prefix"], "rm", "disk/ballast")
+        self.ends(pool, 0)
+        shown = self.facts("show", "1", **inside)
+        self.assertEqual((shown["state"], shown["attempts"]), ("completed", 2))
 
     def test_a_limit_on_the_size_of_files_is_like_a_full_disk(self) -> None:
         small = limited(resource.RLIMIT_FSIZE, 20_000)
@@ -3608,6 +3678,10 @@ class Recurring(Clocked):
             self.queue.retry(["x.1"])
         self.queue.cancel(["x"])
         self.assertEqual((self.queue.retry(["x.1"]), len(self.queue.recurring())), (["x.1"], 1))
+        self.queue.cancel(["x"])
+        self.queue.enqueue("true", id="x")
+        with self.assertRaisesRegex(queuectl.QueueError, "its name is taken"):
+            self.queue.retry(["x.1"])
 
     def test_a_drain_does_not_wait_for_a_future_occurrence_but_for_its_retry(self) -> None:
         self.queue.enqueue("true", id="x", every=1000, max_retries=2)
@@ -3963,6 +4037,17 @@ class Guest(Case):
         self.script(SHOP, "killed")
         self.assertEqual(self.execute("SELECT id FROM orders"), [1])
         self.assertEqual(self.execute("SELECT id FROM jobs"), ["invoice-1"])
+
+    def test_a_reader_does_not_keep_the_tables_from_being_made_for_good(self) -> None:
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT * FROM orders").fetchall()
+            with futures.ThreadPoolExecutor() as thread:
+                opened = thread.submit(Queue, self.path, guest=True)
+                with self.assertRaises(futures.TimeoutError):
+                    opened.result(0.3)
+                reader.execute("COMMIT")
+                self.assertEqual(list(opened.result(10).jobs()), [])
 
     def test_an_error_undoes_both_and_a_refused_batch_undoes_only_itself(self) -> None:
         with Queue(self.path, guest=True) as queue:

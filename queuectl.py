@@ -25,15 +25,17 @@ holder dies, so that nobody has to guess with heartbeats, leases or clocks.
                     descriptor, by every process of the job: free means that all of them are gone
     SEQ.RUN.kept.X  the same with a result, X, that the full disk did not let its worker store
 
-A job in `processing` whose worker's lock is free has crashed. If its attempt's lock is still held,
-its orphans are ended first; then it goes back to the queue, and the attempt counts. A worker
-without its pool finishes its job and leaves. So a job runs at least once, and never twice at once.
+A job in `processing` whose worker's lock is free has crashed, unless that worker kept its result.
+What is left of the attempt, by its lock or, on Linux, its environment, is ended first; then the job
+goes back to the queue, and the attempt counts. A worker without its pool finishes its job and
+leaves. So a job runs at least once, and never twice at once.
 
 Exit codes: 0 done; 1 the answer is no (a job failed, no such job); 2 bad usage or input; 4 the
 database or the machine is at fault; 124 timed out; 128+n ended by signal n.
 
 To read on: each part uses what stands above it, so that `main` is at the end. A job's way is
-cmd_enqueue, Queue.enqueue_many, Pool.wake, Worker.main, Queue.claim, Worker.perform, Queue.finish.
+cmd_enqueue, Queue.enqueue_many, RunDirectory.ring, Pool.wait, Pool.wake, Worker.main, Queue.claim,
+Worker.perform, Queue.finish; a killed worker's is Pool.bury, Pool.recover, Ender, Pool.give_back.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ MOVES = {  # every legal change of state; whatever is not here does not happen
 }
 ENDED = (COMPLETED, DEAD, CANCELLED)
 PRUNED = (COMPLETED, CANCELLED)  # unless told otherwise: dead letters stay until they are purged
-DUE, LATER, BLOCKED = 1, 0, -1  # what a pending job is, in SQL too; any other counts as due
+DUE, LATER, BLOCKED = 1, 0, -1  # what a pending job is, in SQL too; all other jobs have DUE
 
 OK, NO, USAGE, FAULT, TIMED_OUT, SIGNALLED = 0, 1, 2, 4, 124, 128  # exit codes
 TRY_LATER = 75  # a job's exit code (EX_TEMPFAIL of sysexits.h): not now, and it is nobody's fault
@@ -324,7 +326,7 @@ class System:
         """Start a process that no signal reaches before it has handlers, and calls `unblock`."""
         from multiprocessing import resource_tracker
 
-        resource_tracker.ensure_running()  # else the start sees to it, and unblocks the signals
+        resource_tracker.ensure_running()  # else the start runs it, which unblocks the signals
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             yield
@@ -561,7 +563,7 @@ SYSTEM = _Windows() if os.name == "nt" else System()
 
 
 def handle_signals(
-    stop: Callable[[int, Any], None], bell: int | None, *, worker: bool = False
+    handler: Callable[[int, Any], None], bell: int | None, *, worker: bool = False
 ) -> contextlib.ExitStack:
     """Handle what asks to stop, but leave a hang-up ignored under nohup; all signals ring the bell.
 
@@ -570,7 +572,7 @@ def handle_signals(
     before = contextlib.ExitStack()
     for number in STOP_SIGNALS:
         if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
-            before.callback(signal.signal, number, signal.signal(number, stop))
+            before.callback(signal.signal, number, signal.signal(number, handler))
     if bell is not None:
         fd = signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
         before.callback(signal.set_wakeup_fd, fd)
@@ -1309,7 +1311,7 @@ class Database:
     """The SQLite file: the one way to it, and the one place that decides what its errors mean.
 
     A connection belongs to one thread of one process, so that an object may be used from threads
-    and after a fork. `patient` is asked with the seconds waited whether to wait on for a lock.
+    and after a fork. `patient` says, given the seconds waited for a lock, whether to wait on.
     """
 
     def __init__(
@@ -1331,7 +1333,7 @@ class Database:
             if self._inspect(guest=guest) < len(SCHEMA):
                 with contextlib.closing(self._open("rw")) as db:
                     self._retry(lambda: migrate(db))
-                    self._retry(lambda: db.execute(LOG))  # last: what is refused stays as it was
+                    self._retry(lambda: db.execute(LOG))  # last: what is refused is not changed
 
     def _create(self) -> None:
         """Make the file whole under another name, so that nobody ever sees half of it."""
@@ -1352,7 +1354,7 @@ class Database:
             os.chmod(new, 0o600)  # whatever the umask
             with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as db:
                 migrate(db)
-                db.execute(LOG)  # last: a log would hide a full disk
+                db.execute(LOG)  # last: with a -wal, a full disk would show only later
             os.rename(new, self.path)
             with contextlib.suppress(OSError):  # Windows opens no directories
                 fd = os.open(where, os.O_RDONLY)
@@ -1416,7 +1418,7 @@ class Database:
         return db
 
     def fault(self, error: sqlite3.Error) -> Fault:
-        """Return our error for one of SQLite's; what is neither full nor locked is damaged."""
+        """Return our error for one of SQLite's; DatabaseError itself, no subclass, is damage."""
         undecodable = "decode" in str(error)  # text that is not UTF-8
         damaged = type(error) is sqlite3.DatabaseError or undecodable
         if damaged:
@@ -1599,9 +1601,9 @@ class Ending(NamedTuple):
     output: bytes = b""
 
 
-def sequel(job: Job, ending: Ending, config: Mapping[str, Any], now: float) -> Job:
+def after_attempt(job: Job, ending: Ending, config: Mapping[str, Any], now: float) -> Job:
     """Return the job as it goes on after an attempt: the one rule of retries."""
-    now = min(now, ending.finished)  # the clock may be back meanwhile
+    now = min(now, ending.finished)  # never ahead, also where the clock was set back meanwhile
     after = job._replace(exit_code=ending.exit_code, last_error=ending.error, updated_at=now)
     if ending.fate == "returned" and not job.cancelling:
         due = min(job.run_after, now)  # at once, also where the clock was set back
@@ -1646,7 +1648,7 @@ class Queue:
         create = create and not readonly
         self.db = Database(path, create=create, readonly=readonly, guest=guest)
         self.clock = clock
-        self.settings: dict[str, Any] = {}  # as they were when a job was last claimed or finished
+        self.settings: dict[str, Any] = {}  # set by `claim` and `finish`: what holds for that job
 
     def __enter__(self) -> Queue:
         """Return the queue; leaving the block closes it."""
@@ -1699,7 +1701,7 @@ class Queue:
                 else:
                     seq = self._add({**blank, **job, "seq": seq}, now) + 1
             ids = self._ids(first, seq - 1)
-            head = list(islice(ids, 1000))  # before any of them can have been pruned
+            head = list(islice(ids, 1000))  # now, before they can be pruned; a million: in slices
         return chain(head, ids, taken)
 
     def _ids(self, first: int, last: int) -> Iterator[str]:
@@ -1743,7 +1745,7 @@ class Queue:
             row["id"] = given or str(row["seq"])
             if row["recurs"]:
                 row.update(series=row["id"], id=self._occurrence(row["id"]))
-            if self.db.execute(INSERT, row).rowcount:
+            if self.db.execute(INSERT, row).rowcount:  # 0: its number, or that as an id, is taken
                 return int(row["seq"])
             row["seq"] += 1
 
@@ -1867,9 +1869,8 @@ class Queue:
                 if not self.db.execute(RETRY, {"seq": job.seq, "now": self.clock()}).rowcount:
                     raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
                 name = {"id": job.series}
-                if len(self.db.rows(SCHEDULE, name)) > 1 or (
-                    job.recurs and self.db.rows(ONE, name)
-                ):
+                taken = job.recurs and self.db.rows(ONE, name)
+                if taken or len(self.db.rows(SCHEDULE, name)) > 1:
                     raise BadInput(f"schedule {job.series} goes on already, or its name is taken")
         return [job.id for job in jobs]
 
@@ -1989,12 +1990,12 @@ class Queue:
             return after, None if claim is None else self._claim(job.locked_by or "", claim)
 
     def _end(self, job: Job, ending: Ending) -> Job | None:
-        if ending.error is not None or job.recurs:  # is it being cancelled meanwhile?
+        if ending.error is not None or job.recurs:  # cancelled meanwhile? else success wins
             asked = next(self._jobs(ONE, id=job.id), job)
             job = job._replace(cancelling=asked.cancelling)
         now = self.clock()
         self.settings = self.config()
-        after = sequel(job, ending, self.settings, now)
+        after = after_attempt(job, ending, self.settings, now)
         over = after.state in (COMPLETED, DEAD)
         recurs = job.recurs and over and not job.cancelling
         row = after._replace(
@@ -2078,7 +2079,7 @@ class Output(Held):
         self.hole = 0  # bytes of the file that take no room
 
     def reopen(self) -> None:
-        """Let go of the descriptor that the job shares, so that the lock is the job's alone."""
+        """Give up our hold on the lock, so that it is free when the job's processes are gone."""
         with contextlib.suppress(FileNotFoundError):  # the job has removed it
             fd = os.open(self.path, os.O_RDWR | os.O_APPEND | BINARY)
             os.close(self.fd)
@@ -2111,7 +2112,7 @@ class Ender:
         self.deadline = time.monotonic() + grace
         self.asked: set[int] = set()
 
-    def gone(self) -> bool:
+    def step(self) -> bool:
         """Go on with the ending, and tell whether it is done: no process, and the lock free."""
         found, late = SYSTEM.members(self.job, self.run), time.monotonic() >= self.deadline
         news = [pid for pid in found if pid not in self.asked]  # parents first, as a rule
@@ -2317,7 +2318,7 @@ class Worker:
             facts = {"run": run_key(job), "job_pid": child.pid, "launched": started}
             self.held.note(pid=os.getpid(), slot=self.slot, **facts)
         fate, error = self.watch(job, child, out)
-        if error or child.returncode:
+        if error or child.returncode:  # another attempt may follow: nothing of this one stays
             self.end(job, child, out)
         SYSTEM.release(child)
         self.child = None
@@ -2370,7 +2371,7 @@ class Worker:
         """End what is left of an attempt; return when every process of it is gone."""
         out.reopen()
         ender, pause = Ender(job, self.run_dir, self.queue.settings["kill_grace"]), 0.005
-        while not ender.gone() or child.poll() is None:
+        while not ender.step() or child.poll() is None:
             self.wait(time.monotonic() + pause)
             pause = min(pause * 1.5, 0.05)
 
@@ -2381,7 +2382,7 @@ class Worker:
         after, following = self.queue.finish(job, ending, claim)
         if out:
             out.close()
-        if ending.fate != "returned" or ending.exit_code is not None:  # else that was said
+        if ending.fate != "returned" or ending.exit_code is not None:  # else unstartable said it
             self.tell(*news_of(job, after, ending), within=BATCH)
         return following
 
@@ -2401,7 +2402,7 @@ STOPPING = {
     "now": "ending the running jobs; they go back to the queue",
 }
 BROKEN = 5  # workers that die without a job in a minute: then something is wrong with the machine
-HIRING = threading.Lock()  # hiring changes, for a moment, what the whole process has
+HIRING = threading.Lock()  # hiring changes os.environ, sys.modules and the signals for a moment
 
 
 def importable() -> str:
@@ -2488,7 +2489,7 @@ class Pool:
         self.db.patient = lambda waited: waited < 0.3 and not self.signals
         self.fault: Fault | None = None
         self.trouble = ""  # what kept us from a look: that is said once
-        self.stopping = self.now = self.told = False  # told: that it waits for a paused queue
+        self.stopping = self.now = self.said_paused = False
         self.members: list[Member] = []
         self.missing = list(range(1, count + 1))  # the slots of workers that are to be started
         self.hired, self.hire_at = 0, 0.0
@@ -2616,7 +2617,7 @@ class Pool:
         if member.doing == "left":
             return
         self.say(f"{member.name} died")
-        self.look_at, self.seen, self.maybe_work = 0.0, -1, True
+        self.look_at, self.seen, self.maybe_work = 0.0, -1, True  # this turn recovers its job
         with contextlib.suppress(Locked):
             if not any(job.locked_by == member.name for job in self.queue.claimed()):
                 self.count_death()
@@ -2631,7 +2632,7 @@ class Pool:
             self.fail(Fault(f"{len(self.deaths)} workers died in a minute without a job"))
 
     def obey(self) -> None:
-        """Act on signals: the first one stops, another at least a second later ends the jobs."""
+        """Act on all signals so far: the first stops, one over a second later ends the jobs."""
         for when, number in self.signals:
             if when < self.signals[0][0] + 1:
                 self.stop("stop", signal_name(number))
@@ -2700,7 +2701,7 @@ class Pool:
                     self.enders[key] = Ender(job, self.run_dir, config["kill_grace"])
                 kept = ending_of(self.run_dir, job, now, 0)
                 if (
-                    kept.error is None or self.enders[key].gone()
+                    kept.error is None or self.enders[key].step()
                 ):  # what a completed job left goes on
                     del self.enders[key]
                     self.give_back(job)
@@ -2762,8 +2763,8 @@ class Pool:
             if blocked and more > 0:
                 self.say(f"and {more} more are pending")
             self.stop("stop")
-        elif not self.told:
-            self.told = True
+        elif not self.said_paused:
+            self.said_paused = True
             names = ", ".join(map(printable, paused))
             self.say(f"waiting for jobs of {names}: paused; resume goes on")
 
@@ -2798,9 +2799,9 @@ def work(  # noqa: PLR0913
     """Run jobs with `count` workers until stopped or, with `drain`, until nothing is left to run.
 
     Jobs that are due more than `horizon` seconds from now are not waited for. Returns the exit
-    code: 0, 1 if a drain left a dead job, 128+n if signal n ended the jobs. `signals` lets INT,
-    TERM and HUP stop it, which only a main thread may ask for; `queuectl worker stop` always can.
-    `say` gets a line for each event, `tick` is called at least once a second.
+    code: 0, 1 if a job died during a drain or is left blocked, 128+n if signal n ended the jobs.
+    `signals` lets INT, TERM and HUP stop it, which only a main thread may ask for; `queuectl worker
+    stop` always can. `say` gets a line for each event, `tick` is called at least once a second.
     """
     checked("count", whole(1, 1000), count)
     with Queue(path) as queue:
@@ -3126,7 +3127,7 @@ def show_list(args: Any, facts: Iterable[Facts], headings: Sequence[str], rows: 
 
 
 def changes(queue: Queue, timeout: float | None = None) -> Iterator[None]:
-    """Yield at once, at every change, and now and then; end after so many seconds."""
+    """Yield at once, at every change, and twice a second; end after so many seconds."""
     over, version, look_at = time.monotonic() + (timeout or 0), -1, 0.0
     while True:
         if queue.data_version() != version or time.monotonic() >= look_at:
@@ -3156,7 +3157,7 @@ def from_json(source: str) -> list[dict[str, object]]:
 
 
 def described(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) -> Iterator[Any]:
-    """Yield the jobs of JSON lines, JSON, a shell line or words; `at` is the number of the line."""
+    """Yield the jobs of JSON lines, JSON, a shell line or words; `at` holds the line's number."""
     words: list[str] = args.words
     exact = args.rest[-len(words) - 1 :] == ["--", *words]
     if "--" in args.rest and not exact:
@@ -3486,7 +3487,7 @@ def cmd_resume(args: argparse.Namespace, queue: Queue) -> None:
 
 
 def cmd_dlq_purge(args: argparse.Namespace, queue: Queue) -> None:
-    """Delete dead jobs."""
+    """Delete dead or cancelled jobs."""
     ids = named(args, some=args.older_than is not None)
     print(queue.purge(ids) if ids else queue.prune(args.older_than or 0, (DEAD,)), "purged")
 

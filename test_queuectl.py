@@ -398,7 +398,9 @@ class Rules(Case):
         def moved(case: tuple[str, str | None, int, int]) -> tuple[str, int]:
             fate, error, attempts, cancelling = case
             job = a_job(attempts=attempts, cancelling=cancelling)
-            after = queuectl.sequel(job, Ending(fate, 100.0, 200.0, None, error), config, 200.0)
+            after = queuectl.after_attempt(
+                job, Ending(fate, 100.0, 200.0, None, error), config, 200.0
+            )
             return after.state, after.attempts
 
         self.each(cases, moved)

@@ -1687,9 +1687,11 @@ class Queue:
 
         With `if_absent` a job whose id is taken is left as it is, and its id comes last.
         """
-        now, taken = self.clock(), []
+        now, taken, here = self.clock(), [], ""
+        with contextlib.suppress(FileNotFoundError):  # it is gone: then each job has to name one
+            here = os.getcwd()
         blank = dict.fromkeys(NEW, None)
-        blank.update(queue="default", priority=0, created_at=now, updated_at=now)
+        blank.update(queue="default", priority=0, cwd=here, created_at=now, updated_at=now)
         with self.db.transaction(ring=True):
             first = seq = self.db.rows(LAST_SEQ)[0][0] + 1
             for fields in jobs:
@@ -1706,10 +1708,9 @@ class Queue:
 
     def _ids(self, first: int, last: int) -> Iterator[str]:
         """Yield the ids of what was added, in slices: see `_all`."""
-        while first <= last:
-            rows = self.db.rows(IDS_BETWEEN, {"first": first, "last": last})
+        while rows := self.db.rows(IDS_BETWEEN, {"first": first, "last": last}):
             yield from (row[1] for row in rows)
-            first = rows[-1][0] + 1 if rows else last + 1
+            first = rows[-1][0] + 1
 
     def _taken(self, job_id: str) -> bool:
         """Tell whether a job or a schedule that goes on has that id."""
@@ -1723,7 +1724,8 @@ class Queue:
         if "cron" in row:
             when = cron_next(row["cron"], now)
             row.update(recurs=f"cron {row['cron']}", planned=when)
-        row["cwd"] = row["cwd"] or os.getcwd()
+        if not row["cwd"]:
+            raise BadInput("the current directory is gone; cwd names another")
         if row["env"] is not None:
             row["env"] = json.dumps(row["env"])
         try:
@@ -1788,12 +1790,11 @@ class Queue:
         return iter(sorted(latest[-limit:]))
 
     def _all(self, queue: str | None) -> Iterator[Job]:
-        """Yield every job, in slices: whoever is slow to take them must not hold up the log."""
-        seq, some = 0, True
-        while some:
-            jobs = list(self._jobs(ALL, queue=queue, seq=seq))
+        """Yield every job, in slices: who is slow to take them must not hold up the log."""
+        seq = 0
+        while jobs := list(self._jobs(ALL, queue=queue, seq=seq)):
             yield from jobs
-            seq, some = jobs[-1].seq if jobs else 0, bool(jobs)
+            seq = jobs[-1].seq
 
     def recurring(self) -> list[Job]:
         """Return the waiting or running job of each schedule."""
@@ -3112,16 +3113,11 @@ def show(lines: Iterable[str]) -> None:
         print(text)
 
 
-def show_json(facts: Facts) -> None:
-    """Print an object on one line, in ASCII."""
-    print(json.dumps(facts))
-
-
 def show_list(args: Any, facts: Iterable[Facts], headings: Sequence[str], rows: Rows) -> None:
     """Print facts for programs, one object on each line, or rows for people."""
     if args.json:
         for item in facts:
-            show_json(item)
+            print(json.dumps(item))  # in ASCII
     else:
         show(table(headings, rows))
 
@@ -3299,7 +3295,7 @@ def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
     """Show the counts and the living workers, once or again and again."""
     while True:
         if args.json:
-            show_json(status_facts(queue, args.queue))
+            print(json.dumps(status_facts(queue, args.queue)))
         else:
             lines = list(status_text(queue, args.queue, full=args.watch))
             if args.watch and terminal(sys.stdout):
@@ -3350,7 +3346,7 @@ def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
         times = {"started": iso(attempt.started), "finished": iso(attempt.finished)}
         runs.append({**attempt._asdict(), **times, "output": output})
     after = [parent.id for parent in queue.parents(job)]
-    show_json({**facts, "why": why(queue, job) or None, "after": after, "runs": runs})
+    print(json.dumps({**facts, "why": why(queue, job) or None, "after": after, "runs": runs}))
 
 
 def exit_of(job: Job) -> int:

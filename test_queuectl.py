@@ -905,6 +905,14 @@ class CommandLine(Case):
         self.assertEqual(self.out("enqueue", "--cwd", "/", "true", real=True, cwd=there), "1\n")
 
     @NEEDS_SHELL
+    def test_where_the_current_directory_is_gone_a_job_has_to_name_one(self) -> None:
+        prefix = ("sh", "-c", 'mkdir gone; cd gone; rmdir ../gone; exec "$@"', "sh")
+        os.environ["QUEUECTL_DB"] = self.path
+        self.enqueue("true")
+        self.assertIn("directory is gone", self.refused("enqueue", "true", prefix=prefix))
+        self.assertEqual(self.out("enqueue", "--cwd", "/", "true", prefix=prefix), "2\n")
+
+    @NEEDS_SHELL
     def test_a_backslash_in_a_path_is_a_part_of_its_name(self) -> None:
         os.mkdir(self.file("a\\b"))
         self.out("--db", "a\\b/queuectl.db", "enqueue", "true")

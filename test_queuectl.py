@@ -1126,14 +1126,14 @@ class Crash(Live):
         self,
     ) -> None:
         self.enqueue("true")
-        starts = [EOFError("unexpected EOF"), ConnectionRefusedError(), mock.DEFAULT]
+        starts = [EOFError("unexpected EOF"), mock.DEFAULT, mock.DEFAULT]
         with mock.patch.object(queuectl, "Member", wraps=queuectl.Member, side_effect=starts):
-            self.assertEqual(queuectl.work(self.path, drain=True), 0)
-        dead = [EOFError()] * 9
+            self.assertEqual(queuectl.work(self.path, 2, drain=True), 0)
+        dead = [ConnectionRefusedError()] * 9
         with mock.patch.object(queuectl, "Member", side_effect=dead), self.assertRaises(
             queuectl.Fault
         ):
-            queuectl.work(self.path, drain=True)
+            queuectl.work(self.path, 9, drain=True)
 
     def test_workers_without_their_pool_finish_and_leave(self) -> None:
         job = self.enqueue(f"touch started; {WAIT}; echo result")

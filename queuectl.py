@@ -1268,28 +1268,32 @@ def migrate(db: sqlite3.Connection) -> None:
     db.execute(OUTER[1])
 
 
+OPEN: weakref.WeakSet[Any] = weakref.WeakSet()  # the connections of this process
+IN_USE: list[Any] = []  # some of them, held during a fork, so that no child closes them
+INHERITED: dict[str, Any] = {}  # in a child, by path: what was in use, and is not to be touched
+
+
 class Opened(sqlite3.Connection):
     """A connection that knows its file."""
 
     path = ""
 
-
-OPEN: weakref.WeakSet[Opened] = weakref.WeakSet()  # what this process has open
-IN_USE: list[Opened] = []  # at a fork: held, so that no child closes them, which others would feel
-INHERITED: dict[str, Opened] = {}  # in a child: what was in use, and is never to be touched
+    def close(self) -> None:
+        """Close it; only its own thread may."""
+        super().close()
+        OPEN.discard(self)
 
 
 def before_fork() -> None:
-    """Close this thread's idle connections: with them, a child would inherit locks that it has not.
+    """Close what is idle in this thread, so that a child opens its own.
 
-    SQLite remembers in memory which locks its process holds. A child that believes it takes none of
-    its own, and what it writes is lost or destroys the file.
+    SQLite remembers in memory which locks its process holds. A child would inherit that memory but
+    not the locks: what it writes would be lost, or destroy the file.
     """
     for db in list(OPEN):
         with contextlib.suppress(sqlite3.ProgrammingError):  # another thread's
             if not db.in_transaction:
                 db.close()
-                OPEN.discard(db)
     IN_USE.extend(OPEN)
 
 
@@ -1525,7 +1529,6 @@ class Database:
         db: Opened | None = getattr(self._local, "db", None)
         if db and db in OPEN:
             db.close()
-            OPEN.discard(db)
 
 
 def shared_group(gid: int) -> bool:

@@ -179,7 +179,7 @@ EXHAUSTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # the mach
 
 
 def run_key(job: Job) -> str:
-    """Return what every process of one attempt has in its environment, as QUEUECTL_RUN."""
+    """Return what names one attempt, of one worker."""
     return f"{job.seq}.{job.run}.{job.locked_by}"
 
 
@@ -188,17 +188,6 @@ def read_proc(path: str) -> bytes:
     with contextlib.suppress(OSError), open("/proc/" + path, "rb") as file:
         return file.read()
     return b""
-
-
-def is_of(pid: int, key: bytes, db: str) -> bool:
-    """Tell whether a process is of an attempt; one of a queue that this one is a copy of is not."""
-    environ = b"\0" + read_proc(f"{pid}/environ")
-    if b"\0QUEUECTL_RUN=" + key + b"\0" not in environ:
-        return False
-    other = (re.findall(rb"\0QUEUECTL_DB=([^\0]*)", environ) or [b""])[-1]
-    with contextlib.suppress(OSError):
-        return os.path.samefile(other, db)
-    return True  # the queue was moved
 
 
 def holds(pid: int, path: str) -> bool:
@@ -399,8 +388,8 @@ class System:
         if not PROC:
             return process_group(run.facts(job.locked_by), job)
         others = set(map(int, filter(str.isdigit, os.listdir("/proc")))) - {os.getpid()}
-        key = run_key(job).encode()
-        found = [pid for pid in sorted(others) if is_of(pid, key, run.db)]
+        key = b"\0QUEUECTL_RUN=" + run.mark(job).encode() + b"\0"
+        found = [pid for pid in sorted(others) if key in b"\0" + read_proc(f"{pid}/environ")]
         if found or run.free(job.seq, job.run, "out"):
             return found
         return [pid for pid in others if holds(pid, run.file(job.seq, job.run, "out"))]
@@ -625,7 +614,7 @@ def seconds(value: Any) -> float:
 
 def moment(value: Any) -> float:
     """Return Unix seconds: a number of them, or ISO 8601, local time where it has no offset."""
-    if isinstance(value, str) and re.fullmatch(r"\s*\d{9,}(\.\d*)?\s*", value):
+    if isinstance(value, str) and re.fullmatch(r"\s*\d{9,11}(\.\d*)?\s*", value):
         value = float(value)
     elif isinstance(value, str):
         with contextlib.suppress(ValueError, OverflowError, OSError):
@@ -1159,13 +1148,21 @@ class RunDirectory:
 
     def __init__(self, db: str) -> None:
         """Name the run directory of a database; `make` makes it."""
-        self.db, self.path = db, db + ".run"
+        self.db, self.path, self.inode = db, db + ".run", 0
 
     def make(self) -> None:
         """Make the directory, for the owner alone whatever the umask."""
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.path, 0o700)
             os.chmod(self.path, 0o700)
+
+    def mark(self, job: Job) -> str:
+        """Return what every process of an attempt has in its environment, as QUEUECTL_RUN.
+
+        The inode tells them from those of a copy of the queue; it stays when the queue is moved.
+        """
+        self.inode = self.inode or os.stat(self.db).st_ino
+        return f"{run_key(job)}.{self.inode}"
 
     def file(self, *parts: object) -> str:
         """Return the path of a file in the directory."""
@@ -1290,16 +1287,25 @@ def before_fork() -> None:
     SQLite remembers in memory which locks its process holds. A child would inherit that memory but
     not the locks: what it writes would be lost, or destroy the file.
     """
+    import gc
+
     for db in list(OPEN):
         with contextlib.suppress(sqlite3.ProgrammingError):  # another thread's
             if not db.in_transaction:
+                for cursor in gc.get_referrers(db):  # one that is half read would keep it open
+                    if isinstance(cursor, sqlite3.Cursor):
+                        cursor.close()
                 db.close()
     IN_USE.extend(OPEN)
 
 
 def after_fork() -> None:
-    """Keep, in the child, away from files that were in use."""
-    INHERITED.update((db.path, db) for db in IN_USE)
+    """Keep, in the child, away from files that were in use, even when it ends."""
+    import ctypes
+
+    for db in IN_USE:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(db))
+        INHERITED[db.path] = db
     OPEN.clear()
 
 
@@ -2338,7 +2344,7 @@ class Worker:
             "QUEUECTL_ATTEMPT": str(job.attempts),
             "QUEUECTL_WORKER": str(self.slot),
             "QUEUECTL_DB": self.db.path,
-            "QUEUECTL_RUN": run_key(job),
+            "QUEUECTL_RUN": self.run_dir.mark(job),
         }
 
     def unstartable(self, job: Job, error: OSError, started: float) -> Ending:
@@ -2501,7 +2507,7 @@ class Pool:
         self.enders: dict[str, Ender] = {}  # for what a dead worker's job left running
         self.strangers: set[str | None] = set()  # who has jobs and is not, or no longer, ours
         self.maybe_work = True  # some may be due, and nobody was woken for it
-        self.seen = -1  # the data_version of the last look
+        self.seen: object = None  # the data_version of the last look, and its connection
         self.next_time = NEVER  # when a job becomes due; the other times are of the monotonic clock
         self.look_at, self.prune_at, self.sync_at, self.truncate_at = 0.0, 0.0, NEVER, 0.0
 
@@ -2621,7 +2627,7 @@ class Pool:
         if member.doing == "left":
             return
         self.say(f"{member.name} died")
-        self.look_at, self.seen, self.maybe_work = 0.0, -1, True  # this turn recovers its job
+        self.look_at, self.seen, self.maybe_work = 0.0, None, True  # this turn recovers its job
         with contextlib.suppress(Locked):
             if not any(job.locked_by == member.name for job in self.queue.claimed()):
                 self.count_death()
@@ -2669,7 +2675,8 @@ class Pool:
         for word in ("stop", "now"):
             if os.path.exists(self.run_dir.file(self.name, word)):
                 self.stop(word, "worker stop")
-        version = self.queue.data_version()  # asked first: what changes from now on is seen later
+        # Asked first: what changes from now on is seen later. A new connection has a new count.
+        version = self.queue.data_version(), self.db.connection
         if version != self.seen or self.strangers:  # their locks become free without a change
             self.recover()
         if version != self.seen:
@@ -2700,15 +2707,14 @@ class Pool:
                 if job.cancelling:
                     ours[job.locked_by].send(key)
             elif self.run_dir.free(job.locked_by):
-                config, now = self.queue.config(), self.queue.clock()
                 if key not in self.enders:
-                    self.enders[key] = Ender(job, self.run_dir, config["kill_grace"])
-                kept = ending_of(self.run_dir, job, now, 0)
-                if (
-                    kept.error is None or self.enders[key].step()
-                ):  # what a completed job left goes on
-                    del self.enders[key]
+                    grace = self.queue.config()["kill_grace"]
+                    self.enders[key] = Ender(job, self.run_dir, grace)
+                kept = ending_of(self.run_dir, job, self.queue.clock(), 0)
+                done = kept.error is None or self.enders[key].step()  # what completed leaves stays
+                if done:
                     self.give_back(job)
+                    del self.enders[key]
         if self.enders:
             self.look_within(BATCH)
 
@@ -2725,7 +2731,7 @@ class Pool:
         for name in self.run_dir.files(f"{job.seq}.{job.run}."):
             with contextlib.suppress(FileNotFoundError):  # another is faster
                 os.unlink(self.run_dir.file(name))
-        self.seen = -1  # what this process changes, it does not see there
+        self.seen = None  # what this process changes, it does not see there
         if after:
             self.report(*news_of(job, after, ending))
 
@@ -3368,7 +3374,7 @@ def named(args: argparse.Namespace, *, some: bool = False) -> list[str]:
 def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     """Wait until jobs have ended; return what the first failed one returned."""
     jobs = [queue.get(job_id) for job_id in named(args)]
-    ids, began = [job.id for job in jobs], queue.clock()
+    ids, old = [job.id for job in jobs], {(j.seq, j.run) for j in queue.jobs((DEAD,), 1000)}
     for job in jobs:
         if job.due == BLOCKED:
             say(f"job {printable(job.id)} is {why(queue, job)}")
@@ -3387,7 +3393,7 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
         say(f"timed out after {span(args.timeout)}: {line()}")
         return TIMED_OUT
     if not ids:
-        died = (job for job in queue.jobs((DEAD,), 1000) if job.updated_at >= began)
+        died = (job for job in queue.jobs((DEAD,), 1000) if (job.seq, job.run) not in old)
         jobs = [*sorted(died, key=lambda job: job.updated_at), *queue.blocked(limit=1)]
     return next(filter(None, map(exit_of, jobs)), OK)
 

@@ -1289,6 +1289,8 @@ def before_fork() -> None:
     """
     import gc
 
+    if OPEN:
+        gc.collect()  # those of threads that have ended
     for db in list(OPEN):
         with contextlib.suppress(sqlite3.ProgrammingError):  # another thread's
             if not db.in_transaction:
@@ -1782,7 +1784,8 @@ class Queue:
 
     def _named(self, ids: Iterable[str]) -> list[Job]:
         """Return the jobs with these ids; a string is one id."""
-        return [self.get(one) for one in dict.fromkeys([ids] if isinstance(ids, str) else ids)]
+        jobs = map(self.get, [ids] if isinstance(ids, str) else ids)
+        return list({job.seq: job for job in jobs}.values())
 
     def jobs(
         self, states: Sequence[str] = (), limit: int | None = None, queue: str | None = None
@@ -3480,7 +3483,8 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
             print(job.id)
         else:
             say(f"job {printable(job.id)} is {job.state}; it stays so")
-            code = code if args.cascade and job.state in ENDED else NO
+            if not (args.cascade and job.state in (DEAD, CANCELLED)):
+                code = NO
     return code
 
 

@@ -1157,6 +1157,8 @@ class Crash(Live):
         "parent": "sleep 300 & sleep 300 & sleep 300",
         "clean": "exec env -i sleep 300",
         "hidden": "exec env -i sleep 300 >/dev/null 2>&1",
+        "elsewhere": f"exec env QUEUECTL_DB=/dev/null {shlex.join(PYTHON)} -c 'import os, time; "
+        "os.closerange(1, 64); time.sleep(300)'",
     }
 
     def test_what_a_killed_machine_was_running_runs_again_but_never_twice_at_once(self) -> None:
@@ -2936,6 +2938,20 @@ class Wait(Live):
             queue.enqueue("true", id="child", after=["good", "seven"])
         self.each(self.CODES, lambda ids: self.told("wait", *ids.split())[0])
 
+    def test_that_of_a_job_whose_result_is_stored_late(self) -> None:
+        job = self.enqueue(f"touch started; {WAIT}; touch ended; exit 7", max_retries=1)
+        self.pool()
+        self.started("started")
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            self.write("go")
+            self.started("ended")
+            waiting = Terminal(self, "wait", "--all")
+            waiting.sees(r"\d/1 jobs")
+        self.assertEqual(self.becomes(job, "dead").exit_code, 7)
+        waiting.end()
+        self.assertEqual(waiting.process.returncode, 7)
+
     def test_that_of_a_job_that_died_meanwhile_whatever_else_was_purged(self) -> None:
         self.enqueue("false", id="before", max_retries=1)
         self.drain(code=1)
@@ -3511,7 +3527,7 @@ class Dependencies(Clocked):
         self.assertEqual(self.runs(), "ended")
         self.queue.enqueue("true", id="d", after=["ended"])
         code, out, err = self.told("cancel", "--cascade", "ended")
-        self.assertEqual((code, out), (0, ""))
+        self.assertEqual((code, out), (1, ""))
         self.assertIn("job ended is completed; it stays so", err)
 
     def test_a_drain_ends_when_only_blocked_jobs_are_left_and_names_them(self) -> None:
@@ -4208,7 +4224,21 @@ class Vendored(Case):
         print(refused())
         over.set()
         thread.join()
-        queue.enqueue("true", id="after")
+        cursor = queue.db.connection.execute("SELECT * FROM jobs")
+        cursor.fetchone()  # and no more
+        child = os.fork()
+        if not child:
+            queue.enqueue("true", id="after")
+            os._exit(0)
+        os.waitpid(child, 0)
+
+        def jobs():
+            yield from ({"command": "true"} for _ in range(10_000))
+            child = os.fork()
+            if not child:
+                sys.exit()  # in the transaction of its parent
+            os.waitpid(child, 0)
+        list(queue.enqueue_many(jobs()))
         """
 
     @unittest.skipUnless(hasattr(os, "fork"), "there are no forks here")
@@ -4218,7 +4248,33 @@ class Vendored(Case):
         self.assertEqual(told.stdout, "stranger\n4\n4\n", told.stderr)
         ids = ["before", "child", "stranger", "child-2", "inside", "after"]
         with Queue(self.path) as queue:
-            self.assertEqual([job.id for job in queue.jobs()], ids)
+            self.assertEqual([job.id for job in queue.jobs()][:6], ids)
+            self.assertEqual(queue.counts()["pending"], 10_006)
+
+    FORKING = """if True:
+        import os, threading, time
+        from queuectl import Queue, work
+        def tick():
+            child = os.fork()
+            if not child:
+                os._exit(0)
+            os.waitpid(child, 0)
+        def cancel():
+            with Queue("queuectl.db") as queue:
+                while queue.get("x").state != "processing":
+                    time.sleep(0.01)
+                queue.cancel("x")
+        with Queue("queuectl.db") as queue:
+            queue.enqueue("sleep 60", id="x")
+        threading.Thread(target=cancel).start()
+        work("queuectl.db", drain=True, tick=tick)
+        """
+
+    @NEEDS_SHELL
+    def test_a_pool_whose_thread_forks_sees_what_others_change(self) -> None:
+        self.script(self.FORKING, timeout=20)
+        with Queue(self.path) as queue:
+            self.assertEqual(queue.get("x").state, "cancelled")
 
     def test_pools_of_two_queues_run_in_the_threads_of_one_process(self) -> None:
         paths, main = [self.file("a.db"), self.file("b.db")], sys.modules["__main__"]

@@ -2716,8 +2716,8 @@ class Pool:
                 kept = ending_of(self.run_dir, job, self.queue.clock(), 0)
                 done = kept.error is None or self.enders[key].step()  # what completed leaves stays
                 if done:
+                    del self.enders[key]  # first: a lock of another program delays no stop
                     self.give_back(job)
-                    del self.enders[key]
         if self.enders:
             self.look_within(BATCH)
 

@@ -281,7 +281,7 @@ class System:
 
     def drop(self, fd: int, path: str) -> None:
         """Remove a file that this process holds; the name goes while the lock still holds."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(path)
         os.close(fd)
 
@@ -2414,7 +2414,7 @@ STOPPING = {
     "stop": "no new jobs; finishing the running ones",
     "now": "ending the running jobs; they go back to the queue",
 }
-BROKEN = 5  # workers that die without a job in a minute: then something is wrong with the machine
+MAX_DEATHS = 5  # of workers without a job, in a minute: then something is wrong with the machine
 HIRING = threading.Lock()  # hiring changes os.environ, sys.modules and the signals for a moment
 
 
@@ -2501,7 +2501,7 @@ class Pool:
         self.signals: list[tuple[float, int]] = []
         self.db.patient = lambda waited: waited < 0.3 and not self.signals
         self.fault: Fault | None = None
-        self.trouble = ""  # what kept us from a look: that is said once
+        self.said: dict[str, float] = {}  # what was in our way, and when that was said
         self.stopping = self.now = self.said_paused = False
         self.members: list[Member] = []
         self.missing = list(range(1, count + 1))  # the slots of workers that are to be started
@@ -2538,7 +2538,8 @@ class Pool:
             self.run_dir.clean(self.queue.claimed())
             while self.members or not self.stopping or self.ending():
                 self.turn()
-            self.sync()
+            with self.db.faults():
+                self.sync()
         finally:
             for member in self.members:
                 member.conn.close()  # that tells them
@@ -2560,19 +2561,25 @@ class Pool:
             self.hear(member)
         self.obey()
         try:
-            if time.monotonic() >= self.look_at:
-                self.look()
-                self.trouble = ""
+            with self.db.faults():
+                if time.monotonic() >= self.look_at:
+                    self.look()
+                self.staff()
+                self.wake()
+                if time.monotonic() >= self.sync_at:
+                    self.sync()
         except Broken as error:
             self.fail(error)
         except Fault as error:  # a full disk, another program's lock: at the next look
-            if str(error) != self.trouble and not isinstance(error, Locked):
-                self.trouble = str(error)
-                self.say(f"{error}; trying again")
-        self.staff()
-        self.wake()
-        if time.monotonic() >= self.sync_at:
-            self.sync()
+            if not isinstance(error, Locked):
+                self.complain(f"{error}; trying again")
+
+    def complain(self, trouble: str) -> None:
+        """Say what is in our way, once a minute."""
+        now = time.monotonic()
+        if now - self.said.get(trouble, -NEVER) >= 60:
+            self.said[trouble] = now
+            self.say(trouble)
 
     def wait(self) -> list[Any]:
         """Sleep until the bell, a worker, a signal, or the next time to act; return who spoke."""
@@ -2631,18 +2638,18 @@ class Pool:
             return
         self.say(f"{member.name} died")
         self.look_at, self.seen, self.maybe_work = 0.0, None, True  # this turn recovers its job
-        with contextlib.suppress(Locked):
+        with contextlib.suppress(Fault):
             if not any(job.locked_by == member.name for job in self.queue.claimed()):
-                self.count_death()
+                self.count_death("a worker died without a job")
         if not self.stopping:
             self.missing.append(member.slot)
 
-    def count_death(self) -> None:
+    def count_death(self, how: str) -> None:
         """Note that a worker died without a job, or could not be started; too many are a fault."""
         now = time.monotonic()
         self.deaths = [then for then in self.deaths if then > now - 60] + [now]
-        if len(self.deaths) > BROKEN:
-            self.fail(Fault(f"{len(self.deaths)} workers died in a minute without a job"))
+        if len(self.deaths) > MAX_DEATHS:
+            self.fail(Fault(f"{how}, {len(self.deaths)} times in a minute"))
 
     def obey(self) -> None:
         """Act on all signals so far: the first stops, one over a second later ends the jobs."""
@@ -2672,9 +2679,11 @@ class Pool:
     def look(self) -> None:
         """Look at what rings no bell: stop requests, the file itself, other writers, the dead."""
         self.look_at = time.monotonic() + SYSTEM.TICK
-        path = self.db.path
-        if not os.path.exists(path) or not os.path.samestat(os.stat(path), self.file):
-            raise Broken(f"{path} was moved away or replaced")
+        moved = True
+        with contextlib.suppress(FileNotFoundError):
+            moved = not os.path.samestat(os.stat(self.db.path), self.file)
+        if moved:
+            raise Broken(f"{self.db.path} was moved away or replaced")
         for word in ("stop", "now"):
             if os.path.exists(self.run_dir.file(self.name, word)):
                 self.stop(word, "worker stop")
@@ -2709,17 +2718,24 @@ class Pool:
             if job.locked_by in ours:
                 if job.cancelling:
                     ours[job.locked_by].send(key)
-            elif self.run_dir.free(job.locked_by):
-                if key not in self.enders:
-                    grace = self.queue.config()["kill_grace"]
-                    self.enders[key] = Ender(job, self.run_dir, grace)
-                kept = ending_of(self.run_dir, job, self.queue.clock(), 0)
-                done = kept.error is None or self.enders[key].step()  # what completed leaves stays
-                if done:
-                    del self.enders[key]  # first: a lock of another program delays no stop
-                    self.give_back(job)
+            elif self.run_dir.free(job.locked_by) and self.gone(key, job):
+                self.enders.pop(key, None)  # first: a lock of another program delays no stop
+                self.give_back(job)
         if self.enders:
             self.look_within(BATCH)
+
+    def gone(self, key: str, job: Job) -> bool:
+        """Go on ending what a dead worker's attempt left; tell whether there is no more of it."""
+        if ending_of(self.run_dir, job, self.queue.clock(), 0).error is None:
+            return True  # what a completed job leaves behind stays
+        if key not in self.enders:
+            self.enders[key] = Ender(job, self.run_dir, self.queue.config()["kill_grace"])
+        ender = self.enders[key]
+        done = ender.step()
+        if not done and time.monotonic() > ender.deadline + 1:
+            left = ", ".join(map(str, sorted(ender.asked))) or "unknown"
+            self.complain(f"what job {printable(job.id)} left running does not end: process {left}")
+        return done
 
     def ending(self) -> bool:
         """Tell whether what the dead left is being ended; a second after its KILL nobody waits."""
@@ -2742,13 +2758,16 @@ class Pool:
         """Start the workers that are missing: at once at first, then at most one a second."""
         while self.missing and time.monotonic() >= self.hire_at:
             self.hired += 1
+            self.hire_at = time.monotonic() + 1 if self.hired > self.count else 0.0
             name = f"worker-{self.name[5:]}-{self.hired}"
             try:
                 self.members.append(Member(self.db.path, name, self.missing[0], self.queues))
                 del self.missing[0]
-            except (EOFError, ConnectionError):  # the fork server died: there will be another
-                self.count_death()
-            self.hire_at = time.monotonic() + 1 if self.hired > self.count else 0.0
+            except (EOFError, OSError) as error:  # the fork server died, or there is no room
+                how = f"a worker cannot be started: {error or 'its fork server died'}"
+                self.complain(f"{how}; trying again")
+                if not self.members:
+                    self.count_death(how)
 
     def wake(self) -> None:
         """Wake one idle worker if there may be work; when it took some, the next one."""
@@ -2760,10 +2779,9 @@ class Pool:
             member.doing, self.maybe_work = "woken", False
             member.send("go")
         elif self.drain and doing == ["idle"] * self.count and not self.enders:
-            with contextlib.suppress(Locked):
-                awaited = self.queue.awaited(self.queues, self.horizon)
-                if all(awaited.values()):
-                    self.drained(sorted(awaited))
+            awaited = self.queue.awaited(self.queues, self.horizon)
+            if all(awaited.values()):
+                self.drained(sorted(awaited))
 
     def drained(self, paused: Sequence[str]) -> None:
         """Leave, now that nothing is left to run, unless a paused queue may be resumed."""
@@ -2786,7 +2804,7 @@ class Pool:
 
         A descriptor of our own on the -wal is safe: unlike the database, it carries no locks.
         """
-        self.sync_at = NEVER
+        self.sync_at = time.monotonic() + AGAIN  # where it fails
         with contextlib.suppress(FileNotFoundError):
             SYSTEM.sync(self.db.path + "-wal")
             began, size = time.monotonic(), os.stat(self.db.path + "-wal").st_size
@@ -2795,6 +2813,7 @@ class Pool:
                     self.db.truncate_log()
                 now = time.monotonic()  # a reader that stays must not hold up the work
                 self.truncate_at = now + 5 * (now - began)
+        self.sync_at = NEVER
 
 
 def work(  # noqa: PLR0913

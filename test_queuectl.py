@@ -1192,6 +1192,23 @@ class Crash(Live):
         until(lambda: [self.states()[job] for job in good] == ["completed"] * 20)
         self.assertEqual(self.read("log"), "start\n" * 3)
 
+    @unittest.skipUnless(ROOT, "only root has a capability to lose")
+    def test_what_a_dead_worker_left_and_cannot_be_ended_is_said(self) -> None:
+        other, weak = "setpriv --reuid 65534 --clear-groups", ["setpriv", "--bounding-set=-kill"]
+        self.needs(*other.split(), *weak[:1], "--dump")
+        self.configure(kill_grace="0")
+        again = "[ $QUEUECTL_ATTEMPT = 2 ] && exit; "
+        job = self.enqueue(again + f"echo $$ $PPID > pids; exec {other} sleep 300")
+        pool = self.pool("--drain", prefix=weak)
+        self.wrote("pids")
+        left, worker = map(int, self.read("pids").split())
+        until(lambda: b"sleep" in queuectl.read_proc(f"{left}/comm"))
+        os.kill(worker, 9)
+        self.says(pool, f"what job {job} left running does not end: process {left}\n")
+        os.kill(left, 9)
+        self.ends(pool, 0)
+        self.assertEqual(self.job(job).attempts, 2)
+
 
 class NoFalseAlarm(Live):
     def test_a_pool_on_a_copy_of_the_queue_leaves_the_jobs_of_the_original_alone(self) -> None:
@@ -2018,9 +2035,7 @@ class ReadOnly(Live):
         self.assertEqual(self.states(), {"1": "pending"})
 
     def test_what_may_not_be_written_is_refused_and_stays_as_it_is(self) -> None:
-        user = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner"] if ROOT else []
-        self.needs(*user, "true")
-        self.addCleanup(os.chmod, self.dir, 0o700)
+        user = self.obeying_modes()
         os.chmod(self.dir, 0o500)
         self.refuse(*self.WRITES, prefix=user)
         self.assertEqual(os.listdir(self.dir), [])
@@ -2031,6 +2046,22 @@ class ReadOnly(Live):
             self.refuse(*self.WRITES[:2], prefix=user)
             os.chmod(target, 0o700)
         self.assertEqual(self.states(), {"1": "pending"})
+
+    def obeying_modes(self) -> list[str]:
+        """Return what runs a program to which the modes of files apply, also as root."""
+        user = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner"] if ROOT else []
+        self.needs(*user, "true")
+        self.addCleanup(os.chmod, self.dir, 0o700)
+        return user
+
+    def test_a_pool_that_may_not_look_for_a_while_says_so_and_goes_on(self) -> None:
+        self.enqueue("true")
+        pool = self.pool(prefix=self.obeying_modes())
+        self.becomes("1", "completed")
+        os.chmod(self.dir, 0)
+        self.says(pool, "queuectl.db: Permission denied; trying again")
+        os.chmod(self.dir, 0o700)
+        self.becomes(self.enqueue("true"), "completed")
 
 
 class Exhausted(Live):
@@ -2107,9 +2138,21 @@ class Exhausted(Live):
         self.needs("strace", "-o", "/dev/null", "true")
         self.enqueue("true")
         strace = ["strace", "-f", "-o", "/dev/null", *self.NO_FORK]
-        line = self.refused("worker", "start", "--quiet", code=4, prefix=strace)
+        line = self.refused("worker", "start", "--quiet", "--count", "6", code=4, prefix=strace)
         self.assertIn("temporarily unavailable", line)
         self.assertEqual(self.job("1").attempts, 0)
+
+    def test_a_pool_without_descriptors_says_so_and_goes_on_when_there_are_some(self) -> None:
+        pool, what = self.pool("--count", "2"), resource.RLIMIT_NOFILE
+        self.working(2)
+        before = resource.prlimit(pool.pid, what)
+        taken = map(int, os.listdir(f"/proc/{pool.pid}/fd"))
+        resource.prlimit(pool.pid, what, (min({*range(1000)}.difference(taken)), before[1]))
+        os.kill(next(iter(self.workers().values()))["pid"], 9)
+        self.says(pool, "cannot be started: [Errno 24] Too many open files; trying again")
+        resource.prlimit(pool.pid, what, before)
+        self.working(2)
+        self.becomes(self.enqueue("true"), "completed")
 
     def test_a_stored_job_is_acknowledged_even_if_no_pool_can_be_rung(self) -> None:
         self.enqueue("true")

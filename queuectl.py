@@ -1265,20 +1265,20 @@ def migrate(db: sqlite3.Connection) -> None:
     db.execute(OUTER[1])
 
 
-OPEN: weakref.WeakSet[Any] = weakref.WeakSet()  # the connections of this process
-IN_USE: list[Any] = []  # some of them, held during a fork, so that no child closes them
-INHERITED: dict[str, Any] = {}  # in a child, by path: what was in use, and is not to be touched
-
-
 class Opened(sqlite3.Connection):
-    """A connection that knows its file."""
+    """A connection that knows its file, and whether it may be used still."""
 
-    path = ""
+    path, over = "", False
 
     def close(self) -> None:
         """Close it; only its own thread may."""
         super().close()
-        OPEN.discard(self)
+        self.over = True
+
+
+OPEN: list[weakref.ref[Opened]] = []  # the connections of this process
+IN_USE: dict[int, list[Opened]] = {}  # by thread: what its fork must not lose, lest it be closed
+INHERITED: dict[str, Opened] = {}  # in a child, by path: what was in use, and is not to be touched
 
 
 def before_fork() -> None:
@@ -1291,32 +1291,32 @@ def before_fork() -> None:
 
     if OPEN:
         gc.collect()  # those of threads that have ended
-    for db in list(OPEN):
+    found = [db for db in [ref() for ref in list(OPEN)] if db and not db.over]
+    for db in found:
         with contextlib.suppress(sqlite3.ProgrammingError):  # another thread's
             if not db.in_transaction:
                 for cursor in gc.get_referrers(db):  # one that is half read would keep it open
                     if isinstance(cursor, sqlite3.Cursor):
                         cursor.close()
                 db.close()
-    IN_USE.extend(OPEN)
+    IN_USE[threading.get_ident()] = [db for db in found if not db.over]
 
 
 def after_fork() -> None:
     """Keep, in the child, away from files that were in use, even when it ends."""
     import ctypes
 
-    for db in IN_USE:
+    for db in IN_USE.pop(threading.get_ident(), ()):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(db))
-        INHERITED[db.path] = db
-    OPEN.clear()
+        INHERITED[db.path], db.over = db, True
 
 
 @lru_cache(maxsize=None)
 def prepare_forks() -> None:
     """Have forks looked after from now on."""
     if hasattr(os, "register_at_fork"):
-        after = {"after_in_parent": IN_USE.clear, "after_in_child": after_fork}
-        os.register_at_fork(before=before_fork, **after)
+        done = lambda: IN_USE.pop(threading.get_ident(), None)  # noqa: E731
+        os.register_at_fork(before=before_fork, after_in_parent=done, after_in_child=after_fork)
 
 
 class Database:
@@ -1414,14 +1414,14 @@ class Database:
         prepare_forks()
         db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, factory=Opened)
         db.path = self.path
-        OPEN.add(db)
+        OPEN.append(weakref.ref(db, OPEN.remove))
         return db
 
     @property
-    def connection(self) -> sqlite3.Connection:
+    def connection(self) -> Opened:
         """The connection of this thread."""
         db: Opened | None = getattr(self._local, "db", None)
-        if db is None or db not in OPEN:
+        if db is None or db.over:
             with self.faults():
                 db = self._open(self.mode)
                 for pragma in (*PRAGMAS, SYNCHRONOUS[self.synchronous]):
@@ -1504,7 +1504,7 @@ class Database:
             yield db
             self.execute(end)
         except BaseException:
-            for sql in back if db in OPEN and db.in_transaction else ():
+            for sql in back if not db.over and db.in_transaction else ():
                 db.execute(sql)
             raise
         finally:
@@ -1535,7 +1535,7 @@ class Database:
     def close(self) -> None:
         """Close this thread's connection."""
         db: Opened | None = getattr(self._local, "db", None)
-        if db and db in OPEN:
+        if db and not db.over:
             db.close()
 
 

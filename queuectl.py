@@ -35,7 +35,7 @@ database or the machine is at fault; 124 timed out; 128+n ended by signal n.
 
 To read on: each part uses what stands above it, so that `main` is at the end. A job's way is
 cmd_enqueue, Queue.enqueue_many, RunDirectory.ring, Pool.wait, Pool.wake, Worker.main, Queue.claim,
-Worker.perform, Queue.finish; a killed worker's is Pool.bury, Pool.recover, Ender, Pool.give_back.
+Worker.perform, Queue.finish; a killed worker's is Pool.bury, Pool.recover, Kill, Pool.give_back.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def read_proc(path: str) -> bytes:
     return b""
 
 
-def holds(pid: int, path: str) -> bool:
+def has_locked(pid: int, path: str) -> bool:
     """Tell whether a process holds the lock of a file (to have it open is not enough)."""
     with contextlib.suppress(OSError):
         for fd in os.listdir(f"/proc/{pid}/fd"):
@@ -202,24 +202,24 @@ def holds(pid: int, path: str) -> bool:
     return False
 
 
-def process_group(facts: Mapping[str, Any], job: Job) -> list[int]:
+def process_group(noted: Mapping[str, Any], job: Job) -> list[int]:
     """Return the process group of an attempt where there is no /proc: by pid and start time.
 
     A leader that did not start when the job was launched is a stranger who got the pid later.
     """
     import subprocess
 
-    if facts.get("run") != run_key(job):
+    if noted.get("run") != run_key(job):
         return []
     ps, env = ["ps", "-axo", "pid=,pgid=,stat=,lstart="], {**os.environ, "LC_ALL": "C"}
     table = subprocess.run(ps, stdout=subprocess.PIPE, check=False, env=env).stdout
     found = []
     for line in table.decode(errors="replace").splitlines():
         pid, pgid, state, *started = line.split()
-        if int(pgid) != facts["job_pid"] or len(started) != 5 or "Z" in state:  # a zombie is dead
+        if int(pgid) != noted["job_pid"] or len(started) != 5 or "Z" in state:  # a zombie is dead
             continue
         when = time.mktime(time.strptime(" ".join(started), "%a %b %d %H:%M:%S %Y"))
-        if pid == pgid and abs(when - facts["launched"]) > 2:
+        if pid == pgid and abs(when - noted["launched"]) > 2:
             return []
         found.append(int(pid))
     return found
@@ -383,21 +383,21 @@ class System:
     def release(self, child: Child) -> None:
         """Let go of what a completed job left behind; it goes on."""
 
-    def members(self, job: Job, run: RunDirectory) -> list[int]:
+    def processes(self, job: Job, run: RunDirectory) -> list[int]:
         """Return an attempt's processes, as far as they can be told from strangers for certain."""
         if not PROC:
-            return process_group(run.facts(job.locked_by), job)
+            return process_group(run.noted(job.locked_by), job)
         others = set(map(int, filter(str.isdigit, os.listdir("/proc")))) - {os.getpid()}
         key = b"\0QUEUECTL_RUN=" + run.mark(job).encode() + b"\0"
         found = [pid for pid in sorted(others) if key in b"\0" + read_proc(f"{pid}/environ")]
         if found or run.free(job.seq, job.run, "out"):
             return found
-        return [pid for pid in others if holds(pid, run.file(job.seq, job.run, "out"))]
+        return [pid for pid in others if has_locked(pid, run.file(job.seq, job.run, "out"))]
 
-    def end(self, job: Job, pids: Iterable[int], *, kill: bool) -> None:  # noqa: ARG002
-        """Ask an attempt's processes to end (a stopped one must hear it, too), or kill them."""
+    def kill(self, mark: str, pids: Iterable[int], *, hard: bool) -> None:  # noqa: ARG002
+        """Ask an attempt's processes to end (a stopped one must hear it, too); `hard`: end them."""
         for pid in pids:
-            for number in (signal.SIGKILL,) if kill else (signal.SIGTERM, signal.SIGCONT):
+            for number in (signal.SIGKILL,) if hard else (signal.SIGTERM, signal.SIGCONT):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, number)
 
@@ -503,7 +503,7 @@ class _Windows(System):
             creationflags=new_group | suspended,
         )
         process = int(child._handle)  # type: ignore[attr-defined]
-        self.jobs[child.pid] = self.call("CreateJobObjectW", None, run_key(job))
+        self.jobs[child.pid] = self.call("CreateJobObjectW", None, env["QUEUECTL_RUN"])
         self.limit(child, 0x2000)  # kill on close
         self.call("AssignProcessToJobObject", self.jobs[child.pid], process)
         self.call("NtResumeProcess", process, dll="ntdll")
@@ -522,20 +522,20 @@ class _Windows(System):
         self.limit(child, 0)
         self.call("CloseHandle", self.jobs.pop(child.pid))
 
-    def members(self, job: Job, _: RunDirectory) -> list[int]:
+    def processes(self, job: Job, run: RunDirectory) -> list[int]:
         """Return up to 1,000 processes: the end of a JOBOBJECT_BASIC_PROCESS_ID_LIST."""
         import ctypes
 
         found = (ctypes.c_size_t * 1001)()  # before the processes there are two 32-bit counts
-        handle = self.call("OpenJobObjectW", 4, 0, run_key(job))
+        handle = self.call("OpenJobObjectW", 4, 0, run.mark(job))
         if handle:  # without one it would be our own job's
             self.call("QueryInformationJobObject", handle, 3, found, ctypes.sizeof(found), None)
             self.call("CloseHandle", handle)
         return [pid for pid in found[8 // ctypes.sizeof(ctypes.c_void_p) :] if pid]
 
-    def end(self, job: Job, pids: Iterable[int], *, kill: bool) -> None:
-        if kill:
-            handle = self.call("OpenJobObjectW", 8, 0, run_key(job))
+    def kill(self, mark: str, pids: Iterable[int], *, hard: bool) -> None:
+        if hard:
+            handle = self.call("OpenJobObjectW", 8, 0, mark)
             self.call("TerminateJobObject", handle, 1)
             self.call("CloseHandle", handle)
             return
@@ -917,23 +917,23 @@ def span(duration: float) -> str:
 # --- SQL -----------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x51554354  # "QUCT"
-APPLICATION = "PRAGMA application_id"
-VERSION = "PRAGMA user_version"
-TABLES = "SELECT count(*) FROM sqlite_master"
+GET_APPLICATION_ID = "PRAGMA application_id"
+GET_VERSION = "PRAGMA user_version"
+COUNT_TABLES = "SELECT count(*) FROM sqlite_master"
 GUEST_KEY = "queuectl_schema"
-GUEST_VERSION = f"SELECT value FROM config WHERE key = '{GUEST_KEY}'"
-LOG = "PRAGMA journal_mode = WAL"
-SYNCHRONOUS = {"full": "PRAGMA synchronous = full", "normal": "PRAGMA synchronous = normal"}
-WAIT, NO_WAIT = "PRAGMA busy_timeout = 200", "PRAGMA busy_timeout = 0"
+GET_GUEST_VERSION = f"SELECT value FROM config WHERE key = '{GUEST_KEY}'"
+SET_WAL = "PRAGMA journal_mode = WAL"
+SET_SYNCHRONOUS = {"full": "PRAGMA synchronous = full", "normal": "PRAGMA synchronous = normal"}
+SET_WAIT, SET_NO_WAIT = "PRAGMA busy_timeout = 200", "PRAGMA busy_timeout = 0"
 OUTER = ("BEGIN IMMEDIATE", "COMMIT", "ROLLBACK")
 # A part that failed is undone, but stays open until it is released.
 INNER = ("SAVEPOINT part", "RELEASE part", "ROLLBACK TO part", "RELEASE part")
-DATA_VERSION = "PRAGMA data_version"  # changes when another connection has written
+GET_DATA_VERSION = "PRAGMA data_version"  # changes when another connection has written
 PRAGMAS = (  # of every connection
     "PRAGMA fullfsync = 1",  # on macOS, down to the medium
     "PRAGMA temp_store = memory",  # else a batch writes each row's rollback journal to a file
 )
-TRUNCATE_LOG = "PRAGMA wal_checkpoint(TRUNCATE)"
+TRUNCATE_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
 SINCE_2 = """  -- what version 2 brought
 CREATE INDEX jobs_state ON jobs (state, due, updated_at);
 CREATE INDEX jobs_series ON jobs (series, seq) WHERE series IS NOT NULL;
@@ -1012,15 +1012,15 @@ INSERT = f"INSERT OR IGNORE INTO jobs (state, {', '.join(NEW)}) VALUES ('pending
 IDS_BETWEEN = """
 SELECT seq, coalesce(series, id) FROM jobs
 WHERE seq BETWEEN :first AND :last ORDER BY seq LIMIT 1000"""
-ONE = JOB + "WHERE id = :id"
+BY_ID = JOB + "WHERE id = :id"
 LAST_RUN = JOB + "WHERE series = :id AND run > 0 ORDER BY seq DESC LIMIT 1"
 NEWEST = JOB + "WHERE series = :id ORDER BY seq DESC LIMIT 1"
 RECENT_IDS = "SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000"
 IN_QUEUE = "(:queue IS NULL OR queue = :queue)"
 ALL = JOB + f"WHERE seq > :seq AND {IN_QUEUE} ORDER BY seq LIMIT 1000"
-THOSE = JOB + f"WHERE state = :state AND due = :due AND {IN_QUEUE} "
-LATEST = THOSE + "ORDER BY updated_at DESC, seq DESC LIMIT :limit"
-OLDEST = THOSE + "ORDER BY updated_at LIMIT :limit"  # of a due job: when it became due
+IN_STATE = JOB + f"WHERE state = :state AND due = :due AND {IN_QUEUE} "
+LATEST = IN_STATE + "ORDER BY updated_at DESC, seq DESC LIMIT :limit"
+OLDEST = IN_STATE + "ORDER BY updated_at LIMIT :limit"  # of a due job: when it became due
 GOES_ON = "recurs IS NOT NULL AND state IN ('pending', 'processing')"
 SCHEDULE = JOB + "WHERE series = :id AND " + GOES_ON
 RECURRING = JOB + f"INDEXED BY jobs_recurs WHERE {GOES_ON} ORDER BY series"
@@ -1059,7 +1059,7 @@ CLAIM = """
 UPDATE jobs SET state = 'processing', attempts = attempts + 1, run = run + 1,
   locked_by = :worker, locked_at = :now, updated_at = :now
 WHERE seq = :seq AND state = 'pending'"""
-END_CLAIM = """
+FINISH = """
 UPDATE jobs SET state = :state, attempts = :attempts, exit_code = :exit_code,
   last_error = :last_error, run_after = :run_after, due = :due, updated_at = :updated_at,
   snoozes = :snoozes, recurs = :recurs, locked_by = NULL, locked_at = NULL, cancelling = 0
@@ -1117,7 +1117,7 @@ UNSET = "DELETE FROM config WHERE key = :key"
 # --- run directory: what is alive now, as locked files -------------------------------------------
 
 
-class Held:
+class LockFile:
     """A file of the run directory that this process made and has locked."""
 
     def __init__(self, path: str) -> None:
@@ -1184,17 +1184,17 @@ class RunDirectory:
         except SYSTEM.GONE:
             return True
 
-    def facts(self, *parts: object) -> dict[str, Any]:
+    def noted(self, *parts: object) -> dict[str, Any]:
         """Return what the holder of a file says about itself, as far as it can be read."""
         garbled = contextlib.suppress(OSError, ValueError, TypeError)
         with garbled, open(self.file(*parts), "rb") as file:
             return dict(json.load(file))
         return {}
 
-    def holders(self, kind: str) -> dict[str, dict[str, Any]]:
+    def living(self, kind: str) -> dict[str, dict[str, Any]]:
         """Return the living pools or workers: each one's name and what it says about itself."""
         held = (item for item in self.files(kind + "-") if "." not in item)
-        return {item: self.facts(item) for item in held if not self.free(item)}
+        return {item: self.noted(item) for item in held if not self.free(item)}
 
     def ring(self) -> None:
         """Wake every pool: there may be work. Never waits, and nobody listening is fine."""
@@ -1233,10 +1233,10 @@ def statements(script: str) -> Iterator[str]:
 
 def schema_version(db: sqlite3.Connection) -> int:
     """Return the version of the queue's tables, 0 where there are none."""
-    if db.execute(APPLICATION).fetchone()[0] == APPLICATION_ID:
-        return int(db.execute(VERSION).fetchone()[0])
+    if db.execute(GET_APPLICATION_ID).fetchone()[0] == APPLICATION_ID:
+        return int(db.execute(GET_VERSION).fetchone()[0])
     try:
-        row = db.execute(GUEST_VERSION).fetchone()
+        row = db.execute(GET_GUEST_VERSION).fetchone()
     except sqlite3.OperationalError as error:
         if "no such" not in str(error):  # table, or column of another program's table
             raise
@@ -1253,8 +1253,8 @@ def migrate(db: sqlite3.Connection) -> None:
     if db.in_transaction:  # a reader refused the last try's COMMIT
         db.execute(OUTER[2])
     db.execute(OUTER[0])
-    tables = db.execute(TABLES).fetchone()[0]
-    guest = bool(tables) and db.execute(APPLICATION).fetchone()[0] != APPLICATION_ID
+    tables = db.execute(COUNT_TABLES).fetchone()[0]
+    guest = bool(tables) and db.execute(GET_APPLICATION_ID).fetchone()[0] != APPLICATION_ID
     version = schema_version(db)
     script = SCHEMA[version] if version < len(SCHEMA) else ""  # another process was faster
     for statement in statements(script):
@@ -1345,7 +1345,7 @@ class Database:
             if self._inspect(guest=guest) < len(SCHEMA):
                 with contextlib.closing(self._open("rw")) as db:
                     self._retry(lambda: migrate(db))
-                    self._retry(lambda: db.execute(LOG))  # last: what is refused is not changed
+                    self._retry(lambda: db.execute(SET_WAL))  # last: what is refused is not changed
 
     def _create(self) -> None:
         """Make the file whole under another name, so that nobody ever sees half of it."""
@@ -1353,7 +1353,7 @@ class Database:
         if not os.path.isdir(where):
             raise Fault(f"there is no directory {where}")
         self.run_dir.make()
-        making = Held(self.run_dir.file("making"))
+        making = LockFile(self.run_dir.file("making"))
         try:
             if os.path.lexists(self.path):
                 return
@@ -1366,7 +1366,7 @@ class Database:
             os.chmod(new, 0o600)  # whatever the umask
             with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as db:
                 migrate(db)
-                db.execute(LOG)  # last: with a -wal, a full disk would show only later
+                db.execute(SET_WAL)  # last: with a -wal, a full disk would show only later
             os.rename(new, self.path)
             with contextlib.suppress(OSError):  # Windows opens no directories
                 fd = os.open(where, os.O_RDONLY)
@@ -1386,9 +1386,8 @@ class Database:
         if info.st_size == 0 and not guest:
             raise Fault(f"{self.path} is empty, not a queue; remove it to start a new one")
         self._refuse_planted(info.st_uid)
-        logged = os.path.exists(self.path + "-wal")
-        mode = "ro" if logged else "ro&immutable=1"  # puts no log beside it
-        with contextlib.closing(self._open(mode)) as db:
+        immutable = "" if os.path.exists(self.path + "-wal") else "&immutable=1"  # makes no -wal
+        with contextlib.closing(self._open("ro" + immutable)) as db:
             version = int(self._retry(lambda: schema_version(db)))
         if not version and not guest:
             raise Fault(f"{self.path} is another program's database, not a queue")
@@ -1397,7 +1396,7 @@ class Database:
         return version
 
     def _refuse_planted(self, owner: int) -> None:
-        """Refuse a stranger's log. As root, SQLite would make it the owner's when it opens it."""
+        """Refuse a stranger's -wal. As root, SQLite would make it the owner's when it opens it."""
         if SYSTEM.user() != 0:
             return
         for path in (self.path + "-wal", self.path + "-shm"):
@@ -1424,7 +1423,7 @@ class Database:
         if db is None or db.over:
             with self.faults():
                 db = self._open(self.mode)
-                for pragma in (*PRAGMAS, SYNCHRONOUS[self.synchronous]):
+                for pragma in (*PRAGMAS, SET_SYNCHRONOUS[self.synchronous]):
                     self._retry(partial(db.execute, pragma))
             self._local.db, self._local.ring = db, None
         return db
@@ -1479,7 +1478,7 @@ class Database:
             raise BadInput(f"{error.object!a} is not valid Unicode") from None
 
     def rows(self, sql: str, args: Any = ()) -> list[Any]:
-        """Return all the rows of a query: one that is read slowly would hold up the log."""
+        """Return all the rows of a query: one that is read slowly would hold up the -wal."""
         cursor = self.execute(sql, args)
         try:
             return cursor.fetchall()
@@ -1522,15 +1521,15 @@ class Database:
         """Choose whether each commit is synced (full), or the caller sees to it (normal)."""
         if synchronous != self.synchronous:
             self.synchronous = synchronous
-            self.execute(SYNCHRONOUS[synchronous])
+            self.execute(SET_SYNCHRONOUS[synchronous])
 
-    def truncate_log(self) -> None:
+    def truncate_wal(self) -> None:
         """Empty the -wal. Nobody writes meanwhile; gives up if readers do not end within 0.2 s."""
-        self.execute(WAIT)
+        self.execute(SET_WAIT)
         try:
-            self.rows(TRUNCATE_LOG)
+            self.rows(TRUNCATE_WAL)
         finally:
-            self.execute(NO_WAIT)
+            self.execute(SET_NO_WAIT)
 
     def close(self) -> None:
         """Close this thread's connection."""
@@ -1596,7 +1595,7 @@ def network(path: str) -> str | None:
 # --- queue: the public interface, and the one place where a state changes -------------------------
 
 
-class Ending(NamedTuple):
+class Outcome(NamedTuple):
     """How an attempt ended, as whoever watched it saw it; `error` is None if it completed.
 
     `fate` says who ended it: it "ran" to its end, "timed out", its worker "crashed", or the
@@ -1612,26 +1611,26 @@ class Ending(NamedTuple):
     output: bytes = b""
 
 
-def after_attempt(job: Job, ending: Ending, config: Mapping[str, Any], now: float) -> Job:
+def after_attempt(job: Job, outcome: Outcome, config: Mapping[str, Any], now: float) -> Job:
     """Return the job as it goes on after an attempt: the one rule of retries."""
-    now = min(now, ending.finished)  # never ahead, also where the clock was set back meanwhile
-    after = job._replace(exit_code=ending.exit_code, last_error=ending.error, updated_at=now)
-    if ending.fate == "returned" and not job.cancelling:
+    now = min(now, outcome.finished)  # never ahead, also where the clock was set back meanwhile
+    after = job._replace(exit_code=outcome.exit_code, last_error=outcome.error, updated_at=now)
+    if outcome.fate == "returned" and not job.cancelling:
         due = min(job.run_after, now)  # at once, also where the clock was set back
         after = after._replace(exit_code=job.exit_code, run_after=due)
         return after._replace(state=PENDING, attempts=job.attempts - 1)
-    if ending.error is None:
+    if outcome.error is None:
         return after._replace(state=COMPLETED)
-    if ending.fate == "cancelled" or job.cancelling:
+    if outcome.fate == "cancelled" or job.cancelling:
         return after._replace(state=CANCELLED)
-    said = ending.exit_code if ending.fate == "ran" else None
+    said = outcome.exit_code if outcome.fate == "ran" else None
     final = said in config["no_retry_exit_codes"]
     if said == TRY_LATER and not final and job.snoozes < config["max_snoozes"]:
         after = after._replace(attempts=job.attempts - 1, snoozes=job.snoozes + 1)
         return after._replace(state=PENDING, run_after=now + backoff(after.snoozes, config))
     if final or job.attempts >= (job.max_retries or config["max_retries"]):
         return after._replace(state=DEAD)
-    pause = 0 if ending.fate == "crashed" else backoff(job.attempts, config)
+    pause = 0 if outcome.fate == "crashed" else backoff(job.attempts, config)
     return after._replace(state=PENDING, run_after=now + pause)
 
 
@@ -1725,7 +1724,7 @@ class Queue:
 
     def _taken(self, job_id: str) -> bool:
         """Tell whether a job or a schedule that goes on has that id."""
-        return any(self.db.rows(sql, {"id": job_id}) for sql in (ONE, SCHEDULE))
+        return any(self.db.rows(sql, {"id": job_id}) for sql in (BY_ID, SCHEDULE))
 
     def _add(self, row: dict[str, Any], now: float) -> int:
         """Insert a checked job, and what it waits for; return its number."""
@@ -1766,7 +1765,7 @@ class Queue:
         """Return the id of the next job of a schedule: its name and a number."""
         newest = next(self._jobs(NEWEST, id=series), None)
         number = int(newest.id.rpartition(".")[2]) + 1 if newest else 1
-        while self.db.rows(ONE, {"id": f"{series}.{number}"}):
+        while self.db.rows(BY_ID, {"id": f"{series}.{number}"}):
             number += 1
         return f"{series}.{number}"
 
@@ -1774,7 +1773,7 @@ class Queue:
 
     def get(self, job_id: str) -> Job:
         """Return one job, for a schedule's name the one that goes on or the newest; or NotFound."""
-        for sql in (ONE, SCHEDULE, NEWEST):
+        for sql in (BY_ID, SCHEDULE, NEWEST):
             for job in self._jobs(sql, id=job_id):
                 return job
         recent = (row[0] for row in self.db.rows(RECENT_IDS))
@@ -1802,7 +1801,7 @@ class Queue:
         return iter(sorted(latest[-limit:]))
 
     def _all(self, queue: str | None) -> Iterator[Job]:
-        """Yield every job, in slices: who is slow to take them must not hold up the log."""
+        """Yield every job, in slices: who is slow to take them must not hold up the -wal."""
         seq = 0
         while jobs := list(self._jobs(ALL, queue=queue, seq=seq)):
             yield from jobs
@@ -1854,7 +1853,7 @@ class Queue:
 
     def data_version(self) -> int:
         """Return a number that changes when another connection has changed anything."""
-        return int(self.db.rows(DATA_VERSION)[0][0])
+        return int(self.db.rows(GET_DATA_VERSION)[0][0])
 
     def config(self) -> dict[str, Any]:
         """Return the value of every setting."""
@@ -1882,7 +1881,7 @@ class Queue:
                 if not self.db.execute(RETRY, {"seq": job.seq, "now": self.clock()}).rowcount:
                     raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
                 name = {"id": job.series}
-                taken = job.recurs and self.db.rows(ONE, name)
+                taken = job.recurs and self.db.rows(BY_ID, name)
                 if taken or len(self.db.rows(SCHEDULE, name)) > 1:
                     raise BadInput(f"schedule {job.series} goes on already, or its name is taken")
         return [job.id for job in jobs]
@@ -1990,34 +1989,36 @@ class Queue:
         return job._replace(locked_by=worker, locked_at=now, updated_at=now)
 
     def finish(
-        self, job: Job, ending: Ending, claim: Sequence[str] | None = None
+        self, job: Job, outcome: Outcome, next_from: Sequence[str] | None = None
     ) -> tuple[Job | None, Job | None]:
         """Record how a claimed job's attempt ended, and claim the next one in the same transaction.
 
-        `claim` names the queues to claim from (empty: all of them); None claims nothing. Returns
-        the job as it is now, and the next one. None for the first: the claim was lost meanwhile, so
-        the result changes nothing.
+        `next_from` names the queues to claim from (empty: all of them); None claims nothing.
+        Returns the job as it is now, and the next one. None for the first: the claim was lost
+        meanwhile, so the result changes nothing.
         """
         with self.db.transaction():
-            after = self._end(job, ending)
-            return after, None if claim is None else self._claim(job.locked_by or "", claim)
+            after = self._finish(job, outcome)
+            if next_from is None:
+                return after, None
+            return after, self._claim(job.locked_by or "", next_from)
 
-    def _end(self, job: Job, ending: Ending) -> Job | None:
-        if ending.error is not None or job.recurs:  # cancelled meanwhile? else success wins
-            asked = next(self._jobs(ONE, id=job.id), job)
+    def _finish(self, job: Job, outcome: Outcome) -> Job | None:
+        if outcome.error is not None or job.recurs:  # cancelled meanwhile? else success wins
+            asked = next(self._jobs(BY_ID, id=job.id), job)
             job = job._replace(cancelling=asked.cancelling)
         now = self.clock()
         self.settings = self.config()
-        after = after_attempt(job, ending, self.settings, now)
+        after = after_attempt(job, outcome, self.settings, now)
         over = after.state in (COMPLETED, DEAD)
         recurs = job.recurs and over and not job.cancelling
         row = after._replace(
             due=after.state != PENDING or after.run_after <= now,
             recurs=None if over else job.recurs,
         )._asdict()
-        if self.db.execute(END_CLAIM, {**row, "worker": job.locked_by}).rowcount != 1:
+        if self.db.execute(FINISH, {**row, "worker": job.locked_by}).rowcount != 1:
             return None
-        self.db.execute(ADD_ATTEMPT, (job.seq, job.run, job.locked_by, *ending[1:]))
+        self.db.execute(ADD_ATTEMPT, (job.seq, job.run, job.locked_by, *outcome[1:]))
         if after.state == COMPLETED and self.db.execute(MEET, {"seq": job.seq}).rowcount:
             self.db.execute(UNBLOCK, {"seq": job.seq, "now": now})
             self.db.ring_when_stored()
@@ -2070,7 +2071,7 @@ class Queue:
 # --- processes: an attempt's output, and its end --------------------------------------------------
 
 
-def tail(fd: int, limit: int) -> tuple[int, bytes]:
+def last_bytes(fd: int, limit: int) -> tuple[int, bytes]:
     """Return how many bytes of a file come before its last ones, and the last ones."""
     size = os.fstat(fd).st_size
     kept = min(limit, size)
@@ -2078,7 +2079,7 @@ def tail(fd: int, limit: int) -> tuple[int, bytes]:
     return size - kept, os.read(fd, kept)
 
 
-class Output(Held):
+class Output(LockFile):
     """One attempt's output: a file that the job itself writes and, while it lives, holds locked."""
 
     BOUND = 16 << 20  # a longer file loses its beginning while the job runs
@@ -2112,12 +2113,12 @@ class Output(Held):
 
     def tail(self, limit: int) -> tuple[int, bytes]:
         """Return how much output there was before the last bytes, and the last bytes."""
-        cut, output = tail(self.fd, limit)
+        cut, output = last_bytes(self.fd, limit)
         return self.cut + cut, output
 
 
-class Ender:
-    """Ends all processes of an attempt: TERM (and CONT: a stopped one must hear it), then KILL."""
+class Kill:
+    """The end of an attempt's processes: TERM, and KILL for those that outlast the grace period."""
 
     def __init__(self, job: Job, run: RunDirectory, grace: float) -> None:
         """Begin with the grace period."""
@@ -2126,10 +2127,10 @@ class Ender:
         self.asked: set[int] = set()
 
     def step(self) -> bool:
-        """Go on with the ending, and tell whether it is done: no process, and the lock free."""
-        found, late = SYSTEM.members(self.job, self.run), time.monotonic() >= self.deadline
+        """Ask who was not asked yet, or end all; tell whether none is left and the lock is free."""
+        found, late = SYSTEM.processes(self.job, self.run), time.monotonic() >= self.deadline
         news = [pid for pid in found if pid not in self.asked]  # parents first, as a rule
-        SYSTEM.end(self.job, found if late else news, kill=late)
+        SYSTEM.kill(self.run.mark(self.job), found if late else news, hard=late)
         self.asked.update(found)
         return not found and self.run.free(self.job.seq, self.job.run, "out")
 
@@ -2148,16 +2149,16 @@ def blocked_by(parents: Sequence[Job]) -> str:
     return f"blocked by {', '.join(words)}{more}"
 
 
-def news_of(job: Job, after: Job | None, ending: Ending) -> tuple[str, str]:
+def news_of(job: Job, after: Job | None, outcome: Outcome) -> tuple[str, str]:
     """Return the news of an attempt's end: the job's state now, and a line for people."""
-    name, reason = printable(job.id), printable(ending.error or "")
+    name, reason = printable(job.id), printable(outcome.error or "")
     if after is None:
         return "", f"job {name} is no longer ours: its result was dropped"
     if after.state == COMPLETED:
-        how = f"completed in {span(ending.finished - ending.started)}"
+        how = f"completed in {span(outcome.finished - outcome.started)}"
     elif after.state != PENDING:
         how = f"is {after.state}: {reason} (try {job.attempts})"
-    elif ending.fate in ("crashed", "returned"):
+    elif outcome.fate in ("crashed", "returned"):
         how = f"is back in the queue: {reason}"
     elif after.snoozes > job.snoozes:
         how = f"is put off: {reason}; next in {span(after.run_after - after.updated_at)}"
@@ -2167,33 +2168,33 @@ def news_of(job: Job, after: Job | None, ending: Ending) -> tuple[str, str]:
     return after.state, f"job {name} {how}"
 
 
-def keep(run: RunDirectory, job: Job, ending: Ending, out: Output | None) -> None:
+def keep(run: RunDirectory, job: Job, outcome: Outcome, out: Output | None) -> None:
     """Keep a result that cannot be stored, as the output file's name: a full disk takes that."""
     from base64 import urlsafe_b64encode
 
     if out:
-        error = ending.error and ascii(ending.error)[1:-1][:50]  # a name has at most 255 bytes
-        facts = json.dumps([*ending[:4], error, out.cut])
+        error = outcome.error and ascii(outcome.error)[1:-1][:50]  # a name has at most 255 bytes
+        facts = json.dumps([*outcome[:4], error, out.cut])
         os.close(out.fd)  # Windows renames nothing that is open
         kept = urlsafe_b64encode(facts.encode()).decode()
         os.rename(out.path, run.file(job.seq, job.run, "kept", kept))
 
 
-def ending_of(run: RunDirectory, job: Job, now: float, limit: int) -> Ending:
+def outcome_of(run: RunDirectory, job: Job, now: float, limit: int) -> Outcome:
     """Return how a dead worker's attempt ended: in a crash, unless the worker kept a result."""
     from base64 import urlsafe_b64decode
 
     then = job.locked_at or 0.0
-    ending = Ending("crashed", then, max(then, now), None, "its worker died")
+    outcome = Outcome("crashed", then, max(then, now), None, "its worker died")
     with contextlib.suppress(FileNotFoundError, ValueError):  # another is faster; garbled
         for name in run.files(f"{job.seq}.{job.run}."):
             _, _, kind, *kept = name.split(".")
             if kind == "kept":
-                ending = Ending(*json.loads(urlsafe_b64decode(kept[0])))
+                outcome = Outcome(*json.loads(urlsafe_b64decode(kept[0])))
             with open(run.file(name), "rb") as file:
-                cut, output = tail(file.fileno(), limit)
-            ending = ending._replace(cut=ending.cut + cut, output=output)
-    return ending
+                cut, output = last_bytes(file.fileno(), limit)
+            outcome = outcome._replace(cut=outcome.cut + cut, output=output)
+    return outcome
 
 
 class Worker:
@@ -2212,8 +2213,8 @@ class Worker:
         self.queue = Queue(path, create=False)
         self.db, self.run_dir = self.queue.db, self.queue.db.run_dir
         self.name, self.slot, self.queues, self.pool = name, slot, queues, pool
-        self.held = Held(self.run_dir.file(name))
-        self.held.note(pid=os.getpid(), slot=slot)
+        self.lock_file = LockFile(self.run_dir.file(name))
+        self.lock_file.note(pid=os.getpid(), slot=slot)
         self.bell = SYSTEM.bell(self.run_dir.file(name, "bell"))  # signals ring it, SIGCHLD too
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.run_dir.file(name, "bell"))  # and nobody else
@@ -2240,31 +2241,31 @@ class Worker:
         While a result cannot be recorded, nothing is claimed; when it is time to leave, it stays
         in the run directory for whoever recovers the job.
         """
-        done: tuple[Job, Ending, Output | None] | None = None
+        ran: tuple[Job, Outcome, Output | None] | None = None
         self.hear()  # it may be time to leave already
-        while done or not self.stopping:
+        while ran or not self.stopping:
             try:
-                job = self.finish(*done) if done else self.queue.claim(self.name, self.queues)
+                job = self.finish(*ran) if ran else self.queue.claim(self.name, self.queues)
             except Fault as error:
                 if isinstance(error, Broken):
                     self.tell("broken", str(error))
                     self.stopping = True
                 if self.stopping:
                     break
-                what = f"record how job {done[0].id} ended" if done else "claim a job"
+                what = f"record how job {ran[0].id} ended" if ran else "claim a job"
                 self.complain(f"cannot {what}", error)
                 continue
-            if job and not done:
+            if job and not ran:
                 self.tell("busy")
-            done = (job, *self.perform(job)) if job else None
-            if not done and not self.stopping:
+            ran = (job, *self.perform(job)) if job else None
+            if not ran and not self.stopping:
                 self.trouble = ""
                 self.tell("idle")
                 self.wait()
-        if done:
-            keep(self.run_dir, *done)
+        if ran:
+            keep(self.run_dir, *ran)
         self.tell("left")
-        self.held.close()
+        self.lock_file.close()
 
     def tell(self, what: str, text: str = "", within: float = 0.0) -> None:
         """Tell the pool something, within so many seconds."""
@@ -2318,7 +2319,7 @@ class Worker:
         self.trouble = what
         self.wait(time.monotonic() + AGAIN)
 
-    def perform(self, job: Job) -> tuple[Ending, Output | None]:
+    def perform(self, job: Job) -> tuple[Outcome, Output | None]:
         """Run one attempt of a job to its end."""
         started, out = self.queue.clock(), None
         try:
@@ -2329,15 +2330,15 @@ class Worker:
         self.child, self.trouble = child, ""
         if not PROC:
             facts = {"run": run_key(job), "job_pid": child.pid, "launched": started}
-            self.held.note(pid=os.getpid(), slot=self.slot, **facts)
+            self.lock_file.note(pid=os.getpid(), slot=self.slot, **facts)
         fate, error = self.watch(job, child, out)
         if error or child.returncode:  # another attempt may follow: nothing of this one stays
-            self.end(job, child, out)
+            self.kill(job, child, out)
         SYSTEM.release(child)
         self.child = None
         error, finished = error or exit_meaning(child.returncode), self.queue.clock()
         tail = out.tail(self.queue.settings["output_limit"])
-        return Ending(fate, started, max(started, finished), child.returncode, error, *tail), out
+        return Outcome(fate, started, max(started, finished), child.returncode, error, *tail), out
 
     def environment(self, job: Job) -> dict[str, str]:
         """Return what a job's environment has beside the worker's: its own, then ours."""
@@ -2350,14 +2351,14 @@ class Worker:
             "QUEUECTL_RUN": self.run_dir.mark(job),
         }
 
-    def unstartable(self, job: Job, error: OSError, started: float) -> Ending:
+    def unstartable(self, job: Job, error: OSError, started: float) -> Outcome:
         """Decide whose fault it is that a job did not start: its own, or the machine's."""
         why = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         fate = "ran"
         if error.errno in (*EXHAUSTED, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             fate = "returned"
             self.complain(f"job {job.id} cannot start", why)
-        return Ending(fate, started, self.queue.clock(), None, f"cannot start: {why}")
+        return Outcome(fate, started, self.queue.clock(), None, f"cannot start: {why}")
 
     def watch(self, job: Job, child: Child, out: Output) -> tuple[str, str | None]:
         """Wait for the end of a job, or for a reason to end it; return its fate and the reason."""
@@ -2380,23 +2381,23 @@ class Worker:
                 pause = 0.01 if full else min(pause * 2, 0.1)
         return "ran", None
 
-    def end(self, job: Job, child: Child, out: Output) -> None:
+    def kill(self, job: Job, child: Child, out: Output) -> None:
         """End what is left of an attempt; return when every process of it is gone."""
         out.reopen()
-        ender, pause = Ender(job, self.run_dir, self.queue.settings["kill_grace"]), 0.005
-        while not ender.step() or child.poll() is None:
+        kill, pause = Kill(job, self.run_dir, self.queue.settings["kill_grace"]), 0.005
+        while not kill.step() or child.poll() is None:
             self.wait(time.monotonic() + pause)
             pause = min(pause * 1.5, 0.05)
 
-    def finish(self, job: Job, ending: Ending, out: Output | None) -> Job | None:
+    def finish(self, job: Job, outcome: Outcome, out: Output | None) -> Job | None:
         """Record how an attempt ended and claim the next job, in one transaction."""
         self.db.durable("full" if self.alone else self.queue.settings["synchronous"])
-        claim = None if self.stopping else self.queues
-        after, following = self.queue.finish(job, ending, claim)
+        next_from = None if self.stopping else self.queues
+        after, following = self.queue.finish(job, outcome, next_from)
         if out:
             out.close()
-        if ending.fate != "returned" or ending.exit_code is not None:  # else unstartable said it
-            self.tell(*news_of(job, after, ending), within=BATCH)
+        if outcome.fate != "returned" or outcome.exit_code is not None:  # else unstartable said it
+            self.tell(*news_of(job, after, outcome), within=BATCH)
         return following
 
 
@@ -2409,7 +2410,7 @@ def run_worker(environ: dict[str, str], *worker: Any) -> None:
 
 # --- pool: starts the workers, wakes them, recovers what the dead left ----------------------------
 
-LOG_BOUND = 16 << 20  # bytes of -wal; SQLite lets it grow as long as there is always a reader
+WAL_BOUND = 16 << 20  # bytes of -wal; SQLite lets it grow as long as there is always a reader
 STOPPING = {
     "stop": "no new jobs; finishing the running ones",
     "now": "ending the running jobs; they go back to the queue",
@@ -2502,12 +2503,13 @@ class Pool:
         self.db.patient = lambda waited: waited < 0.3 and not self.signals
         self.fault: Fault | None = None
         self.said: dict[str, float] = {}  # what was in our way, and when that was said
-        self.stopping = self.now = self.said_paused = False
+        self.stopping = ""  # or how: a key of STOPPING
+        self.said_paused = False
         self.members: list[Member] = []
         self.missing = list(range(1, count + 1))  # the slots of workers that are to be started
         self.hired, self.hire_at = 0, 0.0
         self.deaths: list[float] = []  # of workers that had no job
-        self.enders: dict[str, Ender] = {}  # for what a dead worker's job left running
+        self.kills: dict[str, Kill] = {}  # for what a dead worker's job left running
         self.strangers: set[str | None] = set()  # who has jobs and is not, or no longer, ours
         self.maybe_work = True  # some may be due, and nobody was woken for it
         self.seen: object = None  # the data_version of the last look, and its connection
@@ -2524,7 +2526,7 @@ class Pool:
 
         with self.db.faults():
             self.run_dir.make()
-            held = Held(self.run_dir.file(self.name))
+            held = LockFile(self.run_dir.file(self.name))
             facts = {"host": socket.gethostname(), "queues": list(self.queues)}
             held.note(pid=os.getpid(), started=self.queue.clock(), count=self.count, **facts)
             self.bell = SYSTEM.bell(self.run_dir.file(self.name, "bell"))
@@ -2536,7 +2538,7 @@ class Pool:
             path = printable(self.db.path)
             self.say(f"{self.count} worker{'s' * (self.count > 1)} on {path}{empty}")
             self.run_dir.clean(self.queue.claimed())
-            while self.members or not self.stopping or self.ending():
+            while self.members or not self.stopping or self.killing():
                 self.turn()
             with self.db.faults():
                 self.sync()
@@ -2656,17 +2658,17 @@ class Pool:
         for when, number in self.signals:
             if when < self.signals[0][0] + 1:
                 self.stop("stop", signal_name(number))
-            elif not self.now:
+            elif self.stopping != "now":
                 self.code = SIGNALLED + number
                 self.stop("now", signal_name(number))
 
     def stop(self, word: str, why: str = "") -> None:
         """Stop, if that is news: claim no more or, for "now", end the running jobs too."""
-        if self.now or (self.stopping and word != "now"):
+        if self.stopping in (word, "now"):
             return
         if why:
             self.say(f"{why}: {STOPPING[word]}")
-        self.stopping, self.now, self.missing = True, word == "now", []
+        self.stopping, self.missing = word, []
         for member in self.members:
             member.send(word)
 
@@ -2712,47 +2714,47 @@ class Pool:
         ours = {member.name: member for member in self.members}
         claimed = {run_key(job): job for job in self.queue.claimed()}
         self.strangers = {job.locked_by for job in claimed.values()} - set(ours)
-        for key in set(self.enders) - set(claimed):  # another pool was faster
-            del self.enders[key]
+        for key in set(self.kills) - set(claimed):  # another pool was faster
+            del self.kills[key]
         for key, job in claimed.items():
             if job.locked_by in ours:
                 if job.cancelling:
                     ours[job.locked_by].send(key)
             elif self.run_dir.free(job.locked_by) and self.gone(key, job):
-                self.enders.pop(key, None)  # first: a lock of another program delays no stop
+                self.kills.pop(key, None)  # first: a lock of another program delays no stop
                 self.give_back(job)
-        if self.enders:
+        if self.kills:
             self.look_within(BATCH)
 
     def gone(self, key: str, job: Job) -> bool:
-        """Go on ending what a dead worker's attempt left; tell whether there is no more of it."""
-        if ending_of(self.run_dir, job, self.queue.clock(), 0).error is None:
+        """Go on ending what a dead worker's attempt left; tell whether all of it is gone."""
+        if outcome_of(self.run_dir, job, self.queue.clock(), 0).error is None:
             return True  # what a completed job leaves behind stays
-        if key not in self.enders:
-            self.enders[key] = Ender(job, self.run_dir, self.queue.config()["kill_grace"])
-        ender = self.enders[key]
-        done = ender.step()
-        if not done and time.monotonic() > ender.deadline + 1:
-            left = ", ".join(map(str, sorted(ender.asked))) or "unknown"
+        if key not in self.kills:
+            self.kills[key] = Kill(job, self.run_dir, self.queue.config()["kill_grace"])
+        kill = self.kills[key]
+        done = kill.step()
+        if not done and time.monotonic() > kill.deadline + 1:
+            left = ", ".join(map(str, sorted(kill.asked))) or "unknown"
             self.complain(f"what job {printable(job.id)} left running does not end: process {left}")
         return done
 
-    def ending(self) -> bool:
+    def killing(self) -> bool:
         """Tell whether what the dead left is being ended; a second after its KILL nobody waits."""
         now = time.monotonic()
-        return any(now < ender.deadline + 1 for ender in self.enders.values())
+        return any(now < kill.deadline + 1 for kill in self.kills.values())
 
     def give_back(self, job: Job) -> None:
         """Record how a dead worker's attempt ended, and remove its files."""
         limit = self.queue.config()["output_limit"]
-        ending = ending_of(self.run_dir, job, self.queue.clock(), limit)
-        after = self.queue.finish(job, ending)[0]
+        outcome = outcome_of(self.run_dir, job, self.queue.clock(), limit)
+        after = self.queue.finish(job, outcome)[0]
         for name in self.run_dir.files(f"{job.seq}.{job.run}."):
             with contextlib.suppress(FileNotFoundError):  # another is faster
                 os.unlink(self.run_dir.file(name))
         self.seen = None  # what this process changes, it does not see there
         if after:
-            self.report(*news_of(job, after, ending))
+            self.report(*news_of(job, after, outcome))
 
     def staff(self) -> None:
         """Start the workers that are missing: at once at first, then at most one a second."""
@@ -2778,7 +2780,7 @@ class Pool:
             member = self.members[doing.index("idle")]
             member.doing, self.maybe_work = "woken", False
             member.send("go")
-        elif self.drain and doing == ["idle"] * self.count and not self.enders:
+        elif self.drain and doing == ["idle"] * self.count and not self.kills:
             awaited = self.queue.awaited(self.queues, self.horizon)
             if all(awaited.values()):
                 self.drained(sorted(awaited))
@@ -2808,9 +2810,9 @@ class Pool:
         with contextlib.suppress(FileNotFoundError):
             SYSTEM.sync(self.db.path + "-wal")
             began, size = time.monotonic(), os.stat(self.db.path + "-wal").st_size
-            if size > LOG_BOUND and began >= self.truncate_at:
+            if size > WAL_BOUND and began >= self.truncate_at:
                 with contextlib.suppress(Fault):
-                    self.db.truncate_log()
+                    self.db.truncate_wal()
                 now = time.monotonic()  # a reader that stays must not hold up the work
                 self.truncate_at = now + 5 * (now - began)
         self.sync_at = NEVER
@@ -2945,7 +2947,7 @@ def why(queue: Queue, job: Job) -> str:
     paused, name = queue.paused(), f"queue {printable(job.queue)}"
     if "" in paused or job.queue in paused:
         return "all queues are paused" if "" in paused else f"{name} is paused"
-    served = [pool.get("queues") for pool in queue.db.run_dir.holders("pool").values()]
+    served = [pool.get("queues") for pool in queue.db.run_dir.living("pool").values()]
     if not served:
         return "no worker is running"
     if not any(not queues or job.queue in queues for queues in served):
@@ -2990,7 +2992,7 @@ def job_text(queue: Queue, job: Job) -> Iterator[str]:
 def worker_facts(queue: Queue) -> Iterator[dict[str, Any]]:
     """Yield each living worker as JSON shows it."""
     running = {job.locked_by: job for job in queue.claimed()}
-    for name, at in queue.db.run_dir.holders("worker").items():
+    for name, at in queue.db.run_dir.living("worker").items():
         pool, job = "pool-" + name.split("-")[1], running.get(name)
         facts = {"worker": name, "pool": pool, "pid": at.get("pid"), "slot": at.get("slot")}
         doing = {"job": job and job.id, "since": job and iso(job.locked_at)}
@@ -3264,7 +3266,7 @@ def detach(args: argparse.Namespace) -> int:
         size, how = file.tell(), SYSTEM.BACKGROUND
         pool = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **how)
         while pool.poll() is None:
-            for name, facts in run.holders("pool").items():
+            for name, facts in run.living("pool").items():
                 if facts.get("pid") == pool.pid:
                     say(f"{name} runs as process {pool.pid}; its log is {log}")
                     pool.returncode = OK  # it is not waited for
@@ -3295,7 +3297,7 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
     """Ask every pool to stop, and wait until they are gone."""
     run = queue.db.run_dir
-    living = [*run.holders("pool"), *run.holders("worker")]  # a worker may be without its pool
+    living = [*run.living("pool"), *run.living("worker")]  # a worker may be without its pool
     for pool in {"pool-" + name.split("-")[1] for name in living}:
         with open(run.file(pool, "now" if args.now else "stop"), "w", opener=PRIVATE):
             pass  # an empty file: a full disk takes it
@@ -3474,7 +3476,7 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
     run = args.run or job.run
     try:
         fd = os.open(queue.db.run_dir.file(job.seq, run, "out"), os.O_RDONLY | BINARY)
-        cut, output = tail(fd, queue.config()["output_limit"])
+        cut, output = last_bytes(fd, queue.config()["output_limit"])
         chunks = follow(queue, job, fd, cut) if args.follow else [output]
     except FileNotFoundError:
         attempts = queue.attempts(job)
@@ -3495,7 +3497,7 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
     for _ in changes(queue):
         jobs = [queue.get(job.id) for job in jobs]
         running = [job for job in jobs if job.cancelling and not run.free(job.locked_by)]
-        if not running and not (any(job.cancelling for job in jobs) and run.holders("pool")):
+        if not running and not (any(job.cancelling for job in jobs) and run.living("pool")):
             break
     for job in jobs:
         if job.state == CANCELLED or job.cancelling:  # with its worker gone: by the next pool

@@ -50,7 +50,7 @@ from typing import Any, Callable, Iterator
 from unittest import mock
 
 import queuectl
-from queuectl import Ending, Queue
+from queuectl import Outcome, Queue
 
 try:
     import fcntl
@@ -294,7 +294,7 @@ class Case(unittest.TestCase):
 
     def workers(self) -> dict[str, dict[str, Any]]:
         """Return the living workers and what each says about itself."""
-        return queuectl.RunDirectory(self.path).holders("worker")
+        return queuectl.RunDirectory(self.path).living("worker")
 
 
 # --- rules ----------------------------------------------------------------------------------------
@@ -399,7 +399,7 @@ class Rules(Case):
             fate, error, attempts, cancelling = case
             job = a_job(attempts=attempts, cancelling=cancelling)
             after = queuectl.after_attempt(
-                job, Ending(fate, 100.0, 200.0, None, error), config, 200.0
+                job, Outcome(fate, 100.0, 200.0, None, error), config, 200.0
             )
             return after.state, after.attempts
 
@@ -430,8 +430,8 @@ class Clocked(Case):
 
     def ends(self, code: int = 0, job: Any = None) -> Any:
         """Let a job, the next one, end with an exit code; return it as it is then."""
-        ending = Ending("ran", self.now, self.now, code, queuectl.exit_meaning(code))
-        return self.queue.finish(job or self.next(), ending)[0]
+        outcome = Outcome("ran", self.now, self.now, code, queuectl.exit_meaning(code))
+        return self.queue.finish(job or self.next(), outcome)[0]
 
     def runs(self) -> str:
         """Let all complete that is due; return their ids in order."""
@@ -458,7 +458,7 @@ class Library(Clocked):
     def ended_as(self, job_id: str, fate: str, code: int) -> None:
         """Let a job's attempt end, if it has one."""
         error = f"exit code {code}" if code else None
-        self.queue.finish(self.queue.get(job_id), Ending(fate, 1.0, self.now, code, error))
+        self.queue.finish(self.queue.get(job_id), Outcome(fate, 1.0, self.now, code, error))
 
     def test_a_job_moves_in_every_way_of_the_table_of_moves_and_in_no_other(self) -> None:
         claim = lambda job: self.queue.claim("worker-1", [job])  # noqa: E731
@@ -501,7 +501,7 @@ class Library(Clocked):
     ) -> None:
         with futures.ThreadPoolExecutor() as thread, self.assertRaises(ValueError):
             thread.submit(queuectl.work, self.path, signals=True).result()
-        self.assertEqual(self.queue.db.run_dir.holders("pool"), {})
+        self.assertEqual(self.queue.db.run_dir.living("pool"), {})
 
     def test_there_is_at_least_one_worker(self) -> None:
         with self.assertRaisesRegex(queuectl.BadInput, "count must be a whole number from 1"):
@@ -523,9 +523,9 @@ class Library(Clocked):
             with self.subTest(fate):
                 self.now = 1000.0
                 self.queue.enqueue("false")
-                job, ending = self.next(), Ending(fate, self.now, self.now, 1, "exit code 1")
+                job, outcome = self.next(), Outcome(fate, self.now, self.now, 1, "exit code 1")
                 self.now = 10.0
-                self.assertEqual(self.queue.finish(job, ending)[0].updated_at, 10.0)
+                self.assertEqual(self.queue.finish(job, outcome)[0].updated_at, 10.0)
                 self.now += pause
                 self.assertEqual(self.next().id, job.id)
 
@@ -596,7 +596,7 @@ class Library(Clocked):
         "UNBLOCK": "needs_child",
         "MEET": "PRIMARY KEY",
         "PARENTS": "needs_child",
-        "ONE": "sqlite_autoindex_jobs_1",
+        "BY_ID": "sqlite_autoindex_jobs_1",
     }
 
     def test_each_query_of_the_hot_path_uses_an_index(self) -> None:
@@ -1259,7 +1259,7 @@ class NoFalseAlarm(Live):
         self.enqueue("true", delay=3600)
         self.enqueue("true")
         with Queue(self.path) as queue:
-            held = queuectl.Held(queue.db.run_dir.file("worker-1"))
+            held = queuectl.LockFile(queue.db.run_dir.file("worker-1"))
             self.addCleanup(held.close)
             queue.claim("worker-1")
         kept = ["2.1.out", "workers.log"]
@@ -1306,7 +1306,7 @@ class NoFalseAlarm(Live):
                 with Queue(self.path, clock=lambda now=clock: now[0]) as queue:
                     queue.enqueue("true", id="job")
                     pool = queuectl.Pool(queue, 1, (), lambda _: None)
-                    held = queuectl.Held(queue.db.run_dir.file("worker-1"))
+                    held = queuectl.LockFile(queue.db.run_dir.file("worker-1"))
                     self.assertEqual(queue.claim("worker-1").run, 1)
                     clock[0] += day
                     pool.recover()
@@ -1317,8 +1317,8 @@ class NoFalseAlarm(Live):
                     self.assertEqual(queue.get("job").state, "pending")  # now it does not
                     self.assertEqual(queue.claim("worker-2").attempts, 2)  # and at once
                     clock[0] -= 2 * day
-                    ending = Ending("ran", clock[0], clock[0], 0, None)
-                    after, _ = queue.finish(queue.get("job"), ending)
+                    outcome = Outcome("ran", clock[0], clock[0], 0, None)
+                    after, _ = queue.finish(queue.get("job"), outcome)
                     self.assertEqual(after.state, "completed")
 
     CLOCK = """
@@ -1367,8 +1367,8 @@ time.time = shifted
 class Fencing(Live):
     """Promise 2: what comes from a lost claim changes nothing."""
 
-    GOOD = Ending("ran", 1.0, 2.0, 0, None, 0, b"late")
-    BAD = Ending("ran", 1.0, 2.0, 1, "exit code 1", 0, b"late")
+    GOOD = Outcome("ran", 1.0, 2.0, 0, None, 0, b"late")
+    BAD = Outcome("ran", 1.0, 2.0, 1, "exit code 1", 0, b"late")
     CASES = (  # successor, what comes from the first one
         ("worker-2", GOOD),
         ("worker-2", BAD),
@@ -1385,14 +1385,14 @@ class Fencing(Live):
         return lost
 
     def test_a_result_that_comes_after_its_claim_was_lost_changes_nothing(self) -> None:
-        for number, (successor, ending) in enumerate(self.CASES):
+        for number, (successor, outcome) in enumerate(self.CASES):
             with self.subTest(number), Queue(self.file(f"{number}.db")) as queue:
                 lost = self.lost(queue, successor)
                 before = queue.get(lost.id), queue.attempts(lost), queue.counts()
-                self.assertEqual(queue.finish(lost, ending), (None, None))
+                self.assertEqual(queue.finish(lost, outcome), (None, None))
                 self.assertEqual((queue.get(lost.id), queue.attempts(lost), queue.counts()), before)
                 self.assertEqual((before[0].run, before[0].attempts), (2, 2))
-                self.assertEqual(queue.finish(queue.get(lost.id), ending)[0].id, lost.id)
+                self.assertEqual(queue.finish(queue.get(lost.id), outcome)[0].id, lost.id)
 
     def test_a_kept_failure_is_retried_when_its_backoff_is_over(self) -> None:
         self.enqueue("false", id="job")
@@ -1407,7 +1407,7 @@ class Fencing(Live):
                 out,
             )
             pool = queuectl.Pool(queue, 1, (), lambda _: None)
-            held = queuectl.Held(queue.db.run_dir.file("worker-1"))
+            held = queuectl.LockFile(queue.db.run_dir.file("worker-1"))
             pool.look()
             held.close()
             pool.look()
@@ -1707,7 +1707,7 @@ class WhatAJobIsGiven(Live):
     def test_no_file_of_the_queue_becomes_a_standard_stream_that_was_closed(self) -> None:
         self.pool(prefix=self.STARTS["closed"])
         self.working(1)
-        (pool,) = queuectl.RunDirectory(self.path).holders("pool").values()
+        (pool,) = queuectl.RunDirectory(self.path).living("pool").values()
         streams = [os.readlink(f"/proc/{pool['pid']}/fd/{fd}") for fd in range(3)]
         self.assertEqual(streams, ["/dev/null"] * 3)
 
@@ -2268,7 +2268,7 @@ class Broken(Live):
             for number in range(20):
                 job = queue.claim("w")
                 error = "exit code 1" if number % 2 else None
-                queue.finish(job, Ending("ran", 1.0, 2.0, 0, error, 0, b"o" * 300))
+                queue.finish(job, Outcome("ran", 1.0, 2.0, 0, error, 0, b"o" * 300))
             queue.configure("timeout", "10")
         with open(self.path, "rb") as file:
             whole = file.read()
@@ -2866,7 +2866,7 @@ class Watch(Live):
             out = queuectl.Output(queue.db.run_dir.file(job.seq, job.run, "out"))
             os.write(out.fd, b"one\n")
             self.says(logs, "one\n")
-            queue.finish(job, Ending("ran", 1.0, 2.0, 0, None, 0, b"one\n"))
+            queue.finish(job, Outcome("ran", 1.0, 2.0, 0, None, 0, b"one\n"))
             out.close()
         self.assertEqual(logs.wait(5), 0)
 
@@ -2891,7 +2891,7 @@ class Watch(Live):
         with Queue(self.path) as queue:
             for output in (b"try 1\n", b"try 2\n"):
                 job = queue.claim("worker-1")
-                queue.finish(job, Ending("ran", 1.0, 2.0, 1, "exit code 1", 0, output))
+                queue.finish(job, Outcome("ran", 1.0, 2.0, 1, "exit code 1", 0, output))
         for words, output in (("", "try 2\n"), ("--run 1", "try 1\n"), ("--run 2 -f", "try 2\n")):
             self.assertEqual(self.told("logs", "x", *words.split()), (0, output, ""))
         self.assertIn("no run 3; it has 1 to 2", self.told("logs", "x", "--run", "3")[2])
@@ -2974,8 +2974,8 @@ class Wait(Live):
         with Queue(self.path) as queue:
             for name, code in {"good": 0, "seven": 7, "killed": -9, "unstarted": None}.items():
                 queue.enqueue("true", id=name, max_retries=1)
-                ending = Ending("ran", 1.0, 2.0, code, None if code == 0 else "why")
-                queue.finish(queue.claim("worker-1"), ending)
+                outcome = Outcome("ran", 1.0, 2.0, code, None if code == 0 else "why")
+                queue.finish(queue.claim("worker-1"), outcome)
             queue.enqueue("true", id="called-off")
             queue.cancel(["called-off"])
             queue.enqueue("true", id="child", after=["good", "seven"])
@@ -3079,21 +3079,23 @@ class Cancel(Live):
         self.enqueue("true", id="x")
         with Queue(self.path) as queue:
             queue.claim("worker-dead")
-            orphan = queuectl.Held(queue.db.run_dir.file("1.1.out"))
+            orphan = queuectl.LockFile(queue.db.run_dir.file("1.1.out"))
             pools = [queuectl.Pool(queue, 1, (), lambda _: None) for _ in "ab"]
             for pool in pools:
                 pool.recover()
-            self.assertEqual([len(pool.enders) for pool in pools], [1, 1])
+            self.assertEqual([len(pool.kills) for pool in pools], [1, 1])
             orphan.close()
             for pool in pools:
                 pool.recover()
-            self.assertEqual([len(pool.enders) for pool in pools], [0, 0])
+            self.assertEqual([len(pool.kills) for pool in pools], [0, 0])
             self.assertEqual(queue.get("x").state, "pending")
 
     def test_nobody_waits_for_a_pool_that_has_died_meanwhile(self) -> None:
         self.enqueue("true", id="x")
         with Queue(self.path) as queue:
-            held = [queuectl.Held(queue.db.run_dir.file(name)) for name in ("worker-1", "pool-1")]
+            held = [
+                queuectl.LockFile(queue.db.run_dir.file(name)) for name in ("worker-1", "pool-1")
+            ]
             queue.claim("worker-1")
             cancel = self.start("cancel", "x")
             until(lambda: queue.get("x").cancelling)
@@ -3201,7 +3203,7 @@ class CleanUp(Clocked):
         self.queue.cancel(["off"])
         self.now += 86400
         job = self.queue.claim("worker-1")
-        self.queue.finish(job, Ending("ran", 1e6, self.now, 0, None))
+        self.queue.finish(job, Outcome("ran", 1e6, self.now, 0, None))
         self.assertEqual(job.id, "slow")
         self.assertEqual((self.queue.prune(86401), self.queue.prune(86400)), (0, 2))
         self.assertEqual(self.ids(), "dead slow waits")
@@ -3297,7 +3299,7 @@ class Read(Live):
         self.enqueue("true", id="x")
         self.enqueue("true", every="1h", id="\u00e9")
         with Queue(self.path) as queue:
-            held = queuectl.Held(queue.db.run_dir.file("worker-1-1"))
+            held = queuectl.LockFile(queue.db.run_dir.file("worker-1-1"))
             self.addCleanup(held.close)
             queue.claim("worker-1-1")
         text = readme()
@@ -3695,13 +3697,13 @@ class Recurring(Clocked):
 
     def test_the_next_one_is_made_in_the_transaction_that_ends_the_last(self) -> None:
         self.queue.enqueue("true", id="x", every=10)
-        job, ending = self.next(), Ending("ran", self.now, self.now, 0, None)
+        job, outcome = self.next(), Outcome("ran", self.now, self.now, 0, None)
         cut = mock.patch.object(self.queue, "_claim", side_effect=OSError("the power is cut"))
         with cut, self.assertRaises(OSError):
-            self.queue.finish(job, ending, ())
+            self.queue.finish(job, outcome, ())
         self.assertEqual((self.queue.get("x.1").state, self.ids()), ("processing", "x.1"))
-        self.queue.finish(job, ending)
-        self.assertEqual((self.queue.finish(job, ending)[0], self.ids()), (None, "x.1 x.2"))
+        self.queue.finish(job, outcome)
+        self.assertEqual((self.queue.finish(job, outcome)[0], self.ids()), (None, "x.1 x.2"))
 
     def test_each_occurrence_has_its_own_attempts_and_a_dead_one_does_not_end_the_schedule(
         self,
@@ -3784,13 +3786,13 @@ class ExitCodes(Clocked):
         self.queue.enqueue("true", id="x", max_retries=1)
         self.ends(75)
         self.now += 2
-        ending = Ending("crashed", self.now, self.now, None, "its worker died")
-        self.assertEqual(self.queue.finish(self.next(), ending)[0].state, "dead")
+        outcome = Outcome("crashed", self.now, self.now, None, "its worker died")
+        self.assertEqual(self.queue.finish(self.next(), outcome)[0].state, "dead")
 
     def test_a_timeout_is_no_snooze_whatever_the_job_says_as_it_is_ended(self) -> None:
         self.queue.enqueue("true", id="x", max_retries=1)
-        ending = Ending("timed out", self.now, self.now, 75, "timed out after 1 s")
-        after = self.queue.finish(self.next(), ending)[0]
+        outcome = Outcome("timed out", self.now, self.now, 75, "timed out after 1 s")
+        after = self.queue.finish(self.next(), outcome)[0]
         self.assertEqual((after.state, after.attempts), ("dead", 1))
 
     def test_the_codes_that_are_final_make_a_job_dead_at_once(self) -> None:
@@ -3799,7 +3801,7 @@ class ExitCodes(Clocked):
             self.queue.enqueue("true")
             self.assertEqual(self.ends(code).state, state, code)
         self.queue.enqueue("true")
-        timed_out = Ending("timed out", self.now, self.now, 2, "timed out after 1 s")
+        timed_out = Outcome("timed out", self.now, self.now, 2, "timed out after 1 s")
         self.assertEqual(self.queue.finish(self.next(), timed_out)[0].state, "pending")
         for bad in ("0", "256", "x", "2;3", "-9"):
             self.assertEqual(self.told("config", "set", "no_retry_exit_codes", bad)[0], 2)
@@ -3831,7 +3833,7 @@ class Why(Clocked):
         alone = {"x": "no worker is running", "child": "blocked by seven (processing)"}
         self.each(alone, self.why)
         self.ends(1, self.queue.get("seven"))
-        held = queuectl.Held(self.queue.db.run_dir.file("pool-1"))
+        held = queuectl.LockFile(self.queue.db.run_dir.file("pool-1"))
         held.note(queues=["default"])
         self.addCleanup(held.close)
         served = {"first": "next to run", "x": "1 job before it", "later": "due in 2h"}
@@ -4591,7 +4593,7 @@ class Speed(Live):
             jobs = reader.jobs()
             seen = [next(jobs).seq]
             queue.enqueue("true")
-            self.assertEqual(queue.db.execute(queuectl.TRUNCATE_LOG).fetchone()[0], 0)
+            self.assertEqual(queue.db.execute(queuectl.TRUNCATE_WAL).fetchone()[0], 0)
             seen += [job.seq for job in jobs]
             self.assertEqual(seen, list(range(1, 2502)))
 
@@ -4601,7 +4603,7 @@ class Speed(Live):
             jobs[7]["id"] = jobs[2400]["id"] = "taken"
             ids = queue.enqueue_many(jobs, if_absent=True)
             taken = [next(ids)]
-            self.assertEqual(queue.db.execute(queuectl.TRUNCATE_LOG).fetchone()[0], 0)
+            self.assertEqual(queue.db.execute(queuectl.TRUNCATE_WAL).fetchone()[0], 0)
             taken += ids
         numbers = [str(n) for n in range(1, 2500) if n != 8]
         self.assertEqual(taken, [*numbers[:7], "taken", *numbers[7:], "taken"])
@@ -4641,11 +4643,11 @@ class Speed(Live):
 
             thread = threading.Thread(target=look)
             thread.start()
-            ending, job = Ending("ran", 1.0, 2.0, 0, None), queue.claim("w")
+            outcome, job = Outcome("ran", 1.0, 2.0, 0, None), queue.claim("w")
             while job:
-                job = queue.finish(job, ending, ())[1]
+                job = queue.finish(job, outcome, ())[1]
             size = os.stat(self.path + "-wal").st_size
-            with mock.patch.object(queuectl, "LOG_BOUND", 1 << 20):
+            with mock.patch.object(queuectl, "WAL_BOUND", 1 << 20):
                 until(lambda: pool.sync() or os.stat(self.path + "-wal").st_size < size)
             over.set()
             thread.join()
@@ -4782,7 +4784,7 @@ class Figures(Case):
         """Claim and finish a job; tell whether there was one."""
         job = queue.claim("worker-x-1")
         if job:
-            queue.finish(job, Ending("ran", 1.0, time.time(), 0, None))
+            queue.finish(job, Outcome("ran", 1.0, time.time(), 0, None))
         return bool(job)
 
     def idle_pool(self, count: int) -> None:
@@ -4925,7 +4927,7 @@ class Figures(Case):
                 while self.work_one(queue):
                     pass
                 queue.prune()
-                queue.db.truncate_log()
+                queue.db.truncate_wal()
                 sizes.append(os.path.getsize(self.path) / 2**20)
         what = f"the file after six times {JOBS // 4:,} jobs, each pruned: MiB; after two"
         self.show(what, "<= 1.05", sizes[5], sizes[1], sizes[5] / sizes[1])

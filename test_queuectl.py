@@ -93,6 +93,15 @@ def until(fact: Callable[[], Any], limit: float = 10.0) -> Any:
         time.sleep(0.01)
 
 
+def naps(pid: int) -> int:
+    """Return how often a process has gone to sleep; without /proc, as often as a pool looks."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            return int(re.findall(r"\bvoluntary_ctxt_switches:\s*(\d+)", file.read())[0])
+    except FileNotFoundError:
+        return int(2 * time.monotonic())
+
+
 def alive(pid: int) -> bool:
     """Tell whether a process runs; a zombie does not."""
     try:
@@ -1027,6 +1036,11 @@ class Live(Case):
         """Wait until so many workers live."""
         until(lambda: len(self.workers()) == count)
 
+    def looked(self, pool: subprocess.Popen[str]) -> None:
+        """Wait until a pool that has nothing to do has looked again, and found nothing new."""
+        before = naps(pool.pid)
+        until(lambda: naps(pool.pid) > before + 2)
+
     def kill_workers(self, number: int = 9) -> None:
         for facts in self.workers().values():
             os.kill(facts["pid"], number)
@@ -1102,9 +1116,9 @@ class Crash(Live):
         pool = self.pool()
         self.wrote("log")
         victims = [pool.pid, *(facts["pid"] for facts in self.workers().values())]
-        self.pool()
+        other = self.pool()
         self.working(2)
-        time.sleep(0.6)  # the other pool has looked at a database that does not change
+        self.looked(other)
         second = self.second()
         for pid in victims:
             os.kill(pid, 9)
@@ -1340,18 +1354,20 @@ time.time = shifted
         self.write(
             "clock/sitecustomize.py", self.CLOCK
         )  # every interpreter of the pool imports it when it starts
+        pools = []
         for day in (86400, -86400):
             self.at(str(day))
             os.environ.update(PYTHONPATH=self.file("clock"), SHIFT=self.file(f"shift{day}"))
             self.configure(backoff_max="0.1")
             self.enqueue(f"echo run >> log{day}; {WAIT}", id="long")
             self.enqueue(f"touch began{day}; {WAIT}; [ $QUEUECTL_ATTEMPT = 2 ]", id="failing")
-            self.pool("--count", "3")
+            pools.append(self.pool("--count", "3"))
             self.wrote(f"log{day}")
             self.started(f"began{day}")
             self.write("new", str(day))
             os.rename(self.file("new"), os.environ["SHIFT"])
-        time.sleep(0.5)  # two looks of the pool
+        for pool in pools:
+            self.looked(pool)
         self.write("go")
         for day in (86400, -86400):
             with self.subTest(day=day):
@@ -1620,11 +1636,11 @@ class Stop(Live):
     def test_a_result_that_cannot_be_stored_is_kept_over_a_stop(self) -> None:
         left = "sleep 300 & echo $! > left;"
         jobs = {
-            self.enqueue(f"{left} echo good >> log; {WAIT}; echo a result; echo >> ended"): (
+            self.enqueue(f"{left} echo good >> log; {WAIT}; echo a result; echo $$ >> ended"): (
                 ("completed", 0, 1, None),
                 [(2, b"result\n")],
             ),
-            self.enqueue(f"echo bad >> log; {WAIT}; echo why; echo >> ended; exit 3"): (
+            self.enqueue(f"echo bad >> log; {WAIT}; echo why; echo $$ >> ended; exit 3"): (
                 ("dead", 3, 1, "exit code 3"),
                 [(0, b"why\n")],
             ),
@@ -1635,7 +1651,7 @@ class Stop(Live):
         second, db = self.second(), self.locked()
         self.write("go")
         until(lambda: len(self.lines("ended")) == 2)
-        time.sleep(0.1)  # the jobs' own ends
+        until(lambda: not any(map(alive, map(int, self.lines("ended")))))
         pool.terminate()
         self.assertLess(self.ends(pool, 0), second)
         self.assertEqual(self.workers(), {})

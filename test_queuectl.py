@@ -383,6 +383,7 @@ class Rules(Case):
             137: "exit code 137 (128 + SIGKILL)",
             -9: "killed by SIGKILL",
             -15: "killed by SIGTERM",
+            -99: "killed by signal 99",
         }
         self.each(cases, queuectl.exit_meaning)
 
@@ -855,6 +856,7 @@ class CommandLine(Case):
             "backoff_base=0.5": "backoff_base must be a number from 1 to 1000",
             "timeout=soon": "timeout must be a duration",
             "shell=": "shell must be a command prefix",
+            "shell='": "shell must be a command prefix: No closing quotation",
             "synchronous=off": "synchronous must be normal or full",
         }.items():
             with self.subTest(setting):
@@ -3291,6 +3293,9 @@ class Read(Live):
                 self.assertRegex(rows, "echo long.* \u6f22{8}  pending    0/3 .* echo \u5b57")
         rows = [line.partition("echo")[0] for line in self.told("list")[1].splitlines()[1:]]
         self.assertEqual(len(rows[0]), len(rows[1]) + 8)  # aligned
+        self.enqueue("true", id="w" * 60)
+        shown = Terminal(self, "list", columns=40, env={"NO_COLOR": "1"}).end()
+        self.assertEqual(max(map(len, shown.splitlines())), 40)
 
     def test_a_reader_that_leaves_early_is_no_error(self) -> None:
         with Queue(self.path) as queue:
@@ -3697,6 +3702,14 @@ class Recurring(Clocked):
             self.assertEqual((self.due(), self.next()), (840, None))
             self.now += 840
         self.assertEqual((self.queue.get("x").id, self.ids()), ("x.4", "x.1 x.2 x.3 x.4"))
+
+    def test_logs_of_a_schedule_are_those_of_its_last_run(self) -> None:
+        self.queue.enqueue("true", id="x.1")
+        self.queue.enqueue("true", id="x", every=10)
+        ran = Outcome("ran", 1.0, self.now, 0, None, 0, b"output of x.2\n")
+        self.queue.finish(self.next(), ran._replace(output=b"another job's\n"))
+        self.queue.finish(self.next(), ran)
+        self.assertEqual(self.told("logs", "x")[1], "output of x.2\n")
 
     def test_missed_ones_run_once(self) -> None:
         self.queue.enqueue("true", id="x", every=10)

@@ -2893,7 +2893,6 @@ def table(headings: Sequence[str], rows: Rows) -> Iterator[str]:
     lines = [[line[i] for i in shown] for line in (headings, *lines)]
     widths = [max(map(breadth, column)) for column in zip(*lines)]
     screen = terminal(sys.stdout) or sum(widths) + 2 * len(widths)
-    widths = [min(width, screen) for width in widths]
     while sum(widths) + 2 * len(widths) - 2 > screen and max(widths[1:]) > 10:
         widths[widths.index(max(widths[1:]), 1)] -= 1
     gaps, at = [""], widths[0]

@@ -322,15 +322,16 @@ class System:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def unblock(self, *, worker: bool) -> None:
-        """Give a process and its jobs the signals they expect, whoever started it."""
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    def unblock(self, *, worker: bool) -> Callable[[], object]:
+        """Give a process and its jobs the signals they expect; return what undoes the mask."""
+        before = signal.pthread_sigmask(signal.SIG_SETMASK, [])
         if worker:
             signal.signal(signal.SIGQUIT, signal.SIG_DFL)
             signal.signal(signal.SIGCHLD, ignore)
             for fd in map(int, os.listdir("/dev/fd")):  # the fork server's are not for jobs
                 with contextlib.suppress(OSError):
                     os.set_inheritable(fd, fd <= 2)
+        return partial(signal.pthread_sigmask, signal.SIG_SETMASK, before)
 
     def wait(self, sources: Iterable[Any], child: Any, limit: float | None) -> list[Any]:  # noqa: ARG002
         """Wait for bells (a child's end rings its worker's) and connections; return what came.
@@ -475,8 +476,8 @@ class _Windows(System):
     def starting(self) -> Iterator[None]:
         yield
 
-    def unblock(self, *, worker: bool) -> None:
-        pass
+    def unblock(self, *, worker: bool) -> Callable[[], object]:  # noqa: ARG002
+        return int  # there is no mask
 
     def wait(self, sources: Iterable[Any], child: Any, limit: float | None) -> list[Any]:
         from multiprocessing.connection import wait
@@ -565,7 +566,7 @@ def handle_signals(
     if bell is not None:
         fd = signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
         before.callback(signal.set_wakeup_fd, fd)
-    SYSTEM.unblock(worker=worker)
+    before.callback(SYSTEM.unblock(worker=worker))
     return before
 
 
@@ -737,7 +738,7 @@ def valid_environment(value: Any) -> dict[str, str]:
     be = 'be an object of strings such as {"NAME": "value"}'
     must(isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values()), be)
     for key, item in value.items():
-        must(valid_text(key) and "=" not in key, "have names without '='")
+        must(valid_text(key) and "=" not in key, "have names that are not empty and without '='")
         valid_text(item)
     return dict(value)
 
@@ -903,7 +904,7 @@ def iso(when: float | None) -> str | None:
 
 def span(duration: float) -> str:
     """Return a duration in at most two units: 0.004 s, 42 s, 3m20s, 2h, 5d."""
-    if duration < 60:
+    if duration < 59.5:
         digits = 3 if duration < 0.1 else 2 if duration < 10 else 0
         return f"{round(duration, digits):g} s"
     parts, rest = [], round(duration)
@@ -914,12 +915,16 @@ def span(duration: float) -> str:
     return "".join(parts[:2])
 
 
+def several(words: Iterable[str]) -> list[str]:
+    """Return words as a list; a string is one word, and not its letters."""
+    return [words] if isinstance(words, str) else list(words)
+
+
 # --- SQL -----------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x51554354  # "QUCT"
 GET_APPLICATION_ID = "PRAGMA application_id"
 GET_VERSION = "PRAGMA user_version"
-COUNT_TABLES = "SELECT count(*) FROM sqlite_master"
 GUEST_KEY = "queuectl_schema"
 GET_GUEST_VERSION = f"SELECT value FROM config WHERE key = '{GUEST_KEY}'"
 SET_WAL = "PRAGMA journal_mode = WAL"
@@ -1008,7 +1013,6 @@ LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'jobs
 NEW = """seq id queue command cwd env priority max_retries timeout created_at updated_at run_after
 due recurs series planned""".split()
 VALUES = ", ".join(":" + column for column in NEW)
-INSERT = f"INSERT OR IGNORE INTO jobs (state, {', '.join(NEW)}) VALUES ('pending', {VALUES})"
 IDS_BETWEEN = """
 SELECT seq, coalesce(series, id) FROM jobs
 WHERE seq BETWEEN :first AND :last ORDER BY seq LIMIT 1000"""
@@ -1023,6 +1027,9 @@ LATEST = IN_STATE + "ORDER BY updated_at DESC, seq DESC LIMIT :limit"
 OLDEST = IN_STATE + "ORDER BY updated_at LIMIT :limit"  # of a due job: when it became due
 GOES_ON = "recurs IS NOT NULL AND state IN ('pending', 'processing')"
 SCHEDULE = JOB + "WHERE series = :id AND " + GOES_ON
+INSERT = f"""
+INSERT OR IGNORE INTO jobs (state, {", ".join(NEW)}) SELECT 'pending', {VALUES}
+WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE series = :id AND {GOES_ON})"""
 RECURRING = JOB + f"INDEXED BY jobs_recurs WHERE {GOES_ON} ORDER BY series"
 RECENT_LIMIT = 5000
 RECENT = f"""
@@ -1213,7 +1220,18 @@ class RunDirectory:
             owner = attempt or re.match("(pool|worker)-[^.]+", item)
             if owner and owner[0] not in keep and self.free(item if attempt else owner[0]):
                 with contextlib.suppress(OSError):
-                    os.unlink(self.file(item))
+                    self.remove(item, lock=bool(attempt) or item == owner[0])
+
+    def remove(self, item: str, *, lock: bool) -> None:
+        """Remove a file; one that is a lock only if nobody has taken it meanwhile."""
+        if not lock:
+            os.unlink(self.file(item))
+            return
+        fd = os.open(self.file(item), os.O_RDWR | BINARY)
+        if SYSTEM.lock(fd):
+            SYSTEM.drop(fd, self.file(item))
+        else:
+            os.close(fd)
 
 
 # --- database: open, migrate, transactions, errors -----------------------------------------------
@@ -1244,18 +1262,18 @@ def schema_version(db: sqlite3.Connection) -> int:
     return int(row[0]) if row else 0
 
 
-def migrate(db: sqlite3.Connection) -> None:
+def migrate(db: sqlite3.Connection, *, guest: bool) -> None:
     """Bring the schema up to date; the changes and their number commit together.
 
-    The numbers that SQLite keeps in a file are its owner's. In another program's database the
-    queue keeps its version among its settings.
+    The numbers that SQLite keeps in a file are its owner's. As a guest in another program's
+    database, the queue keeps its version among its settings.
     """
     if db.in_transaction:  # a reader refused the last try's COMMIT
         db.execute(OUTER[2])
     db.execute(OUTER[0])
-    tables = db.execute(COUNT_TABLES).fetchone()[0]
-    guest = bool(tables) and db.execute(GET_APPLICATION_ID).fetchone()[0] != APPLICATION_ID
     version = schema_version(db)
+    ours = db.execute(GET_APPLICATION_ID).fetchone()[0] == APPLICATION_ID
+    guest = not ours and (guest or version > 0)
     script = SCHEMA[version] if version < len(SCHEMA) else ""  # another process was faster
     for statement in statements(script):
         if not (guest and statement.startswith("PRAGMA")):
@@ -1341,13 +1359,15 @@ class Database:
         self._local = threading.local()
         with self.faults():
             if create and not os.path.lexists(path):
-                self._create()
+                self._create(guest=guest)
+            elif create and not os.path.exists(path):
+                raise Fault(f"{path} is a link to nothing")
             if self._inspect(guest=guest) < len(SCHEMA):
                 with contextlib.closing(self._open("rw")) as db:
-                    self._retry(lambda: migrate(db))
+                    self._retry(lambda: migrate(db, guest=guest))
                     self._retry(lambda: db.execute(SET_WAL))  # last: what is refused is not changed
 
-    def _create(self) -> None:
+    def _create(self, *, guest: bool) -> None:
         """Make the file whole under another name, so that nobody ever sees half of it."""
         where = os.path.dirname(self.path)
         if not os.path.isdir(where):
@@ -1365,7 +1385,7 @@ class Database:
             os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             os.chmod(new, 0o600)  # whatever the umask
             with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as db:
-                migrate(db)
+                migrate(db, guest=guest)
                 db.execute(SET_WAL)  # last: with a -wal, a full disk would show only later
             os.rename(new, self.path)
             with contextlib.suppress(OSError):  # Windows opens no directories
@@ -1754,10 +1774,11 @@ class Queue:
         """Insert a job under its id or, where it has none, its number: the next free one."""
         given = row["id"]
         while True:
-            row["id"] = given or str(row["seq"])
+            name = row["id"] = given or str(row["seq"])
+            taken = row["recurs"] and not given and self._taken(name)
             if row["recurs"]:
-                row.update(series=row["id"], id=self._occurrence(row["id"]))
-            if self.db.execute(INSERT, row).rowcount:  # 0: its number, or that as an id, is taken
+                row.update(series=name, id=self._occurrence(name))
+            if not taken and self.db.execute(INSERT, row).rowcount:  # 0: its number is taken
                 return int(row["seq"])
             row["seq"] += 1
 
@@ -1782,19 +1803,19 @@ class Queue:
         raise NotFound(f"no job {printable(job_id)} in {self.db.path}{near}")
 
     def _named(self, ids: Iterable[str]) -> list[Job]:
-        """Return the jobs with these ids; a string is one id."""
-        jobs = map(self.get, [ids] if isinstance(ids, str) else ids)
+        """Return the jobs with these ids."""
+        jobs = map(self.get, several(ids))
         return list({job.seq: job for job in jobs}.values())
 
     def jobs(
         self, states: Sequence[str] = (), limit: int | None = None, queue: str | None = None
     ) -> Iterator[Job]:
         """Yield jobs in order of arrival; with a limit, the ones that changed last."""
+        states = several(states) or STATES
         if limit is None:
-            found = self._all(queue)
-            return (job for job in found if not states or job.state in states)
+            return (job for job in self._all(queue) if job.state in states)
         latest: list[Job] = []
-        for state in states or STATES:
+        for state in states:
             for due in (DUE, LATER, BLOCKED) if state == PENDING else (DUE,):
                 latest.extend(self._jobs(LATEST, state=state, due=due, queue=queue, limit=limit))
         latest.sort(key=lambda job: job.updated_at)
@@ -1859,8 +1880,11 @@ class Queue:
         """Return the value of every setting."""
         config = {key: setting.default for key, setting in SETTINGS.items()}
         for key, value in self.db.rows(SETTINGS_STORED):
-            if key in SETTINGS:
-                config[key] = SETTINGS[key].read(value)
+            try:
+                if key in SETTINGS:
+                    config[key] = SETTINGS[key].read(value)
+            except ValueError as error:
+                raise Broken(f"{self.db.path}: the setting {key} {error}") from None
         return config
 
     # operating
@@ -1921,7 +1945,7 @@ class Queue:
         One that a blocked job waits for stays. The work is done in slices, so that nobody else
         waits for long.
         """
-        before, total = self.clock() - older_than, 0
+        before, total, states = self.clock() - older_than, 0, several(states)
         if not set(states) <= set(ENDED):
             raise BadInput(f"only what is {', '.join(ENDED)} can be pruned")
         for state in states:
@@ -2326,7 +2350,7 @@ class Worker:
             out = Output(self.run_dir.file(job.seq, job.run, "out"))
             child = SYSTEM.launch(self.queue.settings["shell"], job, self.environment(job), out.fd)
         except OSError as failure:
-            return self.unstartable(job, failure, started), out
+            return self.unstartable(job, failure, started, ours=out is None), out
         self.child, self.trouble = child, ""
         if not PROC:
             facts = {"run": run_key(job), "job_pid": child.pid, "launched": started}
@@ -2351,14 +2375,14 @@ class Worker:
             "QUEUECTL_RUN": self.run_dir.mark(job),
         }
 
-    def unstartable(self, job: Job, error: OSError, started: float) -> Outcome:
-        """Decide whose fault it is that a job did not start: its own, or the machine's."""
-        why = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    def unstartable(self, job: Job, error: OSError, started: float, *, ours: bool) -> Outcome:
+        """Decide whether that a job did not start is its own fault; if it is `ours`, it is not."""
+        reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         fate = "ran"
-        if error.errno in (*EXHAUSTED, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if ours or error.errno in EXHAUSTED:
             fate = "returned"
-            self.complain(f"job {job.id} cannot start", why)
-        return Outcome(fate, started, self.queue.clock(), None, f"cannot start: {why}")
+            self.complain(f"job {job.id} cannot start", reason)
+        return Outcome(fate, started, self.queue.clock(), None, f"cannot start: {reason}")
 
     def watch(self, job: Job, child: Child, out: Output) -> tuple[str, str | None]:
         """Wait for the end of a job, or for a reason to end it; return its fate and the reason."""
@@ -2396,7 +2420,8 @@ class Worker:
         after, following = self.queue.finish(job, outcome, next_from)
         if out:
             out.close()
-        if outcome.fate != "returned" or outcome.exit_code is not None:  # else unstartable said it
+        said = outcome.fate == "returned" and outcome.exit_code is None  # by `unstartable`
+        if not (said and after and after.state == PENDING):
             self.tell(*news_of(job, after, outcome), within=BATCH)
         return following
 
@@ -2497,7 +2522,7 @@ class Pool:
         self.tick: Callable[[], None] = lambda: None  # is called at every turn
         self.drain, self.horizon, self.code = False, FOREVER, OK
         self.name = "pool-" + os.urandom(4).hex()
-        self.file = os.stat(self.db.path)
+        self.files = {self.db.path: os.stat(self.db.path)}  # what has to stay where it is
         self.handling = False  # signals
         self.signals: list[tuple[float, int]] = []
         self.db.patient = lambda waited: waited < 0.3 and not self.signals
@@ -2529,6 +2554,7 @@ class Pool:
             held = LockFile(self.run_dir.file(self.name))
             facts = {"host": socket.gethostname(), "queues": list(self.queues)}
             held.note(pid=os.getpid(), started=self.queue.clock(), count=self.count, **facts)
+            self.files[held.path] = os.fstat(held.fd)
             self.bell = SYSTEM.bell(self.run_dir.file(self.name, "bell"))
         before = contextlib.ExitStack()
         try:
@@ -2681,11 +2707,12 @@ class Pool:
     def look(self) -> None:
         """Look at what rings no bell: stop requests, the file itself, other writers, the dead."""
         self.look_at = time.monotonic() + SYSTEM.TICK
-        moved = True
-        with contextlib.suppress(FileNotFoundError):
-            moved = not os.path.samestat(os.stat(self.db.path), self.file)
-        if moved:
-            raise Broken(f"{self.db.path} was moved away or replaced")
+        for path, file in self.files.items():
+            moved = True
+            with contextlib.suppress(FileNotFoundError):
+                moved = not os.path.samestat(os.stat(path), file)
+            if moved:
+                raise Broken(f"{path} was moved away or replaced")
         for word in ("stop", "now"):
             if os.path.exists(self.run_dir.file(self.name, word)):
                 self.stop(word, "worker stop")
@@ -2846,7 +2873,7 @@ def work(  # noqa: PLR0913
         queue.config()  # where that is damaged, no worker could begin
         if kind:
             say(f"warning: {queue.db.path} is on {kind}; SQLite needs a local disk")
-        pool = Pool(queue, count, queues, say)
+        pool = Pool(queue, count, several(queues), say)
         pool.drain, pool.horizon, pool.tick = drain, horizon, tick
         pool.handling = signals
         return pool.main()
@@ -3397,7 +3424,8 @@ def named(args: argparse.Namespace, *, some: bool = False) -> list[str]:
 def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     """Wait until jobs have ended; return what the first failed one returned."""
     jobs = [queue.get(job_id) for job_id in named(args)]
-    ids, old = [job.id for job in jobs], {(j.seq, j.run) for j in queue.jobs((DEAD,), 1000)}
+    ids, everything = [job.id for job in jobs], 10**9
+    old = set() if ids else {(job.seq, job.run) for job in queue.jobs((DEAD,), everything)}
     for job in jobs:
         if job.due == BLOCKED:
             say(f"job {printable(job.id)} is {why(queue, job)}")
@@ -3416,7 +3444,8 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
         say(f"timed out after {span(args.timeout)}: {line()}")
         return TIMED_OUT
     if not ids:
-        died = (job for job in queue.jobs((DEAD,), 1000) if (job.seq, job.run) not in old)
+        dead = queue.jobs((DEAD,), everything)
+        died = (job for job in dead if (job.seq, job.run) not in old)
         jobs = [*sorted(died, key=lambda job: job.updated_at), *queue.blocked(limit=1)]
     return next(filter(None, map(exit_of, jobs)), OK)
 
@@ -3426,9 +3455,10 @@ def write_output(chunks: Iterable[bytes]) -> None:
     import codecs
 
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
-    for chunk in chunks:
+    for chunk in chain(chunks, [b""]):  # that, the end, shows what is half a character
         if sys.stdout.isatty():
-            print(re.sub(r"[^\n\t]+", lambda m: printable(m[0]), decoder.decode(chunk)), end="")
+            text = decoder.decode(chunk, not chunk)
+            print(re.sub(r"[^\n\t]+", lambda m: printable(m[0]), text), end="")
         else:
             sys.stdout.buffer.write(chunk)
         sys.stdout.flush()
@@ -3503,7 +3533,7 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
             print(job.id)
         else:
             say(f"job {printable(job.id)} is {job.state}; it stays so")
-            if not (args.cascade and job.state in (DEAD, CANCELLED)):
+            if not (args.cascade and job.state == DEAD):
                 code = NO
     return code
 

@@ -649,10 +649,13 @@ def valid_name(value: object) -> str:
 
 
 def valid_names(value: Any) -> list[str]:
-    """Check a list of names; a string is one with commas."""
-    items = value.split(",") if isinstance(value, str) else value
-    must(isinstance(items, (list, tuple)), "be a list of ids")
-    return [valid_name(item) for item in items]
+    """Check a list of names; a string has commas between them."""
+    items = [value] if isinstance(value, str) else value
+    strings = isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items)
+    must(strings, "be a list of ids, which are strings")
+    names = ",".join(items).split(",") if items else []
+    must(all(names), "have no empty id")
+    return [valid_name(name) for name in names]
 
 
 MONTHS, DAYS = "jan feb mar apr may jun jul aug sep oct nov dec", "sun mon tue wed thu fri sat"
@@ -679,7 +682,8 @@ def cron_field(field: str, low: int, high: int, words: str) -> set[int]:
         first, last, step = match.groups()
         begin, end = int(first or low), int(last or (first if first and not step else high))
         if not low <= begin <= end <= high:
-            raise ValueError(f"has {field!r} where {low} to {high} is meant, the lower one first")
+            order = ", the lower one first" if last else ""
+            raise ValueError(f"has {field!r} where {low} to {high} is meant{order}")
         values.update(range(begin, end + 1, int(step or 1)))
     return values
 
@@ -1075,6 +1079,7 @@ ADD_ATTEMPT = "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 CLAIMED = JOB + "WHERE state = 'processing'"
 RETRY = """
 UPDATE jobs SET state = 'pending', attempts = 0, snoozes = 0, updated_at = :now,
+  exit_code = NULL, last_error = NULL,
   run_after = CASE WHEN run = 0 THEN max(run_after, :now) ELSE :now END,  -- not before its time
   due = CASE WHEN EXISTS (SELECT 1 FROM needs WHERE child = seq AND met = 0) THEN -1
     ELSE run > 0 OR run_after <= :now END
@@ -1095,8 +1100,8 @@ WHERE seq IN (SELECT child FROM needs WHERE parent = :seq)
   AND NOT EXISTS (SELECT 1 FROM needs WHERE child = jobs.seq AND met = 0)"""
 PARENTS = f"""
 {JOB}JOIN needs ON parent = seq WHERE child = :seq AND met = 0 ORDER BY parent LIMIT 100"""
-WAITS_FOR = JOB + "JOIN needs ON child = seq WHERE parent = :seq AND met = 0"
-CHILDREN = f"""
+CHILDREN = JOB + "JOIN needs ON child = seq WHERE parent = :seq AND met = 0"
+BELOW = f"""
 WITH RECURSIVE below (child) AS (
   SELECT child FROM needs WHERE parent = :seq AND met = 0
   UNION SELECT needs.child FROM needs JOIN below ON parent = below.child WHERE met = 0)
@@ -1148,6 +1153,11 @@ class LockFile:
     def close(self) -> None:
         """Give up this process's hold on the lock, and remove the file."""
         SYSTEM.drop(self.fd, self.path)
+
+
+def pool_of(worker: str) -> str:
+    """Return the name of a worker's pool: a worker's name is worker-POOL-NUMBER."""
+    return "pool-" + worker.split("-")[1]
 
 
 class RunDirectory:
@@ -1211,6 +1221,11 @@ class RunDirectory:
                     fd = os.open(self.file(bell), os.O_WRONLY | os.O_NONBLOCK)
                     with open(fd, "wb", buffering=0) as pipe:
                         pipe.write(b"!")
+
+    def stop_asked(self, pool: str) -> str:
+        """Return how a pool was asked to stop: "stop", "now", or "" if it was not."""
+        words = ("now", "stop")
+        return next((word for word in words if os.path.exists(self.file(pool, word))), "")
 
     def clean(self, claimed: Sequence[Job]) -> None:
         """Remove what the dead left behind, but not what tells about jobs to be recovered."""
@@ -1840,6 +1855,10 @@ class Queue:
         """Return the jobs, up to 100, that a blocked job waits for."""
         return list(self._jobs(PARENTS, seq=job.seq))
 
+    def children(self, job: Job) -> list[Job]:
+        """Return the jobs that wait for a job."""
+        return list(self._jobs(CHILDREN, seq=job.seq))
+
     def oldest(self, queue: str | None = None) -> Job | None:
         """Return the due job, of one queue or of any, that has waited longest."""
         return next(self._jobs(OLDEST, state=PENDING, due=DUE, queue=queue, limit=1), None)
@@ -1919,7 +1938,7 @@ class Queue:
         with self.db.transaction(ring=True):
             jobs = {job.seq: job for job in self._named(ids)}
             for seq in list(jobs) if cascade else []:
-                jobs.update((job.seq, job) for job in self._jobs(CHILDREN, seq=seq))
+                jobs.update((job.seq, job) for job in self._jobs(BELOW, seq=seq))
             for seq in jobs:
                 self.db.execute(CANCEL_WAITING, {"seq": seq, "now": self.clock()})
                 self.db.execute(CANCEL_RUNNING, {"seq": seq})
@@ -1963,7 +1982,7 @@ class Queue:
             for job in jobs:
                 if job.state not in (DEAD, CANCELLED):
                     raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
-                for child in self._jobs(WAITS_FOR, seq=job.seq):
+                for child in self.children(job):
                     raise NotFound(
                         f"job {child.id} waits for {job.id}; cancel and prune {child.id} first"
                     )
@@ -2319,8 +2338,7 @@ class Worker:
 
     def overhear(self, job: Job) -> None:
         """Look, without a pool, for what it would have said: `worker stop --now`, `cancel`."""
-        if os.path.exists(self.run_dir.file("pool-" + self.name.split("-")[1], "now")):
-            self.heard.add("now")
+        self.heard.add(self.run_dir.stop_asked(pool_of(self.name)))
         with contextlib.suppress(QueueError):
             if self.queue.get(job.id).cancelling:
                 self.heard.add(run_key(job))
@@ -2683,17 +2701,17 @@ class Pool:
         """Act on all signals so far: the first stops, one over a second later ends the jobs."""
         for when, number in self.signals:
             if when < self.signals[0][0] + 1:
-                self.stop("stop", signal_name(number))
+                self.stop("stop", signal_name(number), "; once more ends them")
             elif self.stopping != "now":
                 self.code = SIGNALLED + number
                 self.stop("now", signal_name(number))
 
-    def stop(self, word: str, why: str = "") -> None:
+    def stop(self, word: str, why: str = "", more: str = "") -> None:
         """Stop, if that is news: claim no more or, for "now", end the running jobs too."""
         if self.stopping in (word, "now"):
             return
         if why:
-            self.say(f"{why}: {STOPPING[word]}")
+            self.say(f"{why}: {STOPPING[word]}{more}")
         self.stopping, self.missing = word, []
         for member in self.members:
             member.send(word)
@@ -2713,9 +2731,9 @@ class Pool:
                 moved = not os.path.samestat(os.stat(path), file)
             if moved:
                 raise Broken(f"{path} was moved away or replaced")
-        for word in ("stop", "now"):
-            if os.path.exists(self.run_dir.file(self.name, word)):
-                self.stop(word, "worker stop")
+        asked = self.run_dir.stop_asked(self.name)
+        if asked:
+            self.stop(asked, "worker stop")
         # Asked first: what changes from now on is seen later. A new connection has a new count.
         version = self.queue.data_version(), self.db.connection
         if version != self.seen or self.strangers:  # their locks become free without a change
@@ -2920,7 +2938,7 @@ def table(headings: Sequence[str], rows: Rows) -> Iterator[str]:
     lines = [[line[i] for i in shown] for line in (headings, *lines)]
     widths = [max(map(breadth, column)) for column in zip(*lines)]
     screen = terminal(sys.stdout) or sum(widths) + 2 * len(widths)
-    while sum(widths) + 2 * len(widths) - 2 > screen and max(widths[1:]) > 10:
+    while sum(widths) + 2 * len(widths) - 2 > screen and max(widths[1:]) > 14:
         widths[widths.index(max(widths[1:]), 1)] -= 1
     gaps, at = [""], widths[0]
     for width in widths[1:]:
@@ -2961,23 +2979,32 @@ def job_facts(job: Job, config: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def why(queue: Queue, job: Job) -> str:
-    """Return why a job does not run, in one line; empty where it runs or has ended."""
+def obstacle(queue: Queue, job: Job) -> str:
+    """Return what keeps a job from running, in one line; empty where nothing does."""
+    run_dir, name = queue.db.run_dir, f"queue {printable(job.queue)}"
+    if job.state == PROCESSING and run_dir.free(job.locked_by):
+        return "its worker is gone; worker start " + ("ends it" if job.cancelling else "reruns it")
     if job.state != PENDING:
-        gone = job.state == PROCESSING and queue.db.run_dir.free(job.locked_by)
-        return "its worker is gone; a pool puts it back" if gone else ""
+        return ""
     if job.due == BLOCKED:
         return blocked_by(queue.parents(job))
     if job.run_after > queue.clock():
         return "due " + ago(job.run_after, queue.clock())
-    paused, name = queue.paused(), f"queue {printable(job.queue)}"
+    paused, pools = queue.paused(), run_dir.living("pool")
     if "" in paused or job.queue in paused:
         return "all queues are paused" if "" in paused else f"{name} is paused"
-    served = [pool.get("queues") for pool in queue.db.run_dir.living("pool").values()]
+    served = [at.get("queues") for pool, at in pools.items() if not run_dir.stop_asked(pool)]
     if not served:
-        return "no worker is running"
-    if not any(not queues or job.queue in queues for queues in served):
-        return f"no worker serves {name}"
+        return "all workers are leaving" if pools else "no worker is running"
+    serves = any(not queues or job.queue in queues for queues in served)
+    return "" if serves else f"no worker serves {name}"
+
+
+def why(queue: Queue, job: Job) -> str:
+    """Return why a job does not run, in one line; empty where it runs or has ended."""
+    reason = obstacle(queue, job)
+    if reason or job.state != PENDING:
+        return reason
     before = queue.before(job)
     return f"{before} job{'s' * (before != 1)} before it" if before else "next to run"
 
@@ -3019,8 +3046,13 @@ def worker_facts(queue: Queue) -> Iterator[dict[str, Any]]:
     """Yield each living worker as JSON shows it."""
     running = {job.locked_by: job for job in queue.claimed()}
     for name, at in queue.db.run_dir.living("worker").items():
-        pool, job = "pool-" + name.split("-")[1], running.get(name)
-        facts = {"worker": name, "pool": pool, "pid": at.get("pid"), "slot": at.get("slot")}
+        job = running.get(name)
+        facts = {
+            "worker": name,
+            "pool": pool_of(name),
+            "pid": at.get("pid"),
+            "slot": at.get("slot"),
+        }
         doing = {"job": job and job.id, "since": job and iso(job.locked_at)}
         yield {**facts, **doing, "command": job and job.command}
 
@@ -3063,6 +3095,9 @@ def status_text(queue: Queue, only: str | None = None, *, full: bool = False) ->
     if oldest:
         since = ago(oldest.run_after, now)
         yield f"oldest     job {printable(oldest.id)}, due {since}; {why(queue, oldest)}"
+    lost = (job for job in queue.claimed() if only in (None, job.queue) and obstacle(queue, job))
+    for job in islice(lost, 1):
+        yield f"lost       job {printable(job.id)}: {obstacle(queue, job)}"
     for job in queue.blocked([only] if only else (), limit=1):
         yield f"blocked    job {printable(job.id)} is {blocked_by(queue.parents(job))}"
     if set(facts["queues"]) - {"default"}:
@@ -3160,12 +3195,12 @@ def say(text: str) -> None:
     LINES.say(f"queuectl: {text}")
 
 
-def show(lines: Iterable[str]) -> None:
-    """Print lines on stdout; on a terminal cut to its width, and states in colour."""
+def show(lines: Iterable[str], *, whole: bool = False) -> None:
+    """Print lines on stdout; on a terminal states in colour and, unless whole, cut to its width."""
     width = terminal(sys.stdout)
     colours = {DEAD: 31, COMPLETED: 32, PROCESSING: 36, CANCELLED: 33}
     for line in lines:
-        text = fit(line, width)
+        text = line if whole else fit(line, width)
         if width and not line.endswith(" 0") and not os.environ.get("NO_COLOR"):
             pattern = rf"(?:(?<=  )|^)({'|'.join(colours)})(?=  |$)"
             text = re.sub(pattern, lambda m: f"\x1b[{colours[m[0]]}m{m[0]}\x1b[m", text, count=1)
@@ -3217,14 +3252,16 @@ def described(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) -> Iter
     exact = args.rest[-len(words) - 1 :] == ["--", *words]
     if "--" in args.rest and not exact:
         raise BadInput("a command's own words all go after --, as in: enqueue -- git log -- README")
-    if words == ["-"] and not exact:
+    if words[0] == "-" and not exact:
+        if len(words) > 1:
+            raise BadInput("- stands alone: the jobs are on stdin")
         stdin.seek(0)
         for at[0], line in enumerate(stdin, 1):
             if at[0] % 1000 == 0:
                 LINES.show(lambda: f"{at[0]} lines")
             if line.strip():
                 yield from from_json(line.decode(errors="surrogateescape"))  # FIELDS refuse those
-    elif exact or (len(words) > 1 and not re.match(UNQUOTED, words[0])):
+    elif exact or (len(words) > 1 and not re.match(JSON_BEGINS, words[0])):
         yield {"command": SYSTEM.line(words)}
     elif re.match(JSON_BEGINS, words[0]):
         yield from from_json(" ".join(words))
@@ -3234,7 +3271,11 @@ def described(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) -> Iter
 
 def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict[str, Any]]:
     """Yield jobs with what the options of `enqueue` say about them."""
-    given = {key: getattr(args, key) for key in FIELDS if getattr(args, key, None) is not None}
+    said = ((key, getattr(args, key, None)) for key in FIELDS)
+    given = {key: value for key, value in said if value is not None}
+    for key in given.keys() - {"env"}:  # a mapping only below
+        option = "--at" if key == "run_at" else "--" + key.replace("_", "-")
+        given[key] = checked(option, FIELDS[key], given[key])
     replaced = {key for pair in CONFLICTS if given.keys() & set(pair) for key in pair}
     pairs = [pair.partition("=") for pair in given.get("env", ())]
     if not all(equals for _, equals, _ in pairs):
@@ -3324,7 +3365,7 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
     """Ask every pool to stop, and wait until they are gone."""
     run = queue.db.run_dir
     living = [*run.living("pool"), *run.living("worker")]  # a worker may be without its pool
-    for pool in {"pool-" + name.split("-")[1] for name in living}:
+    for pool in set(map(pool_of, living)):
         with open(run.file(pool, "now" if args.now else "stop"), "w", opener=PRIVATE):
             pass  # an empty file: a full disk takes it
     run.ring()
@@ -3397,7 +3438,7 @@ def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
     """Show everything about one job; output that is not UTF-8 has replacement characters."""
     job = queue.get(args.id)
     if not args.json:
-        show(job_text(queue, job))
+        show(job_text(queue, job), whole=True)
         return
     facts, runs = job_facts(job, queue.config()), []
     for attempt in queue.attempts(job):
@@ -3426,9 +3467,10 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     jobs = [queue.get(job_id) for job_id in named(args)]
     ids, everything = [job.id for job in jobs], 10**9
     old = set() if ids else {(job.seq, job.run) for job in queue.jobs((DEAD,), everything)}
-    for job in jobs:
-        if job.due == BLOCKED:
-            say(f"job {printable(job.id)} is {why(queue, job)}")
+    for job in jobs or filter(None, [queue.oldest()]):
+        reason = obstacle(queue, job)
+        if reason:
+            say(f"job {printable(job.id)} waits: {reason}")
 
     def counts() -> Mapping[str, int]:
         return collections.Counter(queue.get(job_id).state for job_id in ids)
@@ -3446,7 +3488,10 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     if not ids:
         dead = queue.jobs((DEAD,), everything)
         died = (job for job in dead if (job.seq, job.run) not in old)
-        jobs = [*sorted(died, key=lambda job: job.updated_at), *queue.blocked(limit=1)]
+        blocked = queue.blocked(limit=1)
+        for job in blocked:
+            say(f"job {printable(job.id)} waits: {obstacle(queue, job)}")
+        jobs = [*sorted(died, key=lambda job: job.updated_at), *blocked]
     return next(filter(None, map(exit_of, jobs)), OK)
 
 
@@ -3515,6 +3560,8 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
             raise NotFound(f"job {job.id} has no run {run}; it has {has}") from None
         found = found or attempts[-1:]
         cut, chunks = (found[0].cut, [found[0].output]) if found else (0, [])
+        if found and found[0].error and not found[0].output:
+            say(f"job {printable(job.id)} wrote nothing: {printable(found[0].error)}")
     if cut:
         say(f"{cut} bytes of output before this were not kept")
     write_output(chunks)
@@ -3529,18 +3576,33 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
         if not running and not (any(job.cancelling for job in jobs) and run.living("pool")):
             break
     for job in jobs:
-        if job.state == CANCELLED or job.cancelling:  # with its worker gone: by the next pool
-            print(job.id)
-        else:
-            say(f"job {printable(job.id)} is {job.state}; it stays so")
+        name = printable(job.id)
+        if job.state != CANCELLED and not job.cancelling:
+            say(f"job {name} is {job.state}; it stays so")
             if not (args.cascade and job.state == DEAD):
                 code = NO
+            continue
+        print(job.id)
+        if job.cancelling:
+            say(f"job {name}: {obstacle(queue, job)}")
+        if job.recurs:
+            say(f"with it ends schedule {printable(job.series or '')}; dlq retry {name} resumes it")
+        waiting = sum(child.state == PENDING for child in queue.children(job))
+        if waiting:
+            say(f"jobs that wait for {name}: {waiting}; --cascade calls them off, too")
     return code
 
 
+def cmd_pause(args: argparse.Namespace, queue: Queue) -> None:
+    """Pause some queues, or all of them."""
+    for name in args.queues or [""]:
+        queue.pause(name)
+
+
 def cmd_resume(args: argparse.Namespace, queue: Queue) -> None:
-    """Resume a queue, or all of them."""
-    queue.resume(args.queue or "")
+    """Resume some queues, or all of them."""
+    for name in args.queues or [""]:
+        queue.resume(name)
     if "" in queue.paused():
         say("all queues are paused still: resume without --queue goes on")
 
@@ -3580,8 +3642,10 @@ COUNT = {"metavar": "N"}
 JSON = flag("--json", "for programs; the README has the fields")
 LIMIT = arg("--limit", check=number_in(0, 10**9), help="the N that changed last; 0: all", **COUNT)
 STATE = arg("--state", action="append", choices=STATES, help="only this state; repeatable")
-TIMEOUT = arg("--timeout", help="give up after so long, with exit code 124", **DURATION)
+TIMEOUT = arg("--timeout", help="wait no longer than this; exit with 124", **DURATION)
 QUEUE = arg("--queue", check=valid_name, metavar="QUEUE", help="only this queue")
+QUEUES = arg("--queue", dest="queues", action="append", check=valid_name, metavar="QUEUE",
+             default=[], help="only this queue; repeatable")
 ID, IDS = arg("id", metavar="ID"), arg("ids", nargs="*", metavar="ID")
 EVERY_DEAD = flag("--all", "all dead jobs")
 KEY = arg("key", metavar="KEY", check=check_setting, help="one of: " + ", ".join(SETTINGS))
@@ -3598,7 +3662,8 @@ COMMANDS = {
         arg("--timeout", metavar="DURATION", help="end an attempt that takes longer (0: never)"),
         arg("--max-retries", check=literal, help="how many tries, the first included", **COUNT),
         arg("--queue", metavar="QUEUE", help="the queue it waits in (default)"),
-        arg("--after", metavar="ID,...", help="start it once these have completed"),
+        arg("--after", action="append", metavar="ID,...",
+            help="start it once these have completed; repeatable"),
         arg("--every", metavar="DURATION", help="repeat it at this interval"),
         arg("--cron", metavar="RULE", help="repeat it by a rule: '0 3 * * mon-fri', @daily"),
         arg("--cwd", metavar="DIR", help="where it runs (here)"),
@@ -3608,11 +3673,10 @@ COMMANDS = {
         cmd_worker_start, "", "run jobs, until stopped", "worker start --count 4", (
             arg("--count", check=number_in(1, 1000), default=1, **COUNT,
                 help="how many at a time (1)"),
-            arg("--queue", dest="queues", check=valid_name, action="append", metavar="QUEUE",
-                default=[], help="only jobs of this queue; repeatable"),
+            QUEUES,
             flag("--drain", "leave when nothing is left to run; exit 1: a job died or is blocked"),
             arg("--horizon", default=FOREVER, **DURATION,
-                help="with --drain: do not wait for what is due later than this"),
+                help="with --drain: leave when all that is left is due after so long"),
             flag("--detach", "run in the background; the log is in the queue's .run directory"),
             flag("--quiet", "print no event lines"),
             flag("--insecure", "run even if others could have put jobs into the queue"))),
@@ -3627,7 +3691,7 @@ COMMANDS = {
         STATE, QUEUE, flag("--recurring", "the schedules, and when each is next"), LIMIT, JSON)),
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
     "logs": Command(cmd_logs, "read", "write the output of a job", "logs 7 -f", (
-        ID, flag("-f --follow", "go on until the job ends"),
+        ID, flag("-f --follow", "go on until the attempt ends"),
         arg("--run", check=number_in(1, 10**9), help="show attempt N, not the last", **COUNT))),
     "wait": Command(
         cmd_wait, "read", "wait for jobs; exit with the code of the first that failed", "wait 7 8",
@@ -3635,10 +3699,9 @@ COMMANDS = {
     "cancel": Command(cmd_cancel, "write", "call jobs off, waiting or running", "cancel 7", (
         arg("ids", nargs="+", metavar="ID"), flag("--cascade", "and the jobs that wait for them"))),
     "pause": Command(
-        lambda args, queue: queue.pause(args.queue or ""),
-        "make", "start no new jobs until resume", "pause --queue gpu", (QUEUE,)),
+        cmd_pause, "make", "start no new jobs until resume", "pause --queue gpu", (QUEUES,)),
     "resume": Command(
-        cmd_resume, "write", "start jobs again after pause", "resume", (QUEUE,)),
+        cmd_resume, "write", "start jobs again after pause", "resume", (QUEUES,)),
     "dlq list": Command(
         lambda args, queue: show_jobs(args, queue, (DEAD,)),
         "read", "list the dead letter queue", "dlq list", (LIMIT, JSON)),
@@ -3768,6 +3831,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
             parser.add_argument("--db", default=db, metavar="PATH", help=hidden)
         parser.add_argument("rest", nargs=argparse.PARSER, metavar="COMMAND", help=hidden)
         word, *args.rest = parser.parse_args(args.rest, args).rest
+        if not args.db:
+            parser.error("--db must not be empty")
         if word not in known:
             parser.error(f"no command {word}{nearest(word, known)}")
         name = f"{name} {word}".strip()

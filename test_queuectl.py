@@ -508,6 +508,10 @@ class Library(Clocked):
         self.queue.cancel(["1", "1"])
         self.assertEqual(self.queue.retry(["1", "1"]), ["1"])
         self.queue.cancel("1")
+        self.assertEqual(self.queue.get("1").last_error, "cancelled by the operator")
+        self.queue.retry("1")
+        self.assertIsNone(self.queue.get("1").last_error)
+        self.queue.cancel("1")
         self.assertEqual(self.queue.prune(states="cancelled"), 1)
         self.assertEqual(queuectl.work(self.path, queues="nothing", drain=True), 0)
 
@@ -1515,7 +1519,7 @@ class Stop(Live):
             self.wrote(f"{number.name}.pid")
             pool.send_signal(number)
         for number, pool in pools.items():
-            self.says(pool, "no new jobs")
+            self.says(pool, "no new jobs; finishing the running ones; once more ends them")
             pool.send_signal(number)  # the same press of a key, or a terminal that sends it twice
         time.sleep(1.05)  # what the promise is about
         for number, pool in pools.items():
@@ -2872,21 +2876,23 @@ class Submit(Live):
         self.assertFalse(os.path.exists(self.path))
 
     WRONG = {
-        "--priority 1e3": "priority must be a whole number",
-        "--delay ": "delay must be a duration",
-        "--at 31.1.2030": "run_at must be a time",
-        "--at 9999999999999": "run_at must be a time between 1970 and 9999",
-        "--after ": "after must be",
-        "--after 1,": "after must be",
-        "--after 7": "after: no job 7",
-        "--every 0": "every must be at least 1 second",
-        "--cron ": "cron must have five fields",
+        "--priority 1e3": "--priority must be a whole number",
+        "--delay ": "--delay must be a duration",
+        "--at 31.1.2030": "--at must be a time",
+        "--at 9999999999999": "--at must be a time between 1970 and 9999",
+        "--after ": "--after must have no empty id",
+        "--after 1,": "--after must have no empty id",
+        "--after 1 --after 7": "after: no job 7",
+        "--every 0": "--every must be at least 1 second",
+        "--cron ": "--cron must have five fields",
         "--cron @daily --every 1d": "a job has every or cron, not both",
         "--delay 1 --at 2030-01-01": "a job has delay or run_at, not both",
         "--env =x": "env must have names",
         "--env x": "--env is NAME=VALUE",
-        "--queue ": "queue must be",
-        "--id a\tb": "id must be",
+        "--queue ": "--queue must be",
+        "--id a\tb": "--id must be",
+        "- ": "- stands alone",
+        "{}": "bad JSON",
     }
 
     def test_what_makes_no_sense_is_refused_with_a_word_about_the_field(self) -> None:
@@ -2979,6 +2985,13 @@ class Watch(Live):
             self.assertEqual(self.told("logs", "x", *words.split()), (0, output, ""))
         self.assertIn("no run 3; it has 1 to 2", self.told("logs", "x", "--run", "3")[2])
 
+    def test_logs_of_a_job_that_wrote_nothing_say_why_it_failed(self) -> None:
+        self.enqueue("true", id="x", cwd=self.file("nowhere"), max_retries=1)
+        self.drain(code=1)
+        self.assertRegex(
+            self.told("logs", "x")[2], "^queuectl: job x wrote nothing: cannot start: N"
+        )
+
     def test_status_can_be_watched(self) -> None:
         self.configure(max_retries="1")
         self.enqueue("exit 3", id="bad", priority=1)
@@ -3064,6 +3077,16 @@ class Wait(Live):
             queue.enqueue("true", id="child", after=["good", "seven"])
         self.each(self.CODES, lambda ids: self.told("wait", *ids.split())[0])
 
+    def test_who_waits_is_told_what_is_in_the_way(self) -> None:
+        self.enqueue("true", id="x")
+        self.enqueue("true", id="child", after="x")
+        for ids, jobs in {"x": "x", "child x": "child x", "--all": "x"}.items():
+            said = self.told("wait", "--timeout", "0", *ids.split())[2]
+            self.assertEqual(re.findall("job (\\w+) waits: ", said), jobs.split())
+        self.out("cancel", "x")
+        said = "queuectl: job child waits: blocked by x (cancelled)\n"
+        self.assertEqual(self.told("wait", "--all"), (1, "", said))
+
     def test_wait_all_takes_no_job_for_new_that_was_dead_before(self) -> None:
         with Queue(self.path) as queue:
             list(queue.enqueue_many({"command": "true"} for _ in range(1002)))
@@ -3142,7 +3165,8 @@ class Cancel(Live):
         code, out, err = self.told("cancel", "running", "waiting", "scheduled", "done")
         self.assertLess(time.monotonic() - began, 0.3 + self.second())
         self.assertEqual((code, out), (1, "running\nwaiting\nscheduled\n"))
-        self.assertEqual(err, "queuectl: job done is completed; it stays so\n")
+        waits = "queuectl: jobs that wait for waiting: 1; --cascade calls them off, too\n"
+        self.assertEqual(err, waits + "queuectl: job done is completed; it stays so\n")
         self.assertFalse(alive(int(self.read("pid"))))
         self.enqueue("true", id="next")
         self.becomes("next", "completed")
@@ -3164,7 +3188,11 @@ class Cancel(Live):
         with Queue(self.path) as queue:
             queue.enqueue("true", id="orphan")
             queue.claim("worker-dead")
-            self.assertEqual(self.told("cancel", "orphan")[:2], (0, "orphan\n"))
+            self.assertIn(
+                "\nlost       job orphan: its worker is gone; worker st", self.out("status")
+            )
+            said = "queuectl: job orphan: its worker is gone; worker start ends it\n"
+            self.assertEqual(self.told("cancel", "orphan"), (0, "orphan\n", said))
             self.assertEqual(queue.get("orphan").cancelling, 1)
         self.drain()
         self.assertEqual((self.job("x").state, self.job("orphan").state), ("cancelled",) * 2)
@@ -3226,6 +3254,12 @@ class Hold(Live):
         self.told("resume")
         self.ends(pool, 0)
         self.assertEqual(self.job("waiting").state, "completed")
+
+    def test_several_queues_can_be_paused_at_once(self) -> None:
+        self.out("pause", "--queue", "a", "--queue", "b")
+        self.assertEqual(self.facts("status")["paused"], ["a", "b"])
+        self.out("resume", "--queue", "b", "--queue", "a")
+        self.assertEqual(self.facts("status")["paused"], [])
 
     def test_one_queue_can_be_paused(self) -> None:
         with Queue(self.path) as queue:
@@ -3372,6 +3406,11 @@ class Read(Live):
         self.enqueue("true", id="w" * 60)
         shown = Terminal(self, "list", columns=40, env={"NO_COLOR": "1"}).end()
         self.assertEqual(max(map(len, shown.splitlines())), 40)
+
+    def test_everything_about_a_job_is_shown_whole_on_any_terminal(self) -> None:
+        self.enqueue("echo " + "long" * 20, id="x")
+        shown = Terminal(self, "show", "x", columns=40).end()
+        self.assertIn("echo " + "long" * 20, shown)
 
     def test_a_reader_that_leaves_early_is_no_error(self) -> None:
         with Queue(self.path) as queue:
@@ -3833,6 +3872,13 @@ class Recurring(Clocked):
         self.assertRegex(self.out("list", "--recurring"), shown)
         self.assertEqual([job["series"] for job in self.rows("list", "--recurring")], ["x", "y"])
 
+    def test_who_cancels_one_job_of_a_schedule_is_told_that_all_of_it_ends(self) -> None:
+        self.queue.enqueue("true", id="x", every=10)
+        said = "queuectl: with it ends schedule x; dlq retry x.1 resumes it\n"
+        self.assertEqual(self.told("cancel", "x.1"), (0, "x.1\n", said))
+        self.out("dlq", "retry", "x.1")
+        self.assertEqual(len(self.queue.recurring()), 1)
+
     def test_cancel_ends_a_schedule_whether_it_waits_or_runs(self) -> None:
         for every in (10, 20):
             self.queue.enqueue("true", id="x", every=every)
@@ -3942,7 +3988,11 @@ class Why(Clocked):
         }.items():
             self.queue.enqueue("true", id=job_id, **fields)
         self.assertEqual(self.next("cpu").id, "seven")
-        alone = {"x": "no worker is running", "child": "blocked by seven (processing)"}
+        alone = {
+            "x": "no worker is running",
+            "child": "blocked by seven (processing)",
+            "seven": "its worker is gone; worker start reruns it",
+        }
         self.each(alone, self.why)
         self.ends(1, self.queue.get("seven"))
         held = queuectl.LockFile(self.queue.db.run_dir.file("pool-1"))
@@ -3960,6 +4010,8 @@ class Why(Clocked):
             self.queue.enqueue("true", priority=1)
         self.queue.resume()
         self.assertEqual(self.why("x"), "312 jobs before it")
+        self.write(self.queue.db.run_dir.file("pool-1.stop"))
+        self.assertEqual(self.why("x"), "all workers are leaving")
 
 
 class Migration(Case):

@@ -35,7 +35,8 @@ database or the machine is at fault; 124 timed out; 128+n ended by signal n.
 
 To read on: each part uses what stands above it, so that `main` is at the end. A job's way is
 cmd_enqueue, Queue.enqueue_many, RunDirectory.ring, Pool.wait, Pool.wake, Worker.main, Queue.claim,
-Worker.perform, Queue.finish; a killed worker's is Pool.bury, Pool.recover, Kill, Pool.give_back.
+Worker.perform, Queue.finish, after_attempt; a killed worker's is Pool.bury, Pool.recover, Kill,
+Pool.give_back; a signal's is Pool.on_signal, Pool.obey, Pool.stop, Worker.hear, Worker.watch.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ __all__ = ["Attempt", "Job", "Queue", "QueueError", "work"]
 
 STATES = tuple("pending processing completed dead cancelled".split())
 PENDING, PROCESSING, COMPLETED, DEAD, CANCELLED = STATES
-MOVES = {  # every legal change of state; whatever is not here does not happen
+MOVES = {  # every legal change of state; each statement's WHERE sees to it, the tests to them
     PENDING: (PROCESSING, CANCELLED),
     PROCESSING: (COMPLETED, PENDING, DEAD, CANCELLED),
     DEAD: (PENDING,),
@@ -124,10 +125,13 @@ class Broken(Fault):
 class Job(NamedTuple):
     """One job, as it was read; the fields are the columns. Times are Unix seconds.
 
-    `attempts` counts the starts since the job was enqueued or retried from the dead letter queue;
-    `run` counts every start ever and names one attempt of the job. `max_retries` (how often it may
-    start) and `timeout` (seconds, 0 is none) are None where the configuration decides. `recurs` is
-    the schedule that goes on after this job, `series` its name, `planned` the time it gave the job.
+    `attempts` counts the starts since the job was enqueued or retried from the dead letter queue,
+    `snoozes` the exits with 75; `run` counts every start ever and names one attempt of the job.
+    `max_retries` (how often it may start) and `timeout` (seconds, 0 is none) are None where the
+    configuration decides. `due` is DUE, LATER or BLOCKED; `env` is JSON; `cancelling` is 1 while a
+    running job is being called off. `updated_at` is when the state changed, of a due job when it
+    became due. `recurs` is the schedule that goes on after this job, `series` its name, `planned`
+    the time it gave the job.
     """
 
     seq: int
@@ -156,6 +160,11 @@ class Job(NamedTuple):
     series: str | None
     planned: float | None
 
+    @property
+    def key(self) -> str:
+        """What names the attempt of a claimed job: of one run by one worker."""
+        return f"{self.seq}.{self.run}.{self.locked_by}"
+
 
 class Attempt(NamedTuple):
     """How one run of a job ended. `cut` is how many bytes of output came before what was kept."""
@@ -176,11 +185,6 @@ BINARY = getattr(os, "O_BINARY", 0)  # else Windows translates line ends
 PROC = sys.platform == "linux"  # processes can be looked into through /proc
 STOP_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")]
 EXHAUSTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # the machine's fault
-
-
-def run_key(job: Job) -> str:
-    """Return what names one attempt, of one worker."""
-    return f"{job.seq}.{job.run}.{job.locked_by}"
 
 
 def read_proc(path: str) -> bytes:
@@ -209,7 +213,7 @@ def process_group(noted: Mapping[str, Any], job: Job) -> list[int]:
     """
     import subprocess
 
-    if noted.get("run") != run_key(job):
+    if noted.get("key") != job.key:
         return []
     ps, env = ["ps", "-axo", "pid=,pgid=,stat=,lstart="], {**os.environ, "LC_ALL": "C"}
     table = subprocess.run(ps, stdout=subprocess.PIPE, check=False, env=env).stdout
@@ -312,7 +316,7 @@ class System:
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
-        """Start a process that no signal reaches before it has handlers, and calls `unblock`."""
+        """Let no signal reach a process that is started now, until it calls `settle`."""
         from multiprocessing import resource_tracker
 
         resource_tracker.ensure_running()  # else the start runs it, which unblocks the signals
@@ -322,8 +326,8 @@ class System:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def unblock(self, *, worker: bool) -> Callable[[], object]:
-        """Give a process and its jobs the signals they expect; return what undoes the mask."""
+    def settle(self, *, worker: bool) -> Callable[[], object]:
+        """Let a process and its jobs have the signals they expect; return what undoes it."""
         before = signal.pthread_sigmask(signal.SIG_SETMASK, [])
         if worker:
             signal.signal(signal.SIGQUIT, signal.SIG_DFL)
@@ -356,8 +360,8 @@ class System:
         """Start a job's command in a session of its own; OSError where it cannot be started.
 
         The output file is passed on a third time, as a descriptor that no redirection closes. What
-        the job was given is UTF-8, whatever this process was told about its locale. Before Python
-        3.10 Popen copies the whole process first, which takes as long as all the rest of a job.
+        the job was given is UTF-8, whatever this process was told about its locale. Not by Popen,
+        which before Python 3.10 copies the whole process: that doubles the cost of a job.
         """
         self.inherited = self.inherited or dict(os.environb)
         given = {k.encode(): v.encode(errors="surrogateescape") for k, v in env.items()}
@@ -377,23 +381,23 @@ class System:
                 setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
             )
         finally:
-            with contextlib.suppress(OSError):  # else an idle worker would be in the way there
+            with contextlib.suppress(OSError):  # else an idle worker would keep that one busy
                 os.chdir(os.path.dirname(env["QUEUECTL_DB"]))
         return Child(pid)
 
     def release(self, child: Child) -> None:
         """Let go of what a completed job left behind; it goes on."""
 
-    def processes(self, job: Job, run: RunDirectory) -> list[int]:
+    def processes(self, job: Job, run_dir: RunDirectory) -> list[int]:
         """Return an attempt's processes, as far as they can be told from strangers for certain."""
         if not PROC:
-            return process_group(run.noted(job.locked_by), job)
+            return process_group(run_dir.noted(job.locked_by), job)
         others = set(map(int, filter(str.isdigit, os.listdir("/proc")))) - {os.getpid()}
-        key = b"\0QUEUECTL_RUN=" + run.mark(job).encode() + b"\0"
+        key = b"\0QUEUECTL_RUN=" + run_dir.mark(job).encode() + b"\0"
         found = [pid for pid in sorted(others) if key in b"\0" + read_proc(f"{pid}/environ")]
-        if found or run.free(job.seq, job.run, "out"):
+        if found or run_dir.free(job.seq, job.run, "out"):
             return found
-        return [pid for pid in others if has_locked(pid, run.file(job.seq, job.run, "out"))]
+        return [pid for pid in others if has_locked(pid, run_dir.file(job.seq, job.run, "out"))]
 
     def kill(self, mark: str, pids: Iterable[int], *, hard: bool) -> None:  # noqa: ARG002
         """Ask an attempt's processes to end (a stopped one must hear it, too); `hard`: end them."""
@@ -438,7 +442,7 @@ class _Windows(System):
         import subprocess
 
         line = subprocess.list2cmdline(words)
-        special = re.search("[&|<>^%!()]", line)  # to cmd.exe, for which no quotes are closed then
+        special = re.search("[&|<>^%!()]", line)  # cmd.exe heeds these within quotes
         return re.sub('([&|<>^%!()"])', r"^\1", line) if special else line
 
     def lock(self, fd: int, *, shared: bool = False) -> bool:  # noqa: ARG002
@@ -476,7 +480,7 @@ class _Windows(System):
     def starting(self) -> Iterator[None]:
         yield
 
-    def unblock(self, *, worker: bool) -> Callable[[], object]:  # noqa: ARG002
+    def settle(self, *, worker: bool) -> Callable[[], object]:  # noqa: ARG002
         return int  # there is no mask
 
     def wait(self, sources: Iterable[Any], child: Any, limit: float | None) -> list[Any]:
@@ -523,12 +527,12 @@ class _Windows(System):
         self.limit(child, 0)
         self.call("CloseHandle", self.jobs.pop(child.pid))
 
-    def processes(self, job: Job, run: RunDirectory) -> list[int]:
+    def processes(self, job: Job, run_dir: RunDirectory) -> list[int]:
         """Return up to 1,000 processes: the end of a JOBOBJECT_BASIC_PROCESS_ID_LIST."""
         import ctypes
 
         found = (ctypes.c_size_t * 1001)()  # before the processes there are two 32-bit counts
-        handle = self.call("OpenJobObjectW", 4, 0, run.mark(job))
+        handle = self.call("OpenJobObjectW", 4, 0, run_dir.mark(job))
         if handle:  # without one it would be our own job's
             self.call("QueryInformationJobObject", handle, 3, found, ctypes.sizeof(found), None)
             self.call("CloseHandle", handle)
@@ -566,7 +570,7 @@ def handle_signals(
     if bell is not None:
         fd = signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
         before.callback(signal.set_wakeup_fd, fd)
-    before.callback(SYSTEM.unblock(worker=worker))
+    before.callback(SYSTEM.settle(worker=worker))
     return before
 
 
@@ -577,7 +581,7 @@ FOREVER = 10 * 365 * 86400.0  # no duration is longer, so that no sum of times o
 
 
 def must(condition: object, be: str) -> None:
-    """Refuse a value that does not meet a condition: a check's one way to say no."""
+    """Refuse a value that does not meet a condition: the usual way of a check to say no."""
     if not condition:
         raise ValueError(f"must {be}")
 
@@ -719,8 +723,9 @@ def cron_next(rule: str, after: float) -> float:
 
 def valid_cron(value: object) -> str:
     """Check a rule of five fields."""
-    cron_next(valid_text(value), time.time())
-    return valid_text(value)
+    rule = valid_text(value)
+    cron_next(rule, time.time())
+    return rule
 
 
 def recurrence(recurs: str, planned: float, now: float) -> float:
@@ -733,8 +738,9 @@ def recurrence(recurs: str, planned: float, now: float) -> float:
 
 def valid_directory(value: object) -> str:
     """Check a directory, which need not exist yet, and make it absolute."""
-    must(valid_text(value), "not be empty")
-    return os.path.abspath(valid_text(value))
+    path = valid_text(value)
+    must(path, "not be empty")
+    return os.path.abspath(path)
 
 
 def valid_environment(value: Any) -> dict[str, str]:
@@ -818,10 +824,10 @@ def number_in(low: int, high: int) -> Callable[[str], int]:
 
 def base(value: str) -> float:
     """Read the base of the backoff."""
+    be, number = "be a number from 1 to 1000", None
     with contextlib.suppress(ValueError):
-        if 1 <= float(value) <= 1000:
-            return float(value)
-    raise ValueError("must be a number from 1 to 1000")
+        number = float(value)
+    return float(within(1, number, 1000, be))
 
 
 def prefix(value: str) -> tuple[str, ...]:
@@ -1039,7 +1045,7 @@ RECENT_LIMIT = 5000
 RECENT = f"""
 SELECT count(*), min(updated_at) FROM (
   SELECT updated_at FROM jobs WHERE state = :state AND due = 1 AND updated_at > :since
-    AND (:queue IS NULL OR queue = :queue)
+    AND {IN_QUEUE}
   ORDER BY updated_at DESC LIMIT {RECENT_LIMIT})"""
 TALLY = "SELECT queue, state, due, jobs FROM counts WHERE jobs > 0"
 ATTEMPTS = "SELECT " + ", ".join(Attempt._fields) + " FROM attempts WHERE job = :seq ORDER BY run"
@@ -1179,7 +1185,7 @@ class RunDirectory:
         The inode tells them from those of a copy of the queue; it stays when the queue is moved.
         """
         self.inode = self.inode or os.stat(self.db).st_ino
-        return f"{run_key(job)}.{self.inode}"
+        return f"{job.key}.{self.inode}"
 
     def file(self, *parts: object) -> str:
         """Return the path of a file in the directory."""
@@ -1299,14 +1305,14 @@ def migrate(db: sqlite3.Connection, *, guest: bool) -> None:
 
 
 class Opened(sqlite3.Connection):
-    """A connection that knows its file, and whether it may be used still."""
+    """A connection that knows its file, and whether it is closed or was inherited by a fork."""
 
-    path, over = "", False
+    path, unusable = "", False
 
     def close(self) -> None:
         """Close it; only its own thread may."""
         super().close()
-        self.over = True
+        self.unusable = True
 
 
 OPEN: list[weakref.ref[Opened]] = []  # the connections of this process
@@ -1324,7 +1330,7 @@ def before_fork() -> None:
 
     if OPEN:
         gc.collect()  # those of threads that have ended
-    found = [db for db in [ref() for ref in list(OPEN)] if db and not db.over]
+    found = [db for db in [ref() for ref in list(OPEN)] if db and not db.unusable]
     for db in found:
         with contextlib.suppress(sqlite3.ProgrammingError):  # another thread's
             if not db.in_transaction:
@@ -1332,7 +1338,7 @@ def before_fork() -> None:
                     if isinstance(cursor, sqlite3.Cursor):
                         cursor.close()
                 db.close()
-    IN_USE[threading.get_ident()] = [db for db in found if not db.over]
+    IN_USE[threading.get_ident()] = [db for db in found if not db.unusable]
 
 
 def after_fork() -> None:
@@ -1341,7 +1347,7 @@ def after_fork() -> None:
 
     for db in IN_USE.pop(threading.get_ident(), ()):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(db))
-        INHERITED[db.path], db.over = db, True
+        INHERITED[db.path], db.unusable = db, True
 
 
 @lru_cache(maxsize=None)
@@ -1421,7 +1427,7 @@ class Database:
         if info.st_size == 0 and not guest:
             raise Fault(f"{self.path} is empty, not a queue; remove it to start a new one")
         self._refuse_planted(info.st_uid)
-        immutable = "" if os.path.exists(self.path + "-wal") else "&immutable=1"  # makes no -wal
+        immutable = "" if os.path.exists(self.path + "-wal") else "&immutable=1"  # no -wal is made
         with contextlib.closing(self._open("ro" + immutable)) as db:
             version = int(self._retry(lambda: schema_version(db)))
         if not version and not guest:
@@ -1455,19 +1461,17 @@ class Database:
     def connection(self) -> Opened:
         """The connection of this thread."""
         db: Opened | None = getattr(self._local, "db", None)
-        if db is None or db.over:
+        if db is None or db.unusable:
             with self.faults():
                 db = self._open(self.mode)
                 for pragma in (*PRAGMAS, SET_SYNCHRONOUS[self.synchronous]):
                     self._retry(partial(db.execute, pragma))
-            self._local.db, self._local.ring = db, None
+            self._local.db, self._local.begun, self._local.ring = db, False, False
         return db
 
     def fault(self, error: sqlite3.Error) -> Fault:
         """Return our error for one of SQLite's; DatabaseError itself, no subclass, is damage."""
-        undecodable = "decode" in str(error)  # text that is not UTF-8
-        damaged = type(error) is sqlite3.DatabaseError or undecodable
-        if damaged:
+        if type(error) is sqlite3.DatabaseError or "decode" in str(error):  # text is not UTF-8
             return Broken(f"{self.path} is damaged, or not a queue: {error}")
         return Fault(f"{self.path}: {error}")
 
@@ -1528,23 +1532,22 @@ class Database:
         is stored.
         """
         db, local = self.connection, self._local
-        inner = local.ring is not None
+        inner = local.begun
         if inner and not db.in_transaction:
             raise Fault(f"{self.path}: a statement has ended the transaction")
         begin, end, *back = INNER if inner else OUTER
         self.execute(begin)
-        local.ring = ring or bool(local.ring)
+        local.begun, local.ring = True, ring or local.ring
         try:
             yield db
             self.execute(end)
         except BaseException:
-            for sql in back if not db.over and db.in_transaction else ():
+            for sql in back if not db.unusable and db.in_transaction else ():
                 db.execute(sql)
             raise
         finally:
-            ring = local.ring
             if not inner:
-                local.ring = None
+                local.begun, local.ring, ring = False, False, local.ring
         if ring and not inner:
             self.run_dir.ring()
 
@@ -1552,7 +1555,7 @@ class Database:
         """Wake the pools as soon as the transaction that is open is stored."""
         self._local.ring = True
 
-    def durable(self, synchronous: str) -> None:
+    def set_synchronous(self, synchronous: str) -> None:
         """Choose whether each commit is synced (full), or the caller sees to it (normal)."""
         if synchronous != self.synchronous:
             self.synchronous = synchronous
@@ -1569,7 +1572,7 @@ class Database:
     def close(self) -> None:
         """Close this thread's connection."""
         db: Opened | None = getattr(self._local, "db", None)
-        if db and not db.over:
+        if db and not db.unusable:
             db.close()
 
 
@@ -1633,6 +1636,8 @@ def network(path: str) -> str | None:
 class Outcome(NamedTuple):
     """How an attempt ended, as whoever watched it saw it; `error` is None if it completed.
 
+    From `started` on, the fields are those of Attempt.
+
     `fate` says who ended it: it "ran" to its end, "timed out", its worker "crashed", or the
     operator had it "returned" to the queue (the attempt does not count) or "cancelled".
     """
@@ -1651,16 +1656,16 @@ def after_attempt(job: Job, outcome: Outcome, config: Mapping[str, Any], now: fl
     now = min(now, outcome.finished)  # never ahead, also where the clock was set back meanwhile
     after = job._replace(exit_code=outcome.exit_code, last_error=outcome.error, updated_at=now)
     if outcome.fate == "returned" and not job.cancelling:
-        due = min(job.run_after, now)  # at once, also where the clock was set back
-        after = after._replace(exit_code=job.exit_code, run_after=due)
+        when = min(job.run_after, now)  # at once, also where the clock was set back
+        after = after._replace(exit_code=job.exit_code, run_after=when)
         return after._replace(state=PENDING, attempts=job.attempts - 1)
     if outcome.error is None:
         return after._replace(state=COMPLETED)
     if outcome.fate == "cancelled" or job.cancelling:
         return after._replace(state=CANCELLED)
-    said = outcome.exit_code if outcome.fate == "ran" else None
-    final = said in config["no_retry_exit_codes"]
-    if said == TRY_LATER and not final and job.snoozes < config["max_snoozes"]:
+    code = outcome.exit_code if outcome.fate == "ran" else None
+    final = code in config["no_retry_exit_codes"]
+    if code == TRY_LATER and not final and job.snoozes < config["max_snoozes"]:
         after = after._replace(attempts=job.attempts - 1, snoozes=job.snoozes + 1)
         return after._replace(state=PENDING, run_after=now + backoff(after.snoozes, config))
     if final or job.attempts >= (job.max_retries or config["max_retries"]):
@@ -1693,7 +1698,7 @@ class Queue:
         create = create and not readonly
         self.db = Database(path, create=create, readonly=readonly, guest=guest)
         self.clock = clock
-        self.settings: dict[str, Any] = {}  # set by `claim` and `finish`: what holds for that job
+        self.settings: dict[str, Any] = {}  # of the last claim or result, for the one who works
 
     def __enter__(self) -> Queue:
         """Return the queue; leaving the block closes it."""
@@ -2047,21 +2052,22 @@ class Queue:
             return after, self._claim(job.locked_by or "", next_from)
 
     def _finish(self, job: Job, outcome: Outcome) -> Job | None:
-        if outcome.error is not None or job.recurs:  # cancelled meanwhile? else success wins
+        if outcome.error is not None or job.recurs:  # was it cancelled meanwhile? success wins
             asked = next(self._jobs(BY_ID, id=job.id), job)
             job = job._replace(cancelling=asked.cancelling)
         now = self.clock()
         self.settings = self.config()
         after = after_attempt(job, outcome, self.settings, now)
-        over = after.state in (COMPLETED, DEAD)
-        recurs = job.recurs and over and not job.cancelling
+        ended = after.state in (COMPLETED, DEAD)
+        recurs = job.recurs and ended and not job.cancelling
         row = after._replace(
             due=after.state != PENDING or after.run_after <= now,
-            recurs=None if over else job.recurs,
+            recurs=None if ended else job.recurs,
         )._asdict()
         if self.db.execute(FINISH, {**row, "worker": job.locked_by}).rowcount != 1:
             return None
-        self.db.execute(ADD_ATTEMPT, (job.seq, job.run, job.locked_by, *outcome[1:]))
+        attempt = Attempt(job.run, job.locked_by or "", *outcome[1:])
+        self.db.execute(ADD_ATTEMPT, (job.seq, *attempt))
         if after.state == COMPLETED and self.db.execute(MEET, {"seq": job.seq}).rowcount:
             self.db.execute(UNBLOCK, {"seq": job.seq, "now": now})
             self.db.ring_when_stored()
@@ -2163,19 +2169,19 @@ class Output(LockFile):
 class Kill:
     """The end of an attempt's processes: TERM, and KILL for those that outlast the grace period."""
 
-    def __init__(self, job: Job, run: RunDirectory, grace: float) -> None:
+    def __init__(self, job: Job, run_dir: RunDirectory, grace: float) -> None:
         """Begin with the grace period."""
-        self.job, self.run = job, run
+        self.job, self.run_dir = job, run_dir
         self.deadline = time.monotonic() + grace
         self.asked: set[int] = set()
 
     def step(self) -> bool:
         """Ask who was not asked yet, or end all; tell whether none is left and the lock is free."""
-        found, late = SYSTEM.processes(self.job, self.run), time.monotonic() >= self.deadline
+        found, late = SYSTEM.processes(self.job, self.run_dir), time.monotonic() >= self.deadline
         news = [pid for pid in found if pid not in self.asked]  # parents first, as a rule
-        SYSTEM.kill(self.run.mark(self.job), found if late else news, hard=late)
+        SYSTEM.kill(self.run_dir.mark(self.job), found if late else news, hard=late)
         self.asked.update(found)
-        return not found and self.run.free(self.job.seq, self.job.run, "out")
+        return not found and self.run_dir.free(self.job.seq, self.job.run, "out")
 
 
 # --- worker: one job at a time --------------------------------------------------------------------
@@ -2211,7 +2217,7 @@ def news_of(job: Job, after: Job | None, outcome: Outcome) -> tuple[str, str]:
     return after.state, f"job {name} {how}"
 
 
-def keep(run: RunDirectory, job: Job, outcome: Outcome, out: Output | None) -> None:
+def keep(run_dir: RunDirectory, job: Job, outcome: Outcome, out: Output | None) -> None:
     """Keep a result that cannot be stored, as the output file's name: a full disk takes that."""
     from base64 import urlsafe_b64encode
 
@@ -2220,21 +2226,21 @@ def keep(run: RunDirectory, job: Job, outcome: Outcome, out: Output | None) -> N
         facts = json.dumps([*outcome[:4], error, out.cut])
         os.close(out.fd)  # Windows renames nothing that is open
         kept = urlsafe_b64encode(facts.encode()).decode()
-        os.rename(out.path, run.file(job.seq, job.run, "kept", kept))
+        os.rename(out.path, run_dir.file(job.seq, job.run, "kept", kept))
 
 
-def outcome_of(run: RunDirectory, job: Job, now: float, limit: int) -> Outcome:
+def outcome_of(run_dir: RunDirectory, job: Job, now: float, limit: int) -> Outcome:
     """Return how a dead worker's attempt ended: in a crash, unless the worker kept a result."""
     from base64 import urlsafe_b64decode
 
     then = job.locked_at or 0.0
     outcome = Outcome("crashed", then, max(then, now), None, "its worker died")
     with contextlib.suppress(FileNotFoundError, ValueError):  # another is faster; garbled
-        for name in run.files(f"{job.seq}.{job.run}."):
+        for name in run_dir.files(f"{job.seq}.{job.run}."):
             _, _, kind, *kept = name.split(".")
             if kind == "kept":
                 outcome = Outcome(*json.loads(urlsafe_b64decode(kept[0])))
-            with open(run.file(name), "rb") as file:
+            with open(run_dir.file(name), "rb") as file:
                 cut, output = last_bytes(file.fileno(), limit)
             outcome = outcome._replace(cut=outcome.cut + cut, output=output)
     return outcome
@@ -2263,7 +2269,7 @@ class Worker:
             os.unlink(self.run_dir.file(name, "bell"))  # and nobody else
         handle_signals(ignore, self.bell, worker=True)
         self.child: Child | None = None
-        self.db.durable(self.queue.config()["synchronous"])
+        self.db.set_synchronous(self.queue.config()["synchronous"])
         self.db.patient = self.patient
         self.heard: set[str] = set()  # the pool's words so far
         self.stopping = False  # no more is claimed
@@ -2288,7 +2294,9 @@ class Worker:
         self.hear()  # it may be time to leave already
         while ran or not self.stopping:
             try:
-                job = self.finish(*ran) if ran else self.queue.claim(self.name, self.queues)
+                job = (
+                    self.finish_and_claim(*ran) if ran else self.queue.claim(self.name, self.queues)
+                )
             except Fault as error:
                 if isinstance(error, Broken):
                     self.tell("broken", str(error))
@@ -2341,7 +2349,7 @@ class Worker:
         self.heard.add(self.run_dir.stop_asked(pool_of(self.name)))
         with contextlib.suppress(QueueError):
             if self.queue.get(job.id).cancelling:
-                self.heard.add(run_key(job))
+                self.heard.add(job.key)
 
     def wait(self, until: float = NEVER) -> None:
         """Wait for a child's end, the pool, or a time on the monotonic clock."""
@@ -2354,10 +2362,10 @@ class Worker:
         if self.pool in SYSTEM.wait(sources, self.child, limit):
             self.hear()
 
-    def complain(self, what: str, why: object) -> None:
+    def complain(self, what: str, reason: object) -> None:
         """Say once what is wrong, and wait before the next try."""
         if what != self.trouble:
-            self.tell("", f"{what}: {why}; trying again")
+            self.tell("", f"{what}: {reason}; trying again")
         self.trouble = what
         self.wait(time.monotonic() + AGAIN)
 
@@ -2371,7 +2379,7 @@ class Worker:
             return self.unstartable(job, failure, started, ours=out is None), out
         self.child, self.trouble = child, ""
         if not PROC:
-            facts = {"run": run_key(job), "job_pid": child.pid, "launched": started}
+            facts = {"key": job.key, "job_pid": child.pid, "launched": started}
             self.lock_file.note(pid=os.getpid(), slot=self.slot, **facts)
         fate, error = self.watch(job, child, out)
         if error or child.returncode:  # another attempt may follow: nothing of this one stays
@@ -2406,10 +2414,10 @@ class Worker:
         """Wait for the end of a job, or for a reason to end it; return its fate and the reason."""
         timeout = self.queue.settings["timeout"] if job.timeout is None else job.timeout
         deadline = time.monotonic() + timeout if timeout else NEVER
-        key, pause = run_key(job), 0.01
+        key, pause = job.key, 0.01
         while child.poll() is None:
             now = time.monotonic()
-            if "now" in self.heard:
+            if "now" in self.heard:  # "stop" only keeps from claiming the next one
                 return "returned", "stopped by the operator"
             if key in self.heard:
                 return "cancelled", "cancelled by the operator"
@@ -2431,9 +2439,9 @@ class Worker:
             self.wait(time.monotonic() + pause)
             pause = min(pause * 1.5, 0.05)
 
-    def finish(self, job: Job, outcome: Outcome, out: Output | None) -> Job | None:
+    def finish_and_claim(self, job: Job, outcome: Outcome, out: Output | None) -> Job | None:
         """Record how an attempt ended and claim the next job, in one transaction."""
-        self.db.durable("full" if self.alone else self.queue.settings["synchronous"])
+        self.db.set_synchronous("full" if self.alone else self.queue.settings["synchronous"])
         next_from = None if self.stopping else self.queues
         after, following = self.queue.finish(job, outcome, next_from)
         if out:
@@ -2462,8 +2470,8 @@ MAX_DEATHS = 5  # of workers without a job, in a minute: then something is wrong
 HIRING = threading.Lock()  # hiring changes os.environ, sys.modules and the signals for a moment
 
 
-def importable() -> str:
-    """Return the name by which workers find this module.
+def make_importable() -> str:
+    """Make this module known to workers, and return the name by which they find it.
 
     A worker gets `run_worker` by the name of its module. Where the module was run as a program, it
     is made known by the name under which it can be imported; if it has none (a program without
@@ -2503,7 +2511,7 @@ class Member:
         context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
         self.conn, theirs = context.Pipe()
         with HIRING:
-            module, main, environ = importable(), sys.modules["__main__"], dict(os.environ)
+            module, main, environ = make_importable(), sys.modules["__main__"], dict(os.environ)
             what = (environ, path, name, slot, queues, theirs)
             self.process = context.Process(target=run_worker, args=what, daemon=False)
             if forks:
@@ -2560,7 +2568,7 @@ class Pool:
         self.look_at, self.prune_at, self.sync_at, self.truncate_at = 0.0, 0.0, NEVER, 0.0
 
     def on_signal(self, number: int, _: object) -> None:
-        """Note a signal; the loop reads it."""
+        """Note a signal; the loop, which the bell of the signal wakes, reads it."""
         self.signals.append((time.monotonic(), number))
 
     def main(self) -> int:
@@ -2629,11 +2637,11 @@ class Pool:
 
     def wait(self) -> list[Any]:
         """Sleep until the bell, a worker, a signal, or the next time to act; return who spoke."""
-        due = time.monotonic() + self.next_time - self.queue.clock()
-        pause = min(self.look_at, self.sync_at, due) - time.monotonic()
+        until = time.monotonic() + self.next_time - self.queue.clock()
+        pause = min(self.look_at, self.sync_at, until) - time.monotonic()
         sources = [self.bell, *(member.conn for member in self.members)]
         ready = SYSTEM.wait(sources, None, max(0.0, pause))
-        if self.bell in ready:
+        if self.bell in ready:  # rung for work, for a stop, or by a signal
             self.maybe_work, self.look_at = True, 0.0
         if self.queue.clock() >= self.next_time:
             self.maybe_work, self.next_time = True, NEVER
@@ -2683,7 +2691,7 @@ class Pool:
         if member.doing == "left":
             return
         self.say(f"{member.name} died")
-        self.look_at, self.seen, self.maybe_work = 0.0, None, True  # this turn recovers its job
+        self.look_at, self.seen, self.maybe_work = 0.0, None, True  # `look`, next, recovers its job
         with contextlib.suppress(Fault):
             if not any(job.locked_by == member.name for job in self.queue.claimed()):
                 self.count_death("a worker died without a job")
@@ -2706,12 +2714,12 @@ class Pool:
                 self.code = SIGNALLED + number
                 self.stop("now", signal_name(number))
 
-    def stop(self, word: str, why: str = "", more: str = "") -> None:
+    def stop(self, word: str, reason: str = "", more: str = "") -> None:
         """Stop, if that is news: claim no more or, for "now", end the running jobs too."""
         if self.stopping in (word, "now"):
             return
-        if why:
-            self.say(f"{why}: {STOPPING[word]}{more}")
+        if reason:
+            self.say(f"{reason}: {STOPPING[word]}{more}")
         self.stopping, self.missing = word, []
         for member in self.members:
             member.send(word)
@@ -2757,7 +2765,7 @@ class Pool:
     def recover(self) -> None:
         """Put jobs whose worker is gone back into the queue, once all their processes are gone."""
         ours = {member.name: member for member in self.members}
-        claimed = {run_key(job): job for job in self.queue.claimed()}
+        claimed = {job.key: job for job in self.queue.claimed()}
         self.strangers = {job.locked_by for job in claimed.values()} - set(ours)
         for key in set(self.kills) - set(claimed):  # another pool was faster
             del self.kills[key]
@@ -2765,13 +2773,13 @@ class Pool:
             if job.locked_by in ours:
                 if job.cancelling:
                     ours[job.locked_by].send(key)
-            elif self.run_dir.free(job.locked_by) and self.gone(key, job):
+            elif self.run_dir.free(job.locked_by) and self.end_rest(key, job):
                 self.kills.pop(key, None)  # first: a lock of another program delays no stop
                 self.give_back(job)
         if self.kills:
             self.look_within(BATCH)
 
-    def gone(self, key: str, job: Job) -> bool:
+    def end_rest(self, key: str, job: Job) -> bool:
         """Go on ending what a dead worker's attempt left; tell whether all of it is gone."""
         if outcome_of(self.run_dir, job, self.queue.clock(), 0).error is None:
             return True  # what a completed job leaves behind stays
@@ -2828,10 +2836,10 @@ class Pool:
         elif self.drain and doing == ["idle"] * self.count and not self.kills:
             awaited = self.queue.awaited(self.queues, self.horizon)
             if all(awaited.values()):
-                self.drained(sorted(awaited))
+                self.nothing_to_run(sorted(awaited))
 
-    def drained(self, paused: Sequence[str]) -> None:
-        """Leave, now that nothing is left to run, unless a paused queue may be resumed."""
+    def nothing_to_run(self, paused: Sequence[str]) -> None:
+        """Leave, or say which paused queues are waited for, since they may be resumed."""
         if not paused:
             blocked = self.queue.blocked(self.queues)
             for job in blocked:
@@ -3138,7 +3146,7 @@ class Command(NamedTuple):
     `access` is "read", "write", "make" (a queue where there is none), or "" (it opens its own).
     """
 
-    run: Callable[..., int | None]
+    act: Callable[..., int | None]
     access: str
     help: str
     example: str
@@ -3218,17 +3226,19 @@ def show_list(args: Any, facts: Iterable[Facts], headings: Sequence[str], rows: 
 
 def changes(queue: Queue, timeout: float | None = None) -> Iterator[None]:
     """Yield at once, at every change, and twice a second; end after so many seconds."""
-    over, version, look_at = time.monotonic() + (timeout or 0), -1, 0.0
+    end = NEVER if timeout is None else time.monotonic() + timeout
+    seen, look_at = -1, 0.0
     while True:
-        if queue.data_version() != version or time.monotonic() >= look_at:
-            version, look_at = queue.data_version(), time.monotonic() + 0.5
+        version, now = queue.data_version(), time.monotonic()
+        if version != seen or now >= look_at:
+            seen, look_at = version, now + 0.5
             yield
-        if timeout is not None and time.monotonic() >= over:
+        if time.monotonic() >= end:
             return
         time.sleep(0.01)
 
 
-UNQUOTED = r"\s*\{\s*\w+\s*:"  # what PowerShell leaves of JSON, in as many words as it has blanks
+UNQUOTED = r"\s*\{\s*\w+\s*:"  # JSON that has lost its quotes, as from PowerShell
 JSON_BEGINS = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""  # as no shell line does
 
 
@@ -3285,7 +3295,7 @@ def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict
         if env:
             had = job.get("env", {})
             given["env"] = {**had, **env} if isinstance(had, dict) else had
-        kept = {key: value for key, value in job.items() if key not in replaced} if given else job
+        kept = {key: value for key, value in job.items() if key not in replaced}
         yield {**kept, **given}
 
 
@@ -3325,15 +3335,15 @@ def detach(args: argparse.Namespace) -> int:
     import subprocess
 
     with Queue(args.db) as queue:
-        run, log = queue.db.run_dir, queue.db.run_dir.file("workers.log")
-    run.make()  # the database may have been copied here
+        run_dir, log = queue.db.run_dir, queue.db.run_dir.file("workers.log")
+    run_dir.make()  # the database may have been copied here
     options = [word for word in args.rest if word != "--detach"]
     argv = [sys.executable, sys.argv[0], f"--db={args.db}", "worker", "start", *options]
     with open(log, "a+", errors="replace", opener=PRIVATE) as file:
         size, how = file.tell(), SYSTEM.BACKGROUND
         pool = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **how)
         while pool.poll() is None:
-            for name, facts in run.living("pool").items():
+            for name, facts in run_dir.living("pool").items():
                 if facts.get("pid") == pool.pid:
                     say(f"{name} runs as process {pool.pid}; its log is {log}")
                     pool.returncode = OK  # it is not waited for
@@ -3363,16 +3373,19 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
     """Ask every pool to stop, and wait until they are gone."""
-    run = queue.db.run_dir
-    living = [*run.living("pool"), *run.living("worker")]  # a worker may be without its pool
+    run_dir = queue.db.run_dir
+    living = [
+        *run_dir.living("pool"),
+        *run_dir.living("worker"),
+    ]  # a worker may be without its pool
     for pool in set(map(pool_of, living)):
-        with open(run.file(pool, "now" if args.now else "stop"), "w", opener=PRIVATE):
+        with open(run_dir.file(pool, "now" if args.now else "stop"), "w", opener=PRIVATE):
             pass  # an empty file: a full disk takes it
-    run.ring()
+    run_dir.ring()
     if not living:
         say("no workers are running")
     began, told = time.monotonic(), False
-    while not all(map(run.free, living)):
+    while not all(map(run_dir.free, living)):
         waited = time.monotonic() - began
         if args.timeout is not None and waited > args.timeout:
             say(f"still running after {span(args.timeout)}")
@@ -3540,12 +3553,12 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
         job = queue.last_run(job)  # of a schedule
     if job.state == PENDING and not args.run:
         say(f"job {printable(job.id)} waits: {why(queue, job)}")
-    before = job.run - (job.state != PENDING)
+    ended = job.run if job.state == PENDING else job.run - 1
     for _ in changes(queue) if args.follow and not args.run else ():
         job = queue.get(job.id)
         out = queue.db.run_dir.file(job.seq, job.run, "out")
         begun = os.path.exists(out)  # a moment after a claim
-        if job.state in ENDED or (begun if job.state == PROCESSING else job.run > before):
+        if job.state in ENDED or (begun if job.state == PROCESSING else job.run > ended):
             break
     run = args.run or job.run
     try:
@@ -3569,11 +3582,11 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
 
 def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
     """Cancel jobs; return once the running ones have been ended."""
-    jobs, code, run = queue.cancel(args.ids, cascade=args.cascade), OK, queue.db.run_dir
+    jobs, code, run_dir = queue.cancel(args.ids, cascade=args.cascade), OK, queue.db.run_dir
     for _ in changes(queue):
         jobs = [queue.get(job.id) for job in jobs]
-        running = [job for job in jobs if job.cancelling and not run.free(job.locked_by)]
-        if not running and not (any(job.cancelling for job in jobs) and run.living("pool")):
+        running = [job for job in jobs if job.cancelling and not run_dir.free(job.locked_by)]
+        if not running and not (any(job.cancelling for job in jobs) and run_dir.living("pool")):
             break
     for job in jobs:
         name = printable(job.id)
@@ -3856,10 +3869,10 @@ def execute(args: argparse.Namespace) -> int:
     """Run a command on the queue that it needs."""
     command: Command = args.chosen
     if not command.access:
-        return command.run(args) or OK
+        return command.act(args) or OK
     readonly, create = command.access == "read", command.access == "make"
     with Queue(args.db, readonly=readonly, create=create) as queue:
-        return command.run(args, queue) or OK
+        return command.act(args, queue) or OK
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3881,8 +3894,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return SIGNALLED + 13
     except (OSError, sqlite3.Error, ImportError) as error:  # the machine's fault, all over
         discard_output()
-        where, why = getattr(error, "filename", None), getattr(error, "strerror", None) or error
-        say(printable(f"{where}: {why}" if where else str(why)))
+        where, reason = getattr(error, "filename", None), getattr(error, "strerror", None) or error
+        say(printable(f"{where}: {reason}" if where else str(reason)))
         return FAULT
     except KeyboardInterrupt:
         return SIGNALLED + signal.SIGINT

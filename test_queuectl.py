@@ -433,7 +433,7 @@ class Clocked(Case):
         super().setUp()
         self.now = 1e6
         self.queue = Queue(self.path, clock=lambda: self.now)
-        self.queue.db.durable("normal")
+        self.queue.db.set_synchronous("normal")
         self.addCleanup(self.queue.db.close)
 
     def next(self, *queues: str) -> Any:
@@ -1326,8 +1326,8 @@ class NoFalseAlarm(Live):
     def test_a_stranger_with_a_recorded_pid_lives(self) -> None:
         stranger, job = self.stranger(), self.enqueue("echo again > log")
         with Queue(self.path) as queue:
-            run = queuectl.run_key(queue.claim("worker-dead"))
-        facts = {"pid": stranger.pid, "run": run, "job_pid": stranger.pid, "launched": 1e9}
+            run = queue.claim("worker-dead").key
+        facts = {"pid": stranger.pid, "key": run, "job_pid": stranger.pid, "launched": 1e9}
         self.write("queuectl.db.run/worker-dead", json.dumps(facts))
         self.drain()
         self.assertEqual((self.job(job).state, self.job(job).attempts), ("completed", 2))
@@ -1338,15 +1338,15 @@ class NoFalseAlarm(Live):
         self.enqueue("true")
         with Queue(self.path) as queue:
             job = queue.claim("worker-dead")
-        now, run = time.time(), queuectl.run_key(job)
-        cases = {  # run, pid, launched
+        now, run = time.time(), job.key
+        cases = {  # key, pid, launched
             (run, stranger.pid, now): [stranger.pid],
             (run, stranger.pid, now - 3600): [],  # the stranger started later
             ("1.7.worker-dead", stranger.pid, now): [],
             (run, -1, now): [],
             (): [],
         }
-        names = ("run", "job_pid", "launched")
+        names = ("key", "job_pid", "launched")
         self.each(cases, lambda facts: queuectl.process_group(dict(zip(names, facts)), job))
 
     def test_a_clock_that_jumps_changes_nobodys_life(self) -> None:
@@ -2141,7 +2141,7 @@ class Exhausted(Live):
         for count in (12, 14):  # Python itself needs up to 9
             with self.subTest(pool=count):
                 few = limited(what, count)
-                self.refused("worker", "start", "--quiet", code=4, preexec_fn=few)
+                self.refused("worker", "start", "--count=6", "--quiet", code=4, preexec_fn=few)
         self.assertEqual({self.job(job).run for job in told}, {0})
 
     def test_a_module_that_cannot_be_loaded_is_a_fault(self) -> None:
@@ -4797,7 +4797,7 @@ class Speed(Live):
 
     def test_the_log_is_begun_anew_though_there_is_always_a_reader(self) -> None:
         with Queue(self.path) as queue:
-            queue.db.durable("normal")
+            queue.db.set_synchronous("normal")
             queue.enqueue_many({"command": "true"} for _ in range(500))
             pool = queuectl.Pool(queue, 1, (), print)
             readers = [Queue(self.path, readonly=True) for _ in range(2)]

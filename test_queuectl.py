@@ -1060,7 +1060,7 @@ class Live(Case):
     def looked(self, pool: subprocess.Popen[str]) -> None:
         """Wait until a pool that has nothing to do has looked again, and found nothing new."""
         before = naps(pool.pid)
-        until(lambda: naps(pool.pid) > before + 2)
+        until(lambda: naps(pool.pid) > before)
 
     def kill_workers(self, number: int = 9) -> None:
         for facts in self.workers().values():

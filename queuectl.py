@@ -2733,15 +2733,15 @@ class Pool:
     def look(self) -> None:
         """Look at what rings no bell: stop requests, the file itself, other writers, the dead."""
         self.look_at = time.monotonic() + SYSTEM.TICK
+        asked = self.run_dir.stop_asked(self.name)
+        if asked:
+            self.stop(asked, "worker stop")
         for path, file in self.files.items():
             moved = True
             with contextlib.suppress(FileNotFoundError):
                 moved = not os.path.samestat(os.stat(path), file)
             if moved:
                 raise Broken(f"{path} was moved away or replaced")
-        asked = self.run_dir.stop_asked(self.name)
-        if asked:
-            self.stop(asked, "worker stop")
         # Asked first: what changes from now on is seen later. A new connection has a new count.
         version = self.queue.data_version(), self.db.connection
         if version != self.seen or self.strangers:  # their locks become free without a change

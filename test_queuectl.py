@@ -532,6 +532,11 @@ class Library(Clocked):
             thread.submit(queuectl.work, self.path, signals=True).result()
         self.assertEqual(self.queue.db.run_dir.living("pool"), {})
 
+    def test_who_syncs_by_itself_does_not_pay_for_each_commit(self) -> None:
+        for word, number in (("normal", 1), ("full", 2), ("full", 2), ("normal", 1)):
+            self.queue.db.set_synchronous(word)
+            self.assertEqual(self.queue.db.rows("PRAGMA synchronous")[0][0], number)
+
     def test_there_is_at_least_one_worker(self) -> None:
         with self.assertRaisesRegex(queuectl.BadInput, "count must be a whole number from 1"):
             queuectl.work(self.path, 0)
@@ -4010,6 +4015,10 @@ class Why(Clocked):
             self.queue.enqueue("true", priority=1)
         self.queue.resume()
         self.assertEqual(self.why("x"), "312 jobs before it")
+        self.queue.enqueue("true", id="last", after=["x", "later", "gpu", "first", "child"])
+        self.assertRegex(
+            self.why("last"), r"blocked by \w+ \(\w+\), \w+ \(\w+\), \w+ \(\w+\) and 2 more"
+        )
         self.write(self.queue.db.run_dir.file("pool-1.stop"))
         self.assertEqual(self.why("x"), "all workers are leaving")
 

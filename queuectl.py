@@ -1023,6 +1023,7 @@ LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'jobs
 NEW = """seq id queue command cwd env priority max_retries timeout created_at updated_at run_after
 due recurs series planned""".split()
 VALUES = ", ".join(":" + column for column in NEW)
+INSERT = f"INSERT OR IGNORE INTO jobs (state, {', '.join(NEW)}) VALUES ('pending', {VALUES})"
 IDS_BETWEEN = """
 SELECT seq, coalesce(series, id) FROM jobs
 WHERE seq BETWEEN :first AND :last ORDER BY seq LIMIT 1000"""
@@ -1037,9 +1038,6 @@ LATEST = IN_STATE + "ORDER BY updated_at DESC, seq DESC LIMIT :limit"
 OLDEST = IN_STATE + "ORDER BY updated_at LIMIT :limit"  # of a due job: when it became due
 GOES_ON = "recurs IS NOT NULL AND state IN ('pending', 'processing')"
 SCHEDULE = JOB + "WHERE series = :id AND " + GOES_ON
-INSERT = f"""
-INSERT OR IGNORE INTO jobs (state, {", ".join(NEW)}) SELECT 'pending', {VALUES}
-WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE series = :id AND {GOES_ON})"""
 RECURRING = JOB + f"INDEXED BY jobs_recurs WHERE {GOES_ON} ORDER BY series"
 RECENT_LIMIT = 5000
 RECENT = f"""
@@ -1774,6 +1772,8 @@ class Queue:
         if "cron" in row:
             when = cron_next(row["cron"], now)
             row.update(recurs=f"cron {row['cron']}", planned=when)
+        if row["recurs"] and (row["id"] or "").isdecimal():
+            raise BadInput("id must not be a number for a schedule: jobs have those")
         if not row["cwd"]:
             raise BadInput("the current directory is gone; cwd names another")
         if row["env"] is not None:

@@ -3910,12 +3910,14 @@ class Recurring(Clocked):
         with self.assertRaisesRegex(queuectl.QueueError, "its name is taken"):
             self.queue.retry(["x.1"])
 
-    def test_a_number_that_is_a_name_already_is_no_jobs_number(self) -> None:
-        self.queue.enqueue("true", id="2", every=3600)
-        self.queue.enqueue("true", id="4")
-        self.assertEqual([self.queue.enqueue("true", every=60) for _ in range(2)], ["3", "5"])
-        self.queue.enqueue("true", id="7", every=3600)
-        self.assertEqual([self.queue.enqueue("true") for _ in range(2)], ["8", "9"])
+    def test_a_number_names_one_job_or_schedule(self) -> None:
+        with self.assertRaisesRegex(queuectl.BadInput, "id must not be a number"):
+            self.queue.enqueue("true", id="2", every=3600)
+        self.assertEqual(self.queue.enqueue("true", id="2"), "2")
+        self.assertEqual([self.queue.enqueue("true", every=60) for _ in range(2)], ["3", "4"])
+        self.assertEqual([self.queue.enqueue("true") for _ in range(2)], ["5", "6"])
+        self.assertEqual(self.queue.enqueue("true", id="8"), "8")
+        self.assertEqual(self.queue.enqueue("true", every=60), "9")
 
     def test_a_drain_does_not_wait_for_a_future_occurrence_but_for_its_retry(self) -> None:
         self.queue.enqueue("true", id="x", every=1000, max_retries=2)

@@ -259,6 +259,7 @@ class System:
 
     TICK = 0.5  # seconds between a pool's looks at what rings no bell; each takes about 0.3 ms
     GONE: tuple[type[OSError], ...] = (FileNotFoundError,)
+    PYTHON = sys.executable
     SHELL: tuple[str, ...] = ("/bin/sh", "-c", "--")
     COMMAND_LIMIT = 131071  # Linux's MAX_ARG_STRLEN
     BACKGROUND: Mapping[str, Any] = {"start_new_session": True}  # to outlive the terminal
@@ -386,7 +387,7 @@ class System:
         return Child(pid)
 
     def release(self, child: Child) -> None:
-        """Let go of what a completed job left behind; it goes on."""
+        """Let go of a job that has ended: what a completed one left behind goes on."""
 
     def processes(self, job: Job, run_dir: RunDirectory) -> list[int]:
         """Return an attempt's processes, as far as they can be told from strangers for certain."""
@@ -418,6 +419,7 @@ class _Windows(System):
 
     TICK = 0.02  # there are no bells
     GONE = (FileNotFoundError, PermissionError)  # what is being removed cannot be opened
+    PYTHON = getattr(sys, "_base_executable", sys.executable)  # not a virtual environment's starter
     SHELL = ("cmd.exe", "/d", "/s", "/c")
     COMMAND_LIMIT = 8191
     BACKGROUND: Mapping[str, Any] = {"creationflags": 0x8 | 0x200}  # detached, in a new group
@@ -481,7 +483,7 @@ class _Windows(System):
         yield
 
     def settle(self, *, worker: bool) -> Callable[[], object]:  # noqa: ARG002
-        return int  # there is no mask
+        return int  # there is no mask to set again, and this does nothing
 
     def wait(self, sources: Iterable[Any], child: Any, limit: float | None) -> list[Any]:
         from multiprocessing.connection import wait
@@ -568,8 +570,7 @@ def handle_signals(
         if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
             before.callback(signal.signal, number, signal.signal(number, handler))
     if bell is not None:
-        fd = signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
-        before.callback(signal.set_wakeup_fd, fd)
+        before.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(bell, warn_on_full_buffer=False))
     before.callback(SYSTEM.settle(worker=worker))
     return before
 
@@ -700,12 +701,9 @@ def cron_next(rule: str, after: float) -> float:
     unless the rule is for every hour.
     """
     fields = CRON_WORDS.get(rule.strip().lower(), rule).lower().split()
-    must(
-        len(fields) == 5,
-        f"have five fields: minute hour day month weekday, or be one of {' '.join(CRON_WORDS)}",
-    )
-    values = [cron_field(field, *limits) for field, limits in zip(fields, CRON)]
-    minutes, hours, days, months, weekdays = values
+    be = f"have five fields: minute hour day month weekday, or be one of {' '.join(CRON_WORDS)}"
+    must(len(fields) == 5, be)
+    minutes, hours, days, months, weekdays = (cron_field(f, *of) for f, of in zip(fields, CRON))
     enough = all if "*" in (fields[2][0], fields[4][0]) else any
     folds = (0, 1) if len(hours) == 24 else (0,)
     clocks = [(h, m, fold) for h in hours for m in minutes for fold in folds]
@@ -852,18 +850,14 @@ def durability(value: str) -> str:
 
 
 SETTINGS = {
-    "max_retries": Setting(
-        3, number_in(1, 1_000_000), "how often a job is tried, the first time included"
-    ),
+    "max_retries": Setting(3, number_in(1, 10**6), "how often a job is tried, the first included"),
     "backoff_base": Setting(2.0, base, "a retry waits this ** attempts seconds (1 to 1000)"),
     "backoff_max": Setting(86400.0, seconds, "but never longer than this many seconds"),
     "timeout": Setting(300.0, seconds, "how long an attempt may take (0: no limit)"),
     "kill_grace": Setting(5.0, seconds, "from TERM to KILL when a job is ended"),
     "output_limit": Setting(65536, number_in(0, 1 << 28), "how many bytes of output are kept"),
     "shell": Setting(SYSTEM.SHELL, prefix, "what runs a command: the command is its last argument"),
-    "max_snoozes": Setting(
-        20, number_in(0, 1_000_000), "how often a job may exit 75: try me later"
-    ),
+    "max_snoozes": Setting(20, number_in(0, 10**6), "how often a job may exit 75: try me later"),
     "no_retry_exit_codes": Setting((), exit_codes, "exit codes that are final, such as 2,126,127"),
     "retention": Setting(0.0, seconds, "when what completed or was cancelled is pruned (0: never)"),
     "synchronous": Setting("normal", durability, "full: each result synced before the next claim"),
@@ -1051,19 +1045,18 @@ ATTEMPTS = "SELECT " + ", ".join(Attempt._fields) + " FROM attempts WHERE job = 
 WAITING_QUEUES = """
 SELECT queue, min(due) FROM counts WHERE state = 'pending' AND due >= 0 AND jobs > 0
   AND queue NOT IN paused AND '' NOT IN paused GROUP BY queue"""
-NEXT_DUE = (
-    JOB
-    + """WHERE state = 'pending' AND due = 1 AND queue = :queue
+NEXT_DUE = f"""
+{JOB}WHERE state = 'pending' AND due = 1 AND queue = :queue
 ORDER BY priority DESC, run_after, seq LIMIT 1"""
-)
 BEFORE = """
 SELECT count(*) FROM (
   SELECT 1 FROM jobs WHERE state = 'pending' AND due = 1 AND queue = :queue
     AND priority > :priority
   UNION ALL SELECT 1 FROM jobs WHERE state = 'pending' AND due = 1 AND queue = :queue
     AND priority = :priority AND (run_after, seq) < (:run_after, :seq) LIMIT 100000)"""
+# In slices: among more than 500 that become due at once, a high priority may come late.
 MAKE_DUE = """
-UPDATE jobs SET due = 1, updated_at = run_after WHERE seq IN (
+UPDATE jobs SET due = 1, updated_at = run_after WHERE seq IN (  -- OLDEST goes by when it became due
   SELECT seq FROM jobs WHERE state = 'pending' AND due = 0 AND queue = :queue
     AND run_after <= :now ORDER BY run_after LIMIT 500)"""
 NEXT_LATER = """
@@ -1228,8 +1221,7 @@ class RunDirectory:
 
     def stop_asked(self, pool: str) -> str:
         """Return how a pool was asked to stop: "stop", "now", or "" if it was not."""
-        words = ("now", "stop")
-        return next((word for word in words if os.path.exists(self.file(pool, word))), "")
+        return next((w for w in ("now", "stop") if os.path.exists(self.file(pool, w))), "")
 
     def clean(self, claimed: Sequence[Job]) -> None:
         """Remove what the dead left behind, but not what tells about jobs to be recovered."""
@@ -1245,9 +1237,7 @@ class RunDirectory:
         """Remove a file; one that is a lock only if nobody has taken it meanwhile."""
         if not lock:
             os.unlink(self.file(item))
-            return
-        fd = os.open(self.file(item), os.O_RDWR | BINARY)
-        if SYSTEM.lock(fd):
+        elif SYSTEM.lock(fd := os.open(self.file(item), os.O_RDWR | BINARY)):
             SYSTEM.drop(fd, self.file(item))
         else:
             os.close(fd)
@@ -1392,8 +1382,7 @@ class Database:
         if not os.path.isdir(where):
             raise Fault(f"there is no directory {where}")
         self.run_dir.make()
-        making = LockFile(self.run_dir.file("making"))
-        try:
+        with contextlib.closing(LockFile(self.run_dir.file("making"))):
             if os.path.lexists(self.path):
                 return
             if os.path.lexists(self.path + "-wal"):  # SQLite would replay it into a new file
@@ -1411,8 +1400,6 @@ class Database:
                 fd = os.open(where, os.O_RDONLY)
                 os.fsync(fd)  # the new name
                 os.close(fd)
-        finally:
-            making.close()
 
     def _inspect(self, *, guest: bool) -> int:
         """Return the version of the schema, without writing a byte to the file."""
@@ -1516,9 +1503,8 @@ class Database:
 
     def rows(self, sql: str, args: Any = ()) -> list[Any]:
         """Return all the rows of a query: one that is read slowly would hold up the -wal."""
-        cursor = self.execute(sql, args)
         try:
-            return cursor.fetchall()
+            return self.execute(sql, args).fetchall()
         except sqlite3.Error as error:  # damage shows where it is read
             raise self.fault(error) from error
 
@@ -1623,8 +1609,9 @@ def network(path: str) -> str | None:
     with contextlib.suppress(OSError), open("/proc/self/mounts", encoding="utf-8") as mounts:
         for line in mounts:
             point, kind = line.split(" ")[1:3]
-            if os.path.join(path, "").startswith(os.path.join(point, "")):
-                best = max(best, (point, kind), key=lambda found: len(found[0]))
+            mounted = os.path.join(point.replace("\\040", " "), "")
+            if os.path.join(path, "").startswith(mounted):
+                best = max((mounted, kind), best, key=lambda found: len(found[0]))  # the later one
     return best[1] if re.match("nfs|cifs|smb|afs|9p|fuse.sshfs", best[1]) else None
 
 
@@ -1634,7 +1621,7 @@ def network(path: str) -> str | None:
 class Outcome(NamedTuple):
     """How an attempt ended, as whoever watched it saw it; `error` is None if it completed.
 
-    From `started` on, the fields are those of Attempt.
+    From `started` on, the fields are those of Attempt, in the same order.
 
     `fate` says who ended it: it "ran" to its end, "timed out", its worker "crashed", or the
     operator had it "returned" to the queue (the attempt does not count) or "cancelled".
@@ -1776,8 +1763,7 @@ class Queue:
             raise BadInput("id must not be a number for a schedule: jobs have those")
         if not row["cwd"]:
             raise BadInput("the current directory is gone; cwd names another")
-        if row["env"] is not None:
-            row["env"] = json.dumps(row["env"])
+        row["env"] = json.dumps(row["env"]) if row["env"] else None
         try:
             parents = [self.get(parent) for parent in row.get("after", ())]
         except NotFound as error:
@@ -1791,7 +1777,7 @@ class Queue:
         return seq
 
     def _insert(self, row: dict[str, Any]) -> int:
-        """Insert a job under its id or, where it has none, its number: the next free one."""
+        """Insert a job under its id, which is free, or else its number: the next that is free."""
         given = row["id"]
         while True:
             name = row["id"] = given or str(row["seq"])
@@ -1806,7 +1792,7 @@ class Queue:
         """Return the id of the next job of a schedule: its name and a number."""
         newest = next(self._jobs(NEWEST, id=series), None)
         number = int(newest.id.rpartition(".")[2]) + 1 if newest else 1
-        while self.db.rows(BY_ID, {"id": f"{series}.{number}"}):
+        while self._taken(f"{series}.{number}"):
             number += 1
         return f"{series}.{number}"
 
@@ -1817,15 +1803,13 @@ class Queue:
         for sql in (BY_ID, SCHEDULE, NEWEST):
             for job in self._jobs(sql, id=job_id):
                 return job
-        recent = (row[0] for row in self.db.rows(RECENT_IDS))
-        near = nearest(job_id, recent)
+        near = nearest(job_id, (row[0] for row in self.db.rows(RECENT_IDS)))
         near = near if near.startswith(":") else ""
         raise NotFound(f"no job {printable(job_id)} in {self.db.path}{near}")
 
     def _named(self, ids: Iterable[str]) -> list[Job]:
         """Return the jobs with these ids."""
-        jobs = map(self.get, several(ids))
-        return list({job.seq: job for job in jobs}.values())
+        return list({job.seq: job for job in map(self.get, several(ids))}.values())
 
     def jobs(
         self, states: Sequence[str] = (), limit: int | None = None, queue: str | None = None
@@ -1882,7 +1866,7 @@ class Queue:
 
     def counts(self, queues: Sequence[str] = ()) -> dict[str, int]:
         """Return the number of jobs in each state, in these queues or in all."""
-        counts = dict.fromkeys(STATES, 0)
+        counts, queues = dict.fromkeys(STATES, 0), several(queues)
         for queue, state, _, jobs in self.tally():
             if not queues or queue in queues:
                 counts[state] += jobs
@@ -1987,10 +1971,8 @@ class Queue:
             for job in jobs:
                 if job.state not in (DEAD, CANCELLED):
                     raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
-                for child in self.children(job):
-                    raise NotFound(
-                        f"job {child.id} waits for {job.id}; cancel and prune {child.id} first"
-                    )
+                for child in set(self.children(job)) - set(jobs):
+                    raise NotFound(f"job {child.id} waits for {job.id}; cancel and prune it first")
                 self._forget(job.seq)
         return len(jobs)
 
@@ -2019,7 +2001,7 @@ class Queue:
 
         The value is LATER where some of them are not due yet.
         """
-        waiting = self.db.rows(WAITING_QUEUES)
+        waiting, queues = self.db.rows(WAITING_QUEUES), several(queues)
         return {queue: due for queue, due in waiting if not queues or queue in queues}
 
     def _claim(self, worker: str, queues: Sequence[str]) -> Job | None:
@@ -2047,27 +2029,24 @@ class Queue:
         """
         with self.db.transaction():
             after = self._finish(job, outcome)
-            if next_from is None:
-                return after, None
-            return after, self._claim(job.locked_by or "", next_from)
+            return after, None if next_from is None else self._claim(job.locked_by or "", next_from)
 
     def _finish(self, job: Job, outcome: Outcome) -> Job | None:
-        if outcome.error is not None or job.recurs:  # was it cancelled meanwhile? success wins
+        if outcome.error is not None or job.recurs:  # else it completed, cancelled meanwhile or not
             asked = next(self._jobs(BY_ID, id=job.id), job)
             job = job._replace(cancelling=asked.cancelling)
         now = self.clock()
         self.settings = self.config()
         after = after_attempt(job, outcome, self.settings, now)
         ended = after.state in (COMPLETED, DEAD)
-        recurs = job.recurs and ended and not job.cancelling
+        recurs = job.recurs and ended and not job.cancelling  # to cancel it ends the schedule
         row = after._replace(
             due=after.state != PENDING or after.run_after <= now,
             recurs=None if ended else job.recurs,
         )._asdict()
         if self.db.execute(FINISH, {**row, "worker": job.locked_by}).rowcount != 1:
             return None
-        attempt = Attempt(job.run, job.locked_by or "", *outcome[1:])
-        self.db.execute(ADD_ATTEMPT, (job.seq, *attempt))
+        self.db.execute(ADD_ATTEMPT, (job.seq, job.run, job.locked_by, *outcome[1:]))
         if after.state == COMPLETED and self.db.execute(MEET, {"seq": job.seq}).rowcount:
             self.db.execute(UNBLOCK, {"seq": job.seq, "now": now})
             self.db.ring_when_stored()
@@ -2100,7 +2079,7 @@ class Queue:
         not count, nor does the next job of a schedule.
         """
         found: dict[str, bool] = {}
-        paused, soon = self.paused(), self.clock() + horizon
+        paused, soon, queues = self.paused(), self.clock() + horizon, several(queues)
         for queue, state, due, _ in self.tally():
             asked = state in (PENDING, PROCESSING) and (not queues or queue in queues)
             if asked and due == LATER:
@@ -2114,7 +2093,8 @@ class Queue:
     def blocked(self, queues: Sequence[str] = (), limit: int = 10) -> list[Job]:
         """Return the jobs that have been blocked longest, of each of these queues or of all."""
         asked = {"state": PENDING, "due": BLOCKED, "limit": limit}
-        return [j for queue in queues or (None,) for j in self._jobs(OLDEST, queue=queue, **asked)]
+        names = several(queues) or (None,)
+        return [job for name in names for job in self._jobs(OLDEST, queue=name, **asked)]
 
 
 # --- processes: an attempt's output, and its end --------------------------------------------------
@@ -2142,7 +2122,7 @@ class Output(LockFile):
         self.hole = 0  # bytes of the file that take no room
 
     def reopen(self) -> None:
-        """Give up our hold on the lock, so that it is free when the job's processes are gone."""
+        """Give up our share of the lock, so that it is free when the job's processes are gone."""
         with contextlib.suppress(FileNotFoundError):  # the job has removed it
             fd = os.open(self.path, os.O_RDWR | os.O_APPEND | BINARY)
             os.close(self.fd)
@@ -2187,7 +2167,7 @@ class Kill:
 # --- worker: one job at a time --------------------------------------------------------------------
 
 NEVER = float("inf")
-BATCH = 0.04  # seconds that what is urgent for nobody may wait for company
+BATCH = 0.04  # seconds that news, syncs and looks which nobody waits for are put together
 AGAIN = 0.25  # seconds before the next try of what the machine did not let us do
 
 
@@ -2294,9 +2274,7 @@ class Worker:
         self.hear()  # it may be time to leave already
         while ran or not self.stopping:
             try:
-                job = (
-                    self.finish_and_claim(*ran) if ran else self.queue.claim(self.name, self.queues)
-                )
+                job = self.finish(*ran) if ran else self.queue.claim(self.name, self.queues)
             except Fault as error:
                 if isinstance(error, Broken):
                     self.tell("broken", str(error))
@@ -2376,7 +2354,7 @@ class Worker:
             out = Output(self.run_dir.file(job.seq, job.run, "out"))
             child = SYSTEM.launch(self.queue.settings["shell"], job, self.environment(job), out.fd)
         except OSError as failure:
-            return self.unstartable(job, failure, started, ours=out is None), out
+            return self.unstartable(job, failure, started, output=out is not None), out
         self.child, self.trouble = child, ""
         if not PROC:
             facts = {"key": job.key, "job_pid": child.pid, "launched": started}
@@ -2393,7 +2371,7 @@ class Worker:
     def environment(self, job: Job) -> dict[str, str]:
         """Return what a job's environment has beside the worker's: its own, then ours."""
         return {
-            **(json.loads(job.env) if job.env else {}),
+            **json.loads(job.env or "{}"),
             "QUEUECTL_JOB_ID": job.id,
             "QUEUECTL_ATTEMPT": str(job.attempts),
             "QUEUECTL_WORKER": str(self.slot),
@@ -2401,11 +2379,11 @@ class Worker:
             "QUEUECTL_RUN": self.run_dir.mark(job),
         }
 
-    def unstartable(self, job: Job, error: OSError, started: float, *, ours: bool) -> Outcome:
-        """Decide whether that a job did not start is its own fault; if it is `ours`, it is not."""
+    def unstartable(self, job: Job, error: OSError, started: float, *, output: bool) -> Outcome:
+        """Decide whether a job that did not start is to blame: without an output file it is not."""
         reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         fate = "ran"
-        if ours or error.errno in EXHAUSTED:
+        if not output or error.errno in EXHAUSTED:
             fate = "returned"
             self.complain(f"job {job.id} cannot start", reason)
         return Outcome(fate, started, self.queue.clock(), None, f"cannot start: {reason}")
@@ -2439,15 +2417,15 @@ class Worker:
             self.wait(time.monotonic() + pause)
             pause = min(pause * 1.5, 0.05)
 
-    def finish_and_claim(self, job: Job, outcome: Outcome, out: Output | None) -> Job | None:
+    def finish(self, job: Job, outcome: Outcome, out: Output | None) -> Job | None:
         """Record how an attempt ended and claim the next job, in one transaction."""
         self.db.set_synchronous("full" if self.alone else self.queue.settings["synchronous"])
         next_from = None if self.stopping else self.queues
         after, following = self.queue.finish(job, outcome, next_from)
         if out:
             out.close()
-        said = outcome.fate == "returned" and outcome.exit_code is None  # by `unstartable`
-        if not (said and after and after.state == PENDING):
+        unstarted = outcome.fate == "returned" and outcome.exit_code is None  # that has been said
+        if not (unstarted and after and after.state == PENDING):
             self.tell(*news_of(job, after, outcome), within=BATCH)
         return following
 
@@ -2561,7 +2539,8 @@ class Pool:
         self.hired, self.hire_at = 0, 0.0
         self.deaths: list[float] = []  # of workers that had no job
         self.kills: dict[str, Kill] = {}  # for what a dead worker's job left running
-        self.strangers: set[str | None] = set()  # who has jobs and is not, or no longer, ours
+        self.strangers: set[str | None] = set()  # who has jobs and is not, or no longer, ours: they
+        # die without a change of the database
         self.maybe_work = True  # some may be due, and nobody was woken for it
         self.seen: object = None  # the data_version of the last look, and its connection
         self.next_time = NEVER  # when a job becomes due; the other times are of the monotonic clock
@@ -2645,16 +2624,12 @@ class Pool:
             self.maybe_work, self.look_at = True, 0.0
         if self.queue.clock() >= self.next_time:
             self.maybe_work, self.next_time = True, NEVER
-            self.look_within(BATCH)  # when is the next one due?
+            self.look_soon()  # when is the next one due?
         return ready
 
-    def look_within(self, seconds: float) -> None:
-        """Look again in so many seconds at the latest."""
-        self.look_at = min(self.look_at, time.monotonic() + seconds)
-
-    def sync_within(self, seconds: float) -> None:
-        """Make what was recorded durable in so many seconds at the latest."""
-        self.sync_at = min(self.sync_at, time.monotonic() + seconds)
+    def look_soon(self) -> None:
+        """Look again within the time of a BATCH."""
+        self.look_at = min(self.look_at, time.monotonic() + BATCH)
 
     def hear(self, member: Member) -> None:
         """Take in a worker's news."""
@@ -2670,18 +2645,18 @@ class Pool:
                 member.doing = what
                 if what == "busy":  # a claim counts after a power cut too; and there may be more
                     self.maybe_work = True
-                    self.sync_within(BATCH)
+                    self.sync_at = min(self.sync_at, time.monotonic() + BATCH)
             else:
                 self.report(what, text)
 
     def report(self, state: str, text: str) -> None:
         """Say what happened to a job, and see to what follows from it."""
         self.say(text)
-        self.sync_within(BATCH)
+        self.sync_at = min(self.sync_at, time.monotonic() + BATCH)
         if state == DEAD and self.drain:
             self.code = NO
         if state == PENDING:
-            self.look_within(BATCH)  # when is it due?
+            self.look_soon()  # when is it due?
 
     def bury(self, member: Member) -> None:
         """Let a worker go that is gone; one that left without a word is replaced."""
@@ -2754,13 +2729,11 @@ class Pool:
 
     def prune(self) -> None:
         """Delete a slice of what is older than the retention; again in a minute, or soon."""
-        pruned, self.prune_at = 0, time.monotonic() + 60
-        retention = self.queue.config()["retention"]
-        for state in PRUNED if retention else ():
-            pruned += self.queue.prune_slice(self.queue.clock() - retention, state)
-        if pruned >= SLICE:
+        self.prune_at, retention = time.monotonic() + 60, self.queue.config()["retention"]
+        before, states = self.queue.clock() - retention, PRUNED if retention else ()
+        if sum(self.queue.prune_slice(before, state) for state in states) >= SLICE:
             self.prune_at = 0.0
-            self.look_within(BATCH)
+            self.look_soon()
 
     def recover(self) -> None:
         """Put jobs whose worker is gone back into the queue, once all their processes are gone."""
@@ -2777,7 +2750,7 @@ class Pool:
                 self.kills.pop(key, None)  # first: a lock of another program delays no stop
                 self.give_back(job)
         if self.kills:
-            self.look_within(BATCH)
+            self.look_soon()
 
     def end_rest(self, key: str, job: Job) -> bool:
         """Go on ending what a dead worker's attempt left; tell whether all of it is gone."""
@@ -2900,8 +2873,7 @@ def work(  # noqa: PLR0913
         if kind:
             say(f"warning: {queue.db.path} is on {kind}; SQLite needs a local disk")
         pool = Pool(queue, count, several(queues), say)
-        pool.drain, pool.horizon, pool.tick = drain, horizon, tick
-        pool.handling = signals
+        pool.drain, pool.horizon, pool.tick, pool.handling = drain, horizon, tick, signals
         return pool.main()
 
 
@@ -2982,7 +2954,7 @@ def job_facts(job: Job, config: Mapping[str, Any]) -> dict[str, Any]:
         facts[key] = iso(facts[key])
     for key in ("max_retries", "timeout"):
         facts[key] = config[key] if facts[key] is None else facts[key]
-    facts.update(env=json.loads(job.env) if job.env else {}, cancelling=bool(job.cancelling))
+    facts.update(env=json.loads(job.env or "{}"), cancelling=bool(job.cancelling))
     facts["blocked"] = facts.pop("due") == BLOCKED
     return facts
 
@@ -3055,14 +3027,9 @@ def worker_facts(queue: Queue) -> Iterator[dict[str, Any]]:
     running = {job.locked_by: job for job in queue.claimed()}
     for name, at in queue.db.run_dir.living("worker").items():
         job = running.get(name)
-        facts = {
-            "worker": name,
-            "pool": pool_of(name),
-            "pid": at.get("pid"),
-            "slot": at.get("slot"),
-        }
+        who = {"worker": name, "pool": pool_of(name), "pid": at.get("pid"), "slot": at.get("slot")}
         doing = {"job": job and job.id, "since": job and iso(job.locked_at)}
-        yield {**facts, **doing, "command": job and job.command}
+        yield {**who, **doing, "command": job and job.command}
 
 
 def worker_rows(workers: Iterable[Facts], now: float) -> Iterator[tuple[object, ...]]:
@@ -3166,9 +3133,7 @@ def flag(names: str, meaning: str) -> Argument:
 class Lines:
     """Lines for a person on stderr and, on a terminal, one that changes below them."""
 
-    def __init__(self) -> None:
-        """Begin with nothing."""
-        self.below, self.due = "", 0.0
+    below, due = "", 0.0
 
     def write(self, text: str) -> None:
         """Write to stderr; that nobody reads it any more is no reason to stop."""
@@ -3238,7 +3203,6 @@ def changes(queue: Queue, timeout: float | None = None) -> Iterator[None]:
         time.sleep(0.01)
 
 
-UNQUOTED = r"\s*\{\s*\w+\s*:"  # JSON that has lost its quotes, as from PowerShell
 JSON_BEGINS = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""  # as no shell line does
 
 
@@ -3248,8 +3212,8 @@ def from_json(source: str) -> list[dict[str, object]]:
         value = json.loads(source.lstrip("\ufeff"))  # which PowerShell puts before a file's text
     except (ValueError, RecursionError) as error:
         hint = "; lost its quotes, in PowerShell? Try: enqueue COMMAND, or JSON on stdin: enqueue -"
-        lost = hint if re.match(UNQUOTED, source) else ""
-        raise BadInput(f"bad JSON: {error}{lost}") from None
+        lost = re.match(r"\s*\{\s*\w+\s*:", source)
+        raise BadInput(f"bad JSON: {error}{hint if lost else ''}") from None
     jobs = value if isinstance(value, list) else [value]
     if not jobs or not all(isinstance(job, dict) for job in jobs):
         raise BadInput('a job is a JSON object such as {"command": "echo hello"}')
@@ -3281,9 +3245,8 @@ def described(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) -> Iter
 
 def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict[str, Any]]:
     """Yield jobs with what the options of `enqueue` say about them."""
-    said = ((key, getattr(args, key, None)) for key in FIELDS)
-    given = {key: value for key, value in said if value is not None}
-    for key in given.keys() - {"env"}:  # a mapping only below
+    given = {key: said for key, said in vars(args).items() if key in FIELDS and said is not None}
+    for key in [key for key in given if key != "env"]:  # which is a mapping only below
         option = "--at" if key == "run_at" else "--" + key.replace("_", "-")
         given[key] = checked(option, FIELDS[key], given[key])
     replaced = {key for pair in CONFLICTS if given.keys() & set(pair) for key in pair}
@@ -3338,7 +3301,7 @@ def detach(args: argparse.Namespace) -> int:
         run_dir, log = queue.db.run_dir, queue.db.run_dir.file("workers.log")
     run_dir.make()  # the database may have been copied here
     options = [word for word in args.rest if word != "--detach"]
-    argv = [sys.executable, sys.argv[0], f"--db={args.db}", "worker", "start", *options]
+    argv = [SYSTEM.PYTHON, sys.argv[0], f"--db={args.db}", "worker", "start", *options]
     with open(log, "a+", errors="replace", opener=PRIVATE) as file:
         size, how = file.tell(), SYSTEM.BACKGROUND
         pool = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **how)
@@ -3374,10 +3337,7 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
     """Ask every pool to stop, and wait until they are gone."""
     run_dir = queue.db.run_dir
-    living = [
-        *run_dir.living("pool"),
-        *run_dir.living("worker"),
-    ]  # a worker may be without its pool
+    living = [*run_dir.living("pool"), *run_dir.living("worker")]  # which may be without a pool
     for pool in set(map(pool_of, living)):
         with open(run_dir.file(pool, "now" if args.now else "stop"), "w", opener=PRIVATE):
             pass  # an empty file: a full disk takes it
@@ -3478,7 +3438,7 @@ def named(args: argparse.Namespace, *, some: bool = False) -> list[str]:
 def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     """Wait until jobs have ended; return what the first failed one returned."""
     jobs = [queue.get(job_id) for job_id in named(args)]
-    ids, everything = [job.id for job in jobs], 10**9
+    ids, everything = [job.id for job in jobs], 10**9  # with a limit, by the index of states
     old = set() if ids else {(job.seq, job.run) for job in queue.jobs((DEAD,), everything)}
     for job in jobs or filter(None, [queue.oldest()]):
         reason = obstacle(queue, job)
@@ -3684,8 +3644,7 @@ COMMANDS = {
         flag("--if-absent", "do nothing if there is a job of that id"))),
     "worker start": Command(
         cmd_worker_start, "", "run jobs, until stopped", "worker start --count 4", (
-            arg("--count", check=number_in(1, 1000), default=1, **COUNT,
-                help="how many at a time (1)"),
+            arg("--count", check=number_in(1, 1000), default=1, help="jobs at a time (1)", **COUNT),
             QUEUES,
             flag("--drain", "leave when nothing is left to run; exit 1: a job died or is blocked"),
             arg("--horizon", default=FOREVER, **DURATION,
@@ -3696,8 +3655,7 @@ COMMANDS = {
     "worker stop": Command(
         cmd_worker_stop, "read", "let workers finish their jobs and leave", "worker stop --now",
         (flag("--now", "end the running jobs; they go back to the queue"), TIMEOUT)),
-    "worker list": Command(
-        cmd_worker_list, "read", "list the living workers", "worker list", (JSON,)),
+    "worker list": Command(cmd_worker_list, "read", "list living workers", "worker list", (JSON,)),
     "status": Command(cmd_status, "read", "show counts and workers", "status --watch", (
         QUEUE, flag("--watch", "again every second, with the rate and the last failures"), JSON)),
     "list": Command(cmd_list, "read", "list jobs", "list --state dead --limit 20", (
@@ -3713,8 +3671,7 @@ COMMANDS = {
         arg("ids", nargs="+", metavar="ID"), flag("--cascade", "and the jobs that wait for them"))),
     "pause": Command(
         cmd_pause, "make", "start no new jobs until resume", "pause --queue gpu", (QUEUES,)),
-    "resume": Command(
-        cmd_resume, "write", "start jobs again after pause", "resume", (QUEUES,)),
+    "resume": Command(cmd_resume, "write", "start jobs again after pause", "resume", (QUEUES,)),
     "dlq list": Command(
         lambda args, queue: show_jobs(args, queue, (DEAD,)),
         "read", "list the dead letter queue", "dlq list", (LIMIT, JSON)),
@@ -3740,8 +3697,7 @@ COMMANDS = {
     "config unset": Command(
         lambda args, queue: queue.configure(args.key, None),
         "write", "go back to the default", "config unset timeout", (KEY,)),
-    "config list": Command(
-        cmd_config_list, "read", "list the settings", "config list", (JSON,)),
+    "config list": Command(cmd_config_list, "read", "list the settings", "config list", (JSON,)),
 }
 # fmt: on
 
@@ -3867,12 +3823,11 @@ def discard_output() -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Run a command on the queue that it needs."""
-    command: Command = args.chosen
-    if not command.access:
-        return command.act(args) or OK
-    readonly, create = command.access == "read", command.access == "make"
-    with Queue(args.db, readonly=readonly, create=create) as queue:
-        return command.act(args, queue) or OK
+    act, access = args.chosen.act, args.chosen.access
+    if not access:
+        return act(args) or OK
+    with Queue(args.db, readonly=access == "read", create=access == "make") as queue:
+        return act(args, queue) or OK
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -514,6 +514,11 @@ class Library(Clocked):
         self.queue.cancel("1")
         self.assertEqual(self.queue.prune(states="cancelled"), 1)
         self.assertEqual(queuectl.work(self.path, queues="nothing", drain=True), 0)
+        self.queue.enqueue("true", queue="gpu")
+        self.queue.enqueue("true", queue="gpu-2")
+        self.assertEqual(self.queue.counts("gpu-2")["pending"], 1)
+        self.assertEqual(list(self.queue.awaited("gpu-2")), ["gpu-2"])
+        self.assertEqual(self.queue.claim("worker-1", "gpu-2").queue, "gpu-2")
 
     @NEEDS_SHELL
     def test_signals_are_after_a_pool_what_they_were_before(self) -> None:
@@ -2614,11 +2619,13 @@ class Owner(Live):
 
     def test_a_network_file_system_is_warned_about(self) -> None:
         told: list[str] = []
-        mounts = "/dev/sda / ext4 rw 0 0\nhost:/x /tmp nfs4 rw 0 0\n"
-        for root, kind in (("/tmp", "nfs4"), ("/nowhere", None)):
-            text = mock.mock_open(read_data=mounts.replace("/tmp", root))
+        mounts = (
+            "/dev/sda / ext4 rw 0 0\nauto /t\\040p autofs rw 0 0\nhost:/x /t\\040p nfs4 rw 0 0\n"
+        )
+        for root, kind in (("/t\\040p", "nfs4"), ("/nowhere", None)):
+            text = mock.mock_open(read_data=mounts.replace("/t\\040p", root))
             with mock.patch.object(queuectl, "open", text, create=True):
-                self.assertEqual(queuectl.network("/tmp/a/queue.db"), kind)
+                self.assertEqual(queuectl.network("/t p/a/queue.db"), kind)
         with mock.patch.object(queuectl, "network", return_value="nfs4"):
             queuectl.work(self.path, drain=True, say=told.append)
         self.assertIn(f"warning: {self.path} is on nfs4; SQLite needs a local disk", told)
@@ -3698,6 +3705,13 @@ class Dependencies(Clocked):
         self.queue.retry(["c"])
         self.assertEqual(self.runs(), "c")
 
+    def test_a_job_is_purged_with_what_waits_for_it_in_any_order(self) -> None:
+        for order in ("ab", "ba"):
+            self.queue.enqueue("true", id="a")
+            self.queue.enqueue("true", id="b", after="a")
+            self.queue.cancel(["a", "b"])
+            self.assertEqual(self.queue.purge(list(order)), 2)
+
     def test_a_cascade_takes_all_below_along_and_nothing_else(self) -> None:
         self.add("a", "b a", "c b", "d a c", "other")
         self.assertEqual(self.out("cancel", "--cascade", "b").split(), ["b", "c", "d"])
@@ -3918,6 +3932,15 @@ class Recurring(Clocked):
         self.assertEqual([self.queue.enqueue("true") for _ in range(2)], ["5", "6"])
         self.assertEqual(self.queue.enqueue("true", id="8"), "8")
         self.assertEqual(self.queue.enqueue("true", every=60), "9")
+
+    def test_the_name_of_a_schedule_is_no_job_of_another(self) -> None:
+        self.queue.enqueue("true", id="x.1", every=3600)
+        self.queue.enqueue("true", id="x.3", every=3600)
+        self.assertEqual(self.queue.enqueue("true", id="x", every=60), "x")
+        self.assertEqual(self.queue.get("x").id, "x.2")
+        while self.queue.get("x").id == "x.2":
+            self.ends(0)
+        self.assertEqual(self.queue.get("x").id, "x.4")
 
     def test_a_drain_does_not_wait_for_a_future_occurrence_but_for_its_retry(self) -> None:
         self.queue.enqueue("true", id="x", every=1000, max_retries=2)

@@ -60,6 +60,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
 from itertools import chain, islice
+from operator import itemgetter
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
@@ -1081,7 +1082,7 @@ UPDATE jobs SET state = 'pending', attempts = 0, snoozes = 0, updated_at = :now,
   due = CASE WHEN EXISTS (SELECT 1 FROM needs WHERE child = seq AND met = 0) THEN -1
     ELSE run > 0 OR run_after <= :now END
 WHERE seq = :seq AND state IN ('dead', 'cancelled')"""
-DEAD_IDS = "SELECT id FROM jobs WHERE state = 'dead' ORDER BY updated_at"
+ALL_DEAD = "SELECT id, seq, run FROM jobs WHERE state = 'dead' ORDER BY updated_at"
 CANCEL_WAITING = """
 UPDATE jobs SET state = 'cancelled', due = 1, updated_at = :now,
   last_error = 'cancelled by the operator'
@@ -1097,6 +1098,9 @@ WHERE seq IN (SELECT child FROM needs WHERE parent = :seq)
   AND NOT EXISTS (SELECT 1 FROM needs WHERE child = jobs.seq AND met = 0)"""
 PARENTS = f"""
 {JOB}JOIN needs ON parent = seq WHERE child = :seq AND met = 0 ORDER BY parent LIMIT 100"""
+WAITING = """
+SELECT count(*) FROM needs JOIN jobs ON seq = child
+WHERE parent = :seq AND met = 0 AND state = 'pending'"""
 CHILDREN = JOB + "JOIN needs ON child = seq WHERE parent = :seq AND met = 0"
 BELOW = f"""
 WITH RECURSIVE below (child) AS (
@@ -1369,7 +1373,7 @@ class Database:
         with self.faults():
             if create and not os.path.lexists(path):
                 self._create(guest=guest)
-            elif create and not os.path.exists(path):
+            elif os.path.lexists(path) and not os.path.exists(path):
                 raise Fault(f"{path} is a link to nothing")
             if self._inspect(guest=guest) < len(SCHEMA):
                 with contextlib.closing(self._open("rw")) as db:
@@ -1844,9 +1848,13 @@ class Queue:
         """Return the jobs, up to 100, that a blocked job waits for."""
         return list(self._jobs(PARENTS, seq=job.seq))
 
-    def children(self, job: Job) -> list[Job]:
-        """Return the jobs that wait for a job."""
-        return list(self._jobs(CHILDREN, seq=job.seq))
+    def waiting(self, job: Job) -> int:
+        """Return how many jobs wait for a job."""
+        return int(self.db.rows(WAITING, {"seq": job.seq})[0][0])
+
+    def dead(self) -> list[tuple[str, int, int]]:
+        """Return id, number and run of each dead job, in the order in which they died."""
+        return self.db.rows(ALL_DEAD)
 
     def oldest(self, queue: str | None = None) -> Job | None:
         """Return the due job, of one queue or of any, that has waited longest."""
@@ -1907,7 +1915,7 @@ class Queue:
         """Put dead or cancelled jobs (all dead ones, where none is named) back, all or none."""
         with self.db.transaction(ring=True):
             if ids is None:
-                ids = [row[0] for row in self.db.rows(DEAD_IDS)]
+                ids = [row[0] for row in self.dead()]
             jobs = self._named(ids)
             for job in jobs:
                 if not self.db.execute(RETRY, {"seq": job.seq, "now": self.clock()}).rowcount:
@@ -1971,7 +1979,7 @@ class Queue:
             for job in jobs:
                 if job.state not in (DEAD, CANCELLED):
                     raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
-                for child in set(self.children(job)) - set(jobs):
+                for child in set(self._jobs(CHILDREN, seq=job.seq)) - set(jobs):
                     raise NotFound(f"job {child.id} waits for {job.id}; cancel and prune it first")
                 self._forget(job.seq)
         return len(jobs)
@@ -2154,6 +2162,7 @@ class Kill:
         self.job, self.run_dir = job, run_dir
         self.deadline = time.monotonic() + grace
         self.asked: set[int] = set()
+        self.left: list[int] = []
 
     def step(self) -> bool:
         """Ask who was not asked yet, or end all; tell whether none is left and the lock is free."""
@@ -2161,6 +2170,7 @@ class Kill:
         news = [pid for pid in found if pid not in self.asked]  # parents first, as a rule
         SYSTEM.kill(self.run_dir.mark(self.job), found if late else news, hard=late)
         self.asked.update(found)
+        self.left = found
         return not found and self.run_dir.free(self.job.seq, self.job.run, "out")
 
 
@@ -2593,14 +2603,18 @@ class Pool:
         for member in [member for member in self.members if member.conn in ready]:
             self.hear(member)
         self.obey()
+        if time.monotonic() >= self.look_at:
+            self.attempt(self.look)
+        self.attempt(self.staff)
+        self.attempt(self.wake)
+        if time.monotonic() >= self.sync_at:
+            self.attempt(self.sync)
+
+    def attempt(self, step: Callable[..., None], *args: Any) -> None:
+        """Do something; a fault that may pass is said, and keeps nothing else from being done."""
         try:
             with self.db.faults():
-                if time.monotonic() >= self.look_at:
-                    self.look()
-                self.staff()
-                self.wake()
-                if time.monotonic() >= self.sync_at:
-                    self.sync()
+                step(*args)
         except Broken as error:
             self.fail(error)
         except Fault as error:  # a full disk, another program's lock: at the next look
@@ -2684,7 +2698,7 @@ class Pool:
         """Act on all signals so far: the first stops, one over a second later ends the jobs."""
         for when, number in self.signals:
             if when < self.signals[0][0] + 1:
-                self.stop("stop", signal_name(number), "; once more ends them")
+                self.stop("stop", signal_name(number), "; once more, a second later, ends them")
             elif self.stopping != "now":
                 self.code = SIGNALLED + number
                 self.stop("now", signal_name(number))
@@ -2743,27 +2757,31 @@ class Pool:
         for key in set(self.kills) - set(claimed):  # another pool was faster
             del self.kills[key]
         for key, job in claimed.items():
-            if job.locked_by in ours:
-                if job.cancelling:
-                    ours[job.locked_by].send(key)
-            elif self.run_dir.free(job.locked_by) and self.end_rest(key, job):
-                self.kills.pop(key, None)  # first: a lock of another program delays no stop
-                self.give_back(job)
+            if job.locked_by not in ours:
+                self.attempt(self.end_rest, job)
+            elif job.cancelling:
+                ours[job.locked_by].send(key)
         if self.kills:
             self.look_soon()
 
-    def end_rest(self, key: str, job: Job) -> bool:
-        """Go on ending what a dead worker's attempt left; tell whether all of it is gone."""
-        if outcome_of(self.run_dir, job, self.queue.clock(), 0).error is None:
-            return True  # what a completed job leaves behind stays
-        if key not in self.kills:
-            self.kills[key] = Kill(job, self.run_dir, self.queue.config()["kill_grace"])
-        kill = self.kills[key]
-        done = kill.step()
-        if not done and time.monotonic() > kill.deadline + 1:
-            left = ", ".join(map(str, sorted(kill.asked))) or "unknown"
-            self.complain(f"what job {printable(job.id)} left running does not end: process {left}")
-        return done
+    def end_rest(self, job: Job) -> None:
+        """End what a worker left, if it is dead, and then give its job back."""
+        if not self.run_dir.free(job.locked_by):
+            return
+        kept = outcome_of(self.run_dir, job, self.queue.clock(), 0)
+        if kept.error is not None:  # what a completed job leaves behind stays
+            if job.key not in self.kills:
+                grace = self.queue.config()["kill_grace"]
+                self.kills[job.key] = Kill(job, self.run_dir, grace)
+            kill = self.kills[job.key]
+            if not kill.step():
+                if time.monotonic() > kill.deadline + 1:
+                    left = ", ".join(map(str, kill.left)) or "unknown"
+                    name = printable(job.id)
+                    self.complain(f"what job {name} left running does not end: process {left}")
+                return
+        self.kills.pop(job.key, None)  # first: a lock of another program delays no stop
+        self.give_back(job)
 
     def killing(self) -> bool:
         """Tell whether what the dead left is being ended; a second after its KILL nobody waits."""
@@ -2806,7 +2824,7 @@ class Pool:
             member = self.members[doing.index("idle")]
             member.doing, self.maybe_work = "woken", False
             member.send("go")
-        elif self.drain and doing == ["idle"] * self.count and not self.kills:
+        elif self.drain and set(doing) == {"idle"} and not self.kills:
             awaited = self.queue.awaited(self.queues, self.horizon)
             if all(awaited.values()):
                 self.nothing_to_run(sorted(awaited))
@@ -2963,7 +2981,8 @@ def obstacle(queue: Queue, job: Job) -> str:
     """Return what keeps a job from running, in one line; empty where nothing does."""
     run_dir, name = queue.db.run_dir, f"queue {printable(job.queue)}"
     if job.state == PROCESSING and run_dir.free(job.locked_by):
-        return "its worker is gone; worker start " + ("ends it" if job.cancelling else "reruns it")
+        pools = run_dir.living("pool")
+        return f"its worker is gone; {'a pool ends what is left' if pools else 'start one'}"
     if job.state != PENDING:
         return ""
     if job.due == BLOCKED:
@@ -3070,9 +3089,9 @@ def status_text(queue: Queue, only: str | None = None, *, full: bool = False) ->
     if oldest:
         since = ago(oldest.run_after, now)
         yield f"oldest     job {printable(oldest.id)}, due {since}; {why(queue, oldest)}"
-    lost = (job for job in queue.claimed() if only in (None, job.queue) and obstacle(queue, job))
-    for job in islice(lost, 1):
-        yield f"lost       job {printable(job.id)}: {obstacle(queue, job)}"
+    claimed = ((job, obstacle(queue, job)) for job in queue.claimed() if only in (None, job.queue))
+    for job, reason in islice(filter(itemgetter(1), claimed), 1):
+        yield f"lost       job {printable(job.id)}: {reason}"
     for job in queue.blocked([only] if only else (), limit=1):
         yield f"blocked    job {printable(job.id)} is {blocked_by(queue.parents(job))}"
     if set(facts["queues"]) - {"default"}:
@@ -3254,6 +3273,7 @@ def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict
     if not all(equals for _, equals, _ in pairs):
         raise BadInput("--env is NAME=VALUE")
     env = {name: value for name, _, value in pairs}
+    checked("--env", FIELDS["env"], env)
     for job in jobs:
         if env:
             had = job.get("env", {})
@@ -3438,12 +3458,12 @@ def named(args: argparse.Namespace, *, some: bool = False) -> list[str]:
 def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     """Wait until jobs have ended; return what the first failed one returned."""
     jobs = [queue.get(job_id) for job_id in named(args)]
-    ids, everything = [job.id for job in jobs], 10**9  # with a limit, by the index of states
-    old = set() if ids else {(job.seq, job.run) for job in queue.jobs((DEAD,), everything)}
-    for job in jobs or filter(None, [queue.oldest()]):
-        reason = obstacle(queue, job)
-        if reason:
-            say(f"job {printable(job.id)} waits: {reason}")
+    ids, old = [job.id for job in jobs], set(() if args.ids else queue.dead())
+    obstacles: dict[str, Job] = {}
+    for job in jobs or chain(queue.claimed(), filter(None, [queue.oldest()])):
+        obstacles.setdefault(obstacle(queue, job), job)
+    for reason in filter(None, obstacles):
+        say(f"job {printable(obstacles[reason].id)} waits: {reason}")
 
     def counts() -> Mapping[str, int]:
         return collections.Counter(queue.get(job_id).state for job_id in ids)
@@ -3459,12 +3479,11 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
         say(f"timed out after {span(args.timeout)}: {line()}")
         return TIMED_OUT
     if not ids:
-        dead = queue.jobs((DEAD,), everything)
-        died = (job for job in dead if (job.seq, job.run) not in old)
+        died = (row[0] for row in queue.dead() if row not in old)
         blocked = queue.blocked(limit=1)
         for job in blocked:
             say(f"job {printable(job.id)} waits: {obstacle(queue, job)}")
-        jobs = [*sorted(died, key=lambda job: job.updated_at), *blocked]
+        jobs = [*map(queue.get, islice(died, 1)), *blocked]
     return next(filter(None, map(exit_of, jobs)), OK)
 
 
@@ -3533,7 +3552,7 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
             raise NotFound(f"job {job.id} has no run {run}; it has {has}") from None
         found = found or attempts[-1:]
         cut, chunks = (found[0].cut, [found[0].output]) if found else (0, [])
-        if found and found[0].error and not found[0].output:
+        if found and found[0].error and not found[0].output and not cut:
             say(f"job {printable(job.id)} wrote nothing: {printable(found[0].error)}")
     if cut:
         say(f"{cut} bytes of output before this were not kept")
@@ -3558,9 +3577,9 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
         print(job.id)
         if job.cancelling:
             say(f"job {name}: {obstacle(queue, job)}")
-        if job.recurs:
+        if job.recurs and queue.get(job.series or "").seq == job.seq:
             say(f"with it ends schedule {printable(job.series or '')}; dlq retry {name} resumes it")
-        waiting = sum(child.state == PENDING for child in queue.children(job))
+        waiting = queue.waiting(job)
         if waiting:
             say(f"jobs that wait for {name}: {waiting}; --cascade calls them off, too")
     return code

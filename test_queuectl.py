@@ -1529,7 +1529,9 @@ class Stop(Live):
             self.wrote(f"{number.name}.pid")
             pool.send_signal(number)
         for number, pool in pools.items():
-            self.says(pool, "no new jobs; finishing the running ones; once more ends them")
+            self.says(
+                pool, "no new jobs; finishing the running ones; once more, a second later, ends"
+            )
             pool.send_signal(number)  # the same press of a key, or a terminal that sends it twice
         time.sleep(1.05)  # what the promise is about
         for number, pool in pools.items():
@@ -2126,6 +2128,22 @@ class ReadOnly(Live):
         os.chmod(self.dir, 0o700)
         self.becomes(self.enqueue("true"), "completed")
 
+    def test_a_job_that_cannot_be_recovered_holds_up_no_other(self) -> None:
+        for _ in range(2):
+            self.enqueue("[ $QUEUECTL_ATTEMPT = 2 ] || { echo >> log; exec sleep 300; }")
+        pool, user = self.pool("--count", "2"), self.obeying_modes()
+        until(lambda: len(self.lines("log")) == 2)
+        pool.kill()
+        self.kill_workers()
+        until(lambda: not self.workers())
+        output = f"{self.path}.run/1.1.out"
+        os.chmod(output, 0)
+        pool = self.pool("--drain", prefix=user)
+        self.becomes("2", "completed")
+        os.chmod(output, 0o600)
+        self.ends(pool, 0)
+        self.assertEqual((self.job("1").state, self.job("1").attempts), ("completed", 2))
+
 
 class Exhausted(Live):
     """Too few descriptors or processes: that is said, and nothing is lost."""
@@ -2161,6 +2179,13 @@ class Exhausted(Live):
     FORKS = "?clone,?clone3,?fork,?vfork"
     NO_FORK = ("-e", f"trace={FORKS}", "-e", f"inject={FORKS}:error=EAGAIN")
 
+    def starve(self, pid: int) -> Callable[[], Any]:
+        """Let a process open no more files; return what undoes it."""
+        what, taken = resource.RLIMIT_NOFILE, map(int, os.listdir(f"/proc/{pid}/fd"))
+        before = resource.prlimit(pid, what)
+        resource.prlimit(pid, what, (min({*range(1000)}.difference(taken)), before[1]))
+        return partial(resource.prlimit, pid, what, before)
+
     def cannot_start(self, reason: str, feed: Callable[[], Any]) -> str:
         """Let a job want to start before its worker is fed; return what should be said."""
         job = self.enqueue("echo $QUEUECTL_JOB_ID >> log")
@@ -2177,12 +2202,7 @@ class Exhausted(Live):
         self.becomes(self.enqueue("true"), "completed")
         said = "job 1 completed[|]"
         (worker,) = (facts["pid"] for facts in self.workers().values())
-        what = resource.RLIMIT_NOFILE
-        before = resource.prlimit(worker, what)
-        taken = map(int, os.listdir(f"/proc/{worker}/fd"))
-        resource.prlimit(worker, what, (min({*range(1000)}.difference(taken)), before[1]))
-        feed = lambda: resource.prlimit(worker, what, before)  # noqa: E731
-        said += self.cannot_start("Too many open files", feed)
+        said += self.cannot_start("Too many open files", self.starve(worker))
         with self.subTest("no processes"):
             self.needs("strace", "-o", "/dev/null", "true")
             strace = ["strace", "-o", "/dev/null", "-p", str(worker), *self.NO_FORK]
@@ -2217,15 +2237,25 @@ class Exhausted(Live):
         self.assertIn("temporarily unavailable", line)
         self.assertEqual(self.job("1").attempts, 0)
 
-    def test_a_pool_without_descriptors_says_so_and_goes_on_when_there_are_some(self) -> None:
-        pool, what = self.pool("--count", "2"), resource.RLIMIT_NOFILE
+    def test_a_drain_does_not_wait_for_a_worker_that_cannot_be_started(self) -> None:
+        self.enqueue(f"echo $PPID > busy; {WAIT}")
+        pool = self.pool("--count", "2", "--drain")
         self.working(2)
-        before = resource.prlimit(pool.pid, what)
-        taken = map(int, os.listdir(f"/proc/{pool.pid}/fd"))
-        resource.prlimit(pool.pid, what, (min({*range(1000)}.difference(taken)), before[1]))
+        self.wrote("busy")
+        self.starve(pool.pid)
+        pids = {facts["pid"] for facts in self.workers().values()}
+        os.kill((pids - {int(self.read("busy"))}).pop(), 9)
+        self.says(pool, "cannot be started")
+        self.write("go")
+        self.ends(pool, 0)
+
+    def test_a_pool_without_descriptors_says_so_and_goes_on_when_there_are_some(self) -> None:
+        pool = self.pool("--count", "2")
+        self.working(2)
+        feed = self.starve(pool.pid)
         os.kill(next(iter(self.workers().values()))["pid"], 9)
         self.says(pool, "cannot be started: [Errno 24] Too many open files; trying again")
-        resource.prlimit(pool.pid, what, before)
+        feed()
         self.working(2)
         self.becomes(self.enqueue("true"), "completed")
 
@@ -2899,7 +2929,7 @@ class Submit(Live):
         "--cron ": "--cron must have five fields",
         "--cron @daily --every 1d": "a job has every or cron, not both",
         "--delay 1 --at 2030-01-01": "a job has delay or run_at, not both",
-        "--env =x": "env must have names",
+        "--env =x": "--env must have names",
         "--env x": "--env is NAME=VALUE",
         "--queue ": "--queue must be",
         "--id a\tb": "--id must be",
@@ -3200,10 +3230,8 @@ class Cancel(Live):
         with Queue(self.path) as queue:
             queue.enqueue("true", id="orphan")
             queue.claim("worker-dead")
-            self.assertIn(
-                "\nlost       job orphan: its worker is gone; worker st", self.out("status")
-            )
-            said = "queuectl: job orphan: its worker is gone; worker start ends it\n"
+            self.assertIn("\nlost       job orphan: its worker is gone; st", self.out("status"))
+            said = "queuectl: job orphan: its worker is gone; start one\n"
             self.assertEqual(self.told("cancel", "orphan"), (0, "orphan\n", said))
             self.assertEqual(queue.get("orphan").cancelling, 1)
         self.drain()
@@ -4021,7 +4049,7 @@ class Why(Clocked):
         alone = {
             "x": "no worker is running",
             "child": "blocked by seven (processing)",
-            "seven": "its worker is gone; worker start reruns it",
+            "seven": "its worker is gone; start one",
         }
         self.each(alone, self.why)
         self.ends(1, self.queue.get("seven"))

@@ -1593,7 +1593,7 @@ class Stop(Live):
         self.orphaned()
         self.assertEqual(self.told("worker", "stop", "--timeout", "0.1")[0], 124)
         self.write("go")
-        self.assertEqual(self.told("worker", "stop"), (0, "", ""))
+        self.assertEqual(self.told("worker", "stop")[:2], (0, ""))  # it may be gone already
         self.assertEqual(self.job("x").state, "completed")
 
     def test_a_worker_without_its_pool_can_be_told_to_cancel_or_to_end_its_job(self) -> None:

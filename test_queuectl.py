@@ -1237,6 +1237,7 @@ class Crash(Live):
         until(lambda: [self.states()[job] for job in good] == ["completed"] * 20)
         self.assertEqual(self.read("log"), "start\n" * 3)
 
+    @SLOW
     @unittest.skipUnless(ROOT, "only root has a capability to lose")
     def test_what_a_dead_worker_left_and_cannot_be_ended_is_said(self) -> None:
         other, weak = "setpriv --reuid 65534 --clear-groups", ["setpriv", "--bounding-set=-kill"]
@@ -2229,6 +2230,7 @@ class Exhausted(Live):
         self.says(pool, "job 1 is cancelled: ")
         self.assertEqual((self.job("1").state, self.job("1").attempts), ("cancelled", 1))
 
+    @SLOW
     def test_a_pool_that_cannot_start_workers_says_so_and_leaves(self) -> None:
         self.needs("strace", "-o", "/dev/null", "true")
         self.enqueue("true")
@@ -2249,6 +2251,7 @@ class Exhausted(Live):
         self.write("go")
         self.ends(pool, 0)
 
+    @SLOW
     def test_a_pool_without_descriptors_says_so_and_goes_on_when_there_are_some(self) -> None:
         pool = self.pool("--count", "2")
         self.working(2)

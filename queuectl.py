@@ -35,8 +35,9 @@ database or the machine is at fault; 124 timed out; 128+n ended by signal n.
 
 To read on: each part uses what stands above it, so that `main` is at the end. A job's way is
 cmd_enqueue, Queue.enqueue_many, RunDirectory.ring, Pool.wait, Pool.wake, Worker.main, Queue.claim,
-Worker.perform, Queue.finish, after_attempt; a killed worker's is Pool.bury, Pool.recover, Kill,
-Pool.give_back; a signal's is Pool.on_signal, Pool.obey, Pool.stop, Worker.hear, Worker.watch.
+Worker.perform, Queue.finish, after_attempt; a killed worker's is Pool.bury, Pool.recover,
+Pool.end_rest, Kill, Pool.give_back; a signal's is Pool.on_signal, Pool.obey, Pool.stop,
+Worker.hear, Worker.watch.
 """
 
 from __future__ import annotations
@@ -1098,7 +1099,7 @@ WHERE seq IN (SELECT child FROM needs WHERE parent = :seq)
   AND NOT EXISTS (SELECT 1 FROM needs WHERE child = jobs.seq AND met = 0)"""
 PARENTS = f"""
 {JOB}JOIN needs ON parent = seq WHERE child = :seq AND met = 0 ORDER BY parent LIMIT 100"""
-WAITING = """
+COUNT_CHILDREN = """
 SELECT count(*) FROM needs JOIN jobs ON seq = child
 WHERE parent = :seq AND met = 0 AND state = 'pending'"""
 CHILDREN = JOB + "JOIN needs ON child = seq WHERE parent = :seq AND met = 0"
@@ -1848,9 +1849,9 @@ class Queue:
         """Return the jobs, up to 100, that a blocked job waits for."""
         return list(self._jobs(PARENTS, seq=job.seq))
 
-    def waiting(self, job: Job) -> int:
+    def count_children(self, job: Job) -> int:
         """Return how many jobs wait for a job."""
-        return int(self.db.rows(WAITING, {"seq": job.seq})[0][0])
+        return int(self.db.rows(COUNT_CHILDREN, {"seq": job.seq})[0][0])
 
     def dead(self) -> list[tuple[str, int, int]]:
         """Return id, number and run of each dead job, in the order in which they died."""
@@ -1979,8 +1980,11 @@ class Queue:
             for job in jobs:
                 if job.state not in (DEAD, CANCELLED):
                     raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
-                for child in set(self._jobs(CHILDREN, seq=job.seq)) - set(jobs):
-                    raise NotFound(f"job {child.id} waits for {job.id}; cancel and prune it first")
+                for child in self._jobs(CHILDREN, seq=job.seq):
+                    if child not in jobs:
+                        raise NotFound(
+                            f"job {child.id} waits for {job.id}; cancel and prune it first"
+                        )
                 self._forget(job.seq)
         return len(jobs)
 
@@ -2549,8 +2553,7 @@ class Pool:
         self.hired, self.hire_at = 0, 0.0
         self.deaths: list[float] = []  # of workers that had no job
         self.kills: dict[str, Kill] = {}  # for what a dead worker's job left running
-        self.strangers: set[str | None] = set()  # who has jobs and is not, or no longer, ours: they
-        # die without a change of the database
+        self.strangers: set[str | None] = set()  # who has jobs and is not, or no longer, ours
         self.maybe_work = True  # some may be due, and nobody was woken for it
         self.seen: object = None  # the data_version of the last look, and its connection
         self.next_time = NEVER  # when a job becomes due; the other times are of the monotonic clock
@@ -2610,16 +2613,21 @@ class Pool:
         if time.monotonic() >= self.sync_at:
             self.attempt(self.sync)
 
-    def attempt(self, step: Callable[..., None], *args: Any) -> None:
-        """Do something; a fault that may pass is said, and keeps nothing else from being done."""
+    def attempt(self, step: Callable[..., None], *args: Any) -> bool:
+        """Do something; a fault that may pass is said, and keeps nothing else from being done.
+
+        False: another program has the lock, for which not everything can wait one after the other.
+        """
         try:
             with self.db.faults():
                 step(*args)
+        except Locked:
+            return False
         except Broken as error:
             self.fail(error)
-        except Fault as error:  # a full disk, another program's lock: at the next look
-            if not isinstance(error, Locked):
-                self.complain(f"{error}; trying again")
+        except Fault as error:  # a full disk, say: at the next look
+            self.complain(f"{error}; trying again")
+        return True
 
     def complain(self, trouble: str) -> None:
         """Say what is in our way, once a minute."""
@@ -2733,7 +2741,7 @@ class Pool:
                 raise Broken(f"{path} was moved away or replaced")
         # Asked first: what changes from now on is seen later. A new connection has a new count.
         version = self.queue.data_version(), self.db.connection
-        if version != self.seen or self.strangers:  # their locks become free without a change
+        if version != self.seen or self.strangers:  # who may die without a change of the database
             self.recover()
         if version != self.seen:
             self.seen, self.maybe_work = version, True
@@ -2757,10 +2765,11 @@ class Pool:
         for key in set(self.kills) - set(claimed):  # another pool was faster
             del self.kills[key]
         for key, job in claimed.items():
-            if job.locked_by not in ours:
-                self.attempt(self.end_rest, job)
-            elif job.cancelling:
+            if job.locked_by in ours and job.cancelling:
                 ours[job.locked_by].send(key)
+        for job in claimed.values():
+            if job.locked_by not in ours and not self.attempt(self.end_rest, job):
+                break
         if self.kills:
             self.look_soon()
 
@@ -2810,7 +2819,8 @@ class Pool:
                 self.members.append(Member(self.db.path, name, self.missing[0], self.queues))
                 del self.missing[0]
             except (EOFError, OSError) as error:  # the fork server died, or there is no room
-                how = f"a worker cannot be started: {error or 'its fork server died'}"
+                reason = getattr(error, "strerror", None) or "its fork server died"
+                how = f"a worker cannot be started: {reason}"
                 self.complain(f"{how}; trying again")
                 if not self.members:
                     self.count_death(how)
@@ -3579,7 +3589,7 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
             say(f"job {name}: {obstacle(queue, job)}")
         if job.recurs and queue.get(job.series or "").seq == job.seq:
             say(f"with it ends schedule {printable(job.series or '')}; dlq retry {name} resumes it")
-        waiting = queue.waiting(job)
+        waiting = queue.count_children(job)
         if waiting:
             say(f"jobs that wait for {name}: {waiting}; --cascade calls them off, too")
     return code

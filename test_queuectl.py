@@ -537,6 +537,16 @@ class Library(Clocked):
             thread.submit(queuectl.work, self.path, signals=True).result()
         self.assertEqual(self.queue.db.run_dir.living("pool"), {})
 
+    def test_a_pool_says_what_is_in_its_way_once_a_minute(self) -> None:
+        said: list[str] = []
+        pool = queuectl.Pool(self.queue, 1, (), said.append)
+        for trouble in ("a", "b", "a", "b"):
+            pool.complain(trouble)
+        self.assertEqual(said, ["a", "b"])
+        pool.said["a"] -= 61
+        pool.complain("a")
+        self.assertEqual(said, ["a", "b", "a"])
+
     def test_who_syncs_by_itself_does_not_pay_for_each_commit(self) -> None:
         for word, number in (("normal", 1), ("full", 2), ("full", 2), ("normal", 1)):
             self.queue.db.set_synchronous(word)
@@ -1683,6 +1693,19 @@ class Stop(Live):
         pool.terminate()
         self.assertLess(self.ends(pool, 0), second)
 
+    def test_another_programs_lock_does_not_hold_up_a_pool_with_many_jobs_to_recover(self) -> None:
+        with Queue(self.path) as queue:
+            for number in range(16):
+                queue.enqueue("true")
+                queue.claim(f"worker-dead-{number}")
+        second, _ = self.second(), self.locked()
+        pool = self.pool()
+        self.working(1)
+        began = time.monotonic()
+        self.out("worker", "stop")
+        self.assertLess(time.monotonic() - began, second)
+        self.ends(pool, 0)
+
     def test_a_result_that_cannot_be_stored_is_kept_over_a_stop(self) -> None:
         left = "sleep 300 & echo $! > left;"
         jobs = {
@@ -2180,6 +2203,18 @@ class Exhausted(Live):
     FORKS = "?clone,?clone3,?fork,?vfork"
     NO_FORK = ("-e", f"trace={FORKS}", "-e", f"inject={FORKS}:error=EAGAIN")
 
+    def traced(self, pid: int, *options: str) -> subprocess.Popen[str]:
+        """Let calls of a process fail, until what is returned has ended."""
+        self.needs("strace", "-o", "/dev/null", "true")
+        strace = ["strace", "-o", "trace", "-p", str(pid), *options]
+        tracer = subprocess.Popen(strace, stderr=subprocess.PIPE, text=True, cwd=self.dir)
+        self.addCleanup(tracer.communicate)
+        self.addCleanup(tracer.kill)
+        line = tracer.stderr.readline()
+        if "attached" not in line:
+            raise unittest.SkipTest(f"strace may not attach here: {line.strip()}")
+        return tracer
+
     def starve(self, pid: int) -> Callable[[], Any]:
         """Let a process open no more files; return what undoes it."""
         what, taken = resource.RLIMIT_NOFILE, map(int, os.listdir(f"/proc/{pid}/fd"))
@@ -2205,14 +2240,7 @@ class Exhausted(Live):
         (worker,) = (facts["pid"] for facts in self.workers().values())
         said += self.cannot_start("Too many open files", self.starve(worker))
         with self.subTest("no processes"):
-            self.needs("strace", "-o", "/dev/null", "true")
-            strace = ["strace", "-o", "/dev/null", "-p", str(worker), *self.NO_FORK]
-            tracer = subprocess.Popen(strace, stderr=subprocess.PIPE, text=True, cwd=self.dir)
-            self.addCleanup(tracer.communicate)
-            self.addCleanup(tracer.kill)
-            line = tracer.stderr.readline()
-            if "attached" not in line:
-                raise unittest.SkipTest(f"strace may not attach here: {line.strip()}")
+            tracer = self.traced(worker, *self.NO_FORK)
             said += self.cannot_start("Resource temporarily unavailable", tracer.terminate)
         pool.terminate()
         output = pool.communicate(timeout=10)[0].replace("\n", "|")
@@ -2229,6 +2257,19 @@ class Exhausted(Live):
         self.out("cancel", "1")
         self.says(pool, "job 1 is cancelled: ")
         self.assertEqual((self.job("1").state, self.job("1").attempts), ("cancelled", 1))
+
+    @SLOW
+    def test_a_disk_that_does_not_sync_is_said_and_tried_again(self) -> None:
+        pool = self.pool()
+        self.becomes(self.enqueue("true"), "completed")
+        tracer = self.traced(pool.pid, "-e", "inject=fdatasync,fsync:error=EIO")
+        self.becomes(self.enqueue("true"), "completed")
+        self.says(pool, "Input/output error; trying again")
+        until(lambda: self.read("trace").count("sync(") > 4)  # though nothing is new
+        tracer.terminate()
+        self.becomes(self.enqueue("true"), "completed")
+        pool.terminate()
+        self.ends(pool, 0)
 
     @SLOW
     def test_a_pool_that_cannot_start_workers_says_so_and_leaves(self) -> None:
@@ -2257,7 +2298,7 @@ class Exhausted(Live):
         self.working(2)
         feed = self.starve(pool.pid)
         os.kill(next(iter(self.workers().values()))["pid"], 9)
-        self.says(pool, "cannot be started: [Errno 24] Too many open files; trying again")
+        self.says(pool, "cannot be started: Too many open files; trying again")
         feed()
         self.working(2)
         self.becomes(self.enqueue("true"), "completed")
@@ -4537,6 +4578,33 @@ class Vendored(Case):
         with Queue(self.path) as queue:
             self.assertEqual([job.id for job in queue.jobs()][:6], ids)
             self.assertEqual(queue.counts()["pending"], 10_006)
+
+    FORKED_TWICE = """if True:
+        import os, threading
+        from queuectl import Queue, QueueError
+        def fork():
+            child = os.fork()
+            if child:
+                return os.WEXITSTATUS(os.waitpid(child, 0)[1])
+            try:
+                Queue("queuectl.db").enqueue("true")
+            except QueueError as error:
+                os._exit(error.code if "before the fork" in str(error) else 9)
+            os._exit(0)
+        def another():  # the last that is called before a fork, since it was registered first
+            if threading.current_thread() is threading.main_thread():
+                thread = threading.Thread(target=fork)
+                thread.start()
+                thread.join()
+        os.register_at_fork(before=another)
+        queue = Queue("queuectl.db")
+        with queue.transaction():
+            print(fork())
+        """
+
+    @unittest.skipUnless(hasattr(os, "fork"), "there are no forks here")
+    def test_a_fork_of_another_thread_at_the_same_moment_changes_nothing(self) -> None:
+        self.assertEqual(self.script(self.FORKED_TWICE).stdout, "4\n")
 
     FORKING = """if True:
         import os, threading, time

@@ -1,46 +1,65 @@
 #!/usr/bin/env python3
+# queuectl 1.0.0 (https://github.com/OWNER/queuectl), MIT license
 """queuectl: a durable background job queue for shell commands, in one file.
 
-    queuectl enqueue 'make all'          put a job into ./queuectl.db; prints its id
+    queuectl enqueue 'make all'          add a job to ./queuectl.db; prints its id
     queuectl worker start --count 4      run jobs until stopped
 
 The life of a job:
 
     pending -> processing -> completed          exit code 0
-                          -> pending            failed: again after backoff_base ** attempts seconds
+                          -> pending            failed: retried in backoff_base ** attempts seconds
                           -> dead               failed max_retries times: the dead letter queue
-                          -> cancelled          by the operator, whether waiting or running
-    dead, cancelled -> pending                  `dlq retry`, with its attempts back at 0
+                          -> cancelled          by the operator, while waiting or running
+    dead, cancelled -> pending                  `dlq retry`, with attempts reset to 0
 
-Who runs it: `worker start` is a pool with N worker processes; each worker runs one job at a time.
+`worker start` is a pool with N worker processes; each worker runs one job at a time.
 
-What survives a crash: the database (SQLite, WAL) holds everything that must. The directory beside
-it, `queuectl.db.run`, holds what is alive, as locked files: the kernel drops a lock when its last
-holder dies, so that nobody has to guess with heartbeats, leases or clocks.
+The database (SQLite, WAL mode) holds everything that must survive a crash. The directory beside
+it, `queuectl.db.run`, holds what is alive, as locked files. The kernel drops a lock when its last
+holder dies, so liveness is a fact: there are no heartbeats, leases or clocks.
 
-    worker-ID       locked by one worker: free means that the worker is gone
-    pool-ID         locked by one pool; beside it .bell, which is rung when there may be work, and
-                    .stop or .now, which asks it to stop
-    SEQ.RUN.out     one attempt's output, locked by the worker and, through an inherited
-                    descriptor, by every process of the job: free means that all of them are gone
-    SEQ.RUN.kept.X  the same with a result, X, that the full disk did not let its worker store
+    pool-ID         locked by one pool. Beside it are pool-ID.fifo, to which every command that
+                    makes work writes a byte, and pool-ID.stop or .now, which ask the pool to stop
+    worker-ID       locked by one worker; unlocked means that the worker is gone
+    SEQ.RUN.out     the output of one attempt, locked by its worker and, through an inherited
+                    descriptor, by every process of the job; unlocked means that all are gone
+    SEQ.RUN.kept.X  the same, with a result X that the worker could not store
 
-A job in `processing` whose worker's lock is free has crashed, unless that worker kept its result.
-What is left of the attempt, by its lock or, on Linux, its environment, is ended first; then the job
-goes back to the queue, and the attempt counts. A worker without its pool finishes its job and
-leaves. So a job runs at least once, and never twice at once.
+A job in `processing` whose worker's lock is free has crashed, unless the worker kept its result.
+The remaining processes of the attempt are found by its lock or, on Linux, by their environment.
+They are ended first; then the job returns to the queue, and the attempt counts. A worker without
+a pool finishes its job and leaves. So a job runs at least once, and never twice at once.
 
 Exit codes: 0 done; 1 the answer is no (a job failed, no such job); 2 bad usage or input; 4 the
 database or the machine is at fault; 124 timed out; 128+n ended by signal n.
 
-To read on: each part uses what stands above it, so that `main` is at the end. A job's way is
-cmd_enqueue, Queue.enqueue_many, RunDirectory.ring, Pool.wait, Pool.wake, Worker.main, Queue.claim,
-Worker.perform, Queue.finish, after_attempt; a killed worker's is Pool.bury, Pool.recover,
-Pool.end_rest, Kill, Pool.give_back; a signal's is Pool.on_signal, Pool.obey, Pool.stop,
-Worker.hear, Worker.watch.
+The sections of this file, in order. Each one uses only the sections above it.
+
+    vocabulary      states, exit codes, errors, the records Job and Attempt
+    rules           pure functions: validation, times, cron, settings, backoff and retries
+    SQL             the schema and every statement
+    system          POSIX and Windows: locks, signals, starting and killing processes
+    run directory   locked files, notes, stop requests, notifying pools
+    database        connections, transactions, errors, forks, creating the file
+    trust           whether other users can put commands into the queue
+    queue           reading jobs, changing their state, and the public Queue
+    attempt         launching a job, watching it, ending it, keeping its output
+    worker          the process that runs one job at a time
+    pool            the process that starts workers and recovers the jobs of dead ones
+    words           jobs, workers and counts as text and as JSON
+    command line    the commands, their arguments, and main
+
+To follow a job: cmd_enqueue, Queue.enqueue_many, RunDirectory.notify, Pool.turn, Crew.dispatch,
+Worker.main, Ledger.claim, Execution.run, Ledger.finish, after_attempt. To follow a killed worker:
+Pool.reap, Recovery.recover, Termination, Ledger.finish. To follow a signal: Pool.on_signal,
+Pool.obey_signals, Pool.stop, Worker.receive, Execution.watch.
 """
 
 from __future__ import annotations
+
+if _python_3_8 := True:  # Python 3.8 or later is needed: an older one cannot parse this line
+    pass
 
 import collections
 import contextlib
@@ -59,81 +78,124 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
+from enum import IntEnum
 from functools import lru_cache, partial
 from itertools import chain, islice
-from operator import itemgetter
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Union
 
 if TYPE_CHECKING:
     import argparse
-    from multiprocessing.connection import Connection
+    from multiprocessing.connection import Connection as Pipe
 
     Argument = tuple[tuple[str, ...], dict[str, Any]]
     Facts = Mapping[str, Any]
     Rows = Iterable[Sequence[object]]
+    Path = Union[str, os.PathLike[str]]
+    Settings = Mapping[str, Any]
+    Validator = Callable[[Any], Any]  # returns the value as it is stored, or raises ValueError
 
-__version__ = "1.0"
-__all__ = ["Attempt", "Job", "Queue", "QueueError", "work"]
+__version__ = "1.0.0"
+__all__ = [
+    "Attempt",
+    "BadInput",
+    "Damaged",
+    "Fault",
+    "Job",
+    "Locked",
+    "NotFound",
+    "Queue",
+    "QueueError",
+    "TimedOut",
+    "work",
+]
 
 # --- vocabulary ----------------------------------------------------------------------------------
 
-STATES = tuple("pending processing completed dead cancelled".split())
-PENDING, PROCESSING, COMPLETED, DEAD, CANCELLED = STATES
-MOVES = {  # every legal change of state; each statement's WHERE sees to it, the tests to them
+State = Literal["pending", "processing", "completed", "dead", "cancelled"]
+PENDING: State = "pending"
+PROCESSING: State = "processing"
+COMPLETED: State = "completed"
+DEAD: State = "dead"
+CANCELLED: State = "cancelled"
+STATES = (PENDING, PROCESSING, COMPLETED, DEAD, CANCELLED)
+FINISHED = (COMPLETED, DEAD, CANCELLED)
+PRUNED_BY_DEFAULT = (COMPLETED, CANCELLED)  # dead letters stay until they are purged
+MOVES: Mapping[State, tuple[State, ...]] = {  # every legal change of state
     PENDING: (PROCESSING, CANCELLED),
     PROCESSING: (COMPLETED, PENDING, DEAD, CANCELLED),
     DEAD: (PENDING,),
     CANCELLED: (PENDING,),
     COMPLETED: (),
 }
-ENDED = (COMPLETED, DEAD, CANCELLED)
-PRUNED = (COMPLETED, CANCELLED)  # unless told otherwise: dead letters stay until they are purged
-DUE, LATER, BLOCKED = 1, 0, -1  # what a pending job is, in SQL too; all other jobs have DUE
 
-OK, NO, USAGE, FAULT, TIMED_OUT, SIGNALLED = 0, 1, 2, 4, 124, 128  # exit codes
-TRY_LATER = 75  # a job's exit code (EX_TEMPFAIL of sysexits.h): not now, and it is nobody's fault
+READY, SCHEDULED, BLOCKED = 1, 0, -1  # the readiness of a pending job; all others are READY
+
+End = Literal["exited", "timed out", "crashed", "released", "cancelled", "unstarted"]
+StopMode = Literal["", "stop", "now"]  # "stop": claim no more jobs; "now": also end running ones
+WorkerState = Literal["idle", "notified", "busy", "left"]
+TRY_LATER = 75  # a job's exit code (EX_TEMPFAIL of sysexits.h): not now, and nobody's fault
+NEVER = float("inf")
+
+
+class Exit(IntEnum):
+    """The exit codes of the program."""
+
+    OK = 0
+    NO = 1  # the answer is no
+    USAGE = 2
+    FAULT = 4  # the database or the machine is at fault
+    TIMED_OUT = 124
+    SIGNALLED = 128  # plus the number of the signal
 
 
 class QueueError(Exception):
-    """An expected failure; its text says what and where. `code` is the exit code it means."""
+    """An expected failure. Its text says what is wrong; `code` is the exit code it means."""
 
-    code = NO
+    code: int = Exit.NO
 
 
 class BadInput(QueueError):
-    """What was asked for makes no sense; nothing was changed."""
+    """The request makes no sense; nothing was changed."""
 
-    code = USAGE
+    code = Exit.USAGE
 
 
 class NotFound(QueueError):
-    """No job has that id, or there is no queue."""
+    """There is no such job, or no queue."""
+
+
+class TimedOut(QueueError):
+    """The time limit of the caller is over."""
+
+    code = Exit.TIMED_OUT
 
 
 class Fault(QueueError):
     """The database or the machine is at fault, not the caller."""
 
-    code = FAULT
+    code = Exit.FAULT
 
 
 class Locked(Fault):
-    """Another program held the write lock for longer than we were willing to wait."""
+    """Another program held the write lock for longer than the caller was willing to wait."""
 
 
-class Broken(Fault):
-    """The file is damaged, or another one: to wait does not help."""
+class Damaged(Fault):
+    """The database is damaged or was replaced; waiting does not help."""
 
 
 class Job(NamedTuple):
-    """One job, as it was read; the fields are the columns. Times are Unix seconds.
+    """A job as it was when it was read. The fields are columns; times are Unix seconds.
 
-    `attempts` counts the starts since the job was enqueued or retried from the dead letter queue,
-    `snoozes` the exits with 75; `run` counts every start ever and names one attempt of the job.
-    `max_retries` (how often it may start) and `timeout` (seconds, 0 is none) are None where the
-    configuration decides. `due` is DUE, LATER or BLOCKED; `env` is JSON; `cancelling` is 1 while a
-    running job is being called off. `updated_at` is when the state changed, of a due job when it
-    became due. `recurs` is the schedule that goes on after this job, `series` its name, `planned`
-    the time it gave the job.
+    `attempts` counts the starts since the job was enqueued or retried from the dead letter queue;
+    `snoozes` counts the exits with 75. `run` counts every start and identifies one attempt.
+    `max_retries` (the number of starts allowed) and `timeout` (seconds, 0 for none) are None where
+    the settings decide. `env` is a JSON object. `readiness` is READY, SCHEDULED or BLOCKED.
+    `cancel_requested` is 1 while a running job is being cancelled. `updated_at` is the time of the
+    last change of state; for a ready job, the time when it became ready. `waited` is how many
+    seconds the job was ready before its latest start. A job of a schedule has the `schedule_id`,
+    the time that the schedule gave it in `scheduled_for`, and, until the next job of the schedule
+    has been made, the `rule`.
     """
 
     seq: int
@@ -142,7 +204,7 @@ class Job(NamedTuple):
     command: str
     cwd: str
     env: str | None
-    state: str
+    state: State
     priority: int
     attempts: int
     max_retries: int | None
@@ -150,547 +212,262 @@ class Job(NamedTuple):
     created_at: float
     updated_at: float
     run_after: float
+    waited: float
     locked_by: str | None
     locked_at: float | None
     exit_code: int | None
     last_error: str | None
     run: int
-    cancelling: int
-    due: int
+    cancel_requested: int
+    readiness: int
     snoozes: int
-    recurs: str | None
-    series: str | None
-    planned: float | None
+    rule: str | None
+    schedule_id: str | None
+    scheduled_for: float | None
 
     @property
     def key(self) -> str:
-        """What names the attempt of a claimed job: of one run by one worker."""
+        """The name of the current attempt: one run of the job by one worker."""
         return f"{self.seq}.{self.run}.{self.locked_by}"
 
 
 class Attempt(NamedTuple):
-    """How one run of a job ended. `cut` is how many bytes of output came before what was kept."""
+    """How one attempt ended. Times are Unix seconds; an exit code below 0 is minus a signal.
+
+    `outcome` is "completed", "failed", "timed out", "crashed", "released" (ended by the operator
+    and returned to the queue) or "cancelled". `error` is None if it completed. `waited` is how
+    many seconds the job was ready before this attempt. `bytes_dropped` is the length of the output
+    that preceded the bytes in `output`.
+    """
 
     run: int
     worker: str
+    outcome: str
+    waited: float
     started: float
     finished: float
     exit_code: int | None
     error: str | None
-    cut: int
+    bytes_dropped: int
     output: bytes
-
-
-# --- system: what differs between POSIX and Windows; the only place with signals and kills --------
-
-BINARY = getattr(os, "O_BINARY", 0)  # else Windows translates line ends
-PROC = sys.platform == "linux"  # processes can be looked into through /proc
-STOP_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")]
-EXHAUSTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # the machine's fault
-
-
-def read_proc(path: str) -> bytes:
-    """Return a file of /proc; empty where the process is gone or not ours to look at."""
-    with contextlib.suppress(OSError), open("/proc/" + path, "rb") as file:
-        return file.read()
-    return b""
-
-
-def has_locked(pid: int, path: str) -> bool:
-    """Tell whether a process holds the lock of a file (to have it open is not enough)."""
-    with contextlib.suppress(OSError):
-        for fd in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                if os.path.samefile(f"/proc/{pid}/fd/{fd}", path) and re.search(
-                    rb"FLOCK +ADVISORY +WRITE", read_proc(f"{pid}/fdinfo/{fd}")
-                ):
-                    return True
-    return False
-
-
-def process_group(noted: Mapping[str, Any], job: Job) -> list[int]:
-    """Return the process group of an attempt where there is no /proc: by pid and start time.
-
-    A leader that did not start when the job was launched is a stranger who got the pid later.
-    """
-    import subprocess
-
-    if noted.get("key") != job.key:
-        return []
-    ps, env = ["ps", "-axo", "pid=,pgid=,stat=,lstart="], {**os.environ, "LC_ALL": "C"}
-    table = subprocess.run(ps, stdout=subprocess.PIPE, check=False, env=env).stdout
-    found = []
-    for line in table.decode(errors="replace").splitlines():
-        pid, pgid, state, *started = line.split()
-        if int(pgid) != noted["job_pid"] or len(started) != 5 or "Z" in state:  # a zombie is dead
-            continue
-        when = time.mktime(time.strptime(" ".join(started), "%a %b %d %H:%M:%S %Y"))
-        if pid == pgid and abs(when - noted["launched"]) > 2:
-            return []
-        found.append(int(pid))
-    return found
-
-
-def ignore(_number: int, _frame: object) -> None:
-    """Do nothing, but not as SIG_IGN: that would be inherited by the jobs."""
-
-
-class Child:
-    """A job's own process, with what `subprocess.Popen` tells about one."""
-
-    returncode: int = 0  # once it has ended; a signal is negative
-    running = True
-
-    def __init__(self, pid: int) -> None:
-        """Take over a process that has been started."""
-        self.pid = pid
-
-    def poll(self) -> int | None:
-        """Return how it ended, or None while it runs."""
-        if self.running:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if not pid:
-                return None
-            by_signal, self.running = os.WIFSIGNALED(status), False
-            self.returncode = -os.WTERMSIG(status) if by_signal else os.WEXITSTATUS(status)
-        return self.returncode
-
-
-class System:
-    """What Linux, macOS and their like do for us. Windows, below, does some of it in its way."""
-
-    TICK = 0.5  # seconds between a pool's looks at what rings no bell; each takes about 0.3 ms
-    GONE: tuple[type[OSError], ...] = (FileNotFoundError,)
-    PYTHON = sys.executable
-    SHELL: tuple[str, ...] = ("/bin/sh", "-c", "--")
-    COMMAND_LIMIT = 131071  # Linux's MAX_ARG_STRLEN
-    BACKGROUND: Mapping[str, Any] = {"start_new_session": True}  # to outlive the terminal
-    inherited: Mapping[bytes, bytes] = {}  # the environment, once it has been read
-    user = staticmethod(getattr(os, "geteuid", lambda: None))  # on Windows files have other rights
-
-    def words(self, line: str) -> list[str]:
-        """Split a command line."""
-        return shlex.split(line)
-
-    def line(self, words: Sequence[str]) -> str:
-        """Quote words so that the shell takes them as they are."""
-        return shlex.join(words)
-
-    def lock(self, fd: int, *, shared: bool = False) -> bool:
-        """Lock an open file without waiting; False where somebody else has it."""
-        import fcntl
-
-        try:
-            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def drop(self, fd: int, path: str) -> None:
-        """Remove a file that this process holds; the name goes while the lock still holds."""
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        os.close(fd)
-
-    def punch(self, fd: int, length: int) -> bool:
-        """Make the beginning of a file a hole; False where that cannot be done."""
-        import ctypes
-
-        keep_size, punch_hole, offsets = 1, 2, (ctypes.c_int64(0), ctypes.c_int64(length))
-        with contextlib.suppress(AttributeError, OSError):  # only Linux has it
-            fallocate = ctypes.CDLL(None).fallocate64
-            return bool(fallocate(fd, keep_size | punch_hole, *offsets) == 0)
-        return False
-
-    def sync(self, path: str) -> None:
-        """Sync a file, on macOS down to the medium."""
-        with open(path, "r+b", buffering=0) as file:  # Windows syncs what may be written
-            try:
-                from fcntl import F_FULLFSYNC, fcntl  # type: ignore[attr-defined]
-            except ImportError:
-                getattr(os, "fdatasync", os.fsync)(file.fileno())
-            else:
-                fcntl(file, F_FULLFSYNC)
-
-    def bell(self, path: str) -> int | None:
-        """Make a bell, and return what is readable when it rings; None where there are none."""
-        os.mkfifo(path, 0o600)
-        return os.open(path, os.O_RDWR | os.O_NONBLOCK)
-
-    @contextlib.contextmanager
-    def starting(self) -> Iterator[None]:
-        """Let no signal reach a process that is started now, until it calls `settle`."""
-        from multiprocessing import resource_tracker
-
-        resource_tracker.ensure_running()  # else the start runs it, which unblocks the signals
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    def settle(self, *, worker: bool) -> Callable[[], object]:
-        """Let a process and its jobs have the signals they expect; return what undoes it."""
-        before = signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        if worker:
-            signal.signal(signal.SIGQUIT, signal.SIG_DFL)
-            signal.signal(signal.SIGCHLD, ignore)
-            for fd in map(int, os.listdir("/dev/fd")):  # the fork server's are not for jobs
-                with contextlib.suppress(OSError):
-                    os.set_inheritable(fd, fd <= 2)
-        return partial(signal.pthread_sigmask, signal.SIG_SETMASK, before)
-
-    def wait(self, sources: Iterable[Any], child: Any, limit: float | None) -> list[Any]:  # noqa: ARG002
-        """Wait for bells (a child's end rings its worker's) and connections; return what came.
-
-        What is None is not there.
-        """
-        import select
-
-        poll, found = select.poll(), {}
-        for source in sources:
-            if source is not None:
-                fd = source if isinstance(source, int) else source.fileno()
-                found[fd] = source
-                poll.register(fd, select.POLLIN)
-        ready = [found[fd] for fd, _ in poll.poll(limit and limit * 1000)]
-        for bell in ready:
-            if isinstance(bell, int):
-                os.read(bell, 65536)
-        return ready
-
-    def launch(self, argv: Sequence[str], job: Job, env: dict[str, str], out: int) -> Child:
-        """Start a job's command in a session of its own; OSError where it cannot be started.
-
-        The output file is passed on a third time, as a descriptor that no redirection closes. What
-        the job was given is UTF-8, whatever this process was told about its locale. Not by Popen,
-        which before Python 3.10 copies the whole process: that doubles the cost of a job.
-        """
-        self.inherited = self.inherited or dict(os.environb)
-        given = {k.encode(): v.encode(errors="surrogateescape") for k, v in env.items()}
-        os.set_inheritable(out, True)  # noqa: FBT003
-        os.chdir(job.cwd)
-        try:
-            pid = os.posix_spawnp(
-                argv[0],
-                [*map(os.fsencode, argv), job.command.encode()],
-                {**self.inherited, **given},
-                file_actions=[
-                    (os.POSIX_SPAWN_DUP2, out, 1),
-                    (os.POSIX_SPAWN_DUP2, out, 2),
-                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                ],
-                setsid=True,
-                setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
-            )
-        finally:
-            with contextlib.suppress(OSError):  # else an idle worker would keep that one busy
-                os.chdir(os.path.dirname(env["QUEUECTL_DB"]))
-        return Child(pid)
-
-    def release(self, child: Child) -> None:
-        """Let go of a job that has ended: what a completed one left behind goes on."""
-
-    def processes(self, job: Job, run_dir: RunDirectory) -> list[int]:
-        """Return an attempt's processes, as far as they can be told from strangers for certain."""
-        if not PROC:
-            return process_group(run_dir.noted(job.locked_by), job)
-        others = set(map(int, filter(str.isdigit, os.listdir("/proc")))) - {os.getpid()}
-        key = b"\0QUEUECTL_RUN=" + run_dir.mark(job).encode() + b"\0"
-        found = [pid for pid in sorted(others) if key in b"\0" + read_proc(f"{pid}/environ")]
-        if found or run_dir.free(job.seq, job.run, "out"):
-            return found
-        return [pid for pid in others if has_locked(pid, run_dir.file(job.seq, job.run, "out"))]
-
-    def kill(self, mark: str, pids: Iterable[int], *, hard: bool) -> None:  # noqa: ARG002
-        """Ask an attempt's processes to end (a stopped one must hear it, too); `hard`: end them."""
-        for pid in pids:
-            for number in (signal.SIGKILL,) if hard else (signal.SIGTERM, signal.SIGCONT):
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, number)
-
-    def escapes(self) -> None:
-        """Have the terminal understand escape sequences."""
-
-
-class _Windows(System):
-    """A job's processes are in a Job Object, which ends them when its last handle is closed.
-
-    That is when their worker dies. The lock of a file is on a byte far behind its end.
-    """
-
-    TICK = 0.02  # there are no bells
-    GONE = (FileNotFoundError, PermissionError)  # what is being removed cannot be opened
-    PYTHON = getattr(sys, "_base_executable", sys.executable)  # not a virtual environment's starter
-    SHELL = ("cmd.exe", "/d", "/s", "/c")
-    COMMAND_LIMIT = 8191
-    BACKGROUND: Mapping[str, Any] = {"creationflags": 0x8 | 0x200}  # detached, in a new group
-    FAR = 1 << 40
-
-    def __init__(self) -> None:
-        self.jobs: dict[int, int] = {}  # the handles of the Job Objects, by process
-
-    def call(self, name: str, *args: Any, dll: str = "kernel32") -> int:
-        """Call a function of the system; numbers are passed, and come back, as wide as handles."""
-        import ctypes
-
-        function = getattr(ctypes.WinDLL(dll), name)  # type: ignore[attr-defined]
-        function.restype = ctypes.c_void_p
-        wide = (ctypes.c_void_p(arg) if isinstance(arg, int) else arg for arg in args)
-        return function(*wide) or 0
-
-    def words(self, line: str) -> list[str]:  # a backslash is a part of a path
-        return [word.strip('"') for word in shlex.split(line, posix=False)]
-
-    def line(self, words: Sequence[str]) -> str:
-        import subprocess
-
-        line = subprocess.list2cmdline(words)
-        special = re.search("[&|<>^%!()]", line)  # cmd.exe heeds these within quotes
-        return re.sub('([&|<>^%!()"])', r"^\1", line) if special else line
-
-    def lock(self, fd: int, *, shared: bool = False) -> bool:  # noqa: ARG002
-        import msvcrt
-
-        os.lseek(fd, self.FAR, os.SEEK_SET)
-        try:
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError:
-            return False
-        finally:
-            os.lseek(fd, 0, os.SEEK_SET)  # the job writes where this points
-        return True
-
-    def drop(self, fd: int, path: str) -> None:
-        os.close(fd)  # what is open cannot be removed
-        with contextlib.suppress(OSError):  # what a completed job left behind still writes to it
-            os.unlink(path)
-
-    def punch(self, fd: int, length: int) -> bool:
-        import ctypes
-        import msvcrt
-
-        set_sparse, set_zero_data = 0x900C4, 0x980C8
-        handle = msvcrt.get_osfhandle(fd)  # type: ignore[attr-defined]
-        hole, unused = (ctypes.c_int64 * 2)(0, length), ctypes.byref(ctypes.c_uint32())
-        self.call("DeviceIoControl", handle, set_sparse, None, 0, None, 0, unused, None)
-        self.call("DeviceIoControl", handle, set_zero_data, hole, 16, None, 0, unused, None)
-        return True
-
-    def bell(self, path: str) -> int | None:  # noqa: ARG002
-        return None
-
-    @contextlib.contextmanager
-    def starting(self) -> Iterator[None]:
-        yield
-
-    def settle(self, *, worker: bool) -> Callable[[], object]:  # noqa: ARG002
-        return int  # there is no mask to set again, and this does nothing
-
-    def wait(self, sources: Iterable[Any], child: Any, limit: float | None) -> list[Any]:
-        from multiprocessing.connection import wait
-
-        things = [thing for thing in (*sources, child and int(child._handle)) if thing]
-        if not things:
-            time.sleep(limit or 0)
-        return wait(things, limit)
-
-    def launch(self, argv: Sequence[str], job: Job, env: dict[str, str], out: int) -> Any:
-        import subprocess
-
-        line = subprocess.list2cmdline([*argv, job.command])
-        if re.fullmatch(r"(.*[\\/])?cmd(\.exe)?", argv[0], re.IGNORECASE):  # has rules of its own
-            line = subprocess.list2cmdline(argv) + f' "{job.command}"'
-        new_group, suspended = 0x200, 0x4
-        child = subprocess.Popen(
-            line,
-            cwd=job.cwd,
-            env={**os.environ, **env},
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            creationflags=new_group | suspended,
-        )
-        process = int(child._handle)  # type: ignore[attr-defined]
-        self.jobs[child.pid] = self.call("CreateJobObjectW", None, env["QUEUECTL_RUN"])
-        self.limit(child, 0x2000)  # kill on close
-        self.call("AssignProcessToJobObject", self.jobs[child.pid], process)
-        self.call("NtResumeProcess", process, dll="ntdll")
-        return child
-
-    def limit(self, child: Any, flags: int) -> None:
-        """Set the flags of a JOBOBJECT_EXTENDED_LIMIT_INFORMATION, which begins with two times."""
-        import ctypes
-
-        limits = (ctypes.c_uint32 * (36 if ctypes.sizeof(ctypes.c_void_p) == 8 else 28))()
-        limits[4] = flags
-        size = ctypes.sizeof(limits)
-        self.call("SetInformationJobObject", self.jobs[child.pid], 9, limits, size)
-
-    def release(self, child: Child) -> None:
-        self.limit(child, 0)
-        self.call("CloseHandle", self.jobs.pop(child.pid))
-
-    def processes(self, job: Job, run_dir: RunDirectory) -> list[int]:
-        """Return up to 1,000 processes: the end of a JOBOBJECT_BASIC_PROCESS_ID_LIST."""
-        import ctypes
-
-        found = (ctypes.c_size_t * 1001)()  # before the processes there are two 32-bit counts
-        handle = self.call("OpenJobObjectW", 4, 0, run_dir.mark(job))
-        if handle:  # without one it would be our own job's
-            self.call("QueryInformationJobObject", handle, 3, found, ctypes.sizeof(found), None)
-            self.call("CloseHandle", handle)
-        return [pid for pid in found[8 // ctypes.sizeof(ctypes.c_void_p) :] if pid]
-
-    def kill(self, mark: str, pids: Iterable[int], *, hard: bool) -> None:
-        if hard:
-            handle = self.call("OpenJobObjectW", 8, 0, mark)
-            self.call("TerminateJobObject", handle, 1)
-            self.call("CloseHandle", handle)
-            return
-        for pid in self.jobs.keys() & set(pids):  # who leads a group that this process has started
-            with contextlib.suppress(OSError):  # no console
-                os.kill(pid, getattr(signal, "CTRL_BREAK_EVENT", 1))
-
-    def escapes(self) -> None:
-        for output in (-11, -12):
-            self.call("SetConsoleMode", self.call("GetStdHandle", output), 7)
-
-
-SYSTEM = _Windows() if os.name == "nt" else System()
-
-
-def handle_signals(
-    handler: Callable[[int, Any], None], bell: int | None, *, worker: bool = False
-) -> contextlib.ExitStack:
-    """Handle what asks to stop, but leave a hang-up ignored under nohup; all signals ring the bell.
-
-    To close what is returned puts everything back as it was.
-    """
-    before = contextlib.ExitStack()
-    for number in STOP_SIGNALS:
-        if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
-            before.callback(signal.signal, number, signal.signal(number, handler))
-    if bell is not None:
-        before.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(bell, warn_on_full_buffer=False))
-    before.callback(SYSTEM.settle(worker=worker))
-    return before
 
 
 # --- rules: pure functions -----------------------------------------------------------------------
 
-SECONDS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
-FOREVER = 10 * 365 * 86400.0  # no duration is longer, so that no sum of times overflows
+WINDOWS = os.name == "nt"
+DEFAULT_SHELL = ("cmd.exe", "/d", "/s", "/c") if WINDOWS else ("/bin/sh", "-c", "--")
+COMMAND_LIMIT = 8191 if WINDOWS else 131071  # bytes; Linux: MAX_ARG_STRLEN
+UNIT_SECONDS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
+LONGEST = 10 * 365 * 86400.0  # no duration is longer, so that sums of times never overflow
+LATEST_TIME = 253402214400  # the end of the year 9999 in every time zone
+QUOTED_LIMIT = 100  # characters of foreign text that a message repeats
 
 
-def must(condition: object, be: str) -> None:
-    """Refuse a value that does not meet a condition: the usual way of a check to say no."""
+def require(condition: object, expectation: str) -> None:
+    """Raise ValueError unless a condition holds; the text completes "the value must ..."."""
     if not condition:
-        raise ValueError(f"must {be}")
+        raise ValueError(f"must {expectation}")
 
 
-def checked(name: str, check: Callable[[Any], Any], value: object) -> Any:
-    """Return a value as its check reads it, or raise BadInput that names it."""
+def validate(name: str, validator: Validator, value: object) -> Any:
+    """Return a validated value, or raise BadInput that names it."""
     try:
-        return check(value)
+        return validator(value)
     except ValueError as error:
         raise BadInput(f"{name} {error}") from None
 
 
-def within(low: float, value: Any, high: float, be: str, kind: Any = (int, float)) -> Any:
-    """Return a number in a range, which a bool never is, nor is NaN."""
-    must(isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high, be)
+def printable(value: str) -> str:
+    """Escape every character that could move the cursor, change colours or reorder text."""
+    if value.isprintable():
+        return value
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
+
+
+def quoted(value: str) -> str:
+    """Return foreign text for a message: escaped, and cut where it is long."""
+    text = printable(value[:QUOTED_LIMIT])
+    return text if len(value) <= QUOTED_LIMIT else text + "..."
+
+
+def plural(number: int, noun: str) -> str:
+    """Return `1 job` or `2 jobs`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return the known word that a mistyped one is closest to, if any is close."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(word[:QUOTED_LIMIT], list(known), 1, 0.7)), None)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return ": did you mean X?" for a mistyped word, or the list of known words."""
+    choices = list(known)
+    close = nearest(word, choices)
+    return f": did you mean {close}?" if close else f"; known are {', '.join(choices)}"
+
+
+def as_list(words: Iterable[str]) -> list[str]:
+    """Return words as a list; a string is one word, not a sequence of letters."""
+    return [words] if isinstance(words, str) else list(words)
+
+
+# Validation. A value comes from Python, from JSON or, as a string, from the command line.
+
+
+def in_range(low: float, value: Any, high: float, expectation: str) -> Any:
+    """Return a number within a range; bool and NaN are refused."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(is_number and low <= value <= high, expectation)
     return value
 
 
-def whole(low: int, high: int) -> Callable[[object], int]:
-    """Return a check for a whole number in a range."""
-    be = f"be a whole number from {low} to {high}"
-    return lambda value: int(within(low, value, high, be, int))
+def integer(low: int, high: int) -> Validator:
+    """Return a validator for a whole number within a range."""
+
+    def validator(value: Any) -> int:
+        if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,18}\s*", value):
+            value = int(value)
+        expectation = f"be a whole number from {low} to {high}"
+        require(isinstance(value, int), expectation)
+        return int(in_range(low, value, high, expectation))
+
+    return validator
 
 
-def seconds(value: Any) -> float:
-    """Return a duration in seconds: a number, or `90`, `90s`, `5m`, `1h30m`, `2d`, `1.5h`."""
+def number(low: float, high: float) -> Validator:
+    """Return a validator for a number within a range."""
+
+    def validator(value: Any) -> float:
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = float(value)
+        return float(in_range(low, value, high, f"be a number from {low:g} to {high:g}"))
+
+    return validator
+
+
+def parse_duration(value: Any) -> float:
+    """Return a duration in seconds, given a number or `90`, `90s`, `5m`, `1h30m`, `2d`, `1.5h`."""
     if isinstance(value, str):
-        word, number = value.strip().lower(), r"(\d+(?:\.\d*)?|\.\d+)"
-        if re.fullmatch(f"{number}|({number}[smhdw])+", word):
-            parts = re.findall(f"{number}([smhdw]?)", word)
-            value = sum(float(count) * SECONDS[unit or "s"] for count, unit in parts)
-    be = "be a duration between 0 and 10 years, such as 90, 90s, 5m or 1h30m"
-    return float(within(0, value, FOREVER, be))
+        text = value.strip().lower()
+        amount = r"(\d+(?:\.\d*)?|\.\d+)"
+        if re.fullmatch(f"{amount}|({amount}[smhdw])+", text):
+            parts = re.findall(f"{amount}([smhdw]?)", text)
+            value = sum(float(count) * UNIT_SECONDS[unit or "s"] for count, unit in parts)
+    expectation = "be a duration between 0 and 10 years, such as 90, 90s, 5m or 1h30m"
+    return float(in_range(0, value, LONGEST, expectation))
 
 
-def moment(value: Any) -> float:
-    """Return Unix seconds: a number of them, or ISO 8601, local time where it has no offset."""
+def parse_time(value: Any) -> float:
+    """Return Unix seconds, given a number of them or ISO 8601 (local time if without offset)."""
     if isinstance(value, str) and re.fullmatch(r"\s*\d{9,11}(\.\d*)?\s*", value):
         value = float(value)
     elif isinstance(value, str):
         with contextlib.suppress(ValueError, OverflowError, OSError):
             value = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", value.strip())).timestamp()
-    be = "be a time between 1970 and 9999, such as 2030-01-31T08:00 or 2030-01-31T08:00Z"
-    return float(within(0, value, 253402214400, be))  # wherever that is
+    expectation = "be a time between 1970 and 9999, such as 2030-01-31T08:00 or 2030-01-31T08:00Z"
+    return float(in_range(0, value, LATEST_TIME, expectation))
 
 
 def valid_text(value: Any) -> str:
-    """Check something that the operating system will be given: no NUL, nothing but Unicode."""
-    must(isinstance(value, str), "be a string")
-    must(value == value.encode(errors="ignore").decode(), "be valid Unicode")
-    must("\0" not in value, "not contain NUL")
+    """Validate text for the operating system: Unicode without NUL."""
+    require(isinstance(value, str), "be a string")
+    require(value == value.encode(errors="ignore").decode(), "be valid Unicode")
+    require("\0" not in value, "not contain NUL")
     return str(value)
 
 
 def valid_command(value: object) -> str:
-    """Check a shell line: not blank, and not longer than the system can start."""
-    line, limit = valid_text(value), SYSTEM.COMMAND_LIMIT
-    must(line.strip(), "not be blank")
-    must(len(line.encode()) <= limit, f"not be longer than {limit} bytes; put it into a script")
+    """Validate a shell line: not blank, and short enough to be started."""
+    line = valid_text(value)
+    require(line.strip(), "not be blank")
+    fits = len(line.encode()) <= COMMAND_LIMIT
+    require(fits, f"not be longer than {COMMAND_LIMIT} bytes; put it into a script")
     return line
 
 
 def valid_name(value: object) -> str:
-    """Check the name of a job or a queue: something that can be typed, seen and told apart."""
-    word = valid_text(value)
-    fits = re.fullmatch(r"[^\s,-][^\s,]{0,199}", word) and word.isprintable()
-    must(fits, "be 1 to 200 printable characters, without blanks, commas or a leading '-'")
-    return word
+    """Validate the name of a job or a queue: it can be typed, seen and told apart."""
+    name = valid_text(value)
+    fits = re.fullmatch(r"[^\s,-][^\s,]{0,199}", name) and name.isprintable()
+    require(fits, "be 1 to 200 printable characters, without blanks, commas or a leading '-'")
+    return name
 
 
 def valid_names(value: Any) -> list[str]:
-    """Check a list of names; a string has commas between them."""
+    """Validate a list of ids; a string separates them by commas."""
     items = [value] if isinstance(value, str) else value
     strings = isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items)
-    must(strings, "be a list of ids, which are strings")
+    require(strings, "be a list of ids, which are strings")
     names = ",".join(items).split(",") if items else []
-    must(all(names), "have no empty id")
+    require(all(names), "not contain an empty id")
     return [valid_name(name) for name in names]
 
 
-MONTHS, DAYS = "jan feb mar apr may jun jul aug sep oct nov dec", "sun mon tue wed thu fri sat"
-CRON = ((0, 59, ""), (0, 23, ""), (1, 31, ""), (1, 12, MONTHS), (0, 7, DAYS))  # low, high, names
+def valid_directory(value: object) -> str:
+    """Validate a directory, which need not exist yet, and make it absolute."""
+    path = valid_text(os.fspath(value) if isinstance(value, os.PathLike) else value)
+    require(path, "not be empty")
+    return os.path.abspath(path)
+
+
+def valid_environment(value: Any) -> dict[str, str]:
+    """Validate a mapping from names of environment variables to their values."""
+    strings = isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())
+    require(strings, 'be an object of strings such as {"NAME": "value"}')
+    for key, item in value.items():
+        named = valid_text(key) and "=" not in key
+        require(named, "have names that are not empty and without '='")
+        valid_text(item)
+    return dict(value)
+
+
+def valid_interval(value: object) -> float:
+    """Validate the interval of a schedule."""
+    return float(in_range(1, parse_duration(value), LONGEST, "be at least 1 second"))
+
+
+# Cron rules.
+
+MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec"
+WEEKDAYS = "sun mon tue wed thu fri sat"
+CRON_FIELDS = (  # lowest value, highest value, names
+    (0, 59, ""),
+    (0, 23, ""),
+    (1, 31, ""),
+    (1, 12, MONTHS),
+    (0, 7, WEEKDAYS),
+)
 CRON_WORDS = {
     "@hourly": "0 * * * *",
-    **dict.fromkeys(("@daily", "@midnight"), "0 0 * * *"),
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
     "@weekly": "0 0 * * 0",
     "@monthly": "0 0 1 * *",
-    **dict.fromkeys(("@yearly", "@annually"), "0 0 1 1 *"),
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
 }
 
 
-def cron_field(field: str, low: int, high: int, words: str) -> set[int]:
+def cron_field(field: str, low: int, high: int, names: str) -> set[int]:
     """Return the values of one field: `*`, `5`, `1-5`, `*/15`, `mon-fri`, or a list of those."""
     values: set[int] = set()
     numbers = field
-    for number, word in enumerate(words.split(), low):
-        numbers = re.sub(rf"(?<!/)\b{word}\b", str(number), numbers)
+    for value, name in enumerate(names.split(), low):
+        numbers = re.sub(rf"(?<!/)\b{name}\b", str(value), numbers)
     for part in numbers.split(","):
         match = re.fullmatch(r"(?:\*|(\d+)(?:-(\d+))?)(?:/([1-9]\d*))?", part)
         if not match:
-            raise ValueError(f"has a field {field!r} that is no number, range, list or *")
+            raise ValueError(f"has a field '{quoted(field)}'; use a number, a range, a list or *")
         first, last, step = match.groups()
-        begin, end = int(first or low), int(last or (first if first and not step else high))
+        begin = int(first or low)
+        end = int(last or (first if first and not step else high))
         if not low <= begin <= end <= high:
             order = ", the lower one first" if last else ""
-            raise ValueError(f"has {field!r} where {low} to {high} is meant{order}")
+            raise ValueError(f"has '{quoted(field)}' where {low} to {high} is allowed{order}")
         values.update(range(begin, end + 1, int(step or 1)))
     return values
 
@@ -703,17 +480,19 @@ def cron_next(rule: str, after: float) -> float:
     unless the rule is for every hour.
     """
     fields = CRON_WORDS.get(rule.strip().lower(), rule).lower().split()
-    be = f"have five fields: minute hour day month weekday, or be one of {' '.join(CRON_WORDS)}"
-    must(len(fields) == 5, be)
-    minutes, hours, days, months, weekdays = (cron_field(f, *of) for f, of in zip(fields, CRON))
-    enough = all if "*" in (fields[2][0], fields[4][0]) else any
+    words = " ".join(CRON_WORDS)
+    five = len(fields) == len(CRON_FIELDS)
+    require(five, f"have five fields: minute hour day month weekday, or be one of {words}")
+    sets = [cron_field(field, *limits) for field, limits in zip(fields, CRON_FIELDS)]
+    minutes, hours, days, months, weekdays = sets
+    matches = all if "*" in (fields[2][0], fields[4][0]) else any
     folds = (0, 1) if len(hours) == 24 else (0,)
     clocks = [(h, m, fold) for h in hours for m in minutes for fold in folds]
     day = datetime.fromtimestamp(after, timezone.utc).astimezone()
     day = day.replace(second=0, microsecond=0, tzinfo=None)
     for _ in range(8 * 366 + 2):  # the 29th of February is at most 8 years away
-        match = day.day in days, bool({day.isoweekday(), day.isoweekday() % 7} & weekdays)
-        if day.month in months and enough(match):
+        match = (day.day in days, bool({day.isoweekday(), day.isoweekday() % 7} & weekdays))
+        if day.month in months and matches(match):
             times = [day.replace(hour=h, minute=m, fold=f).timestamp() for h, m, f in clocks]
             if max(times) > after:
                 return min(when for when in times if when > after)
@@ -722,80 +501,51 @@ def cron_next(rule: str, after: float) -> float:
 
 
 def valid_cron(value: object) -> str:
-    """Check a rule of five fields."""
+    """Validate a cron rule."""
     rule = valid_text(value)
     cron_next(rule, time.time())
     return rule
 
 
-def recurrence(recurs: str, planned: float, now: float) -> float:
-    """Return when a schedule's next job is due: by the schedule, and none of what was missed."""
-    kind, _, rule = recurs.partition(" ")
+def next_occurrence(rule: str, scheduled_for: float, now: float) -> float:
+    """Return when the next job of a schedule is due; occurrences that were missed are left out.
+
+    A rule is "every SECONDS" or "cron FIELDS".
+    """
+    kind, _, text = rule.partition(" ")
     if kind == "cron":
-        return cron_next(rule, max(planned, now))
-    return planned + float(rule) * max(1, (now - planned) // float(rule) + 1)
+        return cron_next(text, max(scheduled_for, now))
+    interval = float(text)
+    return scheduled_for + interval * max(1, (now - scheduled_for) // interval + 1)
 
 
-def valid_directory(value: object) -> str:
-    """Check a directory, which need not exist yet, and make it absolute."""
-    path = valid_text(value)
-    must(path, "not be empty")
-    return os.path.abspath(path)
+# The fields of a job, and the settings.
 
-
-def valid_environment(value: Any) -> dict[str, str]:
-    """Check a mapping of names of environment variables to their values."""
-    be = 'be an object of strings such as {"NAME": "value"}'
-    must(isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values()), be)
-    for key, item in value.items():
-        must(valid_text(key) and "=" not in key, "have names that are not empty and without '='")
-        valid_text(item)
-    return dict(value)
-
-
-FIELDS: dict[str, Callable[[object], Any]] = {  # what a job may be given, each with its check
+FIELDS: dict[str, Validator] = {
     "id": valid_name,
     "command": valid_command,
     "queue": valid_name,
-    "priority": whole(-1_000_000, 1_000_000),
-    "delay": seconds,
-    "run_at": moment,
-    "timeout": seconds,
-    "max_retries": whole(1, 1_000_000),
+    "priority": integer(-1_000_000, 1_000_000),
+    "delay": parse_duration,
+    "run_at": parse_time,
+    "timeout": parse_duration,
+    "max_retries": integer(1, 1_000_000),
     "cwd": valid_directory,
     "env": valid_environment,
     "after": valid_names,
-    "every": lambda value: within(1, seconds(value), FOREVER, "be at least 1 second"),
+    "every": valid_interval,
     "cron": valid_cron,
 }
-
-
-def printable(value: str) -> str:
-    """Escape whatever could move the cursor, change colours or reorder text on a terminal."""
-    if value.isprintable():
-        return value
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ": did you mean X?" for a mistyped word, or the choices where none is near."""
-    import difflib
-
-    choices = list(known)
-    close = difflib.get_close_matches(word, choices, 1, 0.7)
-    return f": did you mean {close[0]}?" if close else f"; known are {', '.join(choices)}"
-
-
 CONFLICTS = (("delay", "run_at"), ("delay", "cron"), ("run_at", "cron"), ("every", "cron"))
 
 
-def check_fields(fields: Mapping[str, object]) -> dict[str, Any]:
-    """Return the checked fields of a job, or raise BadInput that names the first bad one."""
+def validate_fields(fields: Mapping[str, object]) -> dict[str, Any]:
+    """Return the validated fields of a job, or raise BadInput that names the first bad one."""
     job = {}
     for key, value in fields.items():
         if key not in FIELDS:
-            raise BadInput(f"unknown field {printable(key)}{nearest(key, FIELDS)}")
-        job[key] = checked(key, FIELDS[key], value)
+            raise BadInput(f"unknown field {quoted(key)}{suggestion(key, FIELDS)}")
+        job[key] = validate(key, FIELDS[key], value)
     if "command" not in job:
         raise BadInput("a job needs a command")
     for one, other in CONFLICTS:
@@ -804,453 +554,524 @@ def check_fields(fields: Mapping[str, object]) -> dict[str, Any]:
     return job
 
 
-class Setting(NamedTuple):
-    """One configuration key: what it is when unset, how a value is read, and what it means."""
-
-    default: Any
-    read: Callable[[str], Any]
-    meaning: str
-
-
-def literal(value: str) -> int | str:
-    """Return the whole number that a word is, else the word."""
-    return int(value) if re.fullmatch(r"[+-]?\d{1,18}", value.strip()) else value
+def split_words(line: str) -> list[str]:
+    """Split a command line into words, by the rules of the platform."""
+    if WINDOWS:  # a backslash is part of a path
+        return [word.strip('"') for word in shlex.split(line, posix=False)]
+    return shlex.split(line)
 
 
-def number_in(low: int, high: int) -> Callable[[str], int]:
-    """Return a reader for a whole number in a range."""
-    return lambda value: whole(low, high)(literal(value))
+def join_words(words: Sequence[str]) -> str:
+    """Quote words so that the shell passes them on unchanged."""
+    if not WINDOWS:
+        return shlex.join(words)
+    import subprocess
+
+    line = subprocess.list2cmdline(words)
+    special = re.search("[&|<>^%!()]", line)  # cmd.exe interprets these within quotes
+    return re.sub('([&|<>^%!()"])', r"^\1", line) if special else line
 
 
-def base(value: str) -> float:
-    """Read the base of the backoff."""
-    be, number = "be a number from 1 to 1000", None
-    with contextlib.suppress(ValueError):
-        number = float(value)
-    return float(within(1, number, 1000, be))
-
-
-def prefix(value: str) -> tuple[str, ...]:
-    """Read an argument vector, to which a job's command is added."""
-    must(value.strip(), "be a command prefix such as 'bash -ec'")
+def valid_prefix(value: Any) -> tuple[str, ...]:
+    """Validate a command prefix: the words before a job's command."""
+    line = valid_text(value)
+    require(line.strip(), "be a command prefix such as 'bash -ec'")
     try:
-        return tuple(SYSTEM.words(valid_text(value)))
+        return tuple(split_words(line))
     except ValueError as error:
         raise ValueError(f"must be a command prefix: {error}") from None
 
 
-def exit_codes(value: str) -> tuple[int, ...]:
-    """Read a list of exit codes; it may be empty."""
-    codes, be = value.split(",") if value.strip() else [], "be like 2,126,127, each from 1 to 255"
-    return tuple(within(1, literal(code), 255, be, int) for code in codes)
+def valid_exit_codes(value: Any) -> tuple[int, ...]:
+    """Validate a list of exit codes, separated by commas; it may be empty."""
+    codes = valid_text(value).split(",") if value.strip() else []
+    try:
+        return tuple(integer(1, 255)(code) for code in codes)
+    except ValueError:
+        raise ValueError("must be like 2,126,127, each from 1 to 255") from None
 
 
-def durability(value: str) -> str:
-    """Read one of the two durabilities."""
-    must(value in ("normal", "full"), "be normal or full")
-    return value
+def valid_durability(value: object) -> str:
+    """Validate the setting `synchronous`."""
+    require(value in ("normal", "full"), "be normal or full")
+    return str(value)
+
+
+class Setting(NamedTuple):
+    """A setting: its default, the validator that reads its text, and its meaning."""
+
+    default: Any
+    read: Validator
+    meaning: str
 
 
 SETTINGS = {
-    "max_retries": Setting(3, number_in(1, 10**6), "how often a job is tried, the first included"),
-    "backoff_base": Setting(2.0, base, "a retry waits this ** attempts seconds (1 to 1000)"),
-    "backoff_max": Setting(86400.0, seconds, "but never longer than this many seconds"),
-    "timeout": Setting(300.0, seconds, "how long an attempt may take (0: no limit)"),
-    "kill_grace": Setting(5.0, seconds, "from TERM to KILL when a job is ended"),
-    "output_limit": Setting(65536, number_in(0, 1 << 28), "how many bytes of output are kept"),
-    "shell": Setting(SYSTEM.SHELL, prefix, "what runs a command: the command is its last argument"),
-    "max_snoozes": Setting(20, number_in(0, 10**6), "how often a job may exit 75: try me later"),
-    "no_retry_exit_codes": Setting((), exit_codes, "exit codes that are final, such as 2,126,127"),
-    "retention": Setting(0.0, seconds, "when what completed or was cancelled is pruned (0: never)"),
-    "synchronous": Setting("normal", durability, "full: each result synced before the next claim"),
+    "max_retries": Setting(
+        3, FIELDS["max_retries"], "how many times a job is tried, the first time included"
+    ),
+    "backoff_base": Setting(
+        2.0, number(1, 1000), "a retry waits this ** attempts seconds (1 to 1000)"
+    ),
+    "backoff_max": Setting(86400.0, parse_duration, "a retry never waits longer than this"),
+    "timeout": Setting(300.0, parse_duration, "how long an attempt may take (0: no limit)"),
+    "kill_grace": Setting(5.0, parse_duration, "time between TERM and KILL when a job is ended"),
+    "output_limit": Setting(65536, integer(0, 1 << 28), "how many bytes of output are kept"),
+    "shell": Setting(
+        DEFAULT_SHELL, valid_prefix, "the program that runs a command, its last argument"
+    ),
+    "max_snoozes": Setting(20, integer(0, 10**6), "how many times a job may exit with 75"),
+    "no_retry_exit_codes": Setting(
+        (), valid_exit_codes, "exit codes that are never retried, such as 2,126,127"
+    ),
+    "retention": Setting(
+        0.0, parse_duration, "age at which completed and cancelled jobs are pruned (0: never)"
+    ),
+    "synchronous": Setting(
+        "normal", valid_durability, "full: each result is synced before the next claim"
+    ),
 }
 
 
-def check_setting(key: str, value: str | None = None) -> str:
+def validate_setting(key: str, value: str | None = None) -> str:
     """Return the key as it is stored, or raise BadInput for an unknown key or a bad value."""
     key = key.replace("-", "_")
     if key not in SETTINGS:
-        raise BadInput(f"unknown key {printable(key)}{nearest(key, SETTINGS)}")
+        raise BadInput(f"unknown key {quoted(key)}{suggestion(key, SETTINGS)}")
     if value is not None:
-        checked(key, SETTINGS[key].read, value)
+        validate(key, SETTINGS[key].read, value)
     return key
 
 
-def backoff(attempts: int, config: Mapping[str, Any]) -> float:
-    """Return the seconds to wait after that many failed attempts."""
-    with contextlib.suppress(OverflowError):
-        return float(min(config["backoff_base"] ** attempts, config["backoff_max"]))
-    return float(config["backoff_max"])
+# Text for people.
 
 
 def signal_name(number: int) -> str:
-    """Return SIGKILL for 9, and the number itself where it has no name."""
+    """Return SIGKILL for 9, or `signal 99` where a number has no name."""
     with contextlib.suppress(ValueError):
         return signal.Signals(number).name
     return f"signal {number}"
 
 
-def exit_meaning(code: int) -> str | None:
-    """Return why an exit code (negative: a signal, as in subprocess) is a failure, else None."""
-    if code <= 0:
-        return f"killed by {signal_name(-code)}" if code else None
-    gone = "command not found"
-    meaning = {TRY_LATER: "try later", 126: "not executable", 127: gone, 9009: gone}.get(code)
+def explain_exit(code: int) -> str | None:
+    """Return why an exit code is a failure, or None for 0; minus n means ended by signal n."""
+    if code == 0:
+        return None
+    if code < 0:
+        return f"killed by {signal_name(-code)}"
+    not_found = "command not found"
+    meanings = {TRY_LATER: "try later", 126: "not executable", 127: not_found, 9009: not_found}
+    meaning = meanings.get(code)
     if 128 < code <= 128 + 64:
         meaning = f"128 + {signal_name(code - 128)}"
     return f"exit code {code} ({meaning})" if meaning else f"exit code {code}"
 
 
-def iso(when: float | None) -> str | None:
+def format_time(when: float | None) -> str | None:
     """Return Unix seconds as ISO 8601 in local time with its offset."""
     if when is None:
         return None
     return datetime.fromtimestamp(when, timezone.utc).astimezone().isoformat("T", "milliseconds")
 
 
-def span(duration: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a duration in at most two units: 0.004 s, 42 s, 3m20s, 2h, 5d."""
-    if duration < 59.5:
-        digits = 3 if duration < 0.1 else 2 if duration < 10 else 0
-        return f"{round(duration, digits):g} s"
-    parts, rest = [], round(duration)
-    for unit, size in SECONDS.items():
+    if seconds < 59.5:
+        digits = 3 if seconds < 0.1 else 2 if seconds < 10 else 0
+        return f"{round(seconds, digits):g} s"
+    parts = []
+    rest = round(seconds)
+    for unit, size in UNIT_SECONDS.items():
         if rest >= size:
             parts.append(f"{rest // size}{unit}")
             rest %= size
     return "".join(parts[:2])
 
 
-def several(words: Iterable[str]) -> list[str]:
-    """Return words as a list; a string is one word, and not its letters."""
-    return [words] if isinstance(words, str) else list(words)
+def format_distance(when: float, now: float) -> str:
+    """Return a time relative to now: `3m ago`, `in 2h`."""
+    distance = abs(when - now)
+    if distance < 1:
+        return "now"
+    text = format_duration(round(distance))
+    return f"in {text}" if when > now else f"{text} ago"
+
+
+def describe_blockers(parents: Sequence[Job]) -> str:
+    """Return which jobs a blocked job waits for."""
+    names = [f"{printable(job.id)} ({job.state})" for job in parents[:3]]
+    more = f" and {len(parents) - 3} more" if len(parents) > 3 else ""
+    return f"blocked by {', '.join(names)}{more}"
+
+
+# How an attempt ended, and what follows from it.
+
+
+class Outcome(NamedTuple):
+    """How an attempt ended, as seen by the process that watched it.
+
+    `end` is "exited" where the job ended by itself, and "unstarted" where the machine could not
+    start it. `error` is None if it completed.
+    """
+
+    end: End
+    started: float
+    finished: float
+    exit_code: int | None
+    error: str | None
+    bytes_dropped: int = 0
+    output: bytes = b""
+
+    @property
+    def word(self) -> str:
+        """The outcome as it is stored with the attempt."""
+        if self.error is None:
+            return COMPLETED
+        return "failed" if self.end == "exited" else self.end
+
+
+def backoff(attempts: int, settings: Settings) -> float:
+    """Return how many seconds to wait after that many failed attempts."""
+    with contextlib.suppress(OverflowError):
+        return float(min(settings["backoff_base"] ** attempts, settings["backoff_max"]))
+    return float(settings["backoff_max"])
+
+
+def after_attempt(job: Job, outcome: Outcome, settings: Settings, now: float) -> Job:
+    """Return a job as it is after an attempt. This is the one rule of retries."""
+    now = min(now, outcome.finished)  # never ahead, even if the clock was set back meanwhile
+    after = job._replace(exit_code=outcome.exit_code, last_error=outcome.error, updated_at=now)
+    if outcome.end in ("released", "unstarted") and not job.cancel_requested:
+        when = min(job.run_after, now)  # at once, even if the clock was set back meanwhile
+        after = after._replace(exit_code=job.exit_code, run_after=when)
+        return after._replace(state=PENDING, attempts=job.attempts - 1)
+    if outcome.error is None:
+        return after._replace(state=COMPLETED)
+    if outcome.end == "cancelled" or job.cancel_requested:
+        return after._replace(state=CANCELLED)
+    code = outcome.exit_code if outcome.end == "exited" else None
+    final = code in settings["no_retry_exit_codes"]
+    if code == TRY_LATER and not final and job.snoozes < settings["max_snoozes"]:
+        after = after._replace(attempts=job.attempts - 1, snoozes=job.snoozes + 1)
+        return after._replace(state=PENDING, run_after=now + backoff(after.snoozes, settings))
+    if final or job.attempts >= (job.max_retries or settings["max_retries"]):
+        return after._replace(state=DEAD)
+    pause = 0 if outcome.end == "crashed" else backoff(job.attempts, settings)
+    return after._replace(state=PENDING, run_after=now + pause)
+
+
+def describe_end(job: Job, after: Job | None, outcome: Outcome) -> str:
+    """Return the event line about the end of an attempt; `after` is None if its claim was lost."""
+    name = printable(job.id)
+    reason = printable(outcome.error or "")
+    if after is None:
+        return f"job {name} was claimed by another worker meanwhile; this result was dropped"
+    wait = format_duration(max(0.0, after.run_after - after.updated_at))
+    if after.state == COMPLETED:
+        how = f"completed in {format_duration(outcome.finished - outcome.started)}"
+    elif after.state != PENDING:
+        how = f"is {after.state}: {reason} (try {job.attempts})"
+    elif outcome.end in ("crashed", "released", "unstarted"):
+        how = f"is back in the queue: {reason}"
+    elif after.snoozes > job.snoozes:
+        how = f"is postponed: {reason}; next try in {wait}"
+    else:
+        how = f"failed: {reason}; try {job.attempts}, next in {wait}"
+    return f"job {name} {how}"
 
 
 # --- SQL -----------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x51554354  # "QUCT"
-GET_APPLICATION_ID = "PRAGMA application_id"
-GET_VERSION = "PRAGMA user_version"
+SCHEMA_VERSION = 1
 GUEST_KEY = "queuectl_schema"
-GET_GUEST_VERSION = f"SELECT value FROM config WHERE key = '{GUEST_KEY}'"
+GUEST_PREFIX = "queuectl_"  # of the tables in another program's database
+
+GET_APPLICATION_ID = "PRAGMA application_id"
+SET_APPLICATION_ID = f"PRAGMA application_id = {APPLICATION_ID}"
+GET_VERSION = "PRAGMA user_version"
+SET_VERSION = f"PRAGMA user_version = {SCHEMA_VERSION}"
+GET_GUEST_VERSION = f"SELECT value FROM settings WHERE queue = '' AND key = '{GUEST_KEY}'"
 SET_WAL = "PRAGMA journal_mode = WAL"
 SET_SYNCHRONOUS = {"full": "PRAGMA synchronous = full", "normal": "PRAGMA synchronous = normal"}
-SET_WAIT, SET_NO_WAIT = "PRAGMA busy_timeout = 200", "PRAGMA busy_timeout = 0"
-OUTER = ("BEGIN IMMEDIATE", "COMMIT", "ROLLBACK")
-# A part that failed is undone, but stays open until it is released.
-INNER = ("SAVEPOINT part", "RELEASE part", "ROLLBACK TO part", "RELEASE part")
+SET_WAIT = "PRAGMA busy_timeout = 200"  # milliseconds
+SET_NO_WAIT = "PRAGMA busy_timeout = 0"
 GET_DATA_VERSION = "PRAGMA data_version"  # changes when another connection has written
-PRAGMAS = (  # of every connection
-    "PRAGMA fullfsync = 1",  # on macOS, down to the medium
-    "PRAGMA temp_store = memory",  # else a batch writes each row's rollback journal to a file
+CONNECTION_PRAGMAS = (
+    "PRAGMA fullfsync = 1",  # macOS: sync down to the medium
+    "PRAGMA temp_store = memory",  # else a batch writes each row's statement journal to a file
 )
 TRUNCATE_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
-SINCE_2 = """  -- what version 2 brought
-CREATE INDEX jobs_state ON jobs (state, due, updated_at);
-CREATE INDEX jobs_series ON jobs (series, seq) WHERE series IS NOT NULL;
-CREATE INDEX jobs_recurs ON jobs (series) WHERE recurs IS NOT NULL;
-CREATE TABLE needs (                    -- a child is blocked until the parent has completed: met
-  parent INTEGER NOT NULL, child INTEGER NOT NULL, met INTEGER NOT NULL,
+BEGIN, COMMIT, ROLLBACK = "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"
+BEGIN_PART, END_PART, UNDO_PART = "SAVEPOINT part", "RELEASE part", "ROLLBACK TO part"
+
+SCHEMA = """
+CREATE TABLE jobs (
+  seq INTEGER PRIMARY KEY AUTOINCREMENT,
+  id TEXT NOT NULL UNIQUE,
+  queue TEXT NOT NULL,
+  command TEXT NOT NULL,
+  cwd TEXT NOT NULL,
+  env TEXT,                             -- a JSON object
+  stdin TEXT,
+  priority INTEGER NOT NULL,
+  max_retries INTEGER,                  -- NULL here and below: the queue's setting decides
+  timeout REAL,
+  retry_delays TEXT,
+  on_dead TEXT,
+  on_end TEXT,
+  notifies INTEGER,                     -- of a notification: the seq of the job it reports on
+  event TEXT,                           -- and the state that job ended in
+  rule TEXT,                            -- until the schedule's next job has been made
+  schedule_id TEXT,
+  scheduled_for REAL,
+  state TEXT NOT NULL DEFAULT 'pending',
+  readiness INTEGER NOT NULL,           -- pending: 1 ready, 0 scheduled, -1 blocked; others: 1
+  created_at REAL NOT NULL,
+  updated_at REAL NOT NULL,
+  run_after REAL NOT NULL,
+  run INTEGER NOT NULL DEFAULT 0,
+  attempts INTEGER NOT NULL DEFAULT 0,
+  snoozes INTEGER NOT NULL DEFAULT 0,
+  waited REAL NOT NULL DEFAULT 0,
+  cancel_requested INTEGER NOT NULL DEFAULT 0,
+  locked_by TEXT,
+  locked_at REAL,
+  exit_code INTEGER,
+  last_error TEXT
+);
+CREATE INDEX jobs_ready ON jobs (queue, priority DESC, run_after, seq)
+  WHERE state = 'pending' AND readiness = 1;
+CREATE INDEX jobs_scheduled ON jobs (queue, run_after)
+  WHERE state = 'pending' AND readiness = 0;
+CREATE INDEX jobs_state ON jobs (state, readiness, updated_at);
+CREATE INDEX jobs_schedule ON jobs (schedule_id, seq) WHERE schedule_id IS NOT NULL;
+CREATE INDEX jobs_rule ON jobs (schedule_id) WHERE rule IS NOT NULL;
+
+CREATE TABLE attempts (                 -- the attempts that have ended
+  job INTEGER NOT NULL,
+  run INTEGER NOT NULL,
+  worker TEXT NOT NULL,
+  outcome TEXT NOT NULL,
+  waited REAL NOT NULL,
+  started REAL NOT NULL,
+  finished REAL NOT NULL,
+  exit_code INTEGER,
+  error TEXT,
+  bytes_dropped INTEGER NOT NULL,
+  output BLOB NOT NULL,
+  PRIMARY KEY (job, run)
+) WITHOUT ROWID;
+
+CREATE TABLE needs (                    -- a child is blocked until all of its needs are met
+  parent INTEGER NOT NULL,
+  child INTEGER NOT NULL,
+  any_end INTEGER NOT NULL DEFAULT 0,   -- 1: met by any end of the parent, not only completion
+  met INTEGER NOT NULL,
   PRIMARY KEY (parent, child)
 ) WITHOUT ROWID;
 CREATE INDEX needs_child ON needs (child, met);
-CREATE TABLE paused (queue TEXT PRIMARY KEY) WITHOUT ROWID;  -- '': all of them
-CREATE TABLE counts (
-  queue TEXT NOT NULL, state TEXT NOT NULL, due INTEGER NOT NULL, jobs INTEGER NOT NULL,
-  PRIMARY KEY (queue, state, due)
+
+CREATE TABLE settings (                 -- queue '': the default for all queues
+  queue TEXT NOT NULL,
+  key TEXT NOT NULL,
+  value TEXT NOT NULL,
+  PRIMARY KEY (queue, key)
 ) WITHOUT ROWID;
-INSERT INTO counts SELECT queue, state, due, count(*) FROM jobs GROUP BY queue, state, due;
-CREATE TRIGGER count_added AFTER INSERT ON jobs BEGIN
-  INSERT INTO counts VALUES (new.queue, new.state, new.due, 1)
-    ON CONFLICT (queue, state, due) DO UPDATE SET jobs = jobs + 1;
-END;
-CREATE TRIGGER count_moved AFTER UPDATE OF state, due ON jobs
-  WHEN old.state <> new.state OR old.due <> new.due BEGIN
-  UPDATE counts SET jobs = jobs - 1 WHERE queue = old.queue AND state = old.state AND due = old.due;
-  INSERT INTO counts VALUES (new.queue, new.state, new.due, 1)
-    ON CONFLICT (queue, state, due) DO UPDATE SET jobs = jobs + 1;
-END;
-CREATE TRIGGER count_gone AFTER DELETE ON jobs BEGIN
-  UPDATE counts SET jobs = jobs - 1 WHERE queue = old.queue AND state = old.state AND due = old.due;
-END;
-PRAGMA user_version = 2;
-"""
-SCHEMA = (  # what brings each version up to date: a new file, and one of version 1
-    f"PRAGMA application_id = {APPLICATION_ID};"
-    """
-CREATE TABLE jobs (
-  seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
-  queue TEXT NOT NULL, command TEXT NOT NULL, cwd TEXT NOT NULL, env TEXT,
-  state TEXT NOT NULL, priority INTEGER NOT NULL,
-  attempts INTEGER NOT NULL DEFAULT 0, max_retries INTEGER, timeout REAL,
-  created_at REAL NOT NULL, updated_at REAL NOT NULL, run_after REAL NOT NULL,
-  locked_by TEXT, locked_at REAL, exit_code INTEGER, last_error TEXT,
-  run INTEGER NOT NULL DEFAULT 0, cancelling INTEGER NOT NULL DEFAULT 0,
-  due INTEGER NOT NULL,                 -- 0 while run_after is ahead: then no claim walks over it
-  snoozes INTEGER NOT NULL DEFAULT 0, recurs TEXT, series TEXT, planned REAL
-);
-CREATE INDEX jobs_due ON jobs (queue, priority DESC, run_after, seq)
-  WHERE state = 'pending' AND due = 1;
-CREATE INDEX jobs_later ON jobs (queue, run_after) WHERE state = 'pending' AND due = 0;
-CREATE TABLE attempts (
-  job INTEGER NOT NULL, run INTEGER NOT NULL, worker TEXT NOT NULL,
-  started REAL NOT NULL, finished REAL NOT NULL, exit_code INTEGER, error TEXT,
-  cut INTEGER NOT NULL, output BLOB NOT NULL, PRIMARY KEY (job, run)
+
+CREATE TABLE queues (                   -- queue '': paused stands for all queues
+  queue TEXT PRIMARY KEY,
+  paused INTEGER NOT NULL DEFAULT 0,
+  tokens REAL,                          -- the bucket of the rate limit
+  refilled_at REAL
 ) WITHOUT ROWID;
-CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-""" + SINCE_2,
-    """
-ALTER TABLE jobs ADD COLUMN snoozes INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE jobs ADD COLUMN recurs TEXT;
-ALTER TABLE jobs ADD COLUMN series TEXT;
-ALTER TABLE jobs ADD COLUMN planned REAL;
-DROP INDEX jobs_state;
-DROP TRIGGER count_added;
-DROP TRIGGER count_moved;
-DROP TRIGGER count_gone;
-DROP TABLE counts;
-UPDATE jobs SET due = 1 WHERE state <> 'pending' AND due <> 1;
+
+CREATE TABLE counts (                   -- the number of jobs, kept by triggers
+  queue TEXT NOT NULL,
+  state TEXT NOT NULL,
+  readiness INTEGER NOT NULL,
+  number INTEGER NOT NULL,
+  PRIMARY KEY (queue, state, readiness)
+) WITHOUT ROWID;
+CREATE TRIGGER counts_insert AFTER INSERT ON jobs BEGIN
+  INSERT INTO counts VALUES (new.queue, new.state, new.readiness, 1)
+    ON CONFLICT (queue, state, readiness) DO UPDATE SET number = number + 1;
+END;
+CREATE TRIGGER counts_update AFTER UPDATE OF queue, state, readiness ON jobs
+  WHEN old.state <> new.state OR old.readiness <> new.readiness OR old.queue <> new.queue BEGIN
+  UPDATE counts SET number = number - 1
+    WHERE queue = old.queue AND state = old.state AND readiness = old.readiness;
+  INSERT INTO counts VALUES (new.queue, new.state, new.readiness, 1)
+    ON CONFLICT (queue, state, readiness) DO UPDATE SET number = number + 1;
+END;
+CREATE TRIGGER counts_delete AFTER DELETE ON jobs BEGIN
+  UPDATE counts SET number = number - 1
+    WHERE queue = old.queue AND state = old.state AND readiness = old.readiness;
+END;
+
+CREATE TABLE totals (                   -- of all attempts ever, kept by a trigger
+  queue TEXT NOT NULL,
+  outcome TEXT NOT NULL,
+  number INTEGER NOT NULL,
+  running REAL NOT NULL,                -- seconds
+  waiting REAL NOT NULL,
+  PRIMARY KEY (queue, outcome)
+) WITHOUT ROWID;
+CREATE TRIGGER totals_insert AFTER INSERT ON attempts BEGIN
+  INSERT INTO totals
+    SELECT queue, new.outcome, 1, new.finished - new.started, new.waited
+    FROM jobs WHERE seq = new.job
+    ON CONFLICT (queue, outcome) DO UPDATE SET number = number + 1,
+      running = running + excluded.running, waiting = waiting + excluded.waiting;
+END;
 """
-    + SINCE_2,
-)
+
+# Reading jobs.
 
 JOB = "SELECT " + ", ".join(Job._fields) + " FROM jobs "
-LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'jobs'"
-NEW = """seq id queue command cwd env priority max_retries timeout created_at updated_at run_after
-due recurs series planned""".split()
-VALUES = ", ".join(":" + column for column in NEW)
-INSERT = f"INSERT OR IGNORE INTO jobs (state, {', '.join(NEW)}) VALUES ('pending', {VALUES})"
-IDS_BETWEEN = """
-SELECT seq, coalesce(series, id) FROM jobs
-WHERE seq BETWEEN :first AND :last ORDER BY seq LIMIT 1000"""
-BY_ID = JOB + "WHERE id = :id"
-LAST_RUN = JOB + "WHERE series = :id AND run > 0 ORDER BY seq DESC LIMIT 1"
-NEWEST = JOB + "WHERE series = :id ORDER BY seq DESC LIMIT 1"
-RECENT_IDS = "SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000"
+ATTEMPT = "SELECT " + ", ".join(Attempt._fields) + " FROM attempts "
 IN_QUEUE = "(:queue IS NULL OR queue = :queue)"
-ALL = JOB + f"WHERE seq > :seq AND {IN_QUEUE} ORDER BY seq LIMIT 1000"
-IN_STATE = JOB + f"WHERE state = :state AND due = :due AND {IN_QUEUE} "
+ACTIVE_RULE = "rule IS NOT NULL AND state IN ('pending', 'processing')"
+BY_ID = JOB + "WHERE id = :id"
+BY_SEQ = JOB + "WHERE seq = :seq"
+ACTIVE_OF_SCHEDULE = JOB + "WHERE schedule_id = :id AND " + ACTIVE_RULE
+NEWEST_OF_SCHEDULE = JOB + "WHERE schedule_id = :id ORDER BY seq DESC LIMIT 1"
+LAST_RUN_OF_SCHEDULE = JOB + "WHERE schedule_id = :id AND run > 0 ORDER BY seq DESC LIMIT 1"
+SCHEDULES = JOB + f"INDEXED BY jobs_rule WHERE {ACTIVE_RULE} ORDER BY schedule_id"
+RECENT_IDS = "SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000"
+LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = :table"
+IDS_BETWEEN = """
+SELECT seq, coalesce(schedule_id, id) FROM jobs
+WHERE seq BETWEEN :first AND :last ORDER BY seq LIMIT 1000"""
+ALL_JOBS = JOB + f"WHERE seq > :seq AND {IN_QUEUE} ORDER BY seq LIMIT 1000"
+IN_STATE = JOB + f"WHERE state = :state AND readiness = :readiness AND {IN_QUEUE} "
 LATEST = IN_STATE + "ORDER BY updated_at DESC, seq DESC LIMIT :limit"
-OLDEST = IN_STATE + "ORDER BY updated_at LIMIT :limit"  # of a due job: when it became due
-GOES_ON = "recurs IS NOT NULL AND state IN ('pending', 'processing')"
-SCHEDULE = JOB + "WHERE series = :id AND " + GOES_ON
-RECURRING = JOB + f"INDEXED BY jobs_recurs WHERE {GOES_ON} ORDER BY series"
-RECENT_LIMIT = 5000
-RECENT = f"""
-SELECT count(*), min(updated_at) FROM (
-  SELECT updated_at FROM jobs WHERE state = :state AND due = 1 AND updated_at > :since
-    AND {IN_QUEUE}
-  ORDER BY updated_at DESC LIMIT {RECENT_LIMIT})"""
-TALLY = "SELECT queue, state, due, jobs FROM counts WHERE jobs > 0"
-ATTEMPTS = "SELECT " + ", ".join(Attempt._fields) + " FROM attempts WHERE job = :seq ORDER BY run"
-
-WAITING_QUEUES = """
-SELECT queue, min(due) FROM counts WHERE state = 'pending' AND due >= 0 AND jobs > 0
-  AND queue NOT IN paused AND '' NOT IN paused GROUP BY queue"""
-NEXT_DUE = f"""
-{JOB}WHERE state = 'pending' AND due = 1 AND queue = :queue
-ORDER BY priority DESC, run_after, seq LIMIT 1"""
-BEFORE = """
-SELECT count(*) FROM (
-  SELECT 1 FROM jobs WHERE state = 'pending' AND due = 1 AND queue = :queue
-    AND priority > :priority
-  UNION ALL SELECT 1 FROM jobs WHERE state = 'pending' AND due = 1 AND queue = :queue
-    AND priority = :priority AND (run_after, seq) < (:run_after, :seq) LIMIT 100000)"""
-# In slices: among more than 500 that become due at once, a high priority may come late.
-MAKE_DUE = """
-UPDATE jobs SET due = 1, updated_at = run_after WHERE seq IN (  -- OLDEST goes by when it became due
-  SELECT seq FROM jobs WHERE state = 'pending' AND due = 0 AND queue = :queue
-    AND run_after <= :now ORDER BY run_after LIMIT 500)"""
-NEXT_LATER = """
-SELECT min(run_after) FROM jobs WHERE state = 'pending' AND due = 0 AND queue = :queue"""
-# A drain waits for the retry of a schedule's job, not for its next one.
-NEXT_AWAITED = NEXT_LATER + " AND (recurs IS NULL OR run > 0)"
-CLAIM = """
-UPDATE jobs SET state = 'processing', attempts = attempts + 1, run = run + 1,
-  locked_by = :worker, locked_at = :now, updated_at = :now
-WHERE seq = :seq AND state = 'pending'"""
-FINISH = """
-UPDATE jobs SET state = :state, attempts = :attempts, exit_code = :exit_code,
-  last_error = :last_error, run_after = :run_after, due = :due, updated_at = :updated_at,
-  snoozes = :snoozes, recurs = :recurs, locked_by = NULL, locked_at = NULL, cancelling = 0
-WHERE seq = :seq AND state = 'processing' AND locked_by = :worker AND run = :run"""
-ADD_ATTEMPT = "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+OLDEST = IN_STATE + "ORDER BY updated_at LIMIT :limit"
 CLAIMED = JOB + "WHERE state = 'processing'"
-RETRY = """
-UPDATE jobs SET state = 'pending', attempts = 0, snoozes = 0, updated_at = :now,
-  exit_code = NULL, last_error = NULL,
-  run_after = CASE WHEN run = 0 THEN max(run_after, :now) ELSE :now END,  -- not before its time
-  due = CASE WHEN EXISTS (SELECT 1 FROM needs WHERE child = seq AND met = 0) THEN -1
-    ELSE run > 0 OR run_after <= :now END
-WHERE seq = :seq AND state IN ('dead', 'cancelled')"""
-ALL_DEAD = "SELECT id, seq, run FROM jobs WHERE state = 'dead' ORDER BY updated_at"
-CANCEL_WAITING = """
-UPDATE jobs SET state = 'cancelled', due = 1, updated_at = :now,
-  last_error = 'cancelled by the operator'
-WHERE seq = :seq AND state = 'pending'"""
-CANCEL_RUNNING = "UPDATE jobs SET cancelling = 1 WHERE seq = :seq AND state = 'processing'"
-
-NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :met)"
-MEET = "UPDATE needs SET met = 1 WHERE parent = :seq"
-UNBLOCK = """
-UPDATE jobs SET due = run_after <= :now, updated_at = :now
-WHERE seq IN (SELECT child FROM needs WHERE parent = :seq)
-  AND +state = 'pending' AND +due = -1  -- +: no index, which would lead to all that are blocked
-  AND NOT EXISTS (SELECT 1 FROM needs WHERE child = jobs.seq AND met = 0)"""
+DEAD_JOBS = "SELECT id, seq, run FROM jobs WHERE state = 'dead' ORDER BY updated_at"
+RECENT_LIMIT = 5000
+RECENT_ENDS = f"""
+SELECT count(*), min(updated_at) FROM (
+  SELECT updated_at FROM jobs
+  WHERE state = :state AND readiness = 1 AND updated_at > :since AND {IN_QUEUE}
+  ORDER BY updated_at DESC LIMIT {RECENT_LIMIT})"""
+COUNTS = "SELECT queue, state, readiness, number FROM counts WHERE number > 0"
+ATTEMPTS = ATTEMPT + "WHERE job = :seq ORDER BY run"
+POSITION = """
+SELECT count(*) FROM (
+  SELECT 1 FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue
+    AND priority > :priority
+  UNION ALL SELECT 1 FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue
+    AND priority = :priority AND (run_after, seq) < (:run_after, :seq) LIMIT 100000)"""
 PARENTS = f"""
 {JOB}JOIN needs ON parent = seq WHERE child = :seq AND met = 0 ORDER BY parent LIMIT 100"""
+FAILED_ANCESTORS = f"""
+WITH RECURSIVE ancestors (parent) AS (
+  SELECT parent FROM needs WHERE child = :seq AND met = 0
+  UNION SELECT needs.parent FROM needs JOIN ancestors ON child = ancestors.parent WHERE met = 0)
+{JOB}WHERE seq IN ancestors AND state IN ('dead', 'cancelled') LIMIT 1"""
 COUNT_CHILDREN = """
 SELECT count(*) FROM needs JOIN jobs ON seq = child
 WHERE parent = :seq AND met = 0 AND state = 'pending'"""
 CHILDREN = JOB + "JOIN needs ON child = seq WHERE parent = :seq AND met = 0"
-BELOW = f"""
-WITH RECURSIVE below (child) AS (
+DESCENDANTS = f"""
+WITH RECURSIVE descendants (child) AS (
   SELECT child FROM needs WHERE parent = :seq AND met = 0
-  UNION SELECT needs.child FROM needs JOIN below ON parent = below.child WHERE met = 0)
-{JOB}WHERE seq IN below"""
+  UNION SELECT needs.child FROM needs JOIN descendants ON parent = descendants.child WHERE met = 0)
+{JOB}WHERE seq IN descendants"""
 
-SLICE = 200  # jobs in a transaction of `prune`
+# Adding, claiming and finishing.
+
+INSERTED = """seq id queue command cwd env priority max_retries timeout created_at updated_at
+run_after readiness rule schedule_id scheduled_for""".split()
+INSERT = f"""
+INSERT OR IGNORE INTO jobs ({", ".join(INSERTED)})
+VALUES ({", ".join(":" + column for column in INSERTED)})"""
+ADD_NEED = """
+INSERT OR IGNORE INTO needs (parent, child, met) VALUES (:parent, :child, :met)"""
+WAITING_QUEUES = """
+SELECT queue, min(readiness) FROM counts
+WHERE state = 'pending' AND readiness >= 0 AND number > 0
+  AND NOT EXISTS (
+    SELECT 1 FROM queues WHERE paused = 1 AND queues.queue IN ('', counts.queue))
+GROUP BY queue"""
+NEXT_READY = f"""
+{JOB}WHERE state = 'pending' AND readiness = 1 AND queue = :queue
+ORDER BY priority DESC, run_after, seq LIMIT 1"""
+# In slices: where more than 500 jobs become ready at once, one of high priority may come late.
+MAKE_READY = """
+UPDATE jobs SET readiness = 1, updated_at = run_after WHERE seq IN (
+  SELECT seq FROM jobs WHERE state = 'pending' AND readiness = 0 AND queue = :queue
+    AND run_after <= :now ORDER BY run_after LIMIT 500)"""
+NEXT_SCHEDULED = """
+SELECT min(run_after) FROM jobs WHERE state = 'pending' AND readiness = 0 AND queue = :queue"""
+# A drain waits for the retry of a schedule's job, but not for the schedule's next job.
+NEXT_SCHEDULED_FOR_DRAIN = NEXT_SCHEDULED + " AND (rule IS NULL OR run > 0)"
+CLAIM = """
+UPDATE jobs SET state = 'processing', attempts = attempts + 1, run = run + 1, waited = :waited,
+  locked_by = :worker, locked_at = :now, updated_at = :now
+WHERE seq = :seq AND state = 'pending'"""
+FINISH = """
+UPDATE jobs SET state = :state, attempts = :attempts, exit_code = :exit_code,
+  last_error = :last_error, run_after = :run_after, readiness = :readiness,
+  updated_at = :updated_at, snoozes = :snoozes, rule = :rule,
+  locked_by = NULL, locked_at = NULL, cancel_requested = 0
+WHERE seq = :seq AND state = 'processing' AND locked_by = :worker AND run = :run"""
+ADD_ATTEMPT = f"INSERT INTO attempts VALUES ({', '.join('?' * (len(Attempt._fields) + 1))})"
+MARK_MET = "UPDATE needs SET met = 1 WHERE parent = :seq"
+UNBLOCK = """
+UPDATE jobs SET readiness = run_after <= :now, updated_at = :now
+WHERE seq IN (SELECT child FROM needs WHERE parent = :seq)
+  AND +state = 'pending' AND +readiness = -1  -- +: not by an index on all blocked jobs
+  AND NOT EXISTS (SELECT 1 FROM needs WHERE child = jobs.seq AND met = 0)"""
+
+# Operating.
+
+RETRY = """
+UPDATE jobs SET state = 'pending', attempts = 0, snoozes = 0, updated_at = :now,
+  exit_code = NULL, last_error = NULL,
+  run_after = CASE WHEN run = 0 THEN max(run_after, :now) ELSE :now END,  -- not before its time
+  readiness = CASE
+    WHEN EXISTS (SELECT 1 FROM needs WHERE child = seq AND met = 0) THEN -1
+    ELSE run > 0 OR run_after <= :now END
+WHERE seq = :seq AND state IN ('dead', 'cancelled')"""
+CANCEL_WAITING = """
+UPDATE jobs SET state = 'cancelled', readiness = 1, updated_at = :now,
+  last_error = 'cancelled by the operator'
+WHERE seq = :seq AND state = 'pending'"""
+CANCEL_RUNNING = """
+UPDATE jobs SET cancel_requested = 1 WHERE seq = :seq AND state = 'processing'"""
+SLICE = 200  # jobs deleted in one transaction
 PRUNABLE = f"""
-SELECT seq FROM jobs WHERE state = :state AND due = 1 AND updated_at <= :before
+SELECT seq FROM jobs WHERE state = :state AND readiness = 1 AND updated_at <= :before
   AND NOT EXISTS (SELECT 1 FROM needs WHERE parent = jobs.seq AND met = 0)
 ORDER BY updated_at LIMIT {SLICE}"""
-FORGET = (
+DELETE_JOB = (
     "DELETE FROM attempts WHERE job = :seq",
     "DELETE FROM needs WHERE parent = :seq",
     "DELETE FROM needs WHERE child = :seq",
     "DELETE FROM jobs WHERE seq = :seq",
 )
-PAUSED = "SELECT queue FROM paused"
-PAUSE = "INSERT OR IGNORE INTO paused VALUES (:queue)"
-RESUME = "DELETE FROM paused WHERE :queue IN ('', queue)"
+PAUSED = "SELECT queue FROM queues WHERE paused = 1"
+PAUSE = """
+INSERT INTO queues (queue, paused) VALUES (:queue, 1)
+ON CONFLICT (queue) DO UPDATE SET paused = 1"""
+RESUME = "UPDATE queues SET paused = 0 WHERE :queue IN ('', queue)"
+STORED_SETTINGS = """
+SELECT key, value FROM settings WHERE queue IN ('', :queue) ORDER BY queue"""  # '' comes first
+SET = """
+INSERT INTO settings VALUES (:queue, :key, :value)
+ON CONFLICT (queue, key) DO UPDATE SET value = :value"""
+UNSET = "DELETE FROM settings WHERE queue = :queue AND key = :key"
 
-SETTINGS_STORED = "SELECT key, value FROM config"
-SET = "INSERT INTO config VALUES (:key, :value) ON CONFLICT (key) DO UPDATE SET value = :value"
-UNSET = "DELETE FROM config WHERE key = :key"
-
-# --- run directory: what is alive now, as locked files -------------------------------------------
-
-
-class LockFile:
-    """A file of the run directory that this process made and has locked."""
-
-    def __init__(self, path: str) -> None:
-        """Make and lock the file; one that a cleaner removed meanwhile is made again."""
-        self.path = path
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | BINARY | getattr(os, "O_NOFOLLOW", 0)
-        while True:
-            self.fd = os.open(path, flags, 0o600)
-            with contextlib.suppress(FileNotFoundError):
-                if SYSTEM.lock(self.fd) and os.path.samestat(os.fstat(self.fd), os.stat(path)):
-                    return
-            os.close(self.fd)
-            time.sleep(0.001)  # somebody looks at it, or removes it
-
-    def note(self, **facts: object) -> None:
-        """Replace the text of the file, which tells others what its holder is doing."""
-        os.ftruncate(self.fd, 0)
-        with contextlib.suppress(OSError):  # a full disk: what matters is the lock
-            os.write(self.fd, json.dumps(facts).encode())
-
-    def close(self) -> None:
-        """Give up this process's hold on the lock, and remove the file."""
-        SYSTEM.drop(self.fd, self.path)
+TABLES = "jobs|attempts|needs|settings|queues|counts|totals"
+REFERENCE = "FROM|JOIN|INTO|UPDATE|TABLE|INDEX|TRIGGER|ON|BY"  # precedes a table or an index
+GUEST_NAME = re.compile(rf"\b((?:{REFERENCE}) )?({TABLES})(?(1)(?=\b|_)|(?=\.))")
 
 
-def pool_of(worker: str) -> str:
-    """Return the name of a worker's pool: a worker's name is worker-POOL-NUMBER."""
-    return "pool-" + worker.split("-")[1]
-
-
-class RunDirectory:
-    """The directory beside the database: locks, attempts' output, bells and stop requests."""
-
-    def __init__(self, db: str) -> None:
-        """Name the run directory of a database; `make` makes it."""
-        self.db, self.path, self.inode = db, db + ".run", 0
-
-    def make(self) -> None:
-        """Make the directory, for the owner alone whatever the umask."""
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(self.path, 0o700)
-            os.chmod(self.path, 0o700)
-
-    def mark(self, job: Job) -> str:
-        """Return what every process of an attempt has in its environment, as QUEUECTL_RUN.
-
-        The inode tells them from those of a copy of the queue; it stays when the queue is moved.
-        """
-        self.inode = self.inode or os.stat(self.db).st_ino
-        return f"{job.key}.{self.inode}"
-
-    def file(self, *parts: object) -> str:
-        """Return the path of a file in the directory."""
-        return os.path.join(self.path, ".".join(str(part) for part in parts))
-
-    def files(self, start: str = "", end: str = "") -> list[str]:
-        """Return the names that start and end so; none where there is no directory."""
-        try:
-            found = os.listdir(self.path)
-        except FileNotFoundError:
-            return []
-        return sorted(item for item in found if item.startswith(start) and item.endswith(end))
-
-    def free(self, *parts: object) -> bool:
-        """Tell whether nobody holds the lock of a file; one that does not exist is free."""
-        try:
-            with open(self.file(*parts), "r+b", buffering=0) as file:
-                return SYSTEM.lock(file.fileno(), shared=True)
-        except SYSTEM.GONE:
-            return True
-
-    def noted(self, *parts: object) -> dict[str, Any]:
-        """Return what the holder of a file says about itself, as far as it can be read."""
-        garbled = contextlib.suppress(OSError, ValueError, TypeError)
-        with garbled, open(self.file(*parts), "rb") as file:
-            return dict(json.load(file))
-        return {}
-
-    def living(self, kind: str) -> dict[str, dict[str, Any]]:
-        """Return the living pools or workers: each one's name and what it says about itself."""
-        held = (item for item in self.files(kind + "-") if "." not in item)
-        return {item: self.noted(item) for item in held if not self.free(item)}
-
-    def ring(self) -> None:
-        """Wake every pool: there may be work. Never waits, and nobody listening is fine."""
-        with contextlib.suppress(OSError):  # the work is stored; a pool finds it within a TICK
-            for bell in self.files("pool-", ".bell"):
-                with contextlib.suppress(OSError):  # ENXIO: its pool is gone
-                    fd = os.open(self.file(bell), os.O_WRONLY | os.O_NONBLOCK)
-                    with open(fd, "wb", buffering=0) as pipe:
-                        pipe.write(b"!")
-
-    def stop_asked(self, pool: str) -> str:
-        """Return how a pool was asked to stop: "stop", "now", or "" if it was not."""
-        return next((w for w in ("now", "stop") if os.path.exists(self.file(pool, w))), "")
-
-    def clean(self, claimed: Sequence[Job]) -> None:
-        """Remove what the dead left behind, but not what tells about jobs to be recovered."""
-        keep = {job.locked_by for job in claimed} | {f"{job.seq}.{job.run}" for job in claimed}
-        for item in self.files():
-            attempt = re.match(r"\d+\.\d+(?=\.)", item)
-            owner = attempt or re.match("(pool|worker)-[^.]+", item)
-            if owner and owner[0] not in keep and self.free(item if attempt else owner[0]):
-                with contextlib.suppress(OSError):
-                    self.remove(item, lock=bool(attempt) or item == owner[0])
-
-    def remove(self, item: str, *, lock: bool) -> None:
-        """Remove a file; one that is a lock only if nobody has taken it meanwhile."""
-        if not lock:
-            os.unlink(self.file(item))
-        elif SYSTEM.lock(fd := os.open(self.file(item), os.O_RDWR | BINARY)):
-            SYSTEM.drop(fd, self.file(item))
-        else:
-            os.close(fd)
-
-
-# --- database: open, migrate, transactions, errors -----------------------------------------------
-
-PATIENCE = 30.0  # seconds that a command waits for another program's write lock
+@lru_cache(maxsize=None)
+def for_guest(sql: str) -> str:
+    """Return a statement for the tables in another program's database, which have a prefix."""
+    return GUEST_NAME.sub(rf"\1{GUEST_PREFIX}\2", sql)
 
 
 def statements(script: str) -> Iterator[str]:
@@ -1263,44 +1084,726 @@ def statements(script: str) -> Iterator[str]:
             pending = ""
 
 
-def schema_version(db: sqlite3.Connection) -> int:
-    """Return the version of the queue's tables, 0 where there are none."""
-    if db.execute(GET_APPLICATION_ID).fetchone()[0] == APPLICATION_ID:
-        return int(db.execute(GET_VERSION).fetchone()[0])
+# --- system: what differs between POSIX and Windows; the only place with signals and kills --------
+
+HAS_PROC = sys.platform == "linux"  # processes can be examined through /proc
+STOP_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")]
+EXHAUSTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # the machine is at its limit
+
+
+def polling(limit: float = NEVER, first: float = 0.0005, longest: float = 0.05) -> Iterator[float]:
+    """Yield the seconds waited so far: at once, then after growing pauses, until the limit is over.
+
+    This is the one loop that waits for facts which notify nobody, such as the locks of others.
+    """
+    began = time.monotonic()
+    pause = first
+    while True:
+        waited = time.monotonic() - began
+        yield waited
+        if waited >= limit:
+            return
+        chance = time.perf_counter_ns() % 1000 / 1000  # two processes must not retry in step
+        time.sleep(min(pause * (0.5 + chance), limit - waited))
+        pause = min(pause * 1.5, longest)
+
+
+def open_own(path: str, flags: int) -> int:
+    """Open a file of a queue: never through a symbolic link, never blocking on a FIFO."""
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # as far as the system has them
+        flags |= getattr(os, name, 0)
+    return os.open(path, flags, 0o600)
+
+
+class Launch(NamedTuple):
+    """What a job's process is started with; its stdout and stderr are the descriptor `out`."""
+
+    argv: Sequence[str]
+    cwd: str
+    env: Mapping[str, str]  # added to the environment of this process
+    out: int
+
+
+class Trace(NamedTuple):
+    """How the processes of an attempt are recognized.
+
+    All have `token` as QUEUECTL_RUN in their environment, and hold the lock of the file
+    `lock_path`. Where processes cannot be examined, `leader` is the pid of their process group, 0
+    if unknown, and `launched` the time when it was started.
+    """
+
+    token: str
+    lock_path: str
+    leader: int
+    launched: float
+
+
+def read_proc(path: str) -> bytes:
+    """Return a file of /proc; empty where the process is gone or may not be examined."""
+    with contextlib.suppress(OSError), open("/proc/" + path, "rb") as file:
+        return file.read()
+    return b""
+
+
+def holds_lock(pid: int, path: str) -> bool:
+    """Tell whether a process holds the lock of a file; having it open is not enough."""
+    with contextlib.suppress(OSError):
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                if os.path.samefile(f"/proc/{pid}/fd/{fd}", path) and re.search(
+                    rb"FLOCK +ADVISORY +WRITE", read_proc(f"{pid}/fdinfo/{fd}")
+                ):
+                    return True
+    return False
+
+
+def process_group(leader: int, launched: float) -> list[int]:
+    """Return the living processes of a group, by `ps`, where there is no /proc.
+
+    A leader that did not start at the given time is another process that got the pid later.
+    """
+    import subprocess
+
+    command = ["ps", "-axo", "pid=,pgid=,stat=,lstart="]
+    env = {**os.environ, "LC_ALL": "C"}
+    table = subprocess.run(command, stdout=subprocess.PIPE, check=False, env=env).stdout
+    found = []
+    for line in table.decode(errors="replace").splitlines():
+        pid, group, state, *started = line.split()
+        is_zombie = "Z" in state
+        if int(group) != leader or len(started) != 5 or is_zombie:
+            continue
+        when = time.mktime(time.strptime(" ".join(started), "%a %b %d %H:%M:%S %Y"))
+        if pid == group and abs(when - launched) > 2:
+            return []
+        found.append(int(pid))
+    return found
+
+
+def ignore_signal(_number: int, _frame: object) -> None:
+    """Do nothing. Unlike SIG_IGN, a handler is not inherited by the jobs."""
+
+
+class Child:
+    """A job's own process, with the part of the interface of `subprocess.Popen` that is used."""
+
+    returncode: int = 0  # once it has ended; minus n for signal n
+    running = True
+
+    def __init__(self, pid: int) -> None:
+        """Take over a process that has been started."""
+        self.pid = pid
+
+    def poll(self) -> int | None:
+        """Return how it ended, or None while it runs."""
+        if self.running:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if not pid:
+                return None
+            by_signal = os.WIFSIGNALED(status)
+            self.returncode = -os.WTERMSIG(status) if by_signal else os.WEXITSTATUS(status)
+            self.running = False
+        return self.returncode
+
+
+class Wakeup:
+    """Descriptors by which other processes and signals wake this one."""
+
+    def __init__(self, reader: int, writer: int) -> None:
+        """Take over two open descriptors, which may be the same."""
+        self.reader = reader
+        self.writer = writer
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable once somebody has written."""
+        return self.reader
+
+    def clear(self) -> None:
+        """Read what was written."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.reader, 65536)
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        for fd in {self.reader, self.writer}:
+            os.close(fd)
+
+
+class Posix:
+    """Linux, macOS and similar systems."""
+
+    POLL = 0.5  # seconds between a pool's looks at facts that notify nobody; each takes 0.3 ms
+    PYTHON = sys.executable
+    BACKGROUND: Mapping[str, Any] = {"start_new_session": True}  # outlives the terminal
+    inherited: Mapping[bytes, bytes] = {}  # the environment, once it has been read
+
+    def user(self) -> int | None:
+        """Return the user id of this process."""
+        return os.geteuid()
+
+    def lock(self, fd: int, *, shared: bool = False) -> bool:
+        """Lock an open file without waiting; return False where another process has it."""
+        import fcntl
+
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def is_unlocked(self, path: str) -> bool:
+        """Tell whether nobody holds the lock of a file; one that does not exist is unlocked."""
+        try:
+            fd = open_own(path, os.O_RDWR)
+        except FileNotFoundError:
+            return True
+        try:
+            return self.lock(fd, shared=True)
+        finally:
+            os.close(fd)
+
+    def remove_locked(self, fd: int, path: str) -> None:
+        """Remove and close a file that is locked here; the lock outlives the name."""
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        os.close(fd)
+
+    def punch_hole(self, fd: int, length: int) -> bool:
+        """Free the disk space of the beginning of a file; return False if unsupported."""
+        with contextlib.suppress(ImportError, AttributeError, OSError):  # only Linux has it
+            import ctypes
+
+            keep_size, punch_hole = 1, 2
+            fallocate = ctypes.CDLL(None).fallocate64
+            start, size = ctypes.c_int64(0), ctypes.c_int64(length)
+            return bool(fallocate(fd, keep_size | punch_hole, start, size) == 0)
+        return False
+
+    def sync(self, path: str) -> None:
+        """Sync a file; on macOS, down to the medium."""
+        with open(path, "r+b", buffering=0) as file:
+            try:
+                from fcntl import F_FULLFSYNC, fcntl  # type: ignore[attr-defined]
+            except ImportError:
+                getattr(os, "fdatasync", os.fsync)(file.fileno())
+            else:
+                fcntl(file, F_FULLFSYNC)
+
+    def make_wakeup(self, fifo: str = "") -> Wakeup | None:
+        """Return what wakes this process: by a FIFO of that name, else by a pipe of its own."""
+        if fifo:
+            with contextlib.suppress(OSError):  # a file system without FIFOs: pools poll
+                os.mkfifo(fifo, 0o600)
+                fd = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
+                return Wakeup(fd, fd)
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        os.set_blocking(writer, False)
+        return Wakeup(reader, writer)
+
+    @contextlib.contextmanager
+    def signals_blocked(self) -> Iterator[None]:
+        """Let no signal reach a process that is started now, until it calls `reset_signals`."""
+        from multiprocessing import resource_tracker
+
+        resource_tracker.ensure_running()  # else the start runs it, which unblocks the signals
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def reset_signals(self, *, worker: bool) -> Callable[[], object]:
+        """Unblock all signals, and in a worker prepare what its jobs inherit; return the undo."""
+        before = signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        if worker:
+            signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, ignore_signal)
+            for fd in map(int, os.listdir("/dev/fd")):  # those of the fork server are not for jobs
+                with contextlib.suppress(OSError):
+                    os.set_inheritable(fd, fd <= 2)
+        return partial(signal.pthread_sigmask, signal.SIG_SETMASK, before)
+
+    def wait(self, sources: Iterable[Any], child: Any, limit: float | None) -> list[Any]:  # noqa: ARG002
+        """Wait for wakeups and pipes, for `limit` seconds at most; return the readable ones.
+
+        Sources that are None are left out. A child's end is a signal, which wakes its worker.
+        """
+        import select
+
+        poll = select.poll()
+        found = {}
+        for source in sources:
+            if source is not None:
+                found[source.fileno()] = source
+                poll.register(source.fileno(), select.POLLIN)
+        ready = [found[fd] for fd, _ in poll.poll(limit and limit * 1000)]
+        for source in ready:
+            if isinstance(source, Wakeup):
+                source.clear()
+        return ready
+
+    def launch(self, launch: Launch, home: str) -> Child:
+        """Start a job in a session of its own; raise OSError where it cannot be started.
+
+        The output file is passed on a third time, as a descriptor that no redirection closes. Text
+        is UTF-8 whatever the locale. `home` is where this process works afterwards: an idle worker
+        must not keep the job's directory busy. Popen is not used because before Python 3.10 it
+        copies the whole process, which doubles the cost of a job.
+        """
+        self.inherited = self.inherited or dict(os.environb)
+        added = {k.encode(): v.encode(errors="surrogateescape") for k, v in launch.env.items()}
+        os.set_inheritable(launch.out, True)  # noqa: FBT003
+        os.chdir(launch.cwd)
+        try:
+            pid = os.posix_spawnp(
+                launch.argv[0],
+                [*map(os.fsencode, launch.argv[:-1]), launch.argv[-1].encode()],
+                {**self.inherited, **added},
+                file_actions=[
+                    (os.POSIX_SPAWN_DUP2, launch.out, 1),
+                    (os.POSIX_SPAWN_DUP2, launch.out, 2),
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                ],
+                setsid=True,
+                setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
+            )
+        finally:
+            with contextlib.suppress(OSError):
+                os.chdir(home)
+        return Child(pid)
+
+    def release(self, child: Child) -> None:
+        """Let the background processes of a job that has ended run on."""
+
+    def processes(self, trace: Trace) -> list[int]:
+        """Return the processes of an attempt, parents first as a rule."""
+        if not HAS_PROC:
+            return process_group(trace.leader, trace.launched) if trace.leader else []
+        others = set(map(int, filter(str.isdigit, os.listdir("/proc")))) - {os.getpid()}
+        key = b"\0QUEUECTL_RUN=" + trace.token.encode() + b"\0"
+        found = [pid for pid in sorted(others) if key in b"\0" + read_proc(f"{pid}/environ")]
+        if found or self.is_unlocked(trace.lock_path):
+            return found
+        return [pid for pid in others if holds_lock(pid, trace.lock_path)]
+
+    def terminate(self, trace: Trace, pids: Iterable[int]) -> None:  # noqa: ARG002
+        """Ask processes to end; a stopped one is continued, to receive it."""
+        for pid in pids:
+            for number in (signal.SIGTERM, signal.SIGCONT):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, number)
+
+    def kill(self, trace: Trace, pids: Iterable[int]) -> None:  # noqa: ARG002
+        """Kill processes."""
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+
+    def enable_escapes(self) -> None:
+        """Let the terminal interpret escape sequences; here it does."""
+
+
+class Windows:
+    """Windows. A job's processes are in a Job Object, which ends them when its worker dies.
+
+    The lock of a file is on a byte far beyond its end. There are no FIFOs: pools poll.
+    """
+
+    POLL = 0.02
+    PYTHON = getattr(sys, "_base_executable", sys.executable)  # not a virtual environment's starter
+    BACKGROUND: Mapping[str, Any] = {"creationflags": 0x8 | 0x200}  # detached, in a new group
+    LOCKED_BYTE = 1 << 40
+
+    def __init__(self) -> None:
+        """Begin without jobs."""
+        self.jobs: dict[int, int] = {}  # the handles of the Job Objects, by process
+
+    def call(self, name: str, *args: Any, dll: str = "kernel32") -> int:
+        """Call a function of the system; numbers are passed and returned as wide as handles."""
+        import ctypes
+
+        function = getattr(ctypes.WinDLL(dll), name)  # type: ignore[attr-defined]
+        function.restype = ctypes.c_void_p
+        wide = (ctypes.c_void_p(arg) if isinstance(arg, int) else arg for arg in args)
+        return function(*wide) or 0
+
+    def user(self) -> int | None:
+        """Return None: ownership works differently here."""
+        return None
+
+    def lock(self, fd: int, *, shared: bool = False) -> bool:  # noqa: ARG002
+        """Lock an open file without waiting; return False where another process has it."""
+        import msvcrt
+
+        os.lseek(fd, self.LOCKED_BYTE, os.SEEK_SET)
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        finally:
+            os.lseek(fd, 0, os.SEEK_SET)  # the job writes where this points
+        return True
+
+    def is_unlocked(self, path: str) -> bool:
+        """Tell whether nobody holds the lock of a file; one that does not exist is unlocked."""
+        try:
+            fd = open_own(path, os.O_RDWR)
+        except (FileNotFoundError, PermissionError):  # the latter while it is being removed
+            return True
+        try:
+            return self.lock(fd)
+        finally:
+            os.close(fd)
+
+    def remove_locked(self, fd: int, path: str) -> None:
+        """Close and remove a file that is locked here; an open file cannot be removed."""
+        os.close(fd)
+        with contextlib.suppress(OSError):  # a background process of the job still writes to it
+            os.unlink(path)
+
+    def punch_hole(self, fd: int, length: int) -> bool:  # noqa: ARG002
+        """Return False: the whole file is truncated instead."""
+        return False
+
+    def sync(self, path: str) -> None:
+        """Sync a file, which must be open for writing."""
+        with open(path, "r+b", buffering=0) as file:
+            os.fsync(file.fileno())
+
+    def make_wakeup(self, fifo: str = "") -> Wakeup | None:  # noqa: ARG002
+        """Return None: there are no FIFOs."""
+        return None
+
+    @contextlib.contextmanager
+    def signals_blocked(self) -> Iterator[None]:
+        """Do nothing: signals are not blocked here."""
+        yield
+
+    def reset_signals(self, *, worker: bool) -> Callable[[], object]:  # noqa: ARG002
+        """Return an undo that does nothing: signals are not blocked here."""
+        return int
+
+    def wait(self, sources: Iterable[Any], child: Any, limit: float | None) -> list[Any]:
+        """Wait for pipes and a child's end, for `limit` seconds at most; return the ready ones."""
+        from multiprocessing.connection import wait
+
+        things = [thing for thing in (*sources, child and int(child._handle)) if thing]
+        if not things:
+            time.sleep(limit or 0)
+        return wait(things, limit)
+
+    def launch(self, launch: Launch, home: str) -> Any:  # noqa: ARG002
+        """Start a job in a Job Object of its own; raise OSError where it cannot be started."""
+        import subprocess
+
+        *shell, command = launch.argv
+        line = subprocess.list2cmdline(launch.argv)
+        if re.fullmatch(r"(.*[\\/])?cmd(\.exe)?", shell[0], re.IGNORECASE):  # quotes differently
+            line = subprocess.list2cmdline(shell) + f' "{command}"'
+        new_group, suspended = 0x200, 0x4
+        child = subprocess.Popen(
+            line,
+            cwd=launch.cwd,
+            env={**os.environ, **launch.env},
+            stdin=subprocess.DEVNULL,
+            stdout=launch.out,
+            stderr=launch.out,
+            creationflags=new_group | suspended,
+        )
+        kill_on_close = 0x2000
+        process = int(child._handle)  # type: ignore[attr-defined]
+        self.jobs[child.pid] = self.call("CreateJobObjectW", None, launch.env["QUEUECTL_RUN"])
+        self.set_limit(child, kill_on_close)
+        self.call("AssignProcessToJobObject", self.jobs[child.pid], process)
+        self.call("NtResumeProcess", process, dll="ntdll")
+        return child
+
+    def set_limit(self, child: Any, flags: int) -> None:
+        """Set the flags of a JOBOBJECT_EXTENDED_LIMIT_INFORMATION, which begins with two times."""
+        import ctypes
+
+        limits = (ctypes.c_uint32 * (36 if ctypes.sizeof(ctypes.c_void_p) == 8 else 28))()
+        limits[4] = flags
+        size = ctypes.sizeof(limits)
+        self.call("SetInformationJobObject", self.jobs[child.pid], 9, limits, size)
+
+    def release(self, child: Any) -> None:
+        """Let the background processes of a job that has ended run on."""
+        self.set_limit(child, 0)
+        self.call("CloseHandle", self.jobs.pop(child.pid))
+
+    def processes(self, trace: Trace) -> list[int]:
+        """Return up to 1,000 processes: the end of a JOBOBJECT_BASIC_PROCESS_ID_LIST."""
+        import ctypes
+
+        found = (ctypes.c_size_t * 1001)()  # two 32-bit counts precede the processes
+        query, counts_size = 4, 8
+        handle = self.call("OpenJobObjectW", query, 0, trace.token)
+        if handle:  # without a handle the query would be about our own job
+            self.call("QueryInformationJobObject", handle, 3, found, ctypes.sizeof(found), None)
+            self.call("CloseHandle", handle)
+        return [pid for pid in found[counts_size // ctypes.sizeof(ctypes.c_void_p) :] if pid]
+
+    def terminate(self, trace: Trace, pids: Iterable[int]) -> None:  # noqa: ARG002
+        """Send Ctrl-Break to the process groups that this process has started."""
+        for pid in self.jobs.keys() & set(pids):
+            with contextlib.suppress(OSError):  # no console
+                os.kill(pid, getattr(signal, "CTRL_BREAK_EVENT", 1))
+
+    def kill(self, trace: Trace, pids: Iterable[int]) -> None:  # noqa: ARG002
+        """End all processes of the attempt."""
+        terminate = 8
+        handle = self.call("OpenJobObjectW", terminate, 0, trace.token)
+        self.call("TerminateJobObject", handle, 1)
+        self.call("CloseHandle", handle)
+
+    def enable_escapes(self) -> None:
+        """Let the terminal interpret escape sequences."""
+        for output in (-11, -12):
+            self.call("SetConsoleMode", self.call("GetStdHandle", output), 7)
+
+
+SYSTEM: Posix | Windows = Windows() if WINDOWS else Posix()
+
+
+def handle_signals(
+    handler: Callable[[int, Any], None], wakeup: Wakeup | None, *, worker: bool = False
+) -> contextlib.ExitStack:
+    """Handle the signals that ask to stop; every signal also wakes this process.
+
+    SIGHUP stays ignored under nohup. SIGUSR1 writes the stack of every thread to stderr. Closing
+    what is returned restores everything.
+    """
+    import faulthandler
+
+    undo = contextlib.ExitStack()
+    for number in STOP_SIGNALS:
+        if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+            undo.callback(signal.signal, number, signal.signal(number, handler))
+    if wakeup:
+        before = signal.set_wakeup_fd(wakeup.writer, warn_on_full_buffer=False)
+        undo.callback(signal.set_wakeup_fd, before)
+        faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+        undo.callback(faulthandler.unregister, signal.SIGUSR1)
+    undo.callback(SYSTEM.reset_signals(worker=worker))
+    return undo
+
+
+def restore_interrupts() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt again, after the imports of the program."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def end_by_signal(number: int) -> None:
+    """End this process by a signal, where the system has signals."""
+    if not WINDOWS:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def is_foreground(fd: int) -> bool:
+    """Tell whether this process is in the foreground of a terminal."""
     try:
-        row = db.execute(GET_GUEST_VERSION).fetchone()
+        return os.tcgetpgrp(fd) == os.getpgrp()
+    except (AttributeError, OSError):  # Windows; not our terminal
+        return True
+
+
+# --- run directory: what is alive, as locked files ------------------------------------------------
+
+PATIENCE = 30.0  # seconds that a command waits for a lock of another program
+
+
+class LockFile:
+    """A file of the run directory that this process has made and locked."""
+
+    def __init__(self, path: str) -> None:
+        """Make and lock the file; make it again if it was removed meanwhile.
+
+        Raises Locked where another process holds the lock for longer than PATIENCE.
+        """
+        self.path = path
+        for _ in polling(PATIENCE, longest=0.02):
+            self.fd = open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            with contextlib.suppress(FileNotFoundError):
+                if SYSTEM.lock(self.fd) and os.path.samestat(os.fstat(self.fd), os.stat(path)):
+                    return
+            os.close(self.fd)
+        raise Locked(f"{path} has been locked by another process for {format_duration(PATIENCE)}")
+
+    def write_note(self, **facts: object) -> None:
+        """Replace the text of the file, which tells others about its holder."""
+        os.ftruncate(self.fd, 0)
+        with contextlib.suppress(OSError):  # a full disk: only the lock matters
+            os.write(self.fd, json.dumps(facts).encode())
+
+    def close(self) -> None:
+        """Release this process's share of the lock, and remove the file."""
+        SYSTEM.remove_locked(self.fd, self.path)
+
+
+def worker_name(pool: str, number: int) -> str:
+    """Return the name of a pool's worker: worker-ID-NUMBER for pool-ID."""
+    return f"worker-{pool.split('-')[1]}-{number}"
+
+
+def pool_of(worker: str) -> str:
+    """Return the name of a worker's pool."""
+    return f"pool-{worker.split('-')[1]}"
+
+
+class RunDirectory:
+    """The directory beside the database: locks, output of attempts, FIFOs and stop requests."""
+
+    def __init__(self, db: str) -> None:
+        """Name the run directory of a database; `make` makes it."""
+        self.db = db
+        self.path = db + ".run"
+        self.inode = 0
+
+    def make(self) -> None:
+        """Make the directory for the owner alone, whatever the umask."""
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self.path, 0o700)
+            os.chmod(self.path, 0o700)
+
+    def run_token(self, job: Job) -> str:
+        """Return the value of QUEUECTL_RUN in every process of a job's current attempt.
+
+        The inode distinguishes them from those of a copy of the queue; it stays when the queue is
+        moved.
+        """
+        self.inode = self.inode or os.stat(self.db).st_ino
+        return f"{job.key}.{self.inode}"
+
+    def trace(self, job: Job) -> Trace:
+        """Return how the processes of a job's current attempt are recognized."""
+        note = {} if HAS_PROC else self.read_note(job.locked_by)
+        ours = note.get("key") == job.key
+        leader = int(note["leader"]) if ours else 0
+        launched = float(note["launched"]) if ours else 0.0
+        return Trace(self.run_token(job), self.output_file(job), leader, launched)
+
+    def file(self, *parts: object) -> str:
+        """Return the path of a file in the directory; dots join the parts of its name."""
+        return os.path.join(self.path, ".".join(str(part) for part in parts))
+
+    def output_file(self, job: Job) -> str:
+        """Return the path of the output of a job's current attempt."""
+        return self.file(job.seq, job.run, "out")
+
+    def files(self, start: str = "", end: str = "") -> list[str]:
+        """Return the sorted names that start and end so; none where there is no directory."""
+        try:
+            found = os.listdir(self.path)
+        except FileNotFoundError:
+            return []
+        return sorted(item for item in found if item.startswith(start) and item.endswith(end))
+
+    def attempt_files(self, job: Job) -> list[str]:
+        """Return the names of the files of a job's current attempt."""
+        return self.files(f"{job.seq}.{job.run}.")
+
+    def is_unlocked(self, *parts: object) -> bool:
+        """Tell whether nobody holds the lock of a file; one that does not exist is unlocked."""
+        return SYSTEM.is_unlocked(self.file(*parts))
+
+    def read_note(self, *parts: object) -> dict[str, Any]:
+        """Return what the holder of a file wrote about itself; empty where it cannot be read."""
+        unreadable = contextlib.suppress(OSError, ValueError, TypeError)
+        with unreadable, open(self.file(*parts), "rb", opener=open_own) as file:
+            return dict(json.load(file))
+        return {}
+
+    def alive(self, kind: str) -> dict[str, dict[str, Any]]:
+        """Return the living pools ("pool") or workers ("worker"): name and note of each."""
+        locks = (item for item in self.files(kind + "-") if "." not in item)
+        return {item: self.read_note(item) for item in locks if not self.is_unlocked(item)}
+
+    def notify(self) -> None:
+        """Wake every pool: there may be work. Never waits; it is fine if no pool listens."""
+        with contextlib.suppress(OSError):  # the work is stored; a pool finds it at its next poll
+            for fifo in self.files("pool-", ".fifo"):
+                with contextlib.suppress(OSError):  # ENXIO: its pool is gone
+                    fd = open_own(self.file(fifo), os.O_WRONLY)
+                    with open(fd, "wb", buffering=0) as pipe:
+                        pipe.write(b"!")
+
+    def request_stop(self, pool: str, mode: StopMode) -> None:
+        """Ask a pool to stop, by an empty file: it can be made on a full disk."""
+        os.close(open_own(self.file(pool, mode), os.O_WRONLY | os.O_CREAT))
+
+    def stop_requested(self, pool: str) -> StopMode:
+        """Return how a pool was asked to stop, "" if it was not."""
+        if os.path.exists(self.file(pool, "now")):
+            return "now"
+        return "stop" if os.path.exists(self.file(pool, "stop")) else ""
+
+    def clean(self, claimed: Sequence[Job]) -> None:
+        """Remove the files of dead processes, except those about jobs that are to be recovered."""
+        keep = {job.locked_by for job in claimed} | {f"{job.seq}.{job.run}" for job in claimed}
+        for item in self.files():
+            attempt = re.match(r"\d+\.\d+(?=\.)", item)
+            owner = attempt or re.match("(pool|worker)-[^.]+", item)
+            lock = item if attempt else owner and owner[0]
+            if owner and owner[0] not in keep and self.is_unlocked(lock):
+                with contextlib.suppress(OSError):
+                    self.remove(item, is_lock=item == lock)
+
+    def remove(self, item: str, *, is_lock: bool) -> None:
+        """Remove a file; a lock only if nobody has taken it meanwhile."""
+        if not is_lock:
+            os.unlink(self.file(item))
+        elif SYSTEM.lock(fd := open_own(self.file(item), os.O_RDWR)):
+            SYSTEM.remove_locked(fd, self.file(item))
+        else:
+            os.close(fd)
+
+
+# --- database: connections, transactions, errors, creating the file -------------------------------
+
+
+def schema_version(db: sqlite3.Connection) -> tuple[int, bool]:
+    """Return the version of the queue's tables, 0 for none, and whether the file is a host's."""
+    if db.execute(GET_APPLICATION_ID).fetchone()[0] == APPLICATION_ID:
+        return int(db.execute(GET_VERSION).fetchone()[0]), False
+    try:
+        row = db.execute(for_guest(GET_GUEST_VERSION)).fetchone()
     except sqlite3.OperationalError as error:
         if "no such" not in str(error):  # table, or column of another program's table
             raise
         row = None
-    return int(row[0]) if row else 0
+    return int(row[0]) if row else 0, True
 
 
-def migrate(db: sqlite3.Connection, *, guest: bool) -> None:
-    """Bring the schema up to date; the changes and their number commit together.
+def create_tables(db: sqlite3.Connection, *, guest: bool) -> None:
+    """Make the tables, and record the version of the schema in the same transaction.
 
-    The numbers that SQLite keeps in a file are its owner's. As a guest in another program's
-    database, the queue keeps its version among its settings.
+    The numbers that SQLite keeps in a file belong to its owner. In another program's database the
+    queue keeps its version among its settings.
     """
-    if db.in_transaction:  # a reader refused the last try's COMMIT
-        db.execute(OUTER[2])
-    db.execute(OUTER[0])
-    version = schema_version(db)
-    ours = db.execute(GET_APPLICATION_ID).fetchone()[0] == APPLICATION_ID
-    guest = not ours and (guest or version > 0)
-    script = SCHEMA[version] if version < len(SCHEMA) else ""  # another process was faster
-    for statement in statements(script):
-        if not (guest and statement.startswith("PRAGMA")):
-            db.execute(statement)
-    if guest:
-        db.execute(SET, {"key": GUEST_KEY, "value": str(len(SCHEMA))})
-    db.execute(OUTER[1])
+    if db.in_transaction:  # a reader refused the COMMIT of the last try
+        db.execute(ROLLBACK)
+    db.execute(BEGIN)
+    if not schema_version(db)[0]:  # else another process was faster
+        for statement in statements(SCHEMA):
+            db.execute(for_guest(statement) if guest else statement)
+        if guest:
+            version = {"queue": "", "key": GUEST_KEY, "value": str(SCHEMA_VERSION)}
+            db.execute(for_guest(SET), version)
+        else:
+            db.execute(SET_APPLICATION_ID)
+            db.execute(SET_VERSION)
+    db.execute(COMMIT)
 
 
-class Opened(sqlite3.Connection):
-    """A connection that knows its file, and whether it is closed or was inherited by a fork."""
+class Connection(sqlite3.Connection):
+    """A connection that knows its file, and whether it must not be used any more."""
 
-    path, unusable = "", False
+    path = ""
+    unusable = False  # closed, or inherited through a fork
 
     def close(self) -> None:
         """Close it; only its own thread may."""
@@ -1308,81 +1811,96 @@ class Opened(sqlite3.Connection):
         self.unusable = True
 
 
-OPEN: list[weakref.ref[Opened]] = []  # the connections of this process
-IN_USE: dict[int, list[Opened]] = {}  # by thread: what its fork must not lose, lest it be closed
-INHERITED: dict[str, Opened] = {}  # in a child, by path: what was in use, and is not to be touched
+# Forks. SQLite remembers in memory which locks its process holds. A child of a fork inherits that
+# memory but not the locks, so a connection must not be used on both sides. Idle connections of the
+# forking thread are closed before the fork; parent and child each open new ones. A database that
+# was in use, in a transaction or by another thread, is refused in the child, which should leave by
+# os._exit, as multiprocessing's children do. A half-read cursor counts as idle: read it to its end.
+
+CONNECTIONS: weakref.WeakSet[Connection] = weakref.WeakSet()  # of this process
+IN_USE: dict[int, list[Connection]] = {}  # during a fork, by thread: they must not be closed
+INHERITED: dict[str, Connection] = {}  # in a child, by path: connections that were in use
 
 
 def before_fork() -> None:
-    """Close what is idle in this thread, so that a child opens its own.
-
-    SQLite remembers in memory which locks its process holds. A child would inherit that memory but
-    not the locks: what it writes would be lost, or destroy the file.
-    """
+    """Close this thread's connections that are in no transaction."""
     import gc
 
-    if OPEN:
-        gc.collect()  # those of threads that have ended
-    found = [db for db in [ref() for ref in list(OPEN)] if db and not db.unusable]
-    for db in found:
-        with contextlib.suppress(sqlite3.ProgrammingError):  # another thread's
+    if len(CONNECTIONS) > 1:
+        gc.collect()  # the connections of threads that have ended
+    connections = [db for db in list(CONNECTIONS) if not db.unusable]
+    for db in connections:
+        with contextlib.suppress(sqlite3.ProgrammingError):  # it belongs to another thread
             if not db.in_transaction:
-                for cursor in gc.get_referrers(db):  # one that is half read would keep it open
-                    if isinstance(cursor, sqlite3.Cursor):
-                        cursor.close()
                 db.close()
-    IN_USE[threading.get_ident()] = [db for db in found if not db.unusable]
+    IN_USE[threading.get_ident()] = [db for db in connections if not db.unusable]
 
 
-def after_fork() -> None:
-    """Keep, in the child, away from files that were in use, even when it ends."""
-    import ctypes
+def after_fork_in_parent() -> None:
+    """Let connections be closed again."""
+    IN_USE.pop(threading.get_ident(), None)
 
+
+def after_fork_in_child() -> None:
+    """Refuse the databases that were in use, and keep their connections from being closed."""
     for db in IN_USE.pop(threading.get_ident(), ()):
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(db))
-        INHERITED[db.path], db.unusable = db, True
+        INHERITED[db.path] = db
+        db.unusable = True
 
 
 @lru_cache(maxsize=None)
-def prepare_forks() -> None:
-    """Have forks looked after from now on."""
+def prepare_for_forks() -> None:
+    """Take care of forks from now on."""
     if hasattr(os, "register_at_fork"):
-        done = lambda: IN_USE.pop(threading.get_ident(), None)  # noqa: E731
-        os.register_at_fork(before=before_fork, after_in_parent=done, after_in_child=after_fork)
+        os.register_at_fork(
+            before=before_fork,
+            after_in_parent=after_fork_in_parent,
+            after_in_child=after_fork_in_child,
+        )
+
+
+class ThreadState(threading.local):
+    """What a Database knows about the current thread."""
+
+    connection: Connection | None = None
+    in_transaction = False
+    notify = False  # wake the pools when the transaction has been stored
 
 
 class Database:
     """The SQLite file: the one way to it, and the one place that decides what its errors mean.
 
-    A connection belongs to one thread of one process, so that an object may be used from threads
-    and after a fork. `patient` says, given the seconds waited for a lock, whether to wait on.
+    A connection belongs to one thread of one process, so an object may be used from threads and
+    after a fork. `keep_waiting` is called with the seconds waited for a lock, and decides whether
+    to wait longer.
     """
 
     def __init__(
         self, path: str, *, create: bool = False, readonly: bool = False, guest: bool = False
     ) -> None:
-        """Check that the file is ours, or make it; raise Fault and change nothing if it is not.
+        """Check that the file is a queue, or create it; else raise Fault and change nothing.
 
-        As a guest, the queue puts its tables into another program's database.
+        With `guest`, the queue puts its tables into another program's database.
         """
         self.path = os.path.realpath(path)  # one database has one run directory
         self.mode = "ro" if readonly else "rw"
         self.run_dir = RunDirectory(self.path)
         self.synchronous = "full"
-        self.patient: Callable[[float], bool] = lambda waited: waited < PATIENCE
-        self._local = threading.local()
-        with self.faults():
+        self.keep_waiting: Callable[[float], bool] = lambda waited: waited < PATIENCE
+        self._thread = ThreadState()
+        self._in_host = False  # the tables have a prefix
+        with self.translate_errors():
             if create and not os.path.lexists(path):
                 self._create(guest=guest)
             elif os.path.lexists(path) and not os.path.exists(path):
-                raise Fault(f"{path} is a link to nothing")
-            if self._inspect(guest=guest) < len(SCHEMA):
+                raise Fault(f"{path} is a symbolic link to a file that does not exist")
+            if not self._inspect(guest=guest):
                 with contextlib.closing(self._open("rw")) as db:
-                    self._retry(lambda: migrate(db, guest=guest))
-                    self._retry(lambda: db.execute(SET_WAL))  # last: what is refused is not changed
+                    self._retry(lambda: create_tables(db, guest=guest))
+                    self._retry(lambda: db.execute(SET_WAL))  # last: a refused file is unchanged
 
     def _create(self, *, guest: bool) -> None:
-        """Make the file whole under another name, so that nobody ever sees half of it."""
+        """Make the complete file under another name, so that no other process sees half of it."""
         where = os.path.dirname(self.path)
         if not os.path.isdir(where):
             raise Fault(f"there is no directory {where}")
@@ -1390,84 +1908,94 @@ class Database:
         with contextlib.closing(LockFile(self.run_dir.file("making"))):
             if os.path.lexists(self.path):
                 return
-            if os.path.lexists(self.path + "-wal"):  # SQLite would replay it into a new file
-                raise Fault(f"{self.path}-wal is there without {self.path}: move it away too")
-            for left in self.run_dir.files("new.db"):
-                os.unlink(self.run_dir.file(left))
+            if os.path.lexists(self.path + "-wal"):  # SQLite would replay it into the new file
+                raise Fault(f"{self.path}-wal exists without {self.path}: move it away too")
+            for leftover in self.run_dir.files("new.db"):
+                os.unlink(self.run_dir.file(leftover))
             new = self.run_dir.file("new.db")
-            os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            os.close(open_own(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
             os.chmod(new, 0o600)  # whatever the umask
             with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as db:
-                migrate(db, guest=guest)
-                db.execute(SET_WAL)  # last: with a -wal, a full disk would show only later
+                create_tables(db, guest=guest)
+                db.execute(SET_WAL)  # last: with a -wal, a full disk would be noticed later
+            self._publish(new)
+
+    def _publish(self, new: str) -> None:
+        """Give the complete file its name, unless another program made one meanwhile."""
+        try:
+            os.link(new, self.path)
+            os.unlink(new)
+        except FileExistsError:
+            os.unlink(new)
+        except OSError:  # a file system without links
             os.rename(new, self.path)
-            with contextlib.suppress(OSError):  # Windows opens no directories
-                fd = os.open(where, os.O_RDONLY)
-                os.fsync(fd)  # the new name
-                os.close(fd)
+        with contextlib.suppress(OSError):  # Windows does not open directories
+            fd = os.open(os.path.dirname(self.path), os.O_RDONLY)
+            os.fsync(fd)  # the new name
+            os.close(fd)
 
     def _inspect(self, *, guest: bool) -> int:
-        """Return the version of the schema, without writing a byte to the file."""
+        """Return the version of the schema, 0 for none, without writing a byte to the file."""
         try:
             info = os.stat(self.path)
         except FileNotFoundError:
-            raise NotFound(f"there is no queue at {self.path}; enqueue makes one") from None
+            raise NotFound(
+                f"there is no queue at {self.path}; enqueue a job to create one"
+            ) from None
         if not stat.S_ISREG(info.st_mode):
-            raise Fault(f"{self.path} is not a file")
+            raise Fault(f"{self.path} is not a regular file")
         if info.st_size == 0 and not guest:
             raise Fault(f"{self.path} is empty, not a queue; remove it to start a new one")
-        self._refuse_planted(info.st_uid)
-        immutable = "" if os.path.exists(self.path + "-wal") else "&immutable=1"  # no -wal is made
+        immutable = "" if os.path.exists(self.path + "-wal") else "&immutable=1"  # makes no -wal
         with contextlib.closing(self._open("ro" + immutable)) as db:
-            version = int(self._retry(lambda: schema_version(db)))
+            version, self._in_host = self._retry(lambda: schema_version(db))
         if not version and not guest:
             raise Fault(f"{self.path} is another program's database, not a queue")
-        if version > len(SCHEMA):
-            raise Fault(f"{self.path} was made by a newer queuectl (schema {version})")
-        return version
+        if version > SCHEMA_VERSION:
+            raise Fault(
+                f"{self.path} was made by a newer queuectl (schema {version}, "
+                f"this one has {SCHEMA_VERSION}); update queuectl"
+            )
+        return int(version)
 
-    def _refuse_planted(self, owner: int) -> None:
-        """Refuse a stranger's -wal. As root, SQLite would make it the owner's when it opens it."""
-        if SYSTEM.user() != 0:
-            return
-        for path in (self.path + "-wal", self.path + "-shm"):
-            with contextlib.suppress(FileNotFoundError):
-                uid = os.lstat(path).st_uid
-                if uid != owner:
-                    raise Fault(f"{path} belongs to another user ({uid})")
-
-    def _open(self, mode: str) -> Opened:
+    def _open(self, mode: str) -> Connection:
         path = re.sub("[%?#]", lambda m: f"%{ord(m[0]):02x}", self.path.replace(os.sep, "/"))
         uri = f"file:{path if path.startswith('/') else '/' + path}?mode={mode}"
         if self.path in INHERITED:
             raise Fault(f"{self.path} was in use, in a transaction or a thread, before the fork")
-        prepare_forks()
-        db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, factory=Opened)
+        prepare_for_forks()
+        db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, factory=Connection)
         db.path = self.path
-        OPEN.append(weakref.ref(db, OPEN.remove))
+        CONNECTIONS.add(db)
         return db
 
     @property
-    def connection(self) -> Opened:
+    def connection(self) -> Connection:
         """The connection of this thread."""
-        db: Opened | None = getattr(self._local, "db", None)
+        db = self._thread.connection
         if db is None or db.unusable:
-            with self.faults():
+            with self.translate_errors():
                 db = self._open(self.mode)
-                for pragma in (*PRAGMAS, SET_SYNCHRONOUS[self.synchronous]):
-                    self._retry(partial(db.execute, pragma))
-            self._local.db, self._local.begun, self._local.ring = db, False, False
+                self._thread.connection = db
+                try:
+                    for pragma in (*CONNECTION_PRAGMAS, SET_SYNCHRONOUS[self.synchronous]):
+                        self._retry(partial(db.execute, pragma))
+                except BaseException:
+                    db.close()
+                    raise
+            self._thread.in_transaction = False
+            self._thread.notify = False
         return db
 
     def fault(self, error: sqlite3.Error) -> Fault:
         """Return our error for one of SQLite's; DatabaseError itself, no subclass, is damage."""
         if type(error) is sqlite3.DatabaseError or "decode" in str(error):  # text is not UTF-8
-            return Broken(f"{self.path} is damaged, or not a queue: {error}")
+            return Damaged(f"{self.path} is damaged, or not a queue: {error}")
         return Fault(f"{self.path}: {error}")
 
     @contextlib.contextmanager
-    def faults(self) -> Iterator[None]:
-        """Turn what SQLite and the file system raise into our errors."""
+    def translate_errors(self) -> Iterator[None]:
+        """Turn the errors of SQLite and the file system into ours."""
         try:
             yield
         except sqlite3.Error as error:
@@ -1476,27 +2004,28 @@ class Database:
             raise Fault(f"{error.filename or self.path}: {error.strerror}") from error
 
     def _retry(self, act: Callable[[], Any]) -> Any:
-        """Do it again while another connection has the lock, for as long as we are patient.
+        """Repeat an action while another connection has the lock, as long as `keep_waiting` says.
 
-        SQLite would wait by itself, but no signal handler runs during its wait.
+        SQLite would wait by itself, but signal handlers do not run during its wait.
         """
-        began, pause = time.monotonic(), 0.0005
-        while True:
+        for waited in polling(longest=0.004):
             try:
                 return act()
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error):
                     raise
-                waited = time.monotonic() - began
-                if not self.patient(waited):
-                    raise Locked(f"{self.path} has been locked for {span(waited)}") from error
-            chance = time.perf_counter_ns() % 1000 / 1000  # that two do not try in step
-            time.sleep(pause * (0.5 + chance))
-            pause = min(pause * 1.5, 0.004)
+                if not self.keep_waiting(waited):
+                    duration = format_duration(waited)
+                    raise Locked(
+                        f"{self.path} has been locked by another program for {duration}"
+                    ) from error
+        raise AssertionError("polling without a limit does not end")
 
     def execute(self, sql: str, args: Any = ()) -> sqlite3.Cursor:
-        """Execute one statement; within a transaction nothing has to be waited for."""
+        """Execute one statement; within a transaction it never waits."""
         db = self.connection
+        if self._in_host:
+            sql = for_guest(sql)
         try:
             if db.in_transaction:
                 return db.execute(sql, args)
@@ -1506,52 +2035,75 @@ class Database:
         except UnicodeEncodeError as error:  # an id or a directory that is not UTF-8
             raise BadInput(f"{error.object!a} is not valid Unicode") from None
 
+    def table(self, name: str) -> str:
+        """Return the name that a table has in this file."""
+        return GUEST_PREFIX + name if self._in_host else name
+
     def rows(self, sql: str, args: Any = ()) -> list[Any]:
-        """Return all the rows of a query: one that is read slowly would hold up the -wal."""
+        """Return all rows of a query: reading them slowly would keep the -wal from being reset."""
         try:
             return self.execute(sql, args).fetchall()
-        except sqlite3.Error as error:  # damage shows where it is read
+        except sqlite3.Error as error:  # damage is noticed while reading
             raise self.fault(error) from error
 
     @contextlib.contextmanager
-    def transaction(self, *, ring: bool = False) -> Iterator[sqlite3.Connection]:
-        """Write: all of it or, on any exception, nothing. The only place that begins one.
+    def transaction(self, *, notify: bool = False) -> Iterator[sqlite3.Connection]:
+        """Write everything within the block or, on any exception, nothing.
 
-        Within another one it is a part, which may fail alone. `ring` wakes the pools when all of it
-        is stored.
+        The only place that begins a transaction. Within another one it is a part, which may fail
+        alone. `notify` wakes the pools when all of it is stored.
         """
-        db, local = self.connection, self._local
-        inner = local.begun
-        if inner and not db.in_transaction:
-            raise Fault(f"{self.path}: a statement has ended the transaction")
-        begin, end, *back = INNER if inner else OUTER
-        self.execute(begin)
-        local.begun, local.ring = True, ring or local.ring
+        db = self.connection
+        thread = self._thread
+        if thread.in_transaction:
+            with self._part(db):
+                thread.notify = thread.notify or notify
+                yield db
+            return
         try:
+            self.execute(BEGIN)
+            thread.in_transaction = True
+            thread.notify = notify
             yield db
-            self.execute(end)
+            self.execute(COMMIT)
+            notify = thread.notify
         except BaseException:
-            for sql in back if not db.unusable and db.in_transaction else ():
-                db.execute(sql)
+            if not db.unusable and db.in_transaction:
+                db.execute(ROLLBACK)
             raise
         finally:
-            if not inner:
-                local.begun, local.ring, ring = False, False, local.ring
-        if ring and not inner:
-            self.run_dir.ring()
+            thread.in_transaction = False
+            thread.notify = False
+        if notify:
+            self.run_dir.notify()
 
-    def ring_when_stored(self) -> None:
-        """Wake the pools as soon as the transaction that is open is stored."""
-        self._local.ring = True
+    @contextlib.contextmanager
+    def _part(self, db: Connection) -> Iterator[None]:
+        """Make a part of a transaction that is undone alone if it fails."""
+        if not db.in_transaction:
+            raise Fault(f"{self.path}: a statement has ended the transaction")
+        self.execute(BEGIN_PART)
+        try:
+            yield
+            self.execute(END_PART)
+        except BaseException:
+            if not db.unusable and db.in_transaction:
+                db.execute(UNDO_PART)
+                db.execute(END_PART)
+            raise
+
+    def notify_when_stored(self) -> None:
+        """Wake the pools as soon as the open transaction is stored."""
+        self._thread.notify = True
 
     def set_synchronous(self, synchronous: str) -> None:
-        """Choose whether each commit is synced (full), or the caller sees to it (normal)."""
+        """Choose whether each commit is synced ("full"), or the caller syncs ("normal")."""
         if synchronous != self.synchronous:
             self.synchronous = synchronous
             self.execute(SET_SYNCHRONOUS[synchronous])
 
     def truncate_wal(self) -> None:
-        """Empty the -wal. Nobody writes meanwhile; gives up if readers do not end within 0.2 s."""
+        """Empty the -wal unless readers need it for more than 0.2 s; writers wait meanwhile."""
         self.execute(SET_WAIT)
         try:
             self.rows(TRUNCATE_WAL)
@@ -1560,56 +2112,112 @@ class Database:
 
     def close(self) -> None:
         """Close this thread's connection."""
-        db: Opened | None = getattr(self._local, "db", None)
+        db = self._thread.connection
         if db and not db.unusable:
             db.close()
 
 
-def shared_group(gid: int) -> bool:
-    """Tell whether a group is more than the private group of the user who runs us."""
+# --- trust: whether other users can put commands into the queue -----------------------------------
+
+
+def is_shared_group(gid: int) -> bool:
+    """Tell whether a group is more than the private group of the user who runs this process."""
     import grp
     import pwd
 
     try:
-        user, group = pwd.getpwuid(SYSTEM.user() or 0), grp.getgrgid(gid)
+        user = pwd.getpwuid(SYSTEM.user() or 0)
+        group = grp.getgrgid(gid)
     except KeyError:
         return True
-    return group.gr_name != user.pw_name or any(member != user.pw_name for member in group.gr_mem)
+    return group.gr_name != user.pw_name or any(name != user.pw_name for name in group.gr_mem)
 
 
-def suspicious(info: os.stat_result, *, directory: bool) -> str | None:
-    """Return what makes a file one that others may have written."""
-    if not (stat.S_ISDIR if directory else stat.S_ISREG)(info.st_mode):
-        return f"is not a {'directory' if directory else 'regular file'}"
-    if info.st_nlink > 1 and not directory:
-        return "has another name (a hard link)"
-    if info.st_uid != SYSTEM.user():
-        return f"belongs to another user ({info.st_uid})"
-    if info.st_mode & stat.S_IWOTH or (info.st_mode & stat.S_IWGRP and shared_group(info.st_gid)):
-        return "may be written by others"
+def insecure_directory(path: str) -> str | None:
+    """Return why other users could place files into a directory, None if they cannot."""
+    try:
+        info = os.stat(path)
+    except FileNotFoundError:
+        return None
+    if info.st_uid not in (0, SYSTEM.user()):
+        return f"{path} belongs to another user ({info.st_uid})"
+    by_group = info.st_mode & stat.S_IWGRP and is_shared_group(info.st_gid)
+    if info.st_mode & stat.S_IWOTH or by_group:
+        return f"other users may write to {path}"
     return None
 
 
-def distrust(db: Database) -> str | None:
-    """Return why somebody else could have put jobs into this queue, or None.
+def insecure_file(path: str, *, fifo: bool = False) -> str | None:
+    """Return why a file may be another user's work, None if it is ours or does not exist."""
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    regular = stat.S_ISFIFO(info.st_mode) if fifo else stat.S_ISREG(info.st_mode)
+    if not regular:
+        return f"{path} is not a {'FIFO' if fifo else 'regular file'}"
+    if info.st_uid != SYSTEM.user():
+        return f"{path} belongs to another user ({info.st_uid})"
+    if info.st_nlink > 1:
+        return f"{path} has another name (a hard link)"
+    by_group = info.st_mode & stat.S_IWGRP and is_shared_group(info.st_gid)
+    if info.st_mode & stat.S_IWOTH or by_group:
+        return f"other users may write to {path}"
+    return None
 
-    Looked at after the open, since SQLite replays whatever -wal it finds beside a database.
+
+def insecure_run_directory(path: str) -> str | None:
+    """Return why other users may have placed files into the run directory, None if they cannot."""
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISDIR(info.st_mode):
+        return f"{path} is not a directory"
+    if info.st_uid != SYSTEM.user():
+        return f"{path} belongs to another user ({info.st_uid})"
+    if info.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        return f"other users may enter {path}"
+    files = (
+        insecure_file(os.path.join(path, f), fifo=f.endswith(".fifo")) for f in os.listdir(path)
+    )
+    return next(filter(None, files), None)
+
+
+def ownership_problem(path: str) -> str | None:
+    """Return why other users could have put commands into a queue, None if they could not.
+
+    As in OpenSSH, nobody else may write to the directory of the queue. This is checked before
+    SQLite opens anything, since it replays any journal or log that it finds beside a database.
     """
     if SYSTEM.user() is None:
         return None
-    where = os.path.dirname(db.path)
-    if os.stat(where).st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
-        return f"anybody may replace files in {where}"
-    for path in (db.path, db.path + "-wal", db.path + "-shm", db.run_dir.path):
-        with contextlib.suppress(FileNotFoundError):
-            reason = suspicious(os.lstat(path), directory=path == db.run_dir.path)
-            if reason:
-                return f"{path} {reason}"
-    return None
+    real = os.path.realpath(path)
+    directories = {os.path.dirname(os.path.abspath(path)), os.path.dirname(real)}
+    files = [real + suffix for suffix in ("", "-journal", "-wal", "-shm")]
+    return next(
+        chain(
+            filter(None, map(insecure_directory, sorted(directories))),
+            filter(None, map(insecure_file, files)),
+            filter(None, [insecure_run_directory(real + ".run")]),
+        ),
+        None,
+    )
 
 
-def network(path: str) -> str | None:
-    """Return the type of the network file system that a path is on, where that can be told."""
+def require_trust(path: str) -> None:
+    """Raise Fault where other users could have put commands into a queue."""
+    with contextlib.suppress(ValueError):  # NUL in the path: whoever opens it says so
+        problem = ownership_problem(path)
+        if problem:
+            raise Fault(
+                f"{problem}, so others could run commands as you; use a directory of your own "
+                "(mkdir -m 700 q && cd q), or --insecure if you trust them"
+            )
+
+
+def network_file_system(path: str) -> str | None:
+    """Return the type of the network file system that a path is on, where that can be found out."""
     best = ("", "")
     with contextlib.suppress(OSError), open("/proc/self/mounts", encoding="utf-8") as mounts:
         for line in mounts:
@@ -1620,75 +2228,449 @@ def network(path: str) -> str | None:
     return best[1] if re.match("nfs|cifs|smb|afs|9p|fuse.sshfs", best[1]) else None
 
 
-# --- queue: the public interface, and the one place where a state changes -------------------------
+# --- queue: reading jobs, changing their state, and the public interface --------------------------
 
 
-class Outcome(NamedTuple):
-    """How an attempt ended, as whoever watched it saw it; `error` is None if it completed.
+class Reader:
+    """What workers, pools and reports ask about the jobs of a queue. Nothing here writes."""
 
-    From `started` on, the fields are those of Attempt, in the same order.
+    def __init__(self, db: Database, clock: Callable[[], float]) -> None:
+        """Read from a database; `clock` returns Unix seconds."""
+        self.db = db
+        self.clock = clock
 
-    `fate` says who ended it: it "ran" to its end, "timed out", its worker "crashed", or the
-    operator had it "returned" to the queue (the attempt does not count) or "cancelled".
+    def select(self, sql: str, **args: object) -> list[Job]:
+        """Return the jobs that a statement selects."""
+        return [Job(*row) for row in self.db.rows(sql, args)]
+
+    def number(self, sql: str, **args: object) -> int:
+        """Return the one number that a statement selects."""
+        return int(self.db.rows(sql, args)[0][0])
+
+    def get(self, job_id: str) -> Job:
+        """Return a job by its id, or the active or else newest job of a schedule; or NotFound."""
+        for sql in (BY_ID, ACTIVE_OF_SCHEDULE, NEWEST_OF_SCHEDULE):
+            for job in self.select(sql, id=job_id):
+                return job
+        near = nearest(job_id, (row[0] for row in self.db.rows(RECENT_IDS)))
+        hint = f": did you mean {near}?" if near else ""
+        raise NotFound(f"there is no job {quoted(job_id)} in {self.db.path}{hint}")
+
+    def by_seq(self, seq: int) -> Job | None:
+        """Return a job by its number, None if it has been deleted."""
+        return next(iter(self.select(BY_SEQ, seq=seq)), None)
+
+    def named(self, ids: Iterable[str]) -> list[Job]:
+        """Return the jobs with these ids, each one once."""
+        return list({job.seq: job for job in map(self.get, as_list(ids))}.values())
+
+    def is_taken(self, job_id: str) -> bool:
+        """Tell whether a job or an active schedule has an id."""
+        return any(self.db.rows(sql, {"id": job_id}) for sql in (BY_ID, ACTIVE_OF_SCHEDULE))
+
+    def all(self, queue: str | None = None) -> Iterator[Job]:
+        """Yield every job by arrival, in slices: a slow reader must not hold up the -wal."""
+        seq = 0
+        while jobs := self.select(ALL_JOBS, queue=queue, seq=seq):
+            yield from jobs
+            seq = jobs[-1].seq
+
+    def latest(self, states: Sequence[str], limit: int, queue: str | None) -> list[Job]:
+        """Return the jobs in these states that changed last, in order of arrival."""
+        found: list[Job] = []
+        for state in states:
+            for readiness in (READY, SCHEDULED, BLOCKED) if state == PENDING else (READY,):
+                found += self.select(
+                    LATEST, state=state, readiness=readiness, queue=queue, limit=limit
+                )
+        found.sort(key=lambda job: job.updated_at)
+        return sorted(found[-limit:])
+
+    def attempts(self, job: Job) -> list[Attempt]:
+        """Return the attempts of a job that have ended, oldest first."""
+        return [Attempt(*row) for row in self.db.rows(ATTEMPTS, {"seq": job.seq})]
+
+    def schedules(self) -> list[Job]:
+        """Return the active job of each schedule."""
+        return self.select(SCHEDULES)
+
+    def last_run(self, job: Job) -> Job:
+        """Return the job of the same schedule that ran last, or this job if none has run."""
+        return next(iter(self.select(LAST_RUN_OF_SCHEDULE, id=job.schedule_id)), job)
+
+    def parents(self, job: Job) -> list[Job]:
+        """Return the jobs, up to 100, that a blocked job waits for."""
+        return self.select(PARENTS, seq=job.seq)
+
+    def failed_ancestor(self, job: Job) -> Job | None:
+        """Return a dead or cancelled job without which a blocked job cannot run."""
+        if job.state != PENDING or job.readiness != BLOCKED:
+            return None
+        return next(iter(self.select(FAILED_ANCESTORS, seq=job.seq)), None)
+
+    def dead(self) -> list[tuple[str, int, int]]:
+        """Return the id, number and run of each dead job, in the order in which they died."""
+        return self.db.rows(DEAD_JOBS)
+
+    def claimed(self) -> list[Job]:
+        """Return the jobs that a worker, living or dead, has claimed."""
+        return self.select(CLAIMED)
+
+    def oldest(self, queue: str | None = None) -> Job | None:
+        """Return the ready job, of one queue or of all, that has waited longest."""
+        found = self.select(OLDEST, state=PENDING, readiness=READY, queue=queue, limit=1)
+        return next(iter(found), None)
+
+    def blocked(self, queues: Sequence[str] = (), limit: int = 10) -> list[Job]:
+        """Return the jobs that have been blocked longest, of each of these queues or of all."""
+        asked = {"state": PENDING, "readiness": BLOCKED, "limit": limit}
+        names = as_list(queues) or (None,)
+        return [job for name in names for job in self.select(OLDEST, queue=name, **asked)]
+
+    def position(self, job: Job) -> int:
+        """Return how many ready jobs of its queue precede a ready job, counted up to 100,000."""
+        return self.number(POSITION, **job._asdict())
+
+    def counts_by_queue(self) -> list[tuple[str, State, int, int]]:
+        """Return the number of jobs by queue, state and readiness."""
+        return self.db.rows(COUNTS)
+
+    def counts(self, queues: Sequence[str] = ()) -> dict[str, int]:
+        """Return the number of jobs in each state, in these queues or in all."""
+        counts: dict[str, int] = dict.fromkeys(STATES, 0)
+        names = as_list(queues)
+        for queue, state, _, number in self.counts_by_queue():
+            if not names or queue in names:
+                counts[state] += number
+        return counts
+
+    def rate(self, queue: str | None = None) -> float:
+        """Return how many jobs ended per second over the last minute, in one queue or in all."""
+        now = self.clock()
+        rate = 0.0
+        for state in (COMPLETED, DEAD):
+            asked = {"state": state, "since": now - 60, "queue": queue}
+            number, first = self.db.rows(RECENT_ENDS, asked)[0]
+            rate += number / max(now - first, 0.001) if number >= RECENT_LIMIT else number / 60
+        return rate
+
+    def settings(self, queue: str = "") -> dict[str, Any]:
+        """Return the value of every setting as it applies to a queue."""
+        settings = {key: setting.default for key, setting in SETTINGS.items()}
+        for key, value in self.db.rows(STORED_SETTINGS, {"queue": queue}):
+            try:
+                if key in SETTINGS:
+                    settings[key] = SETTINGS[key].read(value)
+            except ValueError as error:
+                raise Damaged(f"{self.db.path}: the setting {key} {error}") from None
+        return settings
+
+    def paused(self) -> list[str]:
+        """Return the paused queues; "" stands for all queues."""
+        return [row[0] for row in self.db.rows(PAUSED)]
+
+    def waiting_queues(self, queues: Sequence[str]) -> dict[str, int]:
+        """Return the queues, all or of these, with jobs that wait for a time or for a worker.
+
+        Paused queues are left out. The value is SCHEDULED if some of the jobs are.
+        """
+        names = as_list(queues)
+        found = self.db.rows(WAITING_QUEUES)
+        return {queue: readiness for queue, readiness in found if not names or queue in names}
+
+    def next_ready_time(self, queues: Sequence[str] = ()) -> float | None:
+        """Return when the next scheduled job becomes ready."""
+        waiting = self.waiting_queues(queues)
+        times = [self.db.rows(NEXT_SCHEDULED, {"queue": queue})[0][0] for queue in waiting]
+        return min((when for when in times if when is not None), default=None)
+
+    def drain_blockers(
+        self, queues: Sequence[str] = (), horizon: float = LONGEST
+    ) -> dict[str, bool]:
+        """Return the queues, all or of these, that a drain waits for; True where they are paused.
+
+        A job runs there, or is ready, or becomes ready within `horizon` seconds. Blocked jobs and
+        the next job of a schedule do not count.
+        """
+        found: dict[str, bool] = {}
+        paused = self.paused()
+        names = as_list(queues)
+        until = self.clock() + horizon
+        for queue, state, readiness, _ in self.counts_by_queue():
+            if state not in (PENDING, PROCESSING) or readiness == BLOCKED:
+                continue
+            if names and queue not in names:
+                continue
+            if readiness == SCHEDULED:
+                when = self.db.rows(NEXT_SCHEDULED_FOR_DRAIN, {"queue": queue})[0][0]
+                if when is None or when > until:
+                    continue
+            held = state == PENDING and ("" in paused or queue in paused)
+            found[queue] = held and found.get(queue, True)
+        return found
+
+    def data_version(self) -> int:
+        """Return a number that changes when another connection has changed anything."""
+        return self.number(GET_DATA_VERSION)
+
+    def changes(self, timeout: float | None = None) -> Iterator[None]:
+        """Yield at once, at every change, and twice a second; end after `timeout` seconds."""
+        seen = None
+        again = 0.0
+        for waited in polling(NEVER if timeout is None else timeout, 0.01, 0.01):
+            version = self.data_version()
+            if version != seen or waited >= again:
+                seen = version
+                again = waited + 0.5
+                yield
+        if seen != self.data_version():
+            yield
+
+
+class Claim(NamedTuple):
+    """A job that a worker has claimed, and the settings that apply to it."""
+
+    job: Job
+    settings: Settings
+
+
+class Ledger:
+    """Every change of a job's state. Each is guarded by its own WHERE and concerns one job.
+
+    The methods that are used together within one transaction leave beginning it to the caller.
     """
 
-    fate: str
-    started: float
-    finished: float
-    exit_code: int | None
-    error: str | None
-    cut: int = 0
-    output: bytes = b""
+    def __init__(self, reader: Reader) -> None:
+        """Change what a reader reads."""
+        self.reader = reader
+        self.db = reader.db
+        self.clock = reader.clock
+
+    def change(self, sql: str, **args: object) -> bool:
+        """Execute a guarded statement; return whether it changed a row."""
+        return self.db.execute(sql, args).rowcount > 0
+
+    # Adding. A row has the columns of INSERTED and, before `add`, the fields of the job.
+
+    def add(self, row: dict[str, Any], now: float) -> int:
+        """Insert a validated job, and what it waits for; return its number."""
+        when = row.get("run_at", now + row.get("delay", 0))
+        if "every" in row:
+            row["rule"] = f"every {row['every']:.15g}"
+        if "cron" in row:
+            row["rule"] = f"cron {row['cron']}"
+            when = cron_next(row["cron"], now)
+        if row["rule"]:
+            row["scheduled_for"] = when
+            if (row["id"] or "").isdecimal():
+                raise BadInput("id must not be a number for a schedule: numbers name jobs")
+        if not row["cwd"]:
+            raise BadInput("the current directory does not exist any more; set cwd")
+        row["env"] = json.dumps(row["env"]) if row["env"] else None
+        try:
+            parents = self.reader.named(row.get("after", ()))
+        except NotFound as error:
+            raise BadInput(f"after: {error}") from None
+        blocked = any(parent.state != COMPLETED for parent in parents)
+        row["run_after"] = when
+        row["readiness"] = BLOCKED if blocked else when <= now
+        seq = self.insert(row)
+        for parent in parents:
+            met = parent.state == COMPLETED
+            self.db.execute(ADD_NEED, {"parent": parent.seq, "child": seq, "met": met})
+        return seq
+
+    def insert(self, row: dict[str, Any]) -> int:
+        """Insert a job under its id or, without one, under the next free number; return its seq."""
+        given = row["id"]
+        while True:
+            name = given or str(row["seq"])
+            taken = row["rule"] and not given and self.reader.is_taken(name)
+            row["id"] = name
+            if row["rule"]:
+                row["schedule_id"] = name
+                row["id"] = self.next_id_of_schedule(name)
+            if not taken and self.change(INSERT, **row):  # else the number is taken
+                return int(row["seq"])
+            row["seq"] += 1
+
+    def next_id_of_schedule(self, schedule_id: str) -> str:
+        """Return the id of the next job of a schedule: its name and a number."""
+        newest = next(iter(self.reader.select(NEWEST_OF_SCHEDULE, id=schedule_id)), None)
+        number = int(newest.id.rpartition(".")[2]) + 1 if newest else 1
+        while self.reader.is_taken(f"{schedule_id}.{number}"):
+            number += 1
+        return f"{schedule_id}.{number}"
+
+    def last_seq(self) -> int:
+        """Return the highest number that a job ever had."""
+        return self.reader.number(LAST_SEQ, table=self.db.table("jobs"))
+
+    # Claiming and finishing.
+
+    def claim(self, worker: str, queues: Sequence[str] = ()) -> Claim | None:
+        """Give the next ready job to a worker, whose lock is held; None where none is ready."""
+        with self.db.transaction():
+            return self._claim(worker, queues)
+
+    def _claim(self, worker: str, queues: Sequence[str]) -> Claim | None:
+        now = self.clock()
+        found: list[Job] = []
+        for queue, readiness in self.reader.waiting_queues(queues).items():
+            if readiness == SCHEDULED:
+                self.db.execute(MAKE_READY, {"queue": queue, "now": now})
+            found += self.reader.select(NEXT_READY, queue=queue)
+        if not found:
+            return None
+        job = min(found, key=lambda j: (-j.priority, j.run_after, j.seq))
+        waited = max(0.0, now - job.updated_at)
+        self.change(CLAIM, seq=job.seq, worker=worker, now=now, waited=waited)
+        job = job._replace(
+            state=PROCESSING,
+            attempts=job.attempts + 1,
+            run=job.run + 1,
+            waited=waited,
+            locked_by=worker,
+            locked_at=now,
+            updated_at=now,
+        )
+        return Claim(job, self.reader.settings(job.queue))
+
+    def finish(
+        self, job: Job, outcome: Outcome, next_from: Sequence[str] | None = None
+    ) -> tuple[Job | None, Claim | None]:
+        """Record how an attempt ended, and claim the next job in the same transaction.
+
+        `next_from` names the queues to claim from (empty: all of them); None claims nothing.
+        Returns the job as it is now, None if its claim was lost and nothing changed, and the next
+        claim.
+        """
+        with self.db.transaction():
+            after = self._finish(job, outcome)
+            if next_from is None:
+                return after, None
+            return after, self._claim(job.locked_by or "", next_from)
+
+    def _finish(self, job: Job, outcome: Outcome) -> Job | None:
+        if outcome.error is not None or job.rule:  # a completed job completes, cancelled or not
+            stored = self.reader.by_seq(job.seq) or job
+            job = job._replace(cancel_requested=stored.cancel_requested)
+        now = self.clock()
+        after = after_attempt(job, outcome, self.reader.settings(job.queue), now)
+        is_over = after.state in (COMPLETED, DEAD)
+        after = after._replace(
+            readiness=after.state != PENDING or after.run_after <= now,
+            rule=None if is_over else job.rule,
+        )
+        if not self.change(FINISH, **{**after._asdict(), "worker": job.locked_by}):
+            return None
+        if outcome.end != "unstarted":
+            attempt = (job.seq, job.run, job.locked_by, outcome.word, job.waited, *outcome[1:])
+            self.db.execute(ADD_ATTEMPT, attempt)
+        if after.state == COMPLETED and self.change(MARK_MET, seq=job.seq):
+            self.change(UNBLOCK, seq=job.seq, now=now)
+            self.db.notify_when_stored()
+        if job.rule and is_over and not job.cancel_requested:  # cancelling ends the schedule
+            self.add_next_of_schedule(job, now)
+        return after
+
+    def add_next_of_schedule(self, job: Job, now: float) -> None:
+        """Add the next job of a schedule, in the transaction that ends the last one."""
+        when = next_occurrence(str(job.rule), job.scheduled_for or now, now)
+        row = {**job._asdict(), "id": job.schedule_id, "created_at": now, "updated_at": now}
+        row.update(run_after=when, scheduled_for=when, readiness=SCHEDULED)
+        self.insert({**row, "seq": self.last_seq() + 1})
+        self.db.notify_when_stored()
+
+    # Operating.
+
+    def retry(self, job: Job) -> None:
+        """Return a dead or cancelled job to the queue with no attempts used."""
+        if not self.change(RETRY, seq=job.seq, now=self.clock()):
+            raise NotFound(f"job {printable(job.id)} is {job.state}, not dead or cancelled")
+        name = {"id": job.schedule_id}
+        taken = job.rule and self.db.rows(BY_ID, name)
+        if taken or len(self.db.rows(ACTIVE_OF_SCHEDULE, name)) > 1:
+            schedule = printable(str(job.schedule_id))
+            raise BadInput(f"schedule {schedule} is active already, or its name is taken")
+
+    def cancel(self, seq: int) -> None:
+        """Cancel a waiting job, or ask the worker of a running one to end it."""
+        if not self.change(CANCEL_WAITING, seq=seq, now=self.clock()):
+            self.change(CANCEL_RUNNING, seq=seq)
+
+    def delete(self, seq: int) -> None:
+        """Delete a job and everything about it."""
+        for sql in DELETE_JOB:
+            self.db.execute(sql, {"seq": seq})
+
+    def delete_slice(self, state: str, before: float) -> int:
+        """Delete some jobs that ended in a state before a time; return how many.
+
+        A job that a blocked job waits for is kept.
+        """
+        with self.db.transaction():
+            rows = self.db.rows(PRUNABLE, {"state": state, "before": before})
+            for row in rows:
+                self.delete(row[0])
+        return len(rows)
 
 
-def after_attempt(job: Job, outcome: Outcome, config: Mapping[str, Any], now: float) -> Job:
-    """Return the job as it goes on after an attempt: the one rule of retries."""
-    now = min(now, outcome.finished)  # never ahead, also where the clock was set back meanwhile
-    after = job._replace(exit_code=outcome.exit_code, last_error=outcome.error, updated_at=now)
-    if outcome.fate == "returned" and not job.cancelling:
-        when = min(job.run_after, now)  # at once, also where the clock was set back
-        after = after._replace(exit_code=job.exit_code, run_after=when)
-        return after._replace(state=PENDING, attempts=job.attempts - 1)
-    if outcome.error is None:
-        return after._replace(state=COMPLETED)
-    if outcome.fate == "cancelled" or job.cancelling:
-        return after._replace(state=CANCELLED)
-    code = outcome.exit_code if outcome.fate == "ran" else None
-    final = code in config["no_retry_exit_codes"]
-    if code == TRY_LATER and not final and job.snoozes < config["max_snoozes"]:
-        after = after._replace(attempts=job.attempts - 1, snoozes=job.snoozes + 1)
-        return after._replace(state=PENDING, run_after=now + backoff(after.snoozes, config))
-    if final or job.attempts >= (job.max_retries or config["max_retries"]):
-        return after._replace(state=DEAD)
-    pause = 0 if outcome.fate == "crashed" else backoff(job.attempts, config)
-    return after._replace(state=PENDING, run_after=now + pause)
+class JobWatch:
+    """Jobs that somebody waits for, as they were last seen."""
+
+    def __init__(self, reader: Reader, jobs: Iterable[Job]) -> None:
+        """Watch some jobs."""
+        self.reader = reader
+        self.seen = {job.seq: job for job in jobs}
+
+    def jobs(self) -> list[Job]:
+        """Return the jobs as they were last seen."""
+        return list(self.seen.values())
+
+    def refresh(self) -> list[Job]:
+        """Read the unfinished jobs again; return those that are still unfinished.
+
+        A job that was deleted meanwhile must have ended; it counts as completed.
+        """
+        for seq, job in self.seen.items():
+            if job.state not in FINISHED:
+                deleted = job._replace(state=COMPLETED, exit_code=0)
+                self.seen[seq] = self.reader.by_seq(seq) or deleted
+        return [job for job in self.seen.values() if job.state not in FINISHED]
 
 
 class Queue:
     """A durable queue of shell commands in one SQLite file. Safe to use from threads.
 
-    Times are Unix seconds, durations seconds. Whatever a method was asked for is on disk when it
-    returns. Raises QueueError: BadInput, NotFound, or Fault (the database or the machine).
+    Times are Unix seconds, durations are seconds. What a method was asked to do is on disk when it
+    returns. Raises QueueError: BadInput, NotFound, TimedOut, or Fault (the database or the
+    machine).
     """
 
     def __init__(
         self,
-        path: str = "queuectl.db",
+        path: Path = "queuectl.db",
         *,
         create: bool = True,
         readonly: bool = False,
         guest: bool = False,
+        insecure: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Open the queue, and make it where there is none (unless told not to).
+        """Open the queue; create it if there is none, unless told not to.
 
-        With `guest`, a database that belongs to another program gets the tables of a queue beside
-        its own (jobs, attempts, config, counts, needs, paused), and is in WAL mode from then on.
+        With `guest`, the queue lives in another program's database, in tables whose names begin
+        with `queuectl_`; that database is in WAL mode from then on. With `insecure`, or
+        QUEUECTL_INSECURE=1 in the environment, a queue to which other users could add commands is
+        not refused.
         """
-        create = create and not readonly
-        self.db = Database(path, create=create, readonly=readonly, guest=guest)
-        self.clock = clock
-        self.settings: dict[str, Any] = {}  # of the last claim or result, for the one who works
+        path = os.fspath(path)
+        if not insecure and os.environ.get("QUEUECTL_INSECURE") != "1":
+            require_trust(path)
+        self._db = Database(path, create=create and not readonly, readonly=readonly, guest=guest)
+        self._reader = Reader(self._db, clock)
+        self._ledger = Ledger(self._reader)
 
     def __enter__(self) -> Queue:
         """Return the queue; leaving the block closes it."""
@@ -1696,424 +2678,189 @@ class Queue:
 
     def __exit__(self, *exc: object) -> None:
         """Close this thread's connection."""
-        self.db.close()
+        self.close()
+
+    def close(self) -> None:
+        """Close this thread's connection; the next use opens another one."""
+        self._db.close()
+
+    @property
+    def path(self) -> str:
+        """The absolute path of the database."""
+        return self._db.path
 
     def transaction(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
-        """Put what the caller writes to its own tables and what it enqueues into one transaction.
+        """Put the caller's own writes and its calls of this object into one transaction.
 
-        Yields the connection; all of it is on disk when the block ends, or nothing of it if it
-        raises. The caller begins and commits nothing itself.
+        Yields the connection. Everything is on disk when the block ends; nothing is if it raises.
+        The caller must not begin or commit anything itself.
         """
-        return self.db.transaction()
-
-    def _jobs(self, sql: str, **args: object) -> Iterator[Job]:
-        return (Job(*row) for row in self.db.rows(sql, args))
-
-    # adding
+        return self._db.transaction()
 
     def enqueue(self, command: str, *, if_absent: bool = False, **fields: object) -> str:
         """Add a job and return its id.
 
         Fields: id, queue, priority (higher first), delay or run_at, timeout (0: none),
-        max_retries, cwd (default: here), env (a mapping), after (ids of jobs that have to complete
-        first), every (seconds) or cron (five fields). With `if_absent` a taken id is no error.
+        max_retries, cwd (default: the current directory), env (a mapping), after (ids of jobs that
+        must complete first), every (seconds) or cron (five fields). With `if_absent`, an id that is
+        taken is not an error.
         """
         return next(self.enqueue_many([{"command": command, **fields}], if_absent=if_absent))
 
     def enqueue_many(
         self, jobs: Iterable[Mapping[str, object]], *, if_absent: bool = False
     ) -> Iterator[str]:
-        """Add all the jobs or, where one is bad, none; return their ids in order.
+        """Add all jobs or, if one is bad, none; return their ids in order.
 
-        With `if_absent` a job whose id is taken is left as it is, and its id comes last.
+        With `if_absent`, a job whose id is taken is left as it is, and its id comes last.
         """
-        now, taken, here = self.clock(), [], ""
-        with contextlib.suppress(FileNotFoundError):  # it is gone: then each job has to name one
+        now = self._reader.clock()
+        here = ""
+        with contextlib.suppress(FileNotFoundError):  # then each job must have a cwd
             here = os.getcwd()
-        blank = dict.fromkeys(NEW, None)
+        blank = dict.fromkeys(INSERTED, None)
         blank.update(queue="default", priority=0, cwd=here, created_at=now, updated_at=now)
-        with self.db.transaction(ring=True):
-            first = seq = self.db.rows(LAST_SEQ)[0][0] + 1
+        taken = []
+        with self._db.transaction(notify=True):
+            first = seq = self._ledger.last_seq() + 1
             for fields in jobs:
-                job = check_fields(fields)
-                if "id" in job and self._taken(job["id"]):
+                job = validate_fields(fields)
+                if "id" in job and self._reader.is_taken(job["id"]):
                     if not if_absent:
                         raise BadInput(f"there is a job {job['id']} already")
                     taken.append(job["id"])
                 else:
-                    seq = self._add({**blank, **job, "seq": seq}, now) + 1
+                    seq = self._ledger.add({**blank, **job, "seq": seq}, now) + 1
             ids = self._ids(first, seq - 1)
-            head = list(islice(ids, 1000))  # now, before they can be pruned; a million: in slices
+            head = list(islice(ids, 1000))  # before they can be pruned; a million ids in slices
         return chain(head, ids, taken)
 
     def _ids(self, first: int, last: int) -> Iterator[str]:
-        """Yield the ids of what was added, in slices: see `_all`."""
-        while rows := self.db.rows(IDS_BETWEEN, {"first": first, "last": last}):
+        while rows := self._db.rows(IDS_BETWEEN, {"first": first, "last": last}):
             yield from (row[1] for row in rows)
             first = rows[-1][0] + 1
 
-    def _taken(self, job_id: str) -> bool:
-        """Tell whether a job or a schedule that goes on has that id."""
-        return any(self.db.rows(sql, {"id": job_id}) for sql in (BY_ID, SCHEDULE))
-
-    def _add(self, row: dict[str, Any], now: float) -> int:
-        """Insert a checked job, and what it waits for; return its number."""
-        when = row.get("run_at", now + row.get("delay", 0))
-        if "every" in row:
-            row.update(recurs=f"every {row['every']:.15g}", planned=when)
-        if "cron" in row:
-            when = cron_next(row["cron"], now)
-            row.update(recurs=f"cron {row['cron']}", planned=when)
-        if row["recurs"] and (row["id"] or "").isdecimal():
-            raise BadInput("id must not be a number for a schedule: jobs have those")
-        if not row["cwd"]:
-            raise BadInput("the current directory is gone; cwd names another")
-        row["env"] = json.dumps(row["env"]) if row["env"] else None
-        try:
-            parents = [self.get(parent) for parent in row.get("after", ())]
-        except NotFound as error:
-            raise BadInput(f"after: {error}") from None
-        blocked = any(parent.state != COMPLETED for parent in parents)
-        row.update(run_after=when, due=BLOCKED if blocked else when <= now)
-        seq = self._insert(row)
-        for parent in parents:
-            met = parent.state == COMPLETED
-            self.db.execute(NEED, {"parent": parent.seq, "child": seq, "met": met})
-        return seq
-
-    def _insert(self, row: dict[str, Any]) -> int:
-        """Insert a job under its id, which is free, or else its number: the next that is free."""
-        given = row["id"]
-        while True:
-            name = row["id"] = given or str(row["seq"])
-            taken = row["recurs"] and not given and self._taken(name)
-            if row["recurs"]:
-                row.update(series=name, id=self._occurrence(name))
-            if not taken and self.db.execute(INSERT, row).rowcount:  # 0: its number is taken
-                return int(row["seq"])
-            row["seq"] += 1
-
-    def _occurrence(self, series: str) -> str:
-        """Return the id of the next job of a schedule: its name and a number."""
-        newest = next(self._jobs(NEWEST, id=series), None)
-        number = int(newest.id.rpartition(".")[2]) + 1 if newest else 1
-        while self._taken(f"{series}.{number}"):
-            number += 1
-        return f"{series}.{number}"
-
-    # reading
-
     def get(self, job_id: str) -> Job:
-        """Return one job, for a schedule's name the one that goes on or the newest; or NotFound."""
-        for sql in (BY_ID, SCHEDULE, NEWEST):
-            for job in self._jobs(sql, id=job_id):
-                return job
-        near = nearest(job_id, (row[0] for row in self.db.rows(RECENT_IDS)))
-        near = near if near.startswith(":") else ""
-        raise NotFound(f"no job {printable(job_id)} in {self.db.path}{near}")
+        """Return one job. A schedule's name means its active job, or else its newest.
 
-    def _named(self, ids: Iterable[str]) -> list[Job]:
-        """Return the jobs with these ids."""
-        return list({job.seq: job for job in map(self.get, several(ids))}.values())
+        Raises NotFound.
+        """
+        return self._reader.get(job_id)
 
     def jobs(
         self, states: Sequence[str] = (), limit: int | None = None, queue: str | None = None
     ) -> Iterator[Job]:
-        """Yield jobs in order of arrival; with a limit, the ones that changed last."""
-        states = several(states) or STATES
-        if limit is None:
-            return (job for job in self._all(queue) if job.state in states)
-        latest: list[Job] = []
-        for state in states:
-            for due in (DUE, LATER, BLOCKED) if state == PENDING else (DUE,):
-                latest.extend(self._jobs(LATEST, state=state, due=due, queue=queue, limit=limit))
-        latest.sort(key=lambda job: job.updated_at)
-        return iter(sorted(latest[-limit:]))
+        """Yield jobs in order of arrival; with a limit, those that changed last."""
+        wanted = as_list(states) or STATES
+        if limit is not None:
+            return iter(self._reader.latest(wanted, limit, queue))
+        return (job for job in self._reader.all(queue) if job.state in wanted)
 
-    def _all(self, queue: str | None) -> Iterator[Job]:
-        """Yield every job, in slices: who is slow to take them must not hold up the -wal."""
-        seq = 0
-        while jobs := list(self._jobs(ALL, queue=queue, seq=seq)):
-            yield from jobs
-            seq = jobs[-1].seq
-
-    def recurring(self) -> list[Job]:
-        """Return the waiting or running job of each schedule."""
-        return list(self._jobs(RECURRING))
-
-    def last_run(self, job: Job) -> Job:
-        """Return the job of the same schedule that ran last, or this one if none has."""
-        return next(self._jobs(LAST_RUN, id=job.series), job)
-
-    def parents(self, job: Job) -> list[Job]:
-        """Return the jobs, up to 100, that a blocked job waits for."""
-        return list(self._jobs(PARENTS, seq=job.seq))
-
-    def count_children(self, job: Job) -> int:
-        """Return how many jobs wait for a job."""
-        return int(self.db.rows(COUNT_CHILDREN, {"seq": job.seq})[0][0])
-
-    def dead(self) -> list[tuple[str, int, int]]:
-        """Return id, number and run of each dead job, in the order in which they died."""
-        return self.db.rows(ALL_DEAD)
-
-    def oldest(self, queue: str | None = None) -> Job | None:
-        """Return the due job, of one queue or of any, that has waited longest."""
-        return next(self._jobs(OLDEST, state=PENDING, due=DUE, queue=queue, limit=1), None)
-
-    def before(self, job: Job) -> int:
-        """Return how many due jobs of its queue come before a due job, counted up to 100,000."""
-        return int(self.db.rows(BEFORE, job._asdict())[0][0])
-
-    def attempts(self, job: Job) -> list[Attempt]:
-        """Return the attempts of a job that have ended, the first one first."""
-        return [Attempt(*row) for row in self.db.rows(ATTEMPTS, {"seq": job.seq})]
-
-    def tally(self) -> list[tuple[str, str, int, int]]:
-        """Return the number of jobs by queue, state and whether they are due, later or blocked."""
-        return self.db.rows(TALLY)
+    def attempts(self, job: Job | str) -> list[Attempt]:
+        """Return the attempts of a job that have ended, oldest first."""
+        return self._reader.attempts(job if isinstance(job, Job) else self.get(job))
 
     def counts(self, queues: Sequence[str] = ()) -> dict[str, int]:
         """Return the number of jobs in each state, in these queues or in all."""
-        counts, queues = dict.fromkeys(STATES, 0), several(queues)
-        for queue, state, _, jobs in self.tally():
-            if not queues or queue in queues:
-                counts[state] += jobs
-        return counts
+        return self._reader.counts(queues)
 
-    def rate(self, queue: str | None = None) -> float:
-        """Return how many jobs, of one queue or of any, ended in a second, over the last minute."""
-        asked, ended = {"since": self.clock() - 60, "queue": queue}, 0.0
-        for state in (COMPLETED, DEAD):
-            jobs, first = self.db.rows(RECENT, {"state": state, **asked})[0]
-            ended += jobs / max(self.clock() - first, 0.001) if jobs >= RECENT_LIMIT else jobs / 60
-        return ended
+    def wait(self, ids: Iterable[str], timeout: float | None = None) -> list[Job]:
+        """Wait until jobs have ended; return them as they are then.
 
-    def data_version(self) -> int:
-        """Return a number that changes when another connection has changed anything."""
-        return int(self.db.rows(GET_DATA_VERSION)[0][0])
-
-    def config(self) -> dict[str, Any]:
-        """Return the value of every setting."""
-        config = {key: setting.default for key, setting in SETTINGS.items()}
-        for key, value in self.db.rows(SETTINGS_STORED):
-            try:
-                if key in SETTINGS:
-                    config[key] = SETTINGS[key].read(value)
-            except ValueError as error:
-                raise Broken(f"{self.db.path}: the setting {key} {error}") from None
-        return config
-
-    # operating
-
-    def configure(self, key: str, value: str | None) -> None:
-        """Store a setting, written as on the command line; None goes back to the default."""
-        key = check_setting(key, value)
-        with self.db.transaction(ring=True):
-            self.db.execute(UNSET if value is None else SET, {"key": key, "value": value})
-
-    def retry(self, ids: Iterable[str] | None = None) -> list[str]:
-        """Put dead or cancelled jobs (all dead ones, where none is named) back, all or none."""
-        with self.db.transaction(ring=True):
-            if ids is None:
-                ids = [row[0] for row in self.dead()]
-            jobs = self._named(ids)
-            for job in jobs:
-                if not self.db.execute(RETRY, {"seq": job.seq, "now": self.clock()}).rowcount:
-                    raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
-                name = {"id": job.series}
-                taken = job.recurs and self.db.rows(BY_ID, name)
-                if taken or len(self.db.rows(SCHEDULE, name)) > 1:
-                    raise BadInput(f"schedule {job.series} goes on already, or its name is taken")
-        return [job.id for job in jobs]
+        Returns earlier when no remaining job can run by itself, because another job that it waits
+        for is dead or cancelled. Raises TimedOut after `timeout` seconds.
+        """
+        watch = JobWatch(self._reader, self._reader.named(ids))
+        for _ in self._reader.changes(timeout):
+            if all(map(self._reader.failed_ancestor, watch.refresh())):
+                return watch.jobs()
+        raise TimedOut(f"jobs have not ended within {format_duration(timeout or 0)}")
 
     def cancel(self, ids: Iterable[str], *, cascade: bool = False) -> list[Job]:
-        """Call off jobs, with `cascade` also those that wait for them; return them as they are now.
+        """Cancel jobs and, with `cascade`, those that wait for them; return them as they are now.
 
-        A waiting job is cancelled at once; a running one is `cancelling` until its worker has ended
-        it. One that has ended stays as it is. A schedule ends with its waiting or running job.
+        A waiting job is cancelled at once. A running one has `cancel_requested` until its worker
+        has ended it. A job that has ended is left as it is. A schedule ends with its active job.
         """
-        with self.db.transaction(ring=True):
-            jobs = {job.seq: job for job in self._named(ids)}
+        with self._db.transaction(notify=True):
+            jobs = {job.seq: job for job in self._reader.named(ids)}
             for seq in list(jobs) if cascade else []:
-                jobs.update((job.seq, job) for job in self._jobs(BELOW, seq=seq))
+                jobs.update((job.seq, job) for job in self._reader.select(DESCENDANTS, seq=seq))
             for seq in jobs:
-                self.db.execute(CANCEL_WAITING, {"seq": seq, "now": self.clock()})
-                self.db.execute(CANCEL_RUNNING, {"seq": seq})
+                self._ledger.cancel(seq)
         return [self.get(job.id) for job in jobs.values()]
 
-    def pause(self, queue: str = "") -> None:
-        """Start no more jobs of a queue, or of any; running ones go on."""
-        with self.db.transaction():
-            self.db.execute(PAUSE, {"queue": queue})
+    def retry(self, ids: Iterable[str] | None = None) -> list[str]:
+        """Return dead or cancelled jobs to the queue, all or none; without ids, all dead ones."""
+        with self._db.transaction(notify=True):
+            if ids is None:
+                ids = [row[0] for row in self._reader.dead()]
+            jobs = self._reader.named(ids)
+            for job in jobs:
+                self._ledger.retry(job)
+        return [job.id for job in jobs]
 
-    def resume(self, queue: str = "") -> None:
-        """Undo `pause` for a queue, or for all of them."""
-        with self.db.transaction(ring=True):
-            self.db.execute(RESUME, {"queue": queue})
+    def purge(self, ids: Iterable[str]) -> int:
+        """Delete dead or cancelled jobs, all or none; return how many."""
+        with self._db.transaction():
+            jobs = self._reader.named(ids)
+            for job in jobs:
+                name = printable(job.id)
+                if job.state not in (DEAD, CANCELLED):
+                    raise NotFound(f"job {name} is {job.state}, not dead or cancelled")
+                for child in self._reader.select(CHILDREN, seq=job.seq):
+                    if child.seq not in {other.seq for other in jobs}:
+                        how = "purge" if child.state == CANCELLED else "cancel and purge"
+                        raise NotFound(f"job {printable(child.id)} waits for {name}; {how} it too")
+                self._ledger.delete(job.seq)
+        return len(jobs)
 
-    def paused(self) -> list[str]:
-        """Return the paused queues; "" stands for all."""
-        return [row[0] for row in self.db.rows(PAUSED)]
+    def prune(self, older_than: float = 0, states: Sequence[str] = PRUNED_BY_DEFAULT) -> int:
+        """Delete jobs that ended `older_than` seconds ago or earlier; return how many.
 
-    def prune(self, older_than: float = 0, states: Sequence[str] = PRUNED) -> int:
-        """Delete jobs that ended so many seconds ago; return how many there were.
-
-        One that a blocked job waits for stays. The work is done in slices, so that nobody else
+        A job that a blocked job waits for is kept. The work is done in slices, so that nobody else
         waits for long.
         """
-        before, total, states = self.clock() - older_than, 0, several(states)
-        if not set(states) <= set(ENDED):
-            raise BadInput(f"only what is {', '.join(ENDED)} can be pruned")
-        for state in states:
+        before = self._reader.clock() - older_than
+        wanted = as_list(states)
+        if not set(wanted) <= set(FINISHED):
+            raise BadInput(f"only jobs in the states {', '.join(FINISHED)} can be pruned")
+        total = 0
+        for state in wanted:
             began = time.monotonic()
-            while pruned := self.prune_slice(before, state):
-                total += pruned
+            while deleted := self._ledger.delete_slice(state, before):
+                total += deleted
                 time.sleep(min(time.monotonic() - began, 0.05))
                 began = time.monotonic()
         return total
 
-    def purge(self, ids: Iterable[str]) -> int:
-        """Delete dead or cancelled jobs; return how many."""
-        with self.db.transaction():
-            jobs = self._named(ids)
-            for job in jobs:
-                if job.state not in (DEAD, CANCELLED):
-                    raise NotFound(f"job {job.id} is {job.state}, not dead or cancelled")
-                for child in self._jobs(CHILDREN, seq=job.seq):
-                    if child not in jobs:
-                        raise NotFound(
-                            f"job {child.id} waits for {job.id}; cancel and prune it first"
-                        )
-                self._forget(job.seq)
-        return len(jobs)
+    def pause(self, queue: str = "") -> None:
+        """Start no more jobs of a queue, or of any; running jobs continue."""
+        with self._db.transaction():
+            self._db.execute(PAUSE, {"queue": queue})
 
-    def _forget(self, seq: int) -> None:
-        for sql in FORGET:
-            self.db.execute(sql, {"seq": seq})
+    def resume(self, queue: str = "") -> None:
+        """Undo `pause` for a queue, or for all."""
+        with self._db.transaction(notify=True):
+            self._db.execute(RESUME, {"queue": queue})
 
-    def prune_slice(self, before: float, state: str) -> int:
-        """Delete the first few jobs that ended before a time; return how many."""
-        with self.db.transaction():
-            rows = self.db.rows(PRUNABLE, {"state": state, "before": before})
-            for row in rows:
-                self._forget(row[0])
-        return len(rows)
+    def config(self) -> dict[str, Any]:
+        """Return the value of every setting."""
+        return self._reader.settings()
 
-    # working
-
-    def claim(self, worker: str, queues: Sequence[str] = ()) -> Job | None:
-        """Give the next due job to a worker, which has its lock; None where nothing is due."""
-        with self.db.transaction():
-            self.settings = self.config()
-            return self._claim(worker, queues)
-
-    def _waiting(self, queues: Sequence[str]) -> dict[str, int]:
-        """Return the queues, all or of these, in which jobs wait that are not held up.
-
-        The value is LATER where some of them are not due yet.
-        """
-        waiting, queues = self.db.rows(WAITING_QUEUES), several(queues)
-        return {queue: due for queue, due in waiting if not queues or queue in queues}
-
-    def _claim(self, worker: str, queues: Sequence[str]) -> Job | None:
-        now = self.clock()
-        found: list[Job] = []
-        for queue, due in self._waiting(queues).items():
-            if due == LATER:
-                self.db.execute(MAKE_DUE, {"queue": queue, "now": now})
-            found.extend(self._jobs(NEXT_DUE, queue=queue))
-        if not found:
-            return None
-        job = min(found, key=lambda j: (-j.priority, j.run_after, j.seq))
-        self.db.execute(CLAIM, {"seq": job.seq, "worker": worker, "now": now})
-        job = job._replace(state=PROCESSING, attempts=job.attempts + 1, run=job.run + 1)
-        return job._replace(locked_by=worker, locked_at=now, updated_at=now)
-
-    def finish(
-        self, job: Job, outcome: Outcome, next_from: Sequence[str] | None = None
-    ) -> tuple[Job | None, Job | None]:
-        """Record how a claimed job's attempt ended, and claim the next one in the same transaction.
-
-        `next_from` names the queues to claim from (empty: all of them); None claims nothing.
-        Returns the job as it is now, and the next one. None for the first: the claim was lost
-        meanwhile, so the result changes nothing.
-        """
-        with self.db.transaction():
-            after = self._finish(job, outcome)
-            return after, None if next_from is None else self._claim(job.locked_by or "", next_from)
-
-    def _finish(self, job: Job, outcome: Outcome) -> Job | None:
-        if outcome.error is not None or job.recurs:  # else it completed, cancelled meanwhile or not
-            asked = next(self._jobs(BY_ID, id=job.id), job)
-            job = job._replace(cancelling=asked.cancelling)
-        now = self.clock()
-        self.settings = self.config()
-        after = after_attempt(job, outcome, self.settings, now)
-        ended = after.state in (COMPLETED, DEAD)
-        recurs = job.recurs and ended and not job.cancelling  # to cancel it ends the schedule
-        row = after._replace(
-            due=after.state != PENDING or after.run_after <= now,
-            recurs=None if ended else job.recurs,
-        )._asdict()
-        if self.db.execute(FINISH, {**row, "worker": job.locked_by}).rowcount != 1:
-            return None
-        self.db.execute(ADD_ATTEMPT, (job.seq, job.run, job.locked_by, *outcome[1:]))
-        if after.state == COMPLETED and self.db.execute(MEET, {"seq": job.seq}).rowcount:
-            self.db.execute(UNBLOCK, {"seq": job.seq, "now": now})
-            self.db.ring_when_stored()
-        if recurs:
-            self._recur(job, now)
-        return after
-
-    def _recur(self, job: Job, now: float) -> None:
-        """Add the next job of a schedule, as its last one ends."""
-        when = recurrence(str(job.recurs), job.planned or now, now)
-        row = {**job._asdict(), "id": job.series, "created_at": now, "updated_at": now}
-        row.update(run_after=when, planned=when, due=LATER)
-        self._insert({**row, "seq": self.db.rows(LAST_SEQ)[0][0] + 1})
-        self.db.ring_when_stored()
-
-    def claimed(self) -> list[Job]:
-        """Return the jobs that are claimed by a worker, living or dead."""
-        return list(self._jobs(CLAIMED))
-
-    def next_time(self, queues: Sequence[str] = ()) -> float | None:
-        """Return when the next job becomes due by itself."""
-        waiting = self._waiting(queues)
-        times = [self.db.rows(NEXT_LATER, {"queue": queue})[0][0] for queue in waiting]
-        return min((when for when in times if when is not None), default=None)
-
-    def awaited(self, queues: Sequence[str] = (), horizon: float = FOREVER) -> dict[str, bool]:
-        """Return the queues, all or of these, that a drain waits for; True where only for a resume.
-
-        Something runs there, is due, or becomes due within so many seconds. What is blocked does
-        not count, nor does the next job of a schedule.
-        """
-        found: dict[str, bool] = {}
-        paused, soon, queues = self.paused(), self.clock() + horizon, several(queues)
-        for queue, state, due, _ in self.tally():
-            asked = state in (PENDING, PROCESSING) and (not queues or queue in queues)
-            if asked and due == LATER:
-                when = self.db.rows(NEXT_AWAITED, {"queue": queue})[0][0]
-                asked = when is not None and when <= soon
-            if asked and due != BLOCKED:
-                held = state == PENDING and ("" in paused or queue in paused)
-                found[queue] = held and found.get(queue, True)
-        return found
-
-    def blocked(self, queues: Sequence[str] = (), limit: int = 10) -> list[Job]:
-        """Return the jobs that have been blocked longest, of each of these queues or of all."""
-        asked = {"state": PENDING, "due": BLOCKED, "limit": limit}
-        names = several(queues) or (None,)
-        return [job for name in names for job in self._jobs(OLDEST, queue=name, **asked)]
+    def configure(self, key: str, value: str | None) -> None:
+        """Store a setting, written as on the command line; None restores the default."""
+        key = validate_setting(key, value)
+        with self._db.transaction(notify=True):
+            sql = UNSET if value is None else SET
+            self._db.execute(sql, {"queue": "", "key": key, "value": value})
 
 
-# --- processes: an attempt's output, and its end --------------------------------------------------
+# --- attempt: launching a job, watching it, ending it, keeping its output -------------------------
 
 
 def last_bytes(fd: int, limit: int) -> tuple[int, bytes]:
-    """Return how many bytes of a file come before its last ones, and the last ones."""
+    """Return how many bytes of a file precede its last ones, and at most `limit` last bytes."""
     size = os.fstat(fd).st_size
     kept = min(limit, size)
     os.lseek(fd, size - kept, os.SEEK_SET)
@@ -2121,352 +2868,600 @@ def last_bytes(fd: int, limit: int) -> tuple[int, bytes]:
 
 
 class Output(LockFile):
-    """One attempt's output: a file that the job itself writes and, while it lives, holds locked."""
+    """The output of one attempt: a file that the job writes and, while it lives, holds locked."""
 
-    BOUND = 16 << 20  # a longer file loses its beginning while the job runs
+    LARGEST = 16 << 20  # bytes; a longer file loses its beginning while the job runs
 
     def __init__(self, path: str) -> None:
-        """Make the file; one of that name is left over from another queue."""
+        """Make the file; one that exists is a leftover of another queue."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         super().__init__(path)
-        self.cut = 0  # bytes that are gone from the file, and from its size
-        self.hole = 0  # bytes of the file that take no room
+        self.bytes_dropped = 0  # no longer in the file or its size
+        self.hole = 0  # bytes at the beginning of the file that take no space
 
     def reopen(self) -> None:
         """Give up our share of the lock, so that it is free when the job's processes are gone."""
         with contextlib.suppress(FileNotFoundError):  # the job has removed it
-            fd = os.open(self.path, os.O_RDWR | os.O_APPEND | BINARY)
+            fd = open_own(self.path, os.O_RDWR | os.O_APPEND)
             os.close(self.fd)
             self.fd = fd
 
     def trim(self, limit: int) -> bool:
-        """Give back the disk space of a runaway's output, all but what will be kept."""
+        """Free the disk space of a very long output, except the last `limit` bytes.
+
+        Returns whether there was anything to free.
+        """
         size = os.fstat(self.fd).st_size
-        if size - self.hole <= self.BOUND + limit:
+        if size - self.hole <= self.LARGEST + limit:
             return False
-        if SYSTEM.punch(self.fd, size - limit):
+        if SYSTEM.punch_hole(self.fd, size - limit):
             self.hole = size - limit
-        else:  # a file system without holes: all of it goes
+        else:  # a file system without holes: everything goes
             os.ftruncate(self.fd, 0)
-            self.cut += size
+            self.bytes_dropped += size
         return True
 
     def tail(self, limit: int) -> tuple[int, bytes]:
-        """Return how much output there was before the last bytes, and the last bytes."""
-        cut, output = last_bytes(self.fd, limit)
-        return self.cut + cut, output
+        """Return how many bytes precede the last ones, and at most `limit` last bytes."""
+        dropped, output = last_bytes(self.fd, limit)
+        return self.bytes_dropped + dropped, output
 
 
-class Kill:
-    """The end of an attempt's processes: TERM, and KILL for those that outlast the grace period."""
+class Termination:
+    """The end of an attempt's processes: TERM, and KILL when the grace period is over.
 
-    def __init__(self, job: Job, run_dir: RunDirectory, grace: float) -> None:
-        """Begin with the grace period."""
-        self.job, self.run_dir = job, run_dir
+    Call `step` until it returns True, each time after `pause` seconds.
+    """
+
+    def __init__(self, trace: Trace, grace: float) -> None:
+        """Begin the grace period, in seconds."""
+        self.trace = trace
         self.deadline = time.monotonic() + grace
+        self.pause = 0.005
         self.asked: set[int] = set()
-        self.left: list[int] = []
+        self.remaining: list[int] = []
 
     def step(self) -> bool:
-        """Ask who was not asked yet, or end all; tell whether none is left and the lock is free."""
-        found, late = SYSTEM.processes(self.job, self.run_dir), time.monotonic() >= self.deadline
-        news = [pid for pid in found if pid not in self.asked]  # parents first, as a rule
-        SYSTEM.kill(self.run_dir.mark(self.job), found if late else news, hard=late)
-        self.asked.update(found)
-        self.left = found
-        return not found and self.run_dir.free(self.job.seq, self.job.run, "out")
+        """Ask or kill the remaining processes; return whether none is left and the lock is free."""
+        self.pause = min(self.pause * 1.5, 0.05)
+        self.remaining = SYSTEM.processes(self.trace)
+        if time.monotonic() >= self.deadline:
+            SYSTEM.kill(self.trace, self.remaining)
+        else:
+            SYSTEM.terminate(self.trace, [pid for pid in self.remaining if pid not in self.asked])
+        self.asked.update(self.remaining)
+        return not self.remaining and SYSTEM.is_unlocked(self.trace.lock_path)
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether processes have outlived KILL by a second: nobody waits for them any longer."""
+        return time.monotonic() > self.deadline + 1
+
+    def describe(self) -> str:
+        """Return which processes remain."""
+        return ", ".join(map(str, self.remaining)) or "unknown"
 
 
-# --- worker: one job at a time --------------------------------------------------------------------
+class Execution:
+    """One attempt of a job, run by its worker.
 
-NEVER = float("inf")
-BATCH = 0.04  # seconds that news, syncs and looks which nobody waits for are put together
-AGAIN = 0.25  # seconds before the next try of what the machine did not let us do
-
-
-def blocked_by(parents: Sequence[Job]) -> str:
-    """Return what a job waits for, in words."""
-    words = [f"{printable(job.id)} ({job.state})" for job in parents[:3]]
-    more = f" and {len(parents) - 3} more" if len(parents) > 3 else ""
-    return f"blocked by {', '.join(words)}{more}"
-
-
-def news_of(job: Job, after: Job | None, outcome: Outcome) -> tuple[str, str]:
-    """Return the news of an attempt's end: the job's state now, and a line for people."""
-    name, reason = printable(job.id), printable(outcome.error or "")
-    if after is None:
-        return "", f"job {name} is no longer ours: its result was dropped"
-    if after.state == COMPLETED:
-        how = f"completed in {span(outcome.finished - outcome.started)}"
-    elif after.state != PENDING:
-        how = f"is {after.state}: {reason} (try {job.attempts})"
-    elif outcome.fate in ("crashed", "returned"):
-        how = f"is back in the queue: {reason}"
-    elif after.snoozes > job.snoozes:
-        how = f"is put off: {reason}; next in {span(after.run_after - after.updated_at)}"
-    else:
-        again = span(after.run_after - after.updated_at)
-        how = f"failed: {reason}; try {job.attempts}, next in {again}"
-    return after.state, f"job {name} {how}"
-
-
-def keep(run_dir: RunDirectory, job: Job, outcome: Outcome, out: Output | None) -> None:
-    """Keep a result that cannot be stored, as the output file's name: a full disk takes that."""
-    from base64 import urlsafe_b64encode
-
-    if out:
-        error = outcome.error and ascii(outcome.error)[1:-1][:50]  # a name has at most 255 bytes
-        facts = json.dumps([*outcome[:4], error, out.cut])
-        os.close(out.fd)  # Windows renames nothing that is open
-        kept = urlsafe_b64encode(facts.encode()).decode()
-        os.rename(out.path, run_dir.file(job.seq, job.run, "kept", kept))
-
-
-def outcome_of(run_dir: RunDirectory, job: Job, now: float, limit: int) -> Outcome:
-    """Return how a dead worker's attempt ended: in a crash, unless the worker kept a result."""
-    from base64 import urlsafe_b64decode
-
-    then = job.locked_at or 0.0
-    outcome = Outcome("crashed", then, max(then, now), None, "its worker died")
-    with contextlib.suppress(FileNotFoundError, ValueError):  # another is faster; garbled
-        for name in run_dir.files(f"{job.seq}.{job.run}."):
-            _, _, kind, *kept = name.split(".")
-            if kind == "kept":
-                outcome = Outcome(*json.loads(urlsafe_b64decode(kept[0])))
-            with open(run_dir.file(name), "rb") as file:
-                cut, output = last_bytes(file.fileno(), limit)
-            outcome = outcome._replace(cut=outcome.cut + cut, output=output)
-    return outcome
-
-
-class Worker:
-    """A process that claims a job, runs it, records how it ended, and claims the next.
-
-    It waits in one place: for its job's end, its pool's word, and the next deadline. The pool says
-    "go" (there may be work), "stop" (claim no more), "now" (and end the job), or the key of a run
-    to cancel; the end of the pipe means that it is gone: finish, and leave. The pool is told pairs:
-    "idle", "busy" or "left"; "broken" and why; or a job's state, if any, and a line for people.
+    `wait` waits for the child, the pool, or until a time on the monotonic clock. `interruption`
+    returns how the operator wants the attempt to end, if so. `launched` is called with the pid and
+    the time of the start.
     """
 
     def __init__(
-        self, path: str, name: str, slot: int, queues: Sequence[str], pool: Connection
+        self,
+        claim: Claim,
+        run_dir: RunDirectory,
+        clock: Callable[[], float],
+        wait: Callable[[float, Any], None],
+        interruption: Callable[[Job], End | None],
     ) -> None:
-        """Take the lock that says: this worker is alive."""
-        self.queue = Queue(path, create=False)
-        self.db, self.run_dir = self.queue.db, self.queue.db.run_dir
-        self.name, self.slot, self.queues, self.pool = name, slot, queues, pool
-        self.lock_file = LockFile(self.run_dir.file(name))
-        self.lock_file.note(pid=os.getpid(), slot=slot)
-        self.bell = SYSTEM.bell(self.run_dir.file(name, "bell"))  # signals ring it, SIGCHLD too
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.run_dir.file(name, "bell"))  # and nobody else
-        handle_signals(ignore, self.bell, worker=True)
-        self.child: Child | None = None
-        self.db.set_synchronous(self.queue.config()["synchronous"])
-        self.db.patient = self.patient
-        self.heard: set[str] = set()  # the pool's words so far
-        self.stopping = False  # no more is claimed
-        self.alone = False  # the pool is gone: nobody else syncs what is recorded now
-        self.trouble = ""  # what keeps us from working: that is said once
-        self.news: list[tuple[str, str]] = []  # what the pool is to be told, at flush_at
+        """Prepare an attempt; `run` starts it."""
+        self.job, self.settings = claim
+        self.run_dir = run_dir
+        self.clock = clock
+        self.wait = wait
+        self.interruption = interruption
+        self.output: Output | None = None
+        self.started = clock()
+
+    def launch(self, env: Mapping[str, str]) -> Any:
+        """Start the job and return its process; raise OSError where that is impossible."""
+        self.output = Output(self.run_dir.output_file(self.job))
+        argv = (*self.settings["shell"], self.job.command)
+        return SYSTEM.launch(Launch(argv, self.job.cwd, env, self.output.fd), self.run_dir.path)
+
+    def not_started(self, error: OSError) -> Outcome:
+        """Return the outcome of a failed launch; a machine at its limit is not the job's fault."""
+        reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        blameless = self.output is None or error.errno in EXHAUSTED
+        end: End = "unstarted" if blameless else "exited"
+        return Outcome(end, self.started, self.clock(), None, f"cannot start: {reason}")
+
+    def finish(self, child: Any) -> Outcome:
+        """Watch the job until it has ended, and its remaining processes if it failed."""
+        end, error = self.watch(child)
+        if error or child.returncode:  # another attempt may follow
+            self.end_processes(child)
+        SYSTEM.release(child)
+        error = error or explain_exit(child.returncode)
+        finished = max(self.started, self.clock())
+        tail = self.output.tail(self.settings["output_limit"]) if self.output else (0, b"")
+        return Outcome(end, self.started, finished, child.returncode, error, *tail)
+
+    def watch(self, child: Any) -> tuple[End, str | None]:
+        """Wait for the end of a job, or for a reason to end it; return both."""
+        timeout = self.settings["timeout"] if self.job.timeout is None else self.job.timeout
+        deadline = time.monotonic() + timeout if timeout else NEVER
+        pause = 0.01
+        while child.poll() is None:
+            now = time.monotonic()
+            end = self.interruption(self.job)
+            if end:
+                return end, f"{'stopped' if end == 'released' else end} by the operator"
+            if now >= deadline:
+                return "timed out", f"timed out after {format_duration(timeout)}"
+            self.wait(min(deadline, now + pause), child)
+            if self.output and time.monotonic() > now + pause:
+                trimmed = self.output.trim(self.settings["output_limit"])
+                pause = 0.01 if trimmed else min(pause * 2, 0.1)
+        return "exited", None
+
+    def end_processes(self, child: Any) -> None:
+        """End the remaining processes of the attempt; return when all are gone."""
+        if self.output:
+            self.output.reopen()
+        termination = Termination(self.run_dir.trace(self.job), self.settings["kill_grace"])
+        while not termination.step() or child.poll() is None:
+            self.wait(time.monotonic() + termination.pause, child)
+
+
+def keep_result(run_dir: RunDirectory, job: Job, outcome: Outcome, output: Output | None) -> None:
+    """Keep a result that cannot be stored in the output file's name: a full disk permits that."""
+    from base64 import urlsafe_b64encode
+
+    if output:
+        error = outcome.error and ascii(outcome.error)[1:-1][:50]  # a name has at most 255 bytes
+        facts = json.dumps([*outcome[:4], error, output.bytes_dropped])
+        os.close(output.fd)  # Windows does not rename open files
+        kept = urlsafe_b64encode(facts.encode()).decode()
+        os.rename(output.path, run_dir.file(job.seq, job.run, "kept", kept))
+
+
+def kept_result(run_dir: RunDirectory, job: Job) -> Outcome | None:
+    """Return the result that a dead worker kept, without the output; None if there is none."""
+    from base64 import urlsafe_b64decode
+
+    for name in run_dir.attempt_files(job):
+        _, _, kind, *kept = name.split(".")
+        if kind == "kept":
+            with contextlib.suppress(ValueError, TypeError):  # it is not one of ours
+                return Outcome(*json.loads(urlsafe_b64decode(kept[0])))
+    return None
+
+
+def recovered_outcome(
+    run_dir: RunDirectory, job: Job, kept: Outcome | None, now: float, limit: int
+) -> Outcome:
+    """Return how a dead worker's attempt ended: as in the kept result, else in a crash."""
+    then = job.locked_at or 0.0
+    outcome = kept or Outcome("crashed", then, max(then, now), None, "its worker died")
+    for name in run_dir.attempt_files(job):
+        with contextlib.suppress(FileNotFoundError):  # another pool was faster
+            with open(run_dir.file(name), "rb", opener=open_own) as file:
+                dropped, output = last_bytes(file.fileno(), limit)
+            dropped += outcome.bytes_dropped
+            outcome = outcome._replace(bytes_dropped=dropped, output=output)
+    return outcome
+
+
+# --- worker: the process that runs one job at a time ----------------------------------------------
+
+BATCH = 0.04  # seconds for which news, syncs and polls that nobody waits for are collected
+AGAIN = 0.25  # seconds before another try of something that the machine refused
+
+Request = Literal["go", "stop", "now", "cancel"]  # of a pool to a worker
+
+
+class News(NamedTuple):
+    """What a worker tells its pool: its state, or what happened.
+
+    An "event" has a line of text for people, the job's state, if any, and the time on the
+    monotonic clock. "damaged" has the reason why no worker can continue.
+    """
+
+    kind: Literal["idle", "busy", "left", "damaged", "event"]
+    text: str = ""
+    state: str = ""
+    when: float = 0.0
+
+
+class Notices:
+    """Report each trouble once, and again if it still lasts after an interval."""
+
+    def __init__(self, say: Callable[[str], None], interval: float = 60.0) -> None:
+        """Report to `say`; repeat after `interval` seconds."""
+        self.say = say
+        self.interval = interval
+        self.reported: dict[str, float] = {}
+
+    def report(self, text: str, key: str = "") -> None:
+        """Report something unless it was reported lately; texts with the same key are one."""
+        now = time.monotonic()
+        recent = {k: when for k, when in self.reported.items() if now - when < self.interval}
+        if (key or text) not in recent:
+            recent[key or text] = now
+            self.say(text)
+        self.reported = recent
+
+    def clear(self) -> None:
+        """Forget everything: the next trouble is a new one."""
+        self.reported.clear()
+
+
+class PoolLink:
+    """A worker's side of the pipe to its pool. The end of the pipe means that the pool is gone."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        """Talk to the pool at the other end of a pipe."""
+        self.pipe = pipe
+        self.stopping = False  # claim no more jobs
+        self.ending = False  # end the running job too
+        self.orphaned = False  # the pool is gone
+        self.cancelled: set[str] = set()  # the keys of attempts to cancel
+        self.outbox: list[News] = []
         self.flush_at = NEVER
 
-    def patient(self, waited: float) -> bool:
-        """Wait for a lock, but not when it is time to leave."""
-        if waited > 0.3:  # before that, to ask the pool costs more than to try again
-            self.hear()
-        return waited <= 0.3 or not self.stopping
-
-    def main(self) -> None:
-        """Claim a job, run it, record how it ended and claim the next one, until told to stop.
-
-        While a result cannot be recorded, nothing is claimed; when it is time to leave, it stays
-        in the run directory for whoever recovers the job.
-        """
-        ran: tuple[Job, Outcome, Output | None] | None = None
-        self.hear()  # it may be time to leave already
-        while ran or not self.stopping:
-            try:
-                job = self.finish(*ran) if ran else self.queue.claim(self.name, self.queues)
-            except Fault as error:
-                if isinstance(error, Broken):
-                    self.tell("broken", str(error))
-                    self.stopping = True
-                if self.stopping:
-                    break
-                what = f"record how job {ran[0].id} ended" if ran else "claim a job"
-                self.complain(f"cannot {what}", error)
-                continue
-            if job and not ran:
-                self.tell("busy")
-            ran = (job, *self.perform(job)) if job else None
-            if not ran and not self.stopping:
-                self.trouble = ""
-                self.tell("idle")
-                self.wait()
-        if ran:
-            keep(self.run_dir, *ran)
-        self.tell("left")
-        self.lock_file.close()
-
-    def tell(self, what: str, text: str = "", within: float = 0.0) -> None:
+    def send(self, news: News, within: float = 0.0) -> None:
         """Tell the pool something, within so many seconds."""
-        self.news.append((what, text))
+        self.outbox.append(news)
         self.flush_at = min(self.flush_at, time.monotonic() + within)
         self.flush()
 
     def flush(self) -> None:
-        """Send the news if it is time; without a pool there is nobody to tell."""
+        """Send the collected news if it is time to."""
         if time.monotonic() < self.flush_at:
             return
-        news, self.news, self.flush_at = self.news, [], NEVER
+        news = [tuple(item) for item in self.outbox]
+        self.outbox = []
+        self.flush_at = NEVER
         try:
-            self.pool.send(news)
+            self.pipe.send(news)
         except OSError:
-            self.alone = self.stopping = True
+            self.lose_pool()
 
-    def hear(self) -> None:
-        """Take in what the pool says."""
+    def receive(self) -> None:
+        """Take in the requests of the pool."""
         try:
-            while not self.alone and self.pool.poll():
-                word = self.pool.recv()
-                self.heard.add(word)
-                self.stopping |= word in ("stop", "now")
+            while not self.orphaned and self.pipe.poll():
+                self.obey(*self.pipe.recv())
         except (EOFError, OSError):
-            self.alone = self.stopping = True
+            self.lose_pool()
 
-    def overhear(self, job: Job) -> None:
-        """Look, without a pool, for what it would have said: `worker stop --now`, `cancel`."""
-        self.heard.add(self.run_dir.stop_asked(pool_of(self.name)))
-        with contextlib.suppress(QueueError):
-            if self.queue.get(job.id).cancelling:
-                self.heard.add(job.key)
+    def obey(self, request: Request, key: str = "") -> None:
+        """Take in one request; "go" only wakes the worker."""
+        self.stopping |= request in ("stop", "now")
+        self.ending |= request == "now"
+        if request == "cancel":
+            self.cancelled.add(key)
 
-    def wait(self, until: float = NEVER) -> None:
+    def lose_pool(self) -> None:
+        """Note that the pool is gone: finish the running job, and leave."""
+        self.orphaned = True
+        self.stopping = True
+
+
+class Result(NamedTuple):
+    """How a worker's attempt ended, before it has been recorded."""
+
+    claim: Claim
+    outcome: Outcome
+    output: Output | None
+
+
+class Worker:
+    """A process that claims a job, runs it, records how it ended, and claims the next one.
+
+    It waits in one place: for the end of its job, a request of its pool, and the next deadline.
+    """
+
+    def __init__(
+        self, path: str, name: str, slot: int, queues: Sequence[str], pipe: Pipe, *, insecure: bool
+    ) -> None:
+        """Take the lock that says: this worker is alive."""
+        self.ledger = Queue(path, create=False, insecure=insecure)._ledger
+        self.db = self.ledger.db
+        self.run_dir = self.db.run_dir
+        self.name = name
+        self.slot = slot
+        self.queues = queues
+        self.link = PoolLink(pipe)
+        self.notices = Notices(lambda text: self.link.send(News("event", text)))
+        self.lock_file = LockFile(self.run_dir.file(name))
+        self.lock_file.write_note(pid=os.getpid(), slot=slot)
+        self.wakeup = SYSTEM.make_wakeup()  # written to by signals, SIGCHLD among them
+        handle_signals(ignore_signal, self.wakeup, worker=True)
+        self.db.set_synchronous(self.ledger.reader.settings()["synchronous"])
+        self.db.keep_waiting = self.keep_waiting
+
+    def keep_waiting(self, waited: float) -> bool:
+        """Wait for a lock, unless it is time to leave."""
+        if waited > 0.3:  # before that, asking the pool costs more than another try
+            self.link.receive()
+        return waited <= 0.3 or not self.link.stopping
+
+    def main(self) -> None:
+        """Claim a job, run it, record how it ended and claim the next one, until told to stop.
+
+        While a result cannot be recorded, nothing is claimed. When it is time to leave, the result
+        stays in the run directory for the pool that recovers the job.
+        """
+        result: Result | None = None
+        self.link.receive()  # it may be time to leave already
+        while result or not self.link.stopping:
+            try:
+                claim = self.record(result) if result else self.claim()
+            except Fault as error:
+                if self.must_leave(error):
+                    break
+                task = f"record how job {result.claim.job.id} ended" if result else "claim a job"
+                self.report_trouble(f"cannot {task}", error)
+                continue
+            result = self.run(claim) if claim else None
+            if not result and not self.link.stopping:
+                self.notices.clear()
+                self.link.send(News("idle"))
+                self.wait()
+        if result:
+            keep_result(self.run_dir, result.claim.job, result.outcome, result.output)
+        self.link.send(News("left"))
+        self.lock_file.close()
+
+    def must_leave(self, fault: Fault) -> bool:
+        """Tell whether a fault ends this worker, and tell the pool of one that no retry cures."""
+        if isinstance(fault, Damaged):
+            self.link.send(News("damaged", str(fault)))
+            self.link.stopping = True
+        return self.link.stopping
+
+    def claim(self) -> Claim | None:
+        """Claim a job, and tell the pool."""
+        claim = self.ledger.claim(self.name, self.queues)
+        if claim:
+            self.link.send(News("busy"))
+        return claim
+
+    def wait(self, until: float = NEVER, child: Any = None) -> None:
         """Wait for a child's end, the pool, or a time on the monotonic clock."""
-        self.flush()
-        until = min(until, self.flush_at)
+        self.link.flush()
+        until = min(until, self.link.flush_at)
         limit = None if until == NEVER else max(0.0, until - time.monotonic())
-        if self.alone and limit is None:
+        if self.link.orphaned and limit is None:
             return  # nobody is left to wait for
-        sources = (self.bell, None if self.alone else self.pool)
-        if self.pool in SYSTEM.wait(sources, self.child, limit):
-            self.hear()
+        pipe = None if self.link.orphaned else self.link.pipe
+        if self.link.pipe in SYSTEM.wait((self.wakeup, pipe), child, limit):
+            self.link.receive()
 
-    def complain(self, what: str, reason: object) -> None:
-        """Say once what is wrong, and wait before the next try."""
-        if what != self.trouble:
-            self.tell("", f"{what}: {reason}; trying again")
-        self.trouble = what
+    def report_trouble(self, trouble: str, reason: object) -> None:
+        """Report once what keeps us from working, and wait before the next try."""
+        self.notices.report(f"{trouble}: {reason}; trying again", key=trouble)
         self.wait(time.monotonic() + AGAIN)
 
-    def perform(self, job: Job) -> tuple[Outcome, Output | None]:
+    def run(self, claim: Claim) -> Result:
         """Run one attempt of a job to its end."""
-        started, out = self.queue.clock(), None
+        job = claim.job
+        execution = Execution(claim, self.run_dir, self.ledger.clock, self.wait, self.interruption)
         try:
-            out = Output(self.run_dir.file(job.seq, job.run, "out"))
-            child = SYSTEM.launch(self.queue.settings["shell"], job, self.environment(job), out.fd)
-        except OSError as failure:
-            return self.unstartable(job, failure, started, output=out is not None), out
-        self.child, self.trouble = child, ""
-        if not PROC:
-            facts = {"key": job.key, "job_pid": child.pid, "launched": started}
-            self.lock_file.note(pid=os.getpid(), slot=self.slot, **facts)
-        fate, error = self.watch(job, child, out)
-        if error or child.returncode:  # another attempt may follow: nothing of this one stays
-            self.kill(job, child, out)
-        SYSTEM.release(child)
-        self.child = None
-        error, finished = error or exit_meaning(child.returncode), self.queue.clock()
-        tail = out.tail(self.queue.settings["output_limit"])
-        return Outcome(fate, started, max(started, finished), child.returncode, error, *tail), out
+            child = execution.launch(self.environment(job))
+        except OSError as error:
+            outcome = execution.not_started(error)
+            if outcome.end == "unstarted":
+                self.report_trouble(f"job {printable(job.id)} cannot start", outcome.error)
+            return Result(claim, outcome, execution.output)
+        self.notices.clear()
+        if not HAS_PROC:  # the processes are found by their group
+            note = {"key": job.key, "leader": child.pid, "launched": execution.started}
+            self.lock_file.write_note(pid=os.getpid(), slot=self.slot, **note)
+        return Result(claim, execution.finish(child), execution.output)
 
     def environment(self, job: Job) -> dict[str, str]:
-        """Return what a job's environment has beside the worker's: its own, then ours."""
+        """Return what a job's environment has besides the worker's."""
         return {
             **json.loads(job.env or "{}"),
             "QUEUECTL_JOB_ID": job.id,
             "QUEUECTL_ATTEMPT": str(job.attempts),
             "QUEUECTL_WORKER": str(self.slot),
             "QUEUECTL_DB": self.db.path,
-            "QUEUECTL_RUN": self.run_dir.mark(job),
+            "QUEUECTL_RUN": self.run_dir.run_token(job),
         }
 
-    def unstartable(self, job: Job, error: OSError, started: float, *, output: bool) -> Outcome:
-        """Decide whether a job that did not start is to blame: without an output file it is not."""
-        reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-        fate = "ran"
-        if not output or error.errno in EXHAUSTED:
-            fate = "returned"
-            self.complain(f"job {job.id} cannot start", reason)
-        return Outcome(fate, started, self.queue.clock(), None, f"cannot start: {reason}")
+    def interruption(self, job: Job) -> End | None:
+        """Return how the operator wants the running attempt to end, if so."""
+        if self.link.orphaned:
+            self.poll_requests(job)
+        if self.link.ending:
+            return "released"
+        return "cancelled" if job.key in self.link.cancelled else None
 
-    def watch(self, job: Job, child: Child, out: Output) -> tuple[str, str | None]:
-        """Wait for the end of a job, or for a reason to end it; return its fate and the reason."""
-        timeout = self.queue.settings["timeout"] if job.timeout is None else job.timeout
-        deadline = time.monotonic() + timeout if timeout else NEVER
-        key, pause = job.key, 0.01
-        while child.poll() is None:
-            now = time.monotonic()
-            if "now" in self.heard:  # "stop" only keeps from claiming the next one
-                return "returned", "stopped by the operator"
-            if key in self.heard:
-                return "cancelled", "cancelled by the operator"
-            if now >= deadline:
-                return "timed out", f"timed out after {span(timeout)}"
-            self.wait(min(deadline, now + pause))
-            if self.alone:
-                self.overhear(job)
-            if time.monotonic() > now + pause:
-                full = out.trim(self.queue.settings["output_limit"])
-                pause = 0.01 if full else min(pause * 2, 0.1)
-        return "ran", None
+    def poll_requests(self, job: Job) -> None:
+        """Look, without a pool, for the requests that it would have passed on."""
+        if self.run_dir.stop_requested(pool_of(self.name)) == "now":
+            self.link.obey("now")
+        with contextlib.suppress(QueueError):
+            stored = self.ledger.reader.by_seq(job.seq)
+            if stored and stored.cancel_requested:
+                self.link.obey("cancel", job.key)
 
-    def kill(self, job: Job, child: Child, out: Output) -> None:
-        """End what is left of an attempt; return when every process of it is gone."""
-        out.reopen()
-        kill, pause = Kill(job, self.run_dir, self.queue.settings["kill_grace"]), 0.005
-        while not kill.step() or child.poll() is None:
-            self.wait(time.monotonic() + pause)
-            pause = min(pause * 1.5, 0.05)
-
-    def finish(self, job: Job, outcome: Outcome, out: Output | None) -> Job | None:
+    def record(self, result: Result) -> Claim | None:
         """Record how an attempt ended and claim the next job, in one transaction."""
-        self.db.set_synchronous("full" if self.alone else self.queue.settings["synchronous"])
-        next_from = None if self.stopping else self.queues
-        after, following = self.queue.finish(job, outcome, next_from)
-        if out:
-            out.close()
-        unstarted = outcome.fate == "returned" and outcome.exit_code is None  # that has been said
-        if not (unstarted and after and after.state == PENDING):
-            self.tell(*news_of(job, after, outcome), within=BATCH)
-        return following
+        job, settings = result.claim
+        self.db.set_synchronous("full" if self.link.orphaned else settings["synchronous"])
+        next_from = None if self.link.stopping else self.queues
+        after, claim = self.ledger.finish(job, result.outcome, next_from)
+        if result.output:
+            result.output.close()
+        is_known = result.outcome.end == "unstarted" and after and after.state == PENDING
+        if not is_known:  # else it was reported when it happened
+            state = after.state if after else ""
+            text = describe_end(job, after, result.outcome)
+            self.link.send(News("event", text, state, time.monotonic()), within=BATCH)
+        return claim
 
 
-def run_worker(environ: dict[str, str], *worker: Any) -> None:
-    """Be a worker, in the environment of its pool: where a worker process starts."""
+def run_worker(environ: dict[str, str], *worker: Any, insecure: bool) -> None:
+    """Be a worker, in the environment of its pool: a worker process starts here."""
     os.environ.clear()
     os.environ.update(environ)
-    Worker(*worker).main()
+    Worker(*worker, insecure=insecure).main()
 
 
-# --- pool: starts the workers, wakes them, recovers what the dead left ----------------------------
+# --- pool: the process that starts workers and recovers the jobs of dead ones ---------------------
 
-WAL_BOUND = 16 << 20  # bytes of -wal; SQLite lets it grow as long as there is always a reader
-STOPPING = {
-    "stop": "no new jobs; finishing the running ones",
-    "now": "ending the running jobs; they go back to the queue",
-}
+LARGEST_WAL = 16 << 20  # bytes; SQLite lets the -wal grow as long as there is always a reader
 MAX_DEATHS = 5  # of workers without a job, in a minute: then something is wrong with the machine
-HIRING = threading.Lock()  # hiring changes os.environ, sys.modules and the signals for a moment
+STOPPING: Mapping[StopMode, str] = {
+    "stop": "no new jobs; finishing the running ones",
+    "now": "ending the running jobs; they return to the queue",
+}
+STARTING = threading.Lock()  # a start changes os.environ, sys.modules and signals for a moment
+
+
+def ignore_event(_text: str) -> None:
+    """Ignore an event line."""
+
+
+def ignore_tick() -> None:
+    """Do nothing at a turn of the pool."""
+
+
+class PoolOptions(NamedTuple):
+    """What a pool was asked to do; `work` documents it."""
+
+    size: int = 1
+    queues: Sequence[str] = ()
+    drain: bool = False
+    horizon: float = LONGEST
+    insecure: bool = False
+    signals: bool = False
+    say: Callable[[str], None] = ignore_event
+    tick: Callable[[], None] = ignore_tick
+
+
+class Agenda:
+    """When each step of a pool is due. An entry has a clock of its own: monotonic, or the jobs'."""
+
+    def __init__(self) -> None:
+        """Begin without entries."""
+        self.entries: dict[str, tuple[float, Callable[[], float]]] = {}
+
+    def set(self, step: str, when: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Make a step due at a time, in place of an earlier entry."""
+        self.entries[step] = (when, clock)
+
+    def within(self, step: str, seconds: float) -> None:
+        """Make a step due within so many seconds, or earlier if it is due earlier."""
+        when = time.monotonic() + seconds
+        before, clock = self.entries.get(step, (NEVER, time.monotonic))
+        if when - time.monotonic() < before - clock():
+            self.set(step, when)
+
+    def ensure(self, step: str) -> None:
+        """Make a step due now, unless it has an entry already."""
+        self.entries.setdefault(step, (0.0, time.monotonic))
+
+    def drop(self, step: str) -> None:
+        """Make a step due at no time."""
+        self.entries.pop(step, None)
+
+    def take(self, step: str) -> bool:
+        """Return whether a step is due, and drop it if so."""
+        when, clock = self.entries.get(step, (NEVER, time.monotonic))
+        if clock() < when:
+            return False
+        self.drop(step)
+        return True
+
+    def pause(self) -> float:
+        """Return the seconds until the first entry is due."""
+        return max(
+            0.0, min((when - clock() for when, clock in self.entries.values()), default=60.0)
+        )
+
+
+class Events:
+    """Event lines of several workers, printed in the order in which things happened.
+
+    Workers send their news up to BATCH seconds late, so a line is held for that long.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        """Print to `say`."""
+        self.say = say
+        self.held: list[tuple[float, str]] = []
+
+    def hold(self, when: float, text: str) -> None:
+        """Hold the line about an event of a time on the monotonic clock."""
+        self.held.append((when, text))
+
+    def flush(self, before: float = NEVER) -> None:
+        """Print the lines about events before a time."""
+        due = sorted(item for item in self.held if item[0] < before)
+        self.held = [item for item in self.held if item[0] >= before]
+        for _, text in due:
+            self.say(text)
+
+
+class PoolFiles:
+    """What a pool has in the run directory, and the files that must stay where they are."""
+
+    def __init__(self, db: Database, options: PoolOptions, clock: Callable[[], float]) -> None:
+        """Take the lock that says: this pool is alive."""
+        import socket
+
+        self.run_dir = db.run_dir
+        self.name = "pool-" + os.urandom(4).hex()
+        self.lock_file = LockFile(self.run_dir.file(self.name))
+        self.lock_file.write_note(
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            started=clock(),
+            count=options.size,
+            queues=list(options.queues),
+        )
+        self.watched = {db.path: os.stat(db.path), self.lock_file.path: os.fstat(self.lock_file.fd)}
+        self.wakeup = SYSTEM.make_wakeup(self.run_dir.file(self.name, "fifo"))
+
+    def stop_requested(self) -> StopMode:
+        """Return how this pool was asked to stop, "" if it was not."""
+        return self.run_dir.stop_requested(self.name)
+
+    def require_in_place(self) -> None:
+        """Raise Damaged where the database or the run directory was moved away or replaced."""
+        for path, info in self.watched.items():
+            in_place = False
+            with contextlib.suppress(FileNotFoundError):
+                in_place = os.path.samestat(os.stat(path), info)
+            if not in_place:
+                raise Damaged(f"{path} was moved away or replaced")
+
+    def close(self) -> None:
+        """Remove the files, whatever fails, and release the lock."""
+        for item in self.run_dir.files(self.name + "."):
+            with contextlib.suppress(OSError):
+                os.unlink(self.run_dir.file(item))
+        self.lock_file.close()
+        if self.wakeup:
+            self.wakeup.close()
 
 
 def make_importable() -> str:
     """Make this module known to workers, and return the name by which they find it.
 
-    A worker gets `run_worker` by the name of its module. Where the module was run as a program, it
-    is made known by the name under which it can be imported; if it has none (a program without
+    A worker receives `run_worker` by the name of its module. Where the module runs as a program,
+    it is made known by the name under which it can be imported. If it has none (a program without
     `.py`), `__main__` stays, which workers then load once more.
     """
     from importlib.util import find_spec
@@ -2484,216 +3479,132 @@ def make_importable() -> str:
     return run_worker.__module__
 
 
-class Member:
-    """A worker as its pool sees it. It is "idle", "woken", "busy", or has "left"."""
+def start_worker(*worker: Any, insecure: bool) -> tuple[Any, Any]:
+    """Start the process of a worker; return it and our end of the pipe to it.
 
-    def __init__(self, path: str, name: str, slot: int, queues: Sequence[str]) -> None:
-        """Start its process.
+    It comes from a fork server, which has loaded everything once; never from a plain fork, since
+    siblings would hold each other's pipes and locks open. The main program is hidden, so that
+    workers neither load nor run it. Before Python 3.13 the server does not search sys.path for our
+    module, hence PYTHONPATH.
+    """
+    import multiprocessing
+    import types
 
-        From a fork server, which has loaded everything once; never by a plain fork: siblings would
-        hold each other's pipes and locks open. The main program is hidden, so that workers neither
-        load nor run it. Before Python 3.13 the server does not look along sys.path for our module.
-        """
-        import multiprocessing
-        import types
+    has_server = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if has_server else "spawn")
+    ours, theirs = context.Pipe()
+    with STARTING:
+        module = make_importable()
+        main = sys.modules["__main__"]
+        environ = dict(os.environ)
+        args = (environ, *worker, theirs)
+        process = context.Process(
+            target=run_worker, args=args, kwargs={"insecure": insecure}, daemon=False
+        )
+        if has_server:
+            context.set_forkserver_preload([module, "json", "select", "subprocess"])
+        if module != "__main__":
+            sys.modules["__main__"] = types.ModuleType("__main__")
+        search = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
+        os.environ.update(search)
+        try:
+            with SYSTEM.signals_blocked():
+                process.start()
+        finally:
+            sys.modules["__main__"] = main
+            for key in search:
+                del os.environ[key]
+            os.environ.update({key: environ[key] for key in search if key in environ})
+    theirs.close()
+    return process, ours
 
-        self.name, self.slot = name, slot
-        self.doing = "busy"  # a new worker looks for a job by itself
-        forks = "forkserver" in multiprocessing.get_all_start_methods()
-        context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
-        self.conn, theirs = context.Pipe()
-        with HIRING:
-            module, main, environ = make_importable(), sys.modules["__main__"], dict(os.environ)
-            what = (environ, path, name, slot, queues, theirs)
-            self.process = context.Process(target=run_worker, args=what, daemon=False)
-            if forks:
-                context.set_forkserver_preload([module, "json", "select", "subprocess"])
-            if module != "__main__":
-                sys.modules["__main__"] = types.ModuleType("__main__")
-            found = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}  # no other
-            os.environ.update(found)
-            try:
-                with SYSTEM.starting():
-                    self.process.start()
-            finally:
-                sys.modules["__main__"] = main
-                for key in found:
-                    del os.environ[key]
-                os.environ.update({key: environ[key] for key in found if key in environ})
-        theirs.close()
 
-    def send(self, word: str) -> None:
-        """Say a word; a worker that is gone does not hear it."""
+class WorkerHandle:
+    """A worker as its pool sees it."""
+
+    def __init__(self, name: str, slot: int, process: Any, pipe: Pipe) -> None:
+        """Take over a process that has been started."""
+        self.name = name
+        self.slot = slot
+        self.process = process
+        self.pipe = pipe
+        self.state: WorkerState = "busy"  # a new worker looks for a job by itself
+        self.cancelled: set[str] = set()  # the keys of attempts that it was asked to cancel
+
+    def send(self, request: Request, key: str = "") -> None:
+        """Make a request; a worker that is gone does not receive it."""
         with contextlib.suppress(OSError):
-            self.conn.send(word)
+            self.pipe.send((request, key))
+
+    def cancel(self, key: str) -> None:
+        """Ask once that an attempt be cancelled."""
+        if key not in self.cancelled:
+            self.cancelled.add(key)
+            self.send("cancel", key)
 
 
-class Pool:
-    """The process that `worker start` is. It runs no job: it watches, and wakes who is needed."""
+class Crew:
+    """The workers of a pool: start the missing ones, wake idle ones, remove dead ones."""
 
     def __init__(
-        self, queue: Queue, count: int, queues: Sequence[str], say: Callable[[str], None]
+        self,
+        path: str,
+        pool: str,
+        options: PoolOptions,
+        notices: Notices,
+        fail: Callable[[Fault], None],
     ) -> None:
-        """Prepare a pool of so many workers; `say` gets a line for each event."""
-        self.queue, self.db, self.run_dir = queue, queue.db, queue.db.run_dir
-        self.count, self.queues, self.say = count, queues, say
-        self.tick: Callable[[], None] = lambda: None  # is called at every turn
-        self.drain, self.horizon, self.code = False, FOREVER, OK
-        self.name = "pool-" + os.urandom(4).hex()
-        self.files = {self.db.path: os.stat(self.db.path)}  # what has to stay where it is
-        self.handling = False  # signals
-        self.signals: list[tuple[float, int]] = []
-        self.db.patient = lambda waited: waited < 0.3 and not self.signals
-        self.fault: Fault | None = None
-        self.said: dict[str, float] = {}  # what was in our way, and when that was said
-        self.stopping = ""  # or how: a key of STOPPING
-        self.said_paused = False
-        self.members: list[Member] = []
-        self.missing = list(range(1, count + 1))  # the slots of workers that are to be started
-        self.hired, self.hire_at = 0, 0.0
-        self.deaths: list[float] = []  # of workers that had no job
-        self.kills: dict[str, Kill] = {}  # for what a dead worker's job left running
-        self.strangers: set[str | None] = set()  # who has jobs and is not, or no longer, ours
-        self.maybe_work = True  # some may be due, and nobody was woken for it
-        self.seen: object = None  # the data_version of the last look, and its connection
-        self.next_time = NEVER  # when a job becomes due; the other times are of the monotonic clock
-        self.look_at, self.prune_at, self.sync_at, self.truncate_at = 0.0, 0.0, NEVER, 0.0
+        """Prepare to start workers; `fail` ends the pool where that makes no sense."""
+        self.path = path
+        self.pool = pool
+        self.options = options
+        self.notices = notices
+        self.fail = fail
+        self.workers: list[WorkerHandle] = []
+        self.missing = list(range(1, options.size + 1))  # slots without a worker
+        self.started = 0
+        self.deaths: list[float] = []  # of workers without a job
+        self.maybe_work = True  # there may be ready jobs that nobody was woken for
 
-    def on_signal(self, number: int, _: object) -> None:
-        """Note a signal; the loop, which the bell of the signal wakes, reads it."""
-        self.signals.append((time.monotonic(), number))
+    def names(self) -> set[str | None]:
+        """Return the names of the workers."""
+        return {worker.name for worker in self.workers}
 
-    def main(self) -> int:
-        """Run until stopped or drained; return the exit code."""
-        import socket
+    def states(self) -> list[WorkerState]:
+        """Return the states of the workers."""
+        return [worker.state for worker in self.workers]
 
-        with self.db.faults():
-            self.run_dir.make()
-            held = LockFile(self.run_dir.file(self.name))
-            facts = {"host": socket.gethostname(), "queues": list(self.queues)}
-            held.note(pid=os.getpid(), started=self.queue.clock(), count=self.count, **facts)
-            self.files[held.path] = os.fstat(held.fd)
-            self.bell = SYSTEM.bell(self.run_dir.file(self.name, "bell"))
-        before = contextlib.ExitStack()
-        try:
-            if self.handling:
-                before = handle_signals(self.on_signal, self.bell)
-            empty = "" if any(self.queue.counts().values()) else ", where there are no jobs yet"
-            path = printable(self.db.path)
-            self.say(f"{self.count} worker{'s' * (self.count > 1)} on {path}{empty}")
-            self.run_dir.clean(self.queue.claimed())
-            while self.members or not self.stopping or self.killing():
-                self.turn()
-            with self.db.faults():
-                self.sync()
-        finally:
-            for member in self.members:
-                member.conn.close()  # that tells them
-            for item in self.run_dir.files(self.name + "."):
-                os.unlink(self.run_dir.file(item))
-            held.close()
-            before.close()
-            if self.bell is not None:
-                os.close(self.bell)
-        if self.fault:
-            raise self.fault
-        return self.code
+    def start_missing(self) -> float:
+        """Start the missing workers; return the seconds before more may be started.
 
-    def turn(self) -> None:
-        """Wait for something to happen, take it in, act on it."""
-        self.tick()
-        ready = self.wait()
-        for member in [member for member in self.members if member.conn in ready]:
-            self.hear(member)
-        self.obey()
-        if time.monotonic() >= self.look_at:
-            self.attempt(self.look)
-        self.attempt(self.staff)
-        self.attempt(self.wake)
-        if time.monotonic() >= self.sync_at:
-            self.attempt(self.sync)
-
-    def attempt(self, step: Callable[..., None], *args: Any) -> bool:
-        """Do something; a fault that may pass is said, and keeps nothing else from being done.
-
-        False: another program has the lock, for which not everything can wait one after the other.
+        The first ones start at once, replacements at most one a second.
         """
-        try:
-            with self.db.faults():
-                step(*args)
-        except Locked:
-            return False
-        except Broken as error:
-            self.fail(error)
-        except Fault as error:  # a full disk, say: at the next look
-            self.complain(f"{error}; trying again")
-        return True
-
-    def complain(self, trouble: str) -> None:
-        """Say what is in our way, once a minute."""
-        now = time.monotonic()
-        if now - self.said.get(trouble, -NEVER) >= 60:
-            self.said[trouble] = now
-            self.say(trouble)
-
-    def wait(self) -> list[Any]:
-        """Sleep until the bell, a worker, a signal, or the next time to act; return who spoke."""
-        until = time.monotonic() + self.next_time - self.queue.clock()
-        pause = min(self.look_at, self.sync_at, until) - time.monotonic()
-        sources = [self.bell, *(member.conn for member in self.members)]
-        ready = SYSTEM.wait(sources, None, max(0.0, pause))
-        if self.bell in ready:  # rung for work, for a stop, or by a signal
-            self.maybe_work, self.look_at = True, 0.0
-        if self.queue.clock() >= self.next_time:
-            self.maybe_work, self.next_time = True, NEVER
-            self.look_soon()  # when is the next one due?
-        return ready
-
-    def look_soon(self) -> None:
-        """Look again within the time of a BATCH."""
-        self.look_at = min(self.look_at, time.monotonic() + BATCH)
-
-    def hear(self, member: Member) -> None:
-        """Take in a worker's news."""
-        try:
-            news = member.conn.recv()
-        except (EOFError, OSError):  # the end of its pipe
-            self.bury(member)
-            return
-        for what, text in news:
-            if what == "broken":
-                self.fail(Fault(text))
-            elif what in ("idle", "busy", "left"):
-                member.doing = what
-                if what == "busy":  # a claim counts after a power cut too; and there may be more
-                    self.maybe_work = True
-                    self.sync_at = min(self.sync_at, time.monotonic() + BATCH)
+        while self.missing:
+            self.started += 1
+            name = worker_name(self.pool, self.started)
+            slot = self.missing[0]
+            worker = (self.path, name, slot, self.options.queues)
+            try:
+                process, pipe = start_worker(*worker, insecure=self.options.insecure)
+            except (
+                EOFError,
+                OSError,
+            ) as error:  # the fork server died, or the machine is at its limit
+                self.report_failed_start(error)
             else:
-                self.report(what, text)
+                self.workers.append(WorkerHandle(name, slot, process, pipe))
+                del self.missing[0]
+            if self.started > self.options.size:
+                return 1.0
+        return 0.0
 
-    def report(self, state: str, text: str) -> None:
-        """Say what happened to a job, and see to what follows from it."""
-        self.say(text)
-        self.sync_at = min(self.sync_at, time.monotonic() + BATCH)
-        if state == DEAD and self.drain:
-            self.code = NO
-        if state == PENDING:
-            self.look_soon()  # when is it due?
-
-    def bury(self, member: Member) -> None:
-        """Let a worker go that is gone; one that left without a word is replaced."""
-        self.members.remove(member)
-        member.conn.close()
-        member.process.join(1)
-        if member.doing == "left":
-            return
-        self.say(f"{member.name} died")
-        self.look_at, self.seen, self.maybe_work = 0.0, None, True  # `look`, next, recovers its job
-        with contextlib.suppress(Fault):
-            if not any(job.locked_by == member.name for job in self.queue.claimed()):
-                self.count_death("a worker died without a job")
-        if not self.stopping:
-            self.missing.append(member.slot)
+    def report_failed_start(self, error: Exception) -> None:
+        """Report that a worker cannot be started; without any worker, this cannot last."""
+        reason = getattr(error, "strerror", None) or "its fork server died"
+        trouble = f"a worker cannot be started: {reason}"
+        self.notices.report(f"{trouble}; trying again")
+        if not self.workers:
+            self.count_death(trouble)
 
     def count_death(self, how: str) -> None:
         """Note that a worker died without a job, or could not be started; too many are a fault."""
@@ -2702,216 +3613,449 @@ class Pool:
         if len(self.deaths) > MAX_DEATHS:
             self.fail(Fault(f"{how}, {len(self.deaths)} times in a minute"))
 
-    def obey(self) -> None:
-        """Act on all signals so far: the first stops, one over a second later ends the jobs."""
-        for when, number in self.signals:
-            if when < self.signals[0][0] + 1:
-                self.stop("stop", signal_name(number), "; once more, a second later, ends them")
-            elif self.stopping != "now":
-                self.code = SIGNALLED + number
-                self.stop("now", signal_name(number))
+    def reap(self, worker: WorkerHandle) -> bool:
+        """Remove a worker whose pipe has ended; return whether it died, and did not just leave."""
+        self.workers.remove(worker)
+        worker.pipe.close()
+        worker.process.join(1)
+        if worker.state == "left":
+            return False
+        self.maybe_work = True
+        self.missing.append(worker.slot)
+        return True
 
-    def stop(self, word: str, reason: str = "", more: str = "") -> None:
-        """Stop, if that is news: claim no more or, for "now", end the running jobs too."""
-        if self.stopping in (word, "now"):
-            return
-        if reason:
-            self.say(f"{reason}: {STOPPING[word]}{more}")
-        self.stopping, self.missing = word, []
-        for member in self.members:
-            member.send(word)
+    def dispatch(self) -> None:
+        """Wake one idle worker if there may be work; once it has claimed some, wake the next."""
+        states = self.states()
+        if self.maybe_work and "idle" in states and "notified" not in states:
+            worker = self.workers[states.index("idle")]
+            worker.state = "notified"
+            self.maybe_work = False
+            worker.send("go")
 
-    def fail(self, fault: Fault) -> None:
-        """Stop because of something that no worker can work with."""
-        if not self.fault:
-            self.fault = fault
-            self.stop("stop", str(fault))
+    def cancel(self, claimed: Iterable[Job]) -> None:
+        """Ask the workers to end the jobs that the operator has cancelled."""
+        workers = {worker.name: worker for worker in self.workers}
+        for job in claimed:
+            if job.cancel_requested and job.locked_by in workers:
+                workers[job.locked_by].cancel(job.key)
 
-    def look(self) -> None:
-        """Look at what rings no bell: stop requests, the file itself, other writers, the dead."""
-        self.look_at = time.monotonic() + SYSTEM.TICK
-        asked = self.run_dir.stop_asked(self.name)
-        if asked:
-            self.stop(asked, "worker stop")
-        for path, file in self.files.items():
-            moved = True
-            with contextlib.suppress(FileNotFoundError):
-                moved = not os.path.samestat(os.stat(path), file)
-            if moved:
-                raise Broken(f"{path} was moved away or replaced")
-        # Asked first: what changes from now on is seen later. A new connection has a new count.
-        version = self.queue.data_version(), self.db.connection
-        if version != self.seen or self.strangers:  # who may die without a change of the database
-            self.recover()
-        if version != self.seen:
-            self.seen, self.maybe_work = version, True
-            self.next_time = self.queue.next_time(self.queues) or NEVER
-        if time.monotonic() >= self.prune_at:
-            self.prune()
+    def stop(self, mode: Literal["stop", "now"]) -> None:
+        """Ask every worker to stop, and start no more."""
+        self.missing = []
+        for worker in self.workers:
+            worker.send(mode)
 
-    def prune(self) -> None:
-        """Delete a slice of what is older than the retention; again in a minute, or soon."""
-        self.prune_at, retention = time.monotonic() + 60, self.queue.config()["retention"]
-        before, states = self.queue.clock() - retention, PRUNED if retention else ()
-        if sum(self.queue.prune_slice(before, state) for state in states) >= SLICE:
-            self.prune_at = 0.0
-            self.look_soon()
+    def close(self) -> None:
+        """Close the pipes, which tells the workers that the pool is gone."""
+        for worker in self.workers:
+            worker.pipe.close()
 
-    def recover(self) -> None:
-        """Put jobs whose worker is gone back into the queue, once all their processes are gone."""
-        ours = {member.name: member for member in self.members}
-        claimed = {job.key: job for job in self.queue.claimed()}
-        self.strangers = {job.locked_by for job in claimed.values()} - set(ours)
-        for key in set(self.kills) - set(claimed):  # another pool was faster
-            del self.kills[key]
-        for key, job in claimed.items():
-            if job.locked_by in ours and job.cancelling:
-                ours[job.locked_by].send(key)
-        for job in claimed.values():
-            if job.locked_by not in ours and not self.attempt(self.end_rest, job):
+
+class Orphan:
+    """The attempt of a dead worker, until its job is back in the queue."""
+
+    def __init__(self, job: Job, run_dir: RunDirectory, grace: float) -> None:
+        """Look for a kept result; unless the job completed, end its remaining processes."""
+        self.kept = kept_result(run_dir, job)
+        completed = self.kept is not None and self.kept.error is None  # its children run on
+        self.termination = None if completed else Termination(run_dir.trace(job), grace)
+
+
+class Recovery:
+    """Return the jobs of dead workers to the queue, once all their processes are gone."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        notices: Notices,
+        attempt: Callable[..., bool],
+        report: Callable[[str, str], None],
+    ) -> None:
+        """Prepare; `attempt` runs a step that may fail alone, `report` gets state and text."""
+        self.ledger = ledger
+        self.run_dir = ledger.db.run_dir
+        self.notices = notices
+        self.attempt = attempt
+        self.report = report
+        self.orphans: dict[str, Orphan] = {}  # by the key of the attempt
+        self.has_strangers = False  # some jobs belong to workers that are not, or no longer, ours
+
+    def recover(self, claimed: Sequence[Job], ours: set[str | None]) -> None:
+        """Take a step for each claimed job whose worker is not ours."""
+        keys = {job.key for job in claimed}
+        self.orphans = {key: orphan for key, orphan in self.orphans.items() if key in keys}
+        strangers = [job for job in claimed if job.locked_by not in ours]
+        self.has_strangers = bool(strangers)
+        for job in strangers:
+            if not self.attempt(self.step, job):  # each would wait for the same lock
                 break
-        if self.kills:
-            self.look_soon()
 
-    def end_rest(self, job: Job) -> None:
-        """End what a worker left, if it is dead, and then give its job back."""
-        if not self.run_dir.free(job.locked_by):
+    def step(self, job: Job) -> None:
+        """If the worker of a job is dead, end the remaining processes, and then requeue the job."""
+        if not self.run_dir.is_unlocked(job.locked_by):
             return
-        kept = outcome_of(self.run_dir, job, self.queue.clock(), 0)
-        if kept.error is not None:  # what a completed job leaves behind stays
-            if job.key not in self.kills:
-                grace = self.queue.config()["kill_grace"]
-                self.kills[job.key] = Kill(job, self.run_dir, grace)
-            kill = self.kills[job.key]
-            if not kill.step():
-                if time.monotonic() > kill.deadline + 1:
-                    left = ", ".join(map(str, kill.left)) or "unknown"
-                    name = printable(job.id)
-                    self.complain(f"what job {name} left running does not end: process {left}")
-                return
-        self.kills.pop(job.key, None)  # first: a lock of another program delays no stop
-        self.give_back(job)
+        if job.key not in self.orphans:
+            grace = self.ledger.reader.settings(job.queue)["kill_grace"]
+            self.orphans[job.key] = Orphan(job, self.run_dir, grace)
+        orphan = self.orphans[job.key]
+        if orphan.termination and not orphan.termination.step():
+            if orphan.termination.is_overdue:
+                processes = orphan.termination.describe()
+                self.notices.report(
+                    f"job {printable(job.id)} cannot be recovered: its remaining processes do "
+                    f"not end ({processes})"
+                )
+            return
+        del self.orphans[job.key]  # first: a lock of another program must delay no stop
+        self.requeue(job, orphan.kept)
 
-    def killing(self) -> bool:
-        """Tell whether what the dead left is being ended; a second after its KILL nobody waits."""
-        now = time.monotonic()
-        return any(now < kill.deadline + 1 for kill in self.kills.values())
-
-    def give_back(self, job: Job) -> None:
+    def requeue(self, job: Job, kept: Outcome | None) -> None:
         """Record how a dead worker's attempt ended, and remove its files."""
-        limit = self.queue.config()["output_limit"]
-        outcome = outcome_of(self.run_dir, job, self.queue.clock(), limit)
-        after = self.queue.finish(job, outcome)[0]
-        for name in self.run_dir.files(f"{job.seq}.{job.run}."):
-            with contextlib.suppress(FileNotFoundError):  # another is faster
+        limit = self.ledger.reader.settings(job.queue)["output_limit"]
+        outcome = recovered_outcome(self.run_dir, job, kept, self.ledger.clock(), limit)
+        after, _ = self.ledger.finish(job, outcome)
+        for name in self.run_dir.attempt_files(job):
+            with contextlib.suppress(FileNotFoundError):  # another pool was faster
                 os.unlink(self.run_dir.file(name))
-        self.seen = None  # what this process changes, it does not see there
         if after:
-            self.report(*news_of(job, after, outcome))
+            self.report(after.state, describe_end(job, after, outcome))
 
-    def staff(self) -> None:
-        """Start the workers that are missing: at once at first, then at most one a second."""
-        while self.missing and time.monotonic() >= self.hire_at:
-            self.hired += 1
-            self.hire_at = time.monotonic() + 1 if self.hired > self.count else 0.0
-            name = f"worker-{self.name[5:]}-{self.hired}"
-            try:
-                self.members.append(Member(self.db.path, name, self.missing[0], self.queues))
-                del self.missing[0]
-            except (EOFError, OSError) as error:  # the fork server died, or there is no room
-                reason = getattr(error, "strerror", None) or "its fork server died"
-                how = f"a worker cannot be started: {reason}"
-                self.complain(f"{how}; trying again")
-                if not self.members:
-                    self.count_death(how)
+    def is_ending(self) -> bool:
+        """Tell whether processes of dead workers are being ended, and are not overdue."""
+        endings = [orphan.termination for orphan in self.orphans.values()]
+        return any(ending and not ending.is_overdue for ending in endings)
 
-    def wake(self) -> None:
-        """Wake one idle worker if there may be work; when it took some, the next one."""
-        doing = [member.doing for member in self.members]
-        if self.stopping or "woken" in doing or "idle" not in doing:
-            return
-        if self.maybe_work:
-            member = self.members[doing.index("idle")]
-            member.doing, self.maybe_work = "woken", False
-            member.send("go")
-        elif self.drain and set(doing) == {"idle"} and not self.kills:
-            awaited = self.queue.awaited(self.queues, self.horizon)
-            if all(awaited.values()):
-                self.nothing_to_run(sorted(awaited))
 
-    def nothing_to_run(self, paused: Sequence[str]) -> None:
-        """Leave, or say which paused queues are waited for, since they may be resumed."""
-        if not paused:
-            blocked = self.queue.blocked(self.queues)
-            for job in blocked:
-                self.code = NO
-                self.say(f"job {printable(job.id)} is {blocked_by(self.queue.parents(job))}")
-            more = self.queue.counts(self.queues)[PENDING] - len(blocked)
-            if blocked and more > 0:
-                self.say(f"and {more} more are pending")
-            self.stop("stop")
-        elif not self.said_paused:
-            self.said_paused = True
-            names = ", ".join(map(printable, paused))
-            self.say(f"waiting for jobs of {names}: paused; resume goes on")
+class WalSync:
+    """Make durable what the workers record: they do not wait for the disk themselves.
+
+    A descriptor of our own on the -wal is safe: unlike the database, it carries no locks.
+    """
+
+    def __init__(self, db: Database) -> None:
+        """Sync the -wal of a database."""
+        self.db = db
+        self.truncate_at = 0.0
 
     def sync(self) -> None:
-        """Make what the workers recorded durable: they do not wait for the disk themselves.
-
-        A descriptor of our own on the -wal is safe: unlike the database, it carries no locks.
-        """
-        self.sync_at = time.monotonic() + AGAIN  # where it fails
+        """Sync the -wal, and empty it when it has grown large."""
+        wal = self.db.path + "-wal"
         with contextlib.suppress(FileNotFoundError):
-            SYSTEM.sync(self.db.path + "-wal")
-            began, size = time.monotonic(), os.stat(self.db.path + "-wal").st_size
-            if size > WAL_BOUND and began >= self.truncate_at:
+            SYSTEM.sync(wal)
+            began = time.monotonic()
+            if os.stat(wal).st_size > LARGEST_WAL and began >= self.truncate_at:
                 with contextlib.suppress(Fault):
                     self.db.truncate_wal()
                 now = time.monotonic()  # a reader that stays must not hold up the work
                 self.truncate_at = now + 5 * (now - began)
-        self.sync_at = NEVER
+
+
+class Pool:
+    """The process of `worker start`. It runs no job: it watches, and wakes who is needed."""
+
+    def __init__(self, ledger: Ledger, files: PoolFiles, options: PoolOptions) -> None:
+        """Prepare a pool; `main` runs it."""
+        self.ledger = ledger
+        self.files = files
+        self.options = options
+        self.events = Events(options.say)
+        self.notices = Notices(self.say)
+        self.agenda = Agenda()
+        self.crew = Crew(ledger.db.path, files.name, options, self.notices, self.fail)
+        self.recovery = Recovery(ledger, self.notices, self.attempt, self.report_recovered)
+        self.wal = WalSync(ledger.db)
+        self.signals: list[tuple[float, int]] = []
+        self.mode: StopMode = ""
+        self.code: int = Exit.OK
+        self.fault: Fault | None = None
+        self.seen: object = None  # the data_version of the last poll, and its connection
+        ledger.db.keep_waiting = lambda waited: waited < 0.3 and not self.signals
+
+    def on_signal(self, number: int, _: object) -> None:
+        """Note a signal; the loop, which the signal's byte in the FIFO wakes, reads it."""
+        self.signals.append((time.monotonic(), number))
+
+    def main(self) -> int:
+        """Run until stopped or drained; return the exit code."""
+        with contextlib.ExitStack() as stack:
+            if self.options.signals:
+                stack.enter_context(handle_signals(self.on_signal, self.files.wakeup))
+            stack.callback(self.crew.close)
+            self.announce()
+            claimed = self.ledger.reader.claimed()
+            self.files.run_dir.clean(claimed)
+            for step in ("poll", "prune", "start"):
+                self.agenda.set(step, 0.0)
+            while self.crew.workers or not self.mode or self.recovery.is_ending():
+                self.turn()
+            self.events.flush()
+            with self.ledger.db.translate_errors():
+                self.wal.sync()
+        if self.fault:
+            raise self.fault
+        return self.code
+
+    def announce(self) -> None:
+        """Say what begins here."""
+        has_jobs = any(self.ledger.reader.counts().values())
+        empty = "" if has_jobs else ", where there are no jobs yet"
+        workers = plural(self.options.size, "worker")
+        self.say(f"{workers} on {printable(self.ledger.db.path)}{empty}")
+
+    def say(self, text: str) -> None:
+        """Print an event line, after those that are held."""
+        self.events.flush()
+        self.options.say(text)
+
+    def turn(self) -> None:
+        """Wait for something to happen, take it in, and act on it."""
+        self.options.tick()
+        ready = self.wait()
+        for worker in [worker for worker in self.crew.workers if worker.pipe in ready]:
+            self.receive(worker)
+        self.obey_signals()
+        steps: dict[str, Callable[[], None]] = {
+            "ready": self.on_ready,
+            "poll": self.poll,
+            "start": self.start_missing,
+            "prune": self.prune,
+            "sync": self.sync,
+            "print": self.print_events,
+        }
+        for name, step in steps.items():
+            if self.agenda.take(name):
+                self.attempt(step)
+        self.attempt(self.dispatch)
+
+    def attempt(self, step: Callable[..., None], *args: Any) -> bool:
+        """Take a step; report a fault that may pass, and prevent nothing else.
+
+        Returns False if another program has the lock: not everything can wait for it in turn.
+        """
+        try:
+            with self.ledger.db.translate_errors():
+                step(*args)
+        except Locked:
+            return False
+        except Damaged as error:
+            self.fail(error)
+        except Fault as error:  # a full disk, for instance; the next poll tries again
+            self.notices.report(f"{error}; trying again")
+        return True
+
+    def wait(self) -> list[Any]:
+        """Sleep until the FIFO, a worker, a signal, or the agenda; return what is readable."""
+        sources = [self.files.wakeup, *(worker.pipe for worker in self.crew.workers)]
+        ready = SYSTEM.wait(sources, None, self.agenda.pause())
+        if self.files.wakeup in ready:  # there is work, a stop request, or a signal
+            self.crew.maybe_work = True
+            self.agenda.set("poll", 0.0)
+        return ready
+
+    def receive(self, worker: WorkerHandle) -> None:
+        """Take in a worker's news."""
+        try:
+            items = worker.pipe.recv()
+        except (EOFError, OSError):  # the end of its pipe
+            self.reap(worker)
+            return
+        for item in items:
+            self.take_news(worker, News(*item))
+
+    def take_news(self, worker: WorkerHandle, news: News) -> None:
+        """Take in one item of a worker's news."""
+        if news.kind == "damaged":
+            self.fail(Fault(news.text))
+        elif news.kind == "event":
+            self.report(news.state, news.text, news.when)
+        else:
+            worker.state = news.kind
+            if news.kind == "busy":  # a claim must survive a power cut too; there may be more work
+                self.crew.maybe_work = True
+                self.agenda.within("sync", BATCH)
+
+    def report(self, state: str, text: str, when: float = 0.0) -> None:
+        """Report the end of an attempt, and see to its consequences."""
+        self.events.hold(when or time.monotonic(), text)
+        self.agenda.within("print", 1.5 * BATCH)
+        self.agenda.within("sync", BATCH)
+        if state == DEAD and self.options.drain:
+            self.code = Exit.NO
+        if state == PENDING:
+            self.agenda.within("poll", BATCH)  # when is it due?
+
+    def report_recovered(self, state: str, text: str) -> None:
+        """Report the end of a dead worker's attempt, which this process has recorded itself."""
+        self.seen = None  # changes of our own do not show in the data_version
+        self.report(state, text)
+
+    def print_events(self) -> None:
+        """Print the events that no late news can precede any more."""
+        self.events.flush(time.monotonic() - BATCH)
+        if self.events.held:
+            self.agenda.within("print", BATCH)
+
+    def reap(self, worker: WorkerHandle) -> None:
+        """Remove a worker that is gone; recover its job and replace it if it died."""
+        if not self.crew.reap(worker):
+            return
+        self.say(f"{worker.name} died")
+        self.seen = None
+        self.agenda.set("poll", 0.0)
+        with contextlib.suppress(Fault):
+            if not any(job.locked_by == worker.name for job in self.ledger.reader.claimed()):
+                self.crew.count_death("a worker died without a job")
+        if self.mode:
+            self.crew.missing = []
+        else:
+            self.agenda.ensure("start")
+
+    def start_missing(self) -> None:
+        """Start the workers that are missing."""
+        pause = self.crew.start_missing()
+        if pause:
+            self.agenda.set("start", time.monotonic() + pause)
+
+    def obey_signals(self) -> None:
+        """Obey the signals so far: the first stops, one a second or more later ends the jobs."""
+        for when, number in self.signals:
+            if when < self.signals[0][0] + 1:
+                hint = "; send it again after a second to end them"
+                self.stop("stop", signal_name(number), hint)
+            elif self.mode != "now":
+                self.code = Exit.SIGNALLED + number
+                self.stop("now", signal_name(number))
+
+    def stop(self, mode: Literal["stop", "now"], reason: str = "", hint: str = "") -> None:
+        """Stop, unless that has begun: claim no more jobs or, for "now", end the running ones."""
+        if self.mode in (mode, "now"):
+            return
+        if reason:
+            self.say(f"{reason}: {STOPPING[mode]}{hint}")
+        self.mode = mode
+        self.crew.stop(mode)
+
+    def fail(self, fault: Fault) -> None:
+        """Stop because of a fault with which no worker can work."""
+        if not self.fault:
+            self.fault = fault
+            self.stop("stop", str(fault))
+
+    def on_ready(self) -> None:
+        """Act on a scheduled job that becomes ready."""
+        self.crew.maybe_work = True
+        self.agenda.within("poll", BATCH)  # when is the next one due?
+
+    def poll(self) -> None:
+        """Look at what notifies nobody: stop requests, the files, other writers, dead workers."""
+        self.agenda.set("poll", time.monotonic() + SYSTEM.POLL)
+        requested = self.files.stop_requested()
+        if requested:
+            self.stop(requested, "worker stop")
+        self.files.require_in_place()
+        # Read first: later changes are seen later. A new connection has a new count.
+        version = (self.ledger.reader.data_version(), self.ledger.db.connection)
+        if version != self.seen or self.recovery.has_strangers:  # they may die without a change
+            self.recover()
+        if version != self.seen:
+            self.seen = version
+            self.crew.maybe_work = True
+            when = self.ledger.reader.next_ready_time(self.options.queues)
+            self.agenda.set("ready", NEVER if when is None else when, self.ledger.clock)
+
+    def recover(self) -> None:
+        """Pass on cancel requests, and take a step for each job of a dead worker."""
+        claimed = self.ledger.reader.claimed()
+        self.crew.cancel(claimed)
+        self.recovery.recover(claimed, self.crew.names())
+        if self.recovery.orphans:
+            self.agenda.within("poll", BATCH)
+
+    def prune(self) -> None:
+        """Delete some of the jobs older than the retention; again in a minute, or soon."""
+        self.agenda.set("prune", time.monotonic() + 60)
+        retention = self.ledger.reader.settings()["retention"]
+        if retention:
+            before = self.ledger.clock() - retention
+            deleted = [self.ledger.delete_slice(state, before) for state in PRUNED_BY_DEFAULT]
+            if max(deleted) >= SLICE:
+                self.agenda.within("prune", BATCH)
+
+    def sync(self) -> None:
+        """Sync what the workers recorded; try again where that fails."""
+        self.agenda.set("sync", time.monotonic() + AGAIN)
+        self.wal.sync()
+        self.agenda.drop("sync")
+
+    def dispatch(self) -> None:
+        """Wake a worker if there may be work, or leave if a drain has nothing to wait for."""
+        if self.mode:
+            return
+        self.crew.dispatch()
+        is_idle = set(self.crew.states()) == {"idle"} and not self.crew.maybe_work
+        if self.options.drain and is_idle and not self.recovery.orphans:
+            blockers = self.ledger.reader.drain_blockers(self.options.queues, self.options.horizon)
+            if not blockers:
+                self.end_drain()
+            elif all(blockers.values()):
+                names = ", ".join(map(printable, sorted(blockers)))
+                self.notices.report(f"waiting for jobs of {names}: paused (queuectl resume)")
+
+    def end_drain(self) -> None:
+        """Leave, and name the jobs that are left blocked."""
+        reader = self.ledger.reader
+        blocked = reader.blocked(self.options.queues)
+        for job in blocked:
+            self.code = Exit.NO
+            self.say(f"job {printable(job.id)} is {describe_blockers(reader.parents(job))}")
+        more = reader.counts(self.options.queues)[PENDING] - len(blocked)
+        if blocked and more > 0:
+            self.say(f"and {more} more are pending")
+        self.stop("stop")
 
 
 def work(  # noqa: PLR0913
-    path: str = "queuectl.db",
+    path: Path = "queuectl.db",
     count: int = 1,
     *,
     queues: Sequence[str] = (),
     drain: bool = False,
-    horizon: float = FOREVER,
+    horizon: float = LONGEST,
     insecure: bool = False,
     signals: bool = False,
-    say: Callable[[str], None] = lambda _: None,
-    tick: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = ignore_event,
+    tick: Callable[[], None] = ignore_tick,
 ) -> int:
     """Run jobs with `count` workers until stopped or, with `drain`, until nothing is left to run.
 
-    Jobs that are due more than `horizon` seconds from now are not waited for. Returns the exit
-    code: 0, 1 if a job died during a drain or is left blocked, 128+n if signal n ended the jobs.
-    `signals` lets INT, TERM and HUP stop it, which only a main thread may ask for; `queuectl worker
-    stop` always can. `say` gets a line for each event, `tick` is called at least once a second.
+    A drain does not wait for jobs that are due later than `horizon` seconds from now. Returns the
+    exit code: 0; 1 if a job died during a drain or is left blocked; 128+n if signal n ended the
+    jobs. `signals` lets INT, TERM and HUP stop it, which only a main thread may ask for;
+    `queuectl worker stop` always can. `say` gets a line for each event, `tick` is called at least
+    once a second. `insecure` is as in Queue.
     """
-    checked("count", whole(1, 1000), count)
-    with Queue(path) as queue:
-        queue.db.run_dir.make()  # the database may have been copied here
-        reason, kind = distrust(queue.db), network(queue.db.path)
-        if reason and not insecure:
-            raise Fault(f"{reason}: whoever writes there runs commands as you; see --insecure")
-        queue.config()  # where that is damaged, no worker could begin
+    validate("count", integer(1, 1000), count)
+    options = PoolOptions(count, as_list(queues), drain, horizon, insecure, signals, say, tick)
+    with Queue(path, insecure=insecure) as queue:
+        queue.config()  # with damaged settings no worker could begin
+        kind = network_file_system(queue.path)
         if kind:
-            say(f"warning: {queue.db.path} is on {kind}; SQLite needs a local disk")
-        pool = Pool(queue, count, several(queues), say)
-        pool.drain, pool.horizon, pool.tick, pool.handling = drain, horizon, tick, signals
-        return pool.main()
+            say(f"warning: {queue.path} is on {kind}; SQLite needs a local disk")
+        with queue._db.translate_errors():
+            queue._db.run_dir.make()  # the database may have been copied here
+            files = PoolFiles(queue._db, options, queue._reader.clock)
+        with contextlib.closing(files):
+            return int(Pool(queue._ledger, files, options).main())
 
 
-# --- reports: jobs as text ------------------------------------------------------------------------
+# --- words: jobs, workers and counts as text and as JSON ------------------------------------------
 
 WORKER_HEADINGS = ("WORKER", "PID", "JOB", "SINCE", "COMMAND")
-KINDS = {DUE: "due", LATER: "scheduled", BLOCKED: "blocked"}  # of pending jobs
+READINESS_WORDS = {READY: "ready", SCHEDULED: "scheduled", BLOCKED: "blocked"}
 
 
-def breadth(text: str) -> int:
+def display_width(text: str) -> int:
     """Return how many columns of a terminal a text takes."""
     import unicodedata
 
@@ -2919,239 +4063,312 @@ def breadth(text: str) -> int:
     return len(text) + wide
 
 
-def terminal(stream: Any) -> int:
-    """Return the width of the terminal that a stream is; 0 where it is none, or a dumb one."""
+def terminal_width(stream: Any) -> int:
+    """Return the width of a stream's terminal; 0 if it is none, or a dumb one."""
     if not stream or not stream.isatty() or os.environ.get("TERM") == "dumb":
         return 0
     return os.get_terminal_size(stream.fileno()).columns or 80
 
 
-def fit(text: str, width: int) -> str:
-    """Cut a text to the width of a terminal, where there is one (not 0)."""
-    if not 0 < width < breadth(text):
+def shorten(text: str, width: int) -> str:
+    """Cut a text to a number of columns, unless that is 0."""
+    if not 0 < width < display_width(text):
         return text
-    while breadth(text) >= width:
-        text = text[: -max(1, (breadth(text) - width) // 2)]
+    while display_width(text) >= width:
+        text = text[: -max(1, (display_width(text) - width) // 2)]
     return text + "…"
+
+
+def column_gaps(widths: Sequence[int], screen: int) -> list[str]:
+    """Return what precedes each column of a table: blanks or, beyond the screen, a new line."""
+    gaps = [""]
+    at = widths[0]
+    for width in widths[1:]:
+        fits = at + 2 + width <= screen
+        gaps.append("  " if fits else "\n  ")
+        at = at + 2 + width if fits else 2 + width
+    return gaps
 
 
 def table(headings: Sequence[str], rows: Rows) -> Iterator[str]:
     """Yield aligned lines; a column that is empty in every row is left out.
 
-    On a narrow terminal the widest columns are cut, but not ids or states; what is still too much
-    goes on the next line.
+    On a narrow terminal the widest columns are cut, but not the first one. Columns that still do
+    not fit continue on the next line.
     """
     lines = [[printable(str(cell)) for cell in row] for row in rows]
     shown = [i for i in range(len(headings)) if not lines or any(line[i] for line in lines)]
     lines = [[line[i] for i in shown] for line in (headings, *lines)]
-    widths = [max(map(breadth, column)) for column in zip(*lines)]
-    screen = terminal(sys.stdout) or sum(widths) + 2 * len(widths)
+    widths = [max(map(display_width, column)) for column in zip(*lines)]
+    screen = terminal_width(sys.stdout) or sum(widths) + 2 * len(widths)
     while sum(widths) + 2 * len(widths) - 2 > screen and max(widths[1:]) > 14:
         widths[widths.index(max(widths[1:]), 1)] -= 1
-    gaps, at = [""], widths[0]
-    for width in widths[1:]:
-        gaps.append("  " if at + 2 + width <= screen else "\n  ")
-        at = at + 2 + width if gaps[-1] == "  " else 2 + width
-    widths[-1] += max(0, screen - at)
+    gaps = column_gaps(widths, screen)
     for line in lines:
-        cells = [fit(cell, width) for cell, width in zip(line, widths)]
-        pads = [" " * (width - breadth(cell)) for cell, width in zip(cells, widths)]
+        cells = [shorten(cell, width) for cell, width in zip(line, widths)]
+        pads = [" " * (width - display_width(cell)) for cell, width in zip(cells, widths)]
         text = "".join(map("".join, zip(gaps, cells, pads)))
         yield from (part.rstrip() for part in text.split("\n") if part.strip())
 
 
 def section(headings: Sequence[str], rows: Rows) -> Iterator[str]:
-    """Yield a table below an empty line, or nothing where it has no rows."""
+    """Yield a table below an empty line, or nothing if it has no rows."""
     lines = list(rows)
     if lines:
         yield from ("", *table(headings, lines))
 
 
-def ago(when: float, now: float) -> str:
-    """Return a time in words: `3m ago`, `in 2h`."""
-    distance = abs(when - now)
-    if distance < 1:
-        return "now"
-    return f"in {span(round(distance))}" if when > now else f"{span(round(distance))} ago"
-
-
-def job_facts(job: Job, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a job as JSON shows it: the fields of the table, times in ISO 8601."""
+def job_facts(job: Job, settings: Settings) -> dict[str, Any]:
+    """Return a job as JSON shows it: the columns, with times in ISO 8601."""
     facts: dict[str, Any] = job._asdict()
-    for key in ("created_at", "updated_at", "run_after", "locked_at", "planned"):
-        facts[key] = iso(facts[key])
+    for key in ("created_at", "updated_at", "run_after", "locked_at", "scheduled_for"):
+        facts[key] = format_time(facts[key])
     for key in ("max_retries", "timeout"):
-        facts[key] = config[key] if facts[key] is None else facts[key]
-    facts.update(env=json.loads(job.env or "{}"), cancelling=bool(job.cancelling))
-    facts["blocked"] = facts.pop("due") == BLOCKED
+        facts[key] = settings[key] if facts[key] is None else facts[key]
+    facts["env"] = json.loads(job.env or "{}")
+    facts["cancel_requested"] = bool(job.cancel_requested)
+    facts["waited"] = round(job.waited, 3)
+    facts["blocked"] = facts.pop("readiness") == BLOCKED
     return facts
 
 
-def obstacle(queue: Queue, job: Job) -> str:
-    """Return what keeps a job from running, in one line; empty where nothing does."""
-    run_dir, name = queue.db.run_dir, f"queue {printable(job.queue)}"
-    if job.state == PROCESSING and run_dir.free(job.locked_by):
-        pools = run_dir.living("pool")
-        return f"its worker is gone; {'a pool ends what is left' if pools else 'start one'}"
+def attempt_facts(attempt: Attempt) -> dict[str, Any]:
+    """Return an attempt as JSON shows it; output that is not UTF-8 has replacement characters."""
+    facts: dict[str, Any] = attempt._asdict()
+    facts["started"] = format_time(attempt.started)
+    facts["finished"] = format_time(attempt.finished)
+    facts["waited"] = round(attempt.waited, 3)
+    facts["output"] = attempt.output.decode(errors="replace")
+    return facts
+
+
+def unserved(run_dir: RunDirectory, job: Job) -> str:
+    """Return why no worker would claim a ready job, in one phrase; empty if one would."""
+    pools = run_dir.alive("pool")
+    active = [note for pool, note in pools.items() if not run_dir.stop_requested(pool)]
+    if not active:
+        return "all workers are stopping" if pools else "no worker is running"
+    served = [note.get("queues") for note in active]
+    is_served = any(not queues or job.queue in queues for queues in served)
+    return "" if is_served else f"no worker serves queue {printable(job.queue)}"
+
+
+def obstacle(reader: Reader, job: Job) -> str:
+    """Return what prevents a job from running, in one phrase; empty if nothing does."""
+    run_dir = reader.db.run_dir
+    queue = printable(job.queue)
+    if job.state == PROCESSING and run_dir.is_unlocked(job.locked_by):
+        pools = run_dir.alive("pool")
+        hint = "a pool is recovering it" if pools else "recover it with: queuectl worker start"
+        return f"its worker died; {hint}"
     if job.state != PENDING:
         return ""
-    if job.due == BLOCKED:
-        return blocked_by(queue.parents(job))
-    if job.run_after > queue.clock():
-        return "due " + ago(job.run_after, queue.clock())
-    paused, pools = queue.paused(), run_dir.living("pool")
-    if "" in paused or job.queue in paused:
-        return "all queues are paused" if "" in paused else f"{name} is paused"
-    served = [at.get("queues") for pool, at in pools.items() if not run_dir.stop_asked(pool)]
-    if not served:
-        return "all workers are leaving" if pools else "no worker is running"
-    serves = any(not queues or job.queue in queues for queues in served)
-    return "" if serves else f"no worker serves {name}"
+    if job.readiness == BLOCKED:
+        return describe_blockers(reader.parents(job))
+    if job.run_after > reader.clock():
+        return "due " + format_distance(job.run_after, reader.clock())
+    paused = reader.paused()
+    if "" in paused:
+        return "all queues are paused (queuectl resume)"
+    if job.queue in paused:
+        return f"queue {queue} is paused (queuectl resume --queue {queue})"
+    return unserved(run_dir, job)
 
 
-def why(queue: Queue, job: Job) -> str:
-    """Return why a job does not run, in one line; empty where it runs or has ended."""
-    reason = obstacle(queue, job)
+def reason_to_wait(reader: Reader, job: Job) -> str:
+    """Return why a job does not run, in one phrase; empty if it runs or has ended."""
+    reason = obstacle(reader, job)
     if reason or job.state != PENDING:
         return reason
-    before = queue.before(job)
-    return f"{before} job{'s' * (before != 1)} before it" if before else "next to run"
+    position = reader.position(job)
+    return f"{plural(position, 'job')} before it" if position else "next to run"
 
 
-def schedule(job: Job) -> str:
-    """Return a schedule as a person writes it."""
-    kind, _, rule = (job.recurs or "").partition(" ")
-    return f"every {span(float(rule))}" if kind == "every" else rule
+def waiting_line(job: Job, reason: str) -> str:
+    """Return the sentence that says why a job waits."""
+    return f"job {printable(job.id)} waits: {reason}"
 
 
-def job_row(queue: Queue, job: Job, config: Mapping[str, Any]) -> tuple[object, ...]:
+def rule_text(job: Job) -> str:
+    """Return the rule of a schedule as a person writes it."""
+    kind, _, rule = (job.rule or "").partition(" ")
+    return f"every {format_duration(float(rule))}" if kind == "every" else rule
+
+
+def job_row(reader: Reader, job: Job, settings: Settings) -> tuple[object, ...]:
     """Return a job as a row of a list."""
     when = job.run_after if job.state == PENDING else job.updated_at
-    tries = f"{job.attempts}/{job.max_retries or config['max_retries']}"
+    tries = f"{job.attempts}/{job.max_retries or settings['max_retries']}"
     reason = job.last_error if job.state in (DEAD, PENDING, CANCELLED) else ""
-    if job.due == BLOCKED:
-        reason = blocked_by(queue.parents(job))
-    place = "" if job.queue == "default" else job.queue
-    return job.id, job.state, place, tries, ago(when, queue.clock()), reason or "", job.command
+    if job.readiness == BLOCKED:
+        reason = describe_blockers(reader.parents(job))
+    queue = "" if job.queue == "default" else job.queue
+    distance = format_distance(when, reader.clock())
+    return job.id, job.state, queue, tries, distance, reason or "", job.command
 
 
-def job_text(queue: Queue, job: Job) -> Iterator[str]:
+def job_text(reader: Reader, job: Job) -> Iterator[str]:
     """Yield everything about a job for people."""
-    hidden = ("seq", "run", "cancelling", "blocked", "recurs", "planned", "snoozes")
-    facts = {k: v for k, v in job_facts(job, queue.config()).items() if k not in hidden}
-    facts.update(why=why(queue, job), schedule=schedule(job), snoozes=job.snoozes)
-    facts["state"] += " (being cancelled)" if job.cancelling else ""
+    hidden = "seq run cancel_requested blocked rule scheduled_for snoozes waited".split()
+    facts = job_facts(job, reader.settings(job.queue))
+    facts = {key: value for key, value in facts.items() if key not in hidden}
+    facts["why"] = reason_to_wait(reader, job)
+    facts["schedule"] = rule_text(job)
+    facts["snoozes"] = job.snoozes
+    if job.cancel_requested:
+        facts["state"] += " (being cancelled)"
     for key, value in facts.items():
         if value not in (None, {}, "", 0) or key in ("priority", "timeout"):
             yield f"{key:<12} {printable(str(value))}"
     rows = (
-        (a.run, iso(a.started), span(a.finished - a.started), a.error or "completed", a.worker)
-        for a in queue.attempts(job)
+        (
+            attempt.run,
+            format_time(attempt.started),
+            format_duration(attempt.finished - attempt.started),
+            attempt.error or "completed",
+            attempt.worker,
+        )
+        for attempt in reader.attempts(job)
     )
     yield from section(("RUN", "STARTED", "TOOK", "ENDED", "WORKER"), rows)
 
 
-def worker_facts(queue: Queue) -> Iterator[dict[str, Any]]:
+def worker_facts(reader: Reader) -> Iterator[dict[str, Any]]:
     """Yield each living worker as JSON shows it."""
-    running = {job.locked_by: job for job in queue.claimed()}
-    for name, at in queue.db.run_dir.living("worker").items():
+    running = {job.locked_by: job for job in reader.claimed()}
+    for name, note in reader.db.run_dir.alive("worker").items():
         job = running.get(name)
-        who = {"worker": name, "pool": pool_of(name), "pid": at.get("pid"), "slot": at.get("slot")}
-        doing = {"job": job and job.id, "since": job and iso(job.locked_at)}
-        yield {**who, **doing, "command": job and job.command}
+        yield {
+            "worker": name,
+            "pool": pool_of(name),
+            "pid": note.get("pid"),
+            "slot": note.get("slot"),
+            "job": job and job.id,
+            "since": job and format_time(job.locked_at),
+            "command": job and job.command,
+        }
 
 
 def worker_rows(workers: Iterable[Facts], now: float) -> Iterator[tuple[object, ...]]:
     """Yield workers as rows of a list."""
-    for at in workers:
-        since = at["since"] and ago(moment(at["since"]), now)
-        yield at["worker"], at["pid"] or "?", at["job"] or "idle", since or "", at["command"] or ""
+    for worker in workers:
+        since = worker["since"] and format_distance(parse_time(worker["since"]), now)
+        job = worker["job"] or "idle"
+        yield worker["worker"], worker["pid"] or "?", job, since or "", worker["command"] or ""
 
 
-def status_facts(queue: Queue, only: str | None = None) -> dict[str, Any]:
+def status_facts(reader: Reader, only: str | None = None) -> dict[str, Any]:
     """Return the state of everything, or of one queue, as JSON shows it."""
-    facts: dict[str, Any] = dict.fromkeys((*STATES, *KINDS.values()), 0)
+    facts: dict[str, Any] = dict.fromkeys((*STATES, *READINESS_WORDS.values()), 0)
     queues: dict[str, dict[str, int]] = {}
-    for name, state, due, jobs in queue.tally():
+    none: dict[str, int] = dict.fromkeys(STATES, 0)
+    for name, state, readiness, number in reader.counts_by_queue():
         if only in (None, name):
-            facts[state] += jobs
-            facts[KINDS[due]] += jobs if state == PENDING else 0
-            queues.setdefault(name, dict.fromkeys(STATES, 0))[state] += jobs
-    paused = [name for name in queue.paused() if only in (None, name) or not name]
-    facts.update(queues=queues, paused=paused, rate=round(queue.rate(only), 3))
-    oldest = queue.oldest(only)
-    facts["oldest"] = oldest and job_facts(oldest, queue.config())
-    return {**facts, "workers": list(worker_facts(queue))}
+            facts[state] += number
+            if state == PENDING:
+                facts[READINESS_WORDS[readiness]] += number
+            queues.setdefault(name, none.copy())[state] += number
+    facts["queues"] = queues
+    facts["paused"] = [name for name in reader.paused() if only in (None, name) or not name]
+    facts["rate"] = round(reader.rate(only), 3)
+    oldest = reader.oldest(only)
+    facts["oldest"] = oldest and job_facts(oldest, reader.settings(oldest.queue))
+    facts["workers"] = list(worker_facts(reader))
+    return facts
 
 
-def status_text(queue: Queue, only: str | None = None, *, full: bool = False) -> Iterator[str]:
-    """Yield the state of everything, or of one queue; the full view is the one to watch."""
-    facts, oldest, now = status_facts(queue, only), queue.oldest(only), queue.clock()
-    kinds = ", ".join(f"{facts[kind]} {kind}" for kind in KINDS.values())
+def status_counts(facts: Facts, *, full: bool) -> Iterator[str]:
+    """Yield the counts of a status."""
+    kinds = ", ".join(f"{facts[kind]} {kind}" for kind in READINESS_WORDS.values())
     for state in STATES:
-        note = f"  ({kinds})" if state == PENDING and facts["due"] < facts[PENDING] else ""
+        note = f"  ({kinds})" if state == PENDING and facts["ready"] < facts[PENDING] else ""
         yield f"{state:<10} {facts[state]:>8}{note}"
     yield f"{'workers':<10} {len(facts['workers']):>8}"
     if full:
         yield f"{'rate':<10} {facts['rate']:>8.1f}  jobs/s over the last minute"
     if facts["paused"]:
         yield "paused     " + ", ".join(printable(name) or "all queues" for name in facts["paused"])
+
+
+def status_text(reader: Reader, only: str | None = None, *, full: bool = False) -> Iterator[str]:
+    """Yield the state of everything, or of one queue; the full view is the one to watch."""
+    facts = status_facts(reader, only)
+    oldest = reader.oldest(only)
+    now = reader.clock()
+    yield from status_counts(facts, full=full)
     if oldest:
-        since = ago(oldest.run_after, now)
-        yield f"oldest     job {printable(oldest.id)}, due {since}; {why(queue, oldest)}"
-    claimed = ((job, obstacle(queue, job)) for job in queue.claimed() if only in (None, job.queue))
-    for job, reason in islice(filter(itemgetter(1), claimed), 1):
+        since = format_distance(oldest.run_after, now)
+        reason = reason_to_wait(reader, oldest)
+        yield f"oldest     job {printable(oldest.id)}, due {since}; {reason}"
+    claimed = [job for job in reader.claimed() if only in (None, job.queue)]
+    lost = ((job, obstacle(reader, job)) for job in claimed)
+    for job, reason in islice(((job, reason) for job, reason in lost if reason), 1):
         yield f"lost       job {printable(job.id)}: {reason}"
-    for job in queue.blocked([only] if only else (), limit=1):
-        yield f"blocked    job {printable(job.id)} is {blocked_by(queue.parents(job))}"
+    for job in reader.blocked([only] if only else (), limit=1):
+        yield f"blocked    job {printable(job.id)} is {describe_blockers(reader.parents(job))}"
     if set(facts["queues"]) - {"default"}:
         rows = ((name, *states.values()) for name, states in facts["queues"].items())
         yield from section(("QUEUE", *map(str.upper, STATES)), rows)
     yield from section(WORKER_HEADINGS, worker_rows(facts["workers"], now))
-    failed = queue.jobs((DEAD,), 5, only) if full else ()
-    reasons = ((job.id, ago(job.updated_at, now), job.last_error) for job in failed)
+    failed = reader.latest((DEAD,), 5, only) if full else []
+    reasons = ((job.id, format_distance(job.updated_at, now), job.last_error) for job in failed)
     yield from section(("LAST FAILED", "WHEN", "WHY"), reasons)
 
 
-def progress(counts: Callable[[], Mapping[str, int]]) -> Callable[[], str]:
-    """Return what says how far jobs have come from now on, by how many are in each state."""
-    first, samples = counts(), collections.deque([(time.monotonic(), 0)], 50)
+class Progress:
+    """How far jobs have come since a moment, by the number in each state."""
 
-    def line() -> str:
-        """Return what is done of what there was, how fast lately, the time left, what failed."""
-        now, clock = counts(), time.monotonic()
-        done = sum(max(0, now[state] - first[state]) for state in ENDED)
-        left, failed = now[PENDING] + now[PROCESSING], now[DEAD] - first[DEAD]
-        began, before = samples[0]
+    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Begin now."""
+        self.counts = counts
+        self.first = counts()
+        self.samples = collections.deque([(time.monotonic(), 0)], 50)
+
+    def line(self) -> str:
+        """Return how many jobs are done of how many, the rate, the time left, and the failures."""
+        now = self.counts()
+        clock = time.monotonic()
+        done = sum(max(0, now[state] - self.first[state]) for state in FINISHED)
+        left = now[PENDING] + now[PROCESSING]
+        failed = now[DEAD] - self.first[DEAD]
+        if not done + left:
+            return "no jobs yet"
+        began, before = self.samples[0]
         rate = (done - before) / max(clock - began, 0.001)
-        samples.append((clock, done))
-        eta = f", {span(round(left / rate))} left" if rate and left else ""
+        self.samples.append((clock, done))
+        eta = f", {format_duration(round(left / rate))} left" if rate and left else ""
         failures = f", {failed} failed" if failed > 0 else ""
-        counted = f"{done}/{done + left} jobs, {rate:.1f}/s{eta}{failures}"
-        return counted if done + left else "no jobs yet"
-
-    return line
+        return f"{done}/{done + left} jobs, {rate:.1f}/s{eta}{failures}"
 
 
 # --- command line ---------------------------------------------------------------------------------
 
 
 class Command(NamedTuple):
-    """A subcommand: what runs it and on which queue, what it is for, and its arguments.
+    """A subcommand: its function and the access it needs to the queue, its help and arguments.
 
-    `access` is "read", "write", "make" (a queue where there is none), or "" (it opens its own).
+    `access` is "read", "write", "create" (a queue if there is none), or "none" (it opens its own).
     """
 
     act: Callable[..., int | None]
-    access: str
+    access: Literal["read", "write", "create", "none"]
     help: str
     example: str
     arguments: tuple[Argument, ...] = ()
 
 
-def arg(*names: str, check: Callable[[Any], Any] = str, **options: Any) -> Argument:
-    """Describe an argument of a command as argparse takes it, with a rule that checks its value."""
-    return names, {"type": partial(checked, names[-1], check), **options}
+class EndedBySignal(Exception):
+    """The command was ended by a signal, and so is to end the process in the same way."""
+
+    def __init__(self, number: int) -> None:
+        """Remember the number of the signal."""
+        super().__init__(signal_name(number))
+        self.number = number
+
+
+def arg(*names: str, check: Validator = str, **options: Any) -> Argument:
+    """Describe an argument of a command as argparse takes it, with a validator of its value."""
+    return names, {"type": partial(validate, names[-1], check), **options}
 
 
 def flag(names: str, meaning: str) -> Argument:
@@ -3159,10 +4376,13 @@ def flag(names: str, meaning: str) -> Argument:
     return tuple(names.split()), {"action": "store_true", "help": meaning}
 
 
-class Lines:
-    """Lines for a person on stderr and, on a terminal, one that changes below them."""
+class Screen:
+    """Lines for people on stderr and, on a terminal, a progress line below them."""
 
-    below, due = "", 0.0
+    def __init__(self) -> None:
+        """Begin without a progress line."""
+        self.progress = ""
+        self.draw_at = 0.0
 
     def write(self, text: str) -> None:
         """Write to stderr; that nobody reads it any more is no reason to stop."""
@@ -3170,130 +4390,132 @@ class Lines:
             with contextlib.suppress(OSError):
                 print(text, end="", file=sys.stderr, flush=True)
 
-    def say(self, text: str) -> None:
-        """Print a line, above the one that changes."""
-        self.write(("\r\x1b[K" if self.below else "") + text + "\n" + self.below)
+    def line(self, text: str) -> None:
+        """Print a line, above the progress line."""
+        self.write(("\r\x1b[K" if self.progress else "") + text + "\n" + self.progress)
 
-    def show(self, line: Callable[[], str]) -> None:
-        """Draw the line that changes anew, at most five times a second."""
-        width = terminal(sys.stderr)
-        if width and time.monotonic() >= self.due:
-            self.due = time.monotonic() + 0.2
-            self.below = fit(line(), width - 1)
-            self.write("\r\x1b[K" + self.below)
+    def draw(self, line: Callable[[], str]) -> None:
+        """Draw the progress line again, at most five times a second, in the foreground only."""
+        width = terminal_width(sys.stderr)
+        if width and time.monotonic() >= self.draw_at and is_foreground(sys.stderr.fileno()):
+            self.draw_at = time.monotonic() + 0.2
+            self.progress = shorten(line(), width - 1)
+            self.write("\r\x1b[K" + self.progress)
+
+    def interrupted(self) -> None:
+        """After ^C on a terminal, begin a new line for the prompt."""
+        if terminal_width(sys.stderr):
+            self.write("\n")
+        self.progress = ""
 
     def clear(self) -> None:
-        """Remove the line that changes."""
-        if self.below:
+        """Remove the progress line."""
+        if self.progress:
             self.write("\r\x1b[K")
-        self.below = ""
+        self.progress = ""
 
 
-LINES = Lines()
+SCREEN = Screen()
 
 
 def say(text: str) -> None:
-    """Tell a person something: on stderr, where it is open."""
-    LINES.say(f"queuectl: {text}")
+    """Tell people something, on stderr."""
+    SCREEN.line(f"queuectl: {text}")
 
 
 def show(lines: Iterable[str], *, whole: bool = False) -> None:
-    """Print lines on stdout; on a terminal states in colour and, unless whole, cut to its width."""
-    width = terminal(sys.stdout)
-    colours = {DEAD: 31, COMPLETED: 32, PROCESSING: 36, CANCELLED: 33}
+    """Print lines; on a terminal with coloured states and, unless whole, cut to its width."""
+    width = terminal_width(sys.stdout)
+    colours: Mapping[str, int] = {DEAD: 31, COMPLETED: 32, PROCESSING: 36, CANCELLED: 33}
+    pattern = rf"(?:(?<=  )|^)({'|'.join(colours)})(?=  |$)"
     for line in lines:
-        text = line if whole else fit(line, width)
+        text = line if whole else shorten(line, width)
         if width and not line.endswith(" 0") and not os.environ.get("NO_COLOR"):
-            pattern = rf"(?:(?<=  )|^)({'|'.join(colours)})(?=  |$)"
             text = re.sub(pattern, lambda m: f"\x1b[{colours[m[0]]}m{m[0]}\x1b[m", text, count=1)
         print(text)
 
 
 def show_list(args: Any, facts: Iterable[Facts], headings: Sequence[str], rows: Rows) -> None:
-    """Print facts for programs, one object on each line, or rows for people."""
+    """Print facts for programs, one ASCII object a line, or rows for people."""
     if args.json:
         for item in facts:
-            print(json.dumps(item))  # in ASCII
+            print(json.dumps(item))
     else:
         show(table(headings, rows))
 
 
-def changes(queue: Queue, timeout: float | None = None) -> Iterator[None]:
-    """Yield at once, at every change, and twice a second; end after so many seconds."""
-    end = NEVER if timeout is None else time.monotonic() + timeout
-    seen, look_at = -1, 0.0
-    while True:
-        version, now = queue.data_version(), time.monotonic()
-        if version != seen or now >= look_at:
-            seen, look_at = version, now + 0.5
-            yield
-        if time.monotonic() >= end:
-            return
-        time.sleep(0.01)
+# enqueue
+
+# How JSON begins, and no shell line does.
+JSON_START = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""
 
 
-JSON_BEGINS = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""  # as no shell line does
-
-
-def from_json(source: str) -> list[dict[str, object]]:
-    """Return the jobs that a JSON object, or an array of them, describes."""
+def parse_json_jobs(source: str) -> list[dict[str, object]]:
+    """Return the jobs that a JSON object, or an array of objects, describes."""
     try:
-        value = json.loads(source.lstrip("\ufeff"))  # which PowerShell puts before a file's text
+        value = json.loads(source.lstrip("\ufeff"))  # PowerShell puts it before the text of a file
     except (ValueError, RecursionError) as error:
         hint = "; lost its quotes, in PowerShell? Try: enqueue COMMAND, or JSON on stdin: enqueue -"
-        lost = re.match(r"\s*\{\s*\w+\s*:", source)
-        raise BadInput(f"bad JSON: {error}{hint if lost else ''}") from None
+        lost_quotes = re.match(r"\s*\{\s*\w+\s*:", source)
+        raise BadInput(f"bad JSON: {error}{hint if lost_quotes else ''}") from None
     jobs = value if isinstance(value, list) else [value]
     if not jobs or not all(isinstance(job, dict) for job in jobs):
         raise BadInput('a job is a JSON object such as {"command": "echo hello"}')
     return jobs
 
 
-def described(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) -> Iterator[Any]:
+def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) -> Iterator[Any]:
     """Yield the jobs of JSON lines, JSON, a shell line or words; `at` holds the line's number."""
     words: list[str] = args.words
     exact = args.rest[-len(words) - 1 :] == ["--", *words]
     if "--" in args.rest and not exact:
-        raise BadInput("a command's own words all go after --, as in: enqueue -- git log -- README")
+        raise BadInput("all words of the command go after --, as in: enqueue -- git log -- README")
     if words[0] == "-" and not exact:
         if len(words) > 1:
-            raise BadInput("- stands alone: the jobs are on stdin")
+            raise BadInput("- must be the only word: the jobs are read from stdin")
         stdin.seek(0)
         for at[0], line in enumerate(stdin, 1):
             if at[0] % 1000 == 0:
-                LINES.show(lambda: f"{at[0]} lines")
+                SCREEN.draw(lambda: f"{at[0]} lines")
             if line.strip():
-                yield from from_json(line.decode(errors="surrogateescape"))  # FIELDS refuse those
-    elif exact or (len(words) > 1 and not re.match(JSON_BEGINS, words[0])):
-        yield {"command": SYSTEM.line(words)}
-    elif re.match(JSON_BEGINS, words[0]):
-        yield from from_json(" ".join(words))
+                yield from parse_json_jobs(line.decode(errors="surrogateescape"))
+    elif exact or (len(words) > 1 and not re.match(JSON_START, words[0])):
+        yield {"command": join_words(words)}
+    elif re.match(JSON_START, words[0]):
+        yield from parse_json_jobs(" ".join(words))
     else:
         yield {"command": words[0]}
 
 
-def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """Yield jobs with what the options of `enqueue` say about them."""
-    given = {key: said for key, said in vars(args).items() if key in FIELDS and said is not None}
-    for key in [key for key in given if key != "env"]:  # which is a mapping only below
-        option = "--at" if key == "run_at" else "--" + key.replace("_", "-")
-        given[key] = checked(option, FIELDS[key], given[key])
-    replaced = {key for pair in CONFLICTS if given.keys() & set(pair) for key in pair}
+def option_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the validated fields of a job that the options of `enqueue` give."""
+    given = {key: value for key, value in vars(args).items() if key in FIELDS and value is not None}
     pairs = [pair.partition("=") for pair in given.get("env", ())]
     if not all(equals for _, equals, _ in pairs):
-        raise BadInput("--env is NAME=VALUE")
-    env = {name: value for name, _, value in pairs}
-    checked("--env", FIELDS["env"], env)
+        raise BadInput("--env must be NAME=VALUE")
+    if pairs:
+        given["env"] = {name: value for name, _, value in pairs}
+    for key, value in given.items():
+        option = "--at" if key == "run_at" else "--" + key.replace("_", "-")
+        given[key] = validate(option, FIELDS[key], value)
+    return given
+
+
+def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """Yield jobs with the fields that the options of `enqueue` give."""
+    given = option_fields(args)
+    replaced = {key for pair in CONFLICTS if given.keys() & set(pair) for key in pair}
     for job in jobs:
-        if env:
-            had = job.get("env", {})
-            given["env"] = {**had, **env} if isinstance(had, dict) else had
-        kept = {key: value for key, value in job.items() if key not in replaced}
-        yield {**kept, **given}
+        fields = {key: value for key, value in job.items() if key not in replaced}
+        own_env = fields.get("env", {})
+        fields.update(given)
+        if "env" in given:  # the options add to the job's own; a bad one is refused later
+            fields["env"] = {**own_env, **given["env"]} if isinstance(own_env, dict) else own_env
+        yield fields
 
 
 def read_stdin() -> IO[bytes]:
-    """Return stdin, read to its end first: a slow writer must not hold up the workers."""
+    """Return all of stdin, read to its end: a slow writer must not hold up the workers."""
     import shutil
     import tempfile
 
@@ -3309,120 +4531,135 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
     at = [0]
     with read_stdin() if args.words == ["-"] and "--" not in args.rest else io.BytesIO() as stdin:
         try:
-            if not os.path.lexists(args.db):  # no queue is made for bad input
-                for job in with_options(args, described(args, stdin, at)):
-                    check_fields(job)
-            jobs = with_options(args, described(args, stdin, at))
-            with Queue(args.db) as queue:
+            if not os.path.lexists(args.db):  # bad input must not create a queue
+                for job in with_options(args, described_jobs(args, stdin, at)):
+                    validate_fields(job)
+            jobs = with_options(args, described_jobs(args, stdin, at))
+            with Queue(args.db, insecure=args.insecure) as queue:
                 for job_id in queue.enqueue_many(jobs, if_absent=args.if_absent):
                     print(job_id)
         except BadInput as error:
             raise BadInput(f"line {at[0]}: {error}" if at[0] else str(error)) from None
 
 
-PRIVATE: Any = partial(os.open, mode=0o600)  # an opener of files that are the owner's alone
+# workers
+
+
+def own_command(args: argparse.Namespace) -> list[str]:
+    """Return the words that run this program on the same queue."""
+    insecure = ["--insecure"] if args.insecure else []
+    return [SYSTEM.PYTHON, os.path.abspath(__file__), f"--db={args.db}", *insecure]
 
 
 def detach(args: argparse.Namespace) -> int:
-    """Start a pool in a session of its own, and say where it writes."""
+    """Start a pool in a session of its own, and say where its log is."""
     import subprocess
 
-    with Queue(args.db) as queue:
-        run_dir, log = queue.db.run_dir, queue.db.run_dir.file("workers.log")
+    with Queue(args.db, insecure=args.insecure) as queue:
+        run_dir = queue._db.run_dir
     run_dir.make()  # the database may have been copied here
     options = [word for word in args.rest if word != "--detach"]
-    argv = [SYSTEM.PYTHON, sys.argv[0], f"--db={args.db}", "worker", "start", *options]
-    with open(log, "a+", errors="replace", opener=PRIVATE) as file:
-        size, how = file.tell(), SYSTEM.BACKGROUND
-        pool = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **how)
-        while pool.poll() is None:
-            for name, facts in run_dir.living("pool").items():
-                if facts.get("pid") == pool.pid:
-                    say(f"{name} runs as process {pool.pid}; its log is {log}")
-                    pool.returncode = OK  # it is not waited for
-                    return OK
-            time.sleep(0.01)
-        file.seek(size)
-        LINES.write(file.read())
+    command = [*own_command(args), "worker", "start", *options]
+    log = run_dir.file("workers.log")
+    opener = partial(os.open, mode=0o600)
+    with open(log, "a+", errors="replace", opener=opener) as file:
+        size = file.tell()
+        streams: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+        pool = subprocess.Popen(command, **streams, **SYSTEM.BACKGROUND)
+        for _ in polling(longest=0.02):
+            names = [
+                name for name, note in run_dir.alive("pool").items() if note.get("pid") == pool.pid
+            ]
+            if names:
+                say(f"{names[0]} runs as process {pool.pid}; its log is {printable(log)}")
+                pool.returncode = Exit.OK  # it is not waited for
+                break
+            if pool.poll() is not None:
+                file.seek(size)
+                SCREEN.write(file.read())
+                break
     return pool.returncode
 
 
 def cmd_worker_start(args: argparse.Namespace) -> int:
     """Run a pool, here or in the background."""
-    if args.horizon < FOREVER and not args.drain:
-        raise BadInput("--horizon goes with --drain")
+    if args.horizon < LONGEST and not args.drain:
+        raise BadInput("--horizon requires --drain")
     if args.detach:
         return detach(args)
     keys = ("drain", "horizon", "insecure", "queues")
     options: dict[str, Any] = {key: getattr(args, key) for key in keys}
     if not args.quiet:
-        options["say"] = lambda text: LINES.say(time.strftime("%H:%M:%S ") + text)
+        options["say"] = lambda text: SCREEN.line(time.strftime("%H:%M:%S ") + text)
     with contextlib.ExitStack() as stack:
-        if terminal(sys.stderr) and not args.quiet:
-            line = progress(partial(stack.enter_context(Queue(args.db)).counts, args.queues))
-            options["tick"] = lambda: LINES.show(line)
-        return work(args.db, args.count, **options, signals=True)
+        if terminal_width(sys.stderr) and not args.quiet:
+            queue = stack.enter_context(Queue(args.db, insecure=args.insecure))
+            progress = Progress(partial(queue.counts, args.queues))
+            options["tick"] = lambda: SCREEN.draw(progress.line)
+        code = work(args.db, args.count, **options, signals=True)
+    if code > Exit.SIGNALLED:
+        raise EndedBySignal(code - Exit.SIGNALLED)
+    return code
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
     """Ask every pool to stop, and wait until they are gone."""
-    run_dir = queue.db.run_dir
-    living = [*run_dir.living("pool"), *run_dir.living("worker")]  # which may be without a pool
-    for pool in set(map(pool_of, living)):
-        with open(run_dir.file(pool, "now" if args.now else "stop"), "w", opener=PRIVATE):
-            pass  # an empty file: a full disk takes it
-    run_dir.ring()
-    if not living:
+    run_dir = queue._db.run_dir
+    alive = [*run_dir.alive("pool"), *run_dir.alive("worker")]  # a worker may have lost its pool
+    for pool in set(map(pool_of, alive)):
+        run_dir.request_stop(pool, "now" if args.now else "stop")
+    run_dir.notify()
+    if not alive:
         say("no workers are running")
-    began, told = time.monotonic(), False
-    while not all(map(run_dir.free, living)):
-        waited = time.monotonic() - began
-        if args.timeout is not None and waited > args.timeout:
-            say(f"still running after {span(args.timeout)}")
-            return TIMED_OUT
-        if waited > 1 and not told:
-            told = True
-            busy = ", ".join(printable(job.id) for job in queue.claimed())
-            say(f"waiting for {busy or 'the workers to leave'}")
-        time.sleep(0.02)
-    return OK
+    notices = Notices(say, NEVER)
+    for waited in polling(NEVER if args.timeout is None else args.timeout, longest=0.02):
+        if all(map(run_dir.is_unlocked, alive)):
+            return Exit.OK
+        if waited > 1:
+            busy = ", ".join(printable(job.id) for job in queue._reader.claimed())
+            notices.report(f"waiting for {busy or 'the workers to leave'}", key="waiting")
+    say(f"still running after {format_duration(args.timeout)}")
+    return Exit.TIMED_OUT
 
 
 def cmd_worker_list(args: argparse.Namespace, queue: Queue) -> None:
     """List the living workers."""
-    workers = worker_facts(queue)
-    show_list(args, workers, WORKER_HEADINGS, worker_rows(workers, queue.clock()))
+    workers = list(worker_facts(queue._reader))
+    show_list(args, workers, WORKER_HEADINGS, worker_rows(workers, queue._reader.clock()))
+
+
+# reading
 
 
 def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
-    """Show the counts and the living workers, once or again and again."""
-    while True:
+    """Show the counts and the living workers, once or every second."""
+    for _ in polling(first=1.0, longest=1.0):
         if args.json:
-            print(json.dumps(status_facts(queue, args.queue)))
+            print(json.dumps(status_facts(queue._reader, args.queue)))
         else:
-            lines = list(status_text(queue, args.queue, full=args.watch))
-            if args.watch and terminal(sys.stdout):
+            lines = list(status_text(queue._reader, args.queue, full=args.watch))
+            if args.watch and terminal_width(sys.stdout):
                 sys.stdout.write("\x1b[H\x1b[J")
                 del lines[os.get_terminal_size(sys.stdout.fileno()).lines - 1 :]
             show(lines)
         sys.stdout.flush()
         if not args.watch:
             return
-        time.sleep(1)
 
 
 def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str]) -> None:
-    """Print jobs, and say so where not all of them were."""
-    config, name = queue.config(), getattr(args, "queue", None)
+    """Print jobs, and say so if some were left out."""
+    settings = queue.config()
+    name = getattr(args, "queue", None)
     limit = args.limit if args.limit is not None or args.json else 100
     jobs = queue.jobs(states, limit or None, name)
-    facts = (job_facts(job, config) for job in jobs)
+    facts = (job_facts(job, settings) for job in jobs)
     headings = ("ID", "STATE", "QUEUE", "TRIES", "WHEN", "WHY", "COMMAND")
-    show_list(args, facts, headings, (job_row(queue, job, config) for job in jobs))
+    show_list(args, facts, headings, (job_row(queue._reader, job, settings) for job in jobs))
     counts = queue.counts([name] if name else ())
-    there = sum(counts[state] for state in states or STATES)
-    if limit and limit < there and not args.json:
-        say(f"{limit} of {there} jobs shown; --limit 0 shows all")
+    total = sum(counts[state] for state in states or STATES)
+    if limit and limit < total and not args.json:
+        say(f"{limit} of {total} jobs shown; --limit 0 shows all")
 
 
 def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
@@ -3430,79 +4667,107 @@ def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
     if not args.recurring:
         show_jobs(args, queue, args.state or ())
         return
-    now, states = queue.clock(), args.state or STATES
-    jobs = [j for j in queue.recurring() if args.queue in (None, j.queue) and j.state in states]
-    facts = (job_facts(job, queue.config()) for job in jobs)
-    rows = ((j.series, schedule(j), ago(j.run_after, now), j.id, j.command) for j in jobs)
+    now = queue._reader.clock()
+    settings = queue.config()
+    states = args.state or STATES
+    jobs = [
+        job
+        for job in queue._reader.schedules()
+        if args.queue in (None, job.queue) and job.state in states
+    ]
+    facts = (job_facts(job, settings) for job in jobs)
+    rows = (
+        (job.schedule_id, rule_text(job), format_distance(job.run_after, now), job.id, job.command)
+        for job in jobs
+    )
     show_list(args, facts, ("ID", "SCHEDULE", "NEXT", "JOB", "COMMAND"), rows)
 
 
 def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
-    """Show everything about one job; output that is not UTF-8 has replacement characters."""
+    """Show everything about one job."""
     job = queue.get(args.id)
+    reader = queue._reader
     if not args.json:
-        show(job_text(queue, job), whole=True)
+        show(job_text(reader, job), whole=True)
         return
-    facts, runs = job_facts(job, queue.config()), []
-    for attempt in queue.attempts(job):
-        output = attempt.output.decode(errors="replace")
-        times = {"started": iso(attempt.started), "finished": iso(attempt.finished)}
-        runs.append({**attempt._asdict(), **times, "output": output})
-    after = [parent.id for parent in queue.parents(job)]
-    print(json.dumps({**facts, "why": why(queue, job) or None, "after": after, "runs": runs}))
+    facts = job_facts(job, reader.settings(job.queue))
+    facts["why"] = reason_to_wait(reader, job) or None
+    facts["after"] = [parent.id for parent in reader.parents(job)]
+    facts["runs"] = [attempt_facts(attempt) for attempt in reader.attempts(job)]
+    print(json.dumps(facts))
 
 
-def exit_of(job: Job) -> int:
-    """Return a job's exit code as a shell has it; one without an exit code failed all the same."""
-    code = OK if job.state == COMPLETED else job.exit_code or NO
-    return SIGNALLED - code if code < 0 else code
+# waiting
 
 
-def named(args: argparse.Namespace, *, some: bool = False) -> list[str]:
-    """Return the ids that a command names, none for all or some: one of the two must be said."""
-    if bool(args.ids) == (args.all or some):
-        raise BadInput("name the jobs or say --all, one of the two")
+def exit_code_of(job: Job) -> int:
+    """Return a job's exit code as a shell has it; a failed job without one has 1."""
+    code = Exit.OK if job.state == COMPLETED else job.exit_code or Exit.NO
+    return Exit.SIGNALLED - code if code < 0 else code
+
+
+def require_ids(args: argparse.Namespace, *, selected: bool = False) -> list[str]:
+    """Return the ids that a command names; none where --all or another selection is given."""
+    if bool(args.ids) == (args.all or selected):
+        raise BadInput("name the jobs or use --all, one of the two")
     return list(args.ids)
 
 
+def report_obstacles(reader: Reader, jobs: Iterable[Job]) -> None:
+    """Say why jobs wait, once for each reason."""
+    notices = Notices(say, NEVER)
+    for job in jobs:
+        reason = obstacle(reader, job)
+        if reason:
+            notices.report(waiting_line(job, reason), key=reason)
+
+
+def wait_for_all(args: argparse.Namespace, queue: Queue) -> int:
+    """Wait until nothing is left to run; return the exit code of the first job that died."""
+    reader = queue._reader
+    old = set(reader.dead())
+    report_obstacles(reader, chain(reader.claimed(), filter(None, [reader.oldest()])))
+    progress = Progress(queue.counts)
+    for _ in reader.changes(args.timeout):
+        if not reader.drain_blockers():
+            died = (row[0] for row in reader.dead() if row not in old)
+            blocked = reader.blocked(limit=1)
+            report_obstacles(reader, blocked)
+            jobs = [*map(queue.get, islice(died, 1)), *blocked]
+            return next(filter(None, map(exit_code_of, jobs)), Exit.OK)
+        SCREEN.draw(progress.line)
+    say(f"timed out after {format_duration(args.timeout)}: {progress.line()}")
+    return Exit.TIMED_OUT
+
+
 def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
-    """Wait until jobs have ended; return what the first failed one returned."""
-    jobs = [queue.get(job_id) for job_id in named(args)]
-    ids, old = [job.id for job in jobs], set(() if args.ids else queue.dead())
-    obstacles: dict[str, Job] = {}
-    for job in jobs or chain(queue.claimed(), filter(None, [queue.oldest()])):
-        obstacles.setdefault(obstacle(queue, job), job)
-    for reason in filter(None, obstacles):
-        say(f"job {printable(obstacles[reason].id)} waits: {reason}")
-
-    def counts() -> Mapping[str, int]:
-        return collections.Counter(queue.get(job_id).state for job_id in ids)
-
-    line = progress(counts if ids else queue.counts)
-    for _ in changes(queue, args.timeout):
-        jobs = [queue.get(job_id) for job_id in ids]
-        running = any(job.state not in ENDED for job in jobs)
-        if not (running if ids else queue.awaited()):
-            break
-        LINES.show(line)
-    else:
-        say(f"timed out after {span(args.timeout)}: {line()}")
-        return TIMED_OUT
+    """Wait until jobs have ended; return the exit code of the first that failed."""
+    ids = require_ids(args)
     if not ids:
-        died = (row[0] for row in queue.dead() if row not in old)
-        blocked = queue.blocked(limit=1)
-        for job in blocked:
-            say(f"job {printable(job.id)} waits: {obstacle(queue, job)}")
-        jobs = [*map(queue.get, islice(died, 1)), *blocked]
-    return next(filter(None, map(exit_of, jobs)), OK)
+        return wait_for_all(args, queue)
+    reader = queue._reader
+    watch = JobWatch(reader, reader.named(ids))
+    report_obstacles(reader, watch.jobs())
+    progress = Progress(lambda: collections.Counter(job.state for job in watch.jobs()))
+    for _ in reader.changes(args.timeout):
+        unfinished = watch.refresh()
+        if all(map(reader.failed_ancestor, unfinished)):
+            report_obstacles(reader, unfinished)
+            return next(filter(None, map(exit_code_of, watch.jobs())), Exit.OK)
+        SCREEN.draw(progress.line)
+    say(f"timed out after {format_duration(args.timeout)}: {progress.line()}")
+    return Exit.TIMED_OUT
+
+
+# output
 
 
 def write_output(chunks: Iterable[bytes]) -> None:
-    """Write a job's output: as it is, or on a terminal with control characters escaped."""
+    """Write a job's output: as it is or, on a terminal, with control characters escaped."""
     import codecs
 
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
-    for chunk in chain(chunks, [b""]):  # that, the end, shows what is half a character
+    for chunk in chain(chunks, [b""]):  # the empty one, at the end, shows half a character
         if sys.stdout.isatty():
             text = decoder.decode(chunk, not chunk)
             print(re.sub(r"[^\n\t]+", lambda m: printable(m[0]), text), end="")
@@ -3511,228 +4776,288 @@ def write_output(chunks: Iterable[bytes]) -> None:
         sys.stdout.flush()
 
 
-def read_on(fd: int, at: int) -> tuple[int, bytes]:
-    """Return where the output goes on, and what is there; what was cut meanwhile is a hole."""
-    with contextlib.suppress(OSError, AttributeError):  # the end of the file; no such call
+def read_from(fd: int, at: int) -> tuple[int, bytes]:
+    """Return the next output of a file and its place; a trimmed part is skipped."""
+    with contextlib.suppress(OSError, AttributeError):  # the end of the file; not on this system
         at = os.lseek(fd, at, os.SEEK_DATA)
     os.lseek(fd, at, os.SEEK_SET)
     return at, os.read(fd, 1 << 16)
 
 
 def follow(queue: Queue, job: Job, fd: int, at: int) -> Iterator[bytes]:
-    """Yield the output of an attempt, from a place on, as it comes, until the attempt has ended."""
-    over = False
-    while True:
-        at, chunk = read_on(fd, 0 if os.fstat(fd).st_size < at else at)  # a runaway's was cut
-        if chunk:
+    """Yield the output of an attempt from a place on, as it comes, until the attempt has ended."""
+    ended = False
+    for _ in polling(first=0.03, longest=0.03):
+        chunk = b"more"
+        while chunk:
+            at, chunk = read_from(fd, 0 if os.fstat(fd).st_size < at else at)  # 0: truncated
             yield chunk
             at += len(chunk)
-        elif over:
+        if ended:
             return
-        else:
-            time.sleep(0.03)
-            now = queue.get(job.id)
-            over = (now.state, now.run) != (PROCESSING, job.run)
+        now = queue._reader.by_seq(job.seq)
+        ended = now is None or (now.state, now.run) != (PROCESSING, job.run)
+
+
+def await_attempt(queue: Queue, job: Job) -> Job:
+    """Wait until an attempt of a job has begun or the job has ended; return the job."""
+    last = job.run if job.state == PENDING else job.run - 1  # the last attempt that has ended
+    for _ in queue._reader.changes():
+        job = queue.get(job.id)
+        begun = os.path.exists(queue._db.run_dir.output_file(job))  # a moment after the claim
+        if job.state in FINISHED or (begun if job.state == PROCESSING else job.run > last):
+            break
+    return job
+
+
+def stored_output(queue: Queue, job: Job, run: int | None) -> tuple[int, bytes]:
+    """Return the dropped bytes and the output of an attempt that has ended: one, or the last."""
+    attempts = queue.attempts(job)
+    found = [attempt for attempt in attempts if attempt.run == (run or job.run)]
+    if run and not found:
+        has = f"1 to {attempts[-1].run}" if attempts else "none yet"
+        raise NotFound(f"job {printable(job.id)} has no run {run}; its runs: {has}")
+    for attempt in found or attempts[-1:]:
+        if attempt.error and not attempt.output and not attempt.bytes_dropped:
+            say(f"job {printable(job.id)} wrote nothing: {printable(attempt.error)}")
+        return attempt.bytes_dropped, attempt.output
+    return 0, b""
 
 
 def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
-    """Write the output of one attempt: of the one that is named, or runs, or ran last."""
+    """Write the output of one attempt: the named one, or the one that runs or ran last."""
     job = queue.get(args.id)
     if not (args.follow or job.run or job.id == args.id):
-        job = queue.last_run(job)  # of a schedule
+        job = queue._reader.last_run(job)  # of a schedule
     if job.state == PENDING and not args.run:
-        say(f"job {printable(job.id)} waits: {why(queue, job)}")
-    ended = job.run if job.state == PENDING else job.run - 1
-    for _ in changes(queue) if args.follow and not args.run else ():
-        job = queue.get(job.id)
-        out = queue.db.run_dir.file(job.seq, job.run, "out")
-        begun = os.path.exists(out)  # a moment after a claim
-        if job.state in ENDED or (begun if job.state == PROCESSING else job.run > ended):
-            break
-    run = args.run or job.run
-    try:
-        fd = os.open(queue.db.run_dir.file(job.seq, run, "out"), os.O_RDONLY | BINARY)
-        cut, output = last_bytes(fd, queue.config()["output_limit"])
-        chunks = follow(queue, job, fd, cut) if args.follow else [output]
-    except FileNotFoundError:
-        attempts = queue.attempts(job)
-        found = [attempt for attempt in attempts if attempt.run == run]
-        if args.run and not found:
-            has = f"1 to {attempts[-1].run}" if attempts else "not run yet"
-            raise NotFound(f"job {job.id} has no run {run}; it has {has}") from None
-        found = found or attempts[-1:]
-        cut, chunks = (found[0].cut, [found[0].output]) if found else (0, [])
-        if found and found[0].error and not found[0].output and not cut:
-            say(f"job {printable(job.id)} wrote nothing: {printable(found[0].error)}")
-    if cut:
-        say(f"{cut} bytes of output before this were not kept")
-    write_output(chunks)
+        say(waiting_line(job, reason_to_wait(queue._reader, job)))
+    if args.follow and not args.run:
+        job = await_attempt(queue, job)
+    limit = queue._reader.settings(job.queue)["output_limit"]
+    path = queue._db.run_dir.file(job.seq, args.run or job.run, "out")
+    with contextlib.ExitStack() as stack:
+        try:
+            fd = open_own(path, os.O_RDONLY)
+        except FileNotFoundError:
+            dropped, output = stored_output(queue, job, args.run)
+            chunks: Iterable[bytes] = [output]
+        else:
+            stack.callback(os.close, fd)
+            dropped, output = last_bytes(fd, limit)
+            chunks = follow(queue, job, fd, dropped) if args.follow else [output]
+        if dropped:
+            say(f"{dropped} bytes of earlier output were not kept")
+        write_output(chunks)
+
+
+# changing
+
+
+def report_cancelled(args: argparse.Namespace, queue: Queue, job: Job) -> int:
+    """Print the id of a cancelled job, and say what follows; return the exit code."""
+    name = printable(job.id)
+    if job.state != CANCELLED and not job.cancel_requested:
+        say(f"job {name} is {job.state}; it was not changed")
+        return Exit.OK if args.cascade and job.state == DEAD else Exit.NO
+    print(job.id)
+    if job.cancel_requested:
+        say(f"job {name} is being cancelled: {obstacle(queue._reader, job)}")
+    schedule = job.schedule_id or ""
+    if job.rule and queue.get(schedule).seq == job.seq:
+        say(f"schedule {printable(schedule)} has ended with it; dlq retry {name} resumes it")
+    children = queue._reader.number(COUNT_CHILDREN, seq=job.seq)
+    if children:
+        stay = "stays" if children == 1 else "stay"
+        jobs = plural(children, "job")
+        say(f"{jobs} waiting for {name} {stay} blocked; --cascade cancels these too")
+    return Exit.OK
 
 
 def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
     """Cancel jobs; return once the running ones have been ended."""
-    jobs, code, run_dir = queue.cancel(args.ids, cascade=args.cascade), OK, queue.db.run_dir
-    for _ in changes(queue):
-        jobs = [queue.get(job.id) for job in jobs]
-        running = [job for job in jobs if job.cancelling and not run_dir.free(job.locked_by)]
-        if not running and not (any(job.cancelling for job in jobs) and run_dir.living("pool")):
+    jobs = queue.cancel(args.ids, cascade=args.cascade)
+    run_dir = queue._db.run_dir
+    for _ in queue._reader.changes():
+        jobs = [queue._reader.by_seq(job.seq) or job for job in jobs]
+        ending = [job for job in jobs if job.cancel_requested]
+        if not any(not run_dir.is_unlocked(job.locked_by) for job in ending) and not (
+            ending and run_dir.alive("pool")
+        ):
             break
-    for job in jobs:
-        name = printable(job.id)
-        if job.state != CANCELLED and not job.cancelling:
-            say(f"job {name} is {job.state}; it stays so")
-            if not (args.cascade and job.state == DEAD):
-                code = NO
-            continue
-        print(job.id)
-        if job.cancelling:
-            say(f"job {name}: {obstacle(queue, job)}")
-        if job.recurs and queue.get(job.series or "").seq == job.seq:
-            say(f"with it ends schedule {printable(job.series or '')}; dlq retry {name} resumes it")
-        waiting = queue.count_children(job)
-        if waiting:
-            say(f"jobs that wait for {name}: {waiting}; --cascade calls them off, too")
-    return code
+    codes = [report_cancelled(args, queue, job) for job in jobs]
+    return max(codes)
 
 
 def cmd_pause(args: argparse.Namespace, queue: Queue) -> None:
-    """Pause some queues, or all of them."""
+    """Pause some queues, or all."""
     for name in args.queues or [""]:
         queue.pause(name)
 
 
 def cmd_resume(args: argparse.Namespace, queue: Queue) -> None:
-    """Resume some queues, or all of them."""
+    """Resume some queues, or all."""
     for name in args.queues or [""]:
         queue.resume(name)
-    if "" in queue.paused():
-        say("all queues are paused still: resume without --queue goes on")
+    if "" in queue._reader.paused():
+        say("all queues are still paused; resume without --queue resumes them")
+
+
+def cmd_dlq_retry(args: argparse.Namespace, queue: Queue) -> None:
+    """Return dead or cancelled jobs to the queue; print their ids."""
+    ids = queue.retry(require_ids(args) or None)
+    show(ids)
+    cancelled = queue.counts()[CANCELLED]
+    if not ids and cancelled:
+        say(f"no job is dead; {plural(cancelled, 'cancelled job')} can be retried by id")
 
 
 def cmd_dlq_purge(args: argparse.Namespace, queue: Queue) -> None:
     """Delete dead or cancelled jobs."""
-    ids = named(args, some=args.older_than is not None)
+    ids = require_ids(args, selected=args.older_than is not None)
     print(queue.purge(ids) if ids else queue.prune(args.older_than or 0, (DEAD,)), "purged")
 
 
-def cmd_config_set(args: argparse.Namespace) -> None:
-    """Store one value."""
-    check_setting(args.key, args.value)  # before a queue is made for it
-    with Queue(args.db) as queue:
-        queue.configure(args.key, args.value)
+def cmd_prune(args: argparse.Namespace, queue: Queue) -> None:
+    """Delete jobs that have ended."""
+    print(queue.prune(args.older_than, args.state or PRUNED_BY_DEFAULT), "pruned")
+
+
+# settings
 
 
 def setting_text(value: object) -> str:
-    """Return a value as `config set` takes it."""
+    """Return the value of a setting as `config set` takes it."""
     if isinstance(value, tuple):
         numbers = all(isinstance(item, int) for item in value)
-        return ",".join(map(str, value)) if numbers else SYSTEM.line(value)
+        return ",".join(map(str, value)) if numbers else join_words(value)
     return f"{value:.15g}" if isinstance(value, float) else str(value)
+
+
+def cmd_config_get(args: argparse.Namespace, queue: Queue) -> None:
+    """Print one setting."""
+    print(printable(setting_text(queue.config()[args.key])))
+
+
+def cmd_config_set(args: argparse.Namespace) -> None:
+    """Store one setting."""
+    validate_setting(args.key, args.value)  # before a queue is created for it
+    with Queue(args.db, insecure=args.insecure) as queue:
+        queue.configure(args.key, args.value)
+
+
+def cmd_config_unset(args: argparse.Namespace, queue: Queue) -> None:
+    """Restore the default of one setting."""
+    queue.configure(args.key, None)
 
 
 def cmd_config_list(args: argparse.Namespace, queue: Queue) -> None:
     """List every setting."""
-    config = queue.config().items()
-    facts = ({"key": k, "value": value, "default": SETTINGS[k].default} for k, value in config)
-    rows = ((key, setting_text(value), SETTINGS[key].meaning) for key, value in config)
+    settings = queue.config().items()
+    facts = ({"key": k, "value": value, "default": SETTINGS[k].default} for k, value in settings)
+    rows = ((key, setting_text(value), SETTINGS[key].meaning) for key, value in settings)
     show_list(args, facts, ("KEY", "VALUE", "MEANING"), rows)
 
 
+# The table of commands.
+
 # fmt: off
-DURATION: Any = {"check": seconds, "metavar": "DURATION"}
-COUNT = {"metavar": "N"}
-JSON = flag("--json", "for programs; the README has the fields")
-LIMIT = arg("--limit", check=number_in(0, 10**9), help="the N that changed last; 0: all", **COUNT)
+DURATION: Any = {"check": parse_duration, "metavar": "DURATION"}
+NUMBER: Any = {"metavar": "N"}
+JSON = flag("--json", "print JSON; the README documents the fields")
+LIMIT = arg("--limit", check=integer(0, 10**9), help="show the N that changed last (0: all)",
+            **NUMBER)
 STATE = arg("--state", action="append", choices=STATES, help="only this state; repeatable")
-TIMEOUT = arg("--timeout", help="wait no longer than this; exit with 124", **DURATION)
+TIMEOUT = arg("--timeout", help="stop waiting after this time, and exit with 124", **DURATION)
 QUEUE = arg("--queue", check=valid_name, metavar="QUEUE", help="only this queue")
 QUEUES = arg("--queue", dest="queues", action="append", check=valid_name, metavar="QUEUE",
              default=[], help="only this queue; repeatable")
-ID, IDS = arg("id", metavar="ID"), arg("ids", nargs="*", metavar="ID")
-EVERY_DEAD = flag("--all", "all dead jobs")
-KEY = arg("key", metavar="KEY", check=check_setting, help="one of: " + ", ".join(SETTINGS))
+ID = arg("id", metavar="ID")
+IDS = arg("ids", nargs="*", metavar="ID")
+ALL_DEAD = flag("--all", "all dead jobs")
+KEY = arg("key", metavar="KEY", check=validate_setting, help="one of: " + ", ".join(SETTINGS))
 
 COMMANDS = {
-    "enqueue": Command(cmd_enqueue, "", "add a job and print its id", "enqueue 'make all'", (
+    "enqueue": Command(cmd_enqueue, "none", "add a job and print its id", "enqueue 'make all'", (
         arg("words", nargs="+", metavar="JOB",
-            help="a shell line in quotes; JSON (an object or an array); - for JSON lines "
-            "on stdin; or -- and then a command's own words"),
-        arg("--id", help="its name (else a number)"),
-        arg("--priority", check=literal, help="the highest is first (0)", **COUNT),
-        arg("--delay", metavar="DURATION", help="start it after this long"),
-        arg("--at", dest="run_at", metavar="TIME", help="start it then: 2030-01-31T08:00"),
+            help="a quoted shell line; JSON (an object or an array); - for JSON lines "
+            "on stdin; or -- followed by the words of a command"),
+        arg("--id", help="the name of the job (default: a number)"),
+        arg("--priority", help="higher numbers run first (default: 0)", **NUMBER),
+        arg("--delay", metavar="DURATION", help="start it after this time"),
+        arg("--at", dest="run_at", metavar="TIME", help="start it at this time: 2030-01-31T08:00"),
         arg("--timeout", metavar="DURATION", help="end an attempt that takes longer (0: never)"),
-        arg("--max-retries", check=literal, help="how many tries, the first included", **COUNT),
-        arg("--queue", metavar="QUEUE", help="the queue it waits in (default)"),
+        arg("--max-retries", help="how many times it is tried, the first included", **NUMBER),
+        arg("--queue", metavar="QUEUE", help="the queue it waits in (default: default)"),
         arg("--after", action="append", metavar="ID,...",
-            help="start it once these have completed; repeatable"),
+            help="start it once these jobs have completed; repeatable"),
         arg("--every", metavar="DURATION", help="repeat it at this interval"),
         arg("--cron", metavar="RULE", help="repeat it by a rule: '0 3 * * mon-fri', @daily"),
-        arg("--cwd", metavar="DIR", help="where it runs (here)"),
-        arg("--env", action="append", metavar="NAME=VALUE", help="a variable for it; repeatable"),
-        flag("--if-absent", "do nothing if there is a job of that id"))),
+        arg("--cwd", metavar="DIR", help="the directory it runs in (default: this one)"),
+        arg("--env", action="append", metavar="NAME=VALUE",
+            help="set a variable in its environment; repeatable"),
+        flag("--if-absent", "do nothing if there is a job with that id"))),
     "worker start": Command(
-        cmd_worker_start, "", "run jobs, until stopped", "worker start --count 4", (
-            arg("--count", check=number_in(1, 1000), default=1, help="jobs at a time (1)", **COUNT),
+        cmd_worker_start, "none", "run jobs until stopped", "worker start --count 4", (
+            arg("--count", check=integer(1, 1000), default=1,
+                help="how many jobs to run at a time (default: 1)", **NUMBER),
             QUEUES,
-            flag("--drain", "leave when nothing is left to run; exit 1: a job died or is blocked"),
-            arg("--horizon", default=FOREVER, **DURATION,
-                help="with --drain: leave when all that is left is due after so long"),
+            flag("--drain", "exit when nothing is left to run; with 1 if a job died or is blocked"),
+            arg("--horizon", default=LONGEST, **DURATION,
+                help="with --drain: do not wait for jobs that are due later than this"),
             flag("--detach", "run in the background; the log is in the queue's .run directory"),
-            flag("--quiet", "print no event lines"),
-            flag("--insecure", "run even if others could have put jobs into the queue"))),
+            flag("--quiet", "print no event lines"))),
     "worker stop": Command(
-        cmd_worker_stop, "read", "let workers finish their jobs and leave", "worker stop --now",
-        (flag("--now", "end the running jobs; they go back to the queue"), TIMEOUT)),
+        cmd_worker_stop, "read", "let workers finish their jobs and exit", "worker stop --now",
+        (flag("--now", "end the running jobs; they return to the queue"), TIMEOUT)),
     "worker list": Command(cmd_worker_list, "read", "list living workers", "worker list", (JSON,)),
     "status": Command(cmd_status, "read", "show counts and workers", "status --watch", (
-        QUEUE, flag("--watch", "again every second, with the rate and the last failures"), JSON)),
+        QUEUE, flag("--watch", "every second, with the rate and the last failures"), JSON)),
     "list": Command(cmd_list, "read", "list jobs", "list --state dead --limit 20", (
-        STATE, QUEUE, flag("--recurring", "the schedules, and when each is next"), LIMIT, JSON)),
+        STATE, QUEUE, flag("--recurring", "list schedules and their next times"), LIMIT, JSON)),
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
-    "logs": Command(cmd_logs, "read", "write the output of a job", "logs 7 -f", (
-        ID, flag("-f --follow", "go on until the attempt ends"),
-        arg("--run", check=number_in(1, 10**9), help="show attempt N, not the last", **COUNT))),
+    "logs": Command(cmd_logs, "read", "print the output of a job", "logs 7 -f", (
+        ID, flag("-f --follow", "continue until the attempt ends"),
+        arg("--run", check=integer(1, 10**9), help="print attempt N instead of the last",
+            **NUMBER))),
     "wait": Command(
         cmd_wait, "read", "wait for jobs; exit with the code of the first that failed", "wait 7 8",
         (IDS, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
-    "cancel": Command(cmd_cancel, "write", "call jobs off, waiting or running", "cancel 7", (
-        arg("ids", nargs="+", metavar="ID"), flag("--cascade", "and the jobs that wait for them"))),
+    "cancel": Command(cmd_cancel, "write", "cancel waiting or running jobs", "cancel 7", (
+        arg("ids", nargs="+", metavar="ID"),
+        flag("--cascade", "also cancel the jobs that wait for them"))),
     "pause": Command(
-        cmd_pause, "make", "start no new jobs until resume", "pause --queue gpu", (QUEUES,)),
+        cmd_pause, "create", "start no new jobs until resume", "pause --queue gpu", (QUEUES,)),
     "resume": Command(cmd_resume, "write", "start jobs again after pause", "resume", (QUEUES,)),
     "dlq list": Command(
         lambda args, queue: show_jobs(args, queue, (DEAD,)),
         "read", "list the dead letter queue", "dlq list", (LIMIT, JSON)),
     "dlq retry": Command(
-        lambda args, queue: show(queue.retry(named(args) or None)),
-        "write", "put dead or cancelled jobs back, with no attempts used", "dlq retry 7",
-        (IDS, EVERY_DEAD)),
+        cmd_dlq_retry, "write", "return dead or cancelled jobs to the queue", "dlq retry 7",
+        (IDS, ALL_DEAD)),
     "dlq purge": Command(
         cmd_dlq_purge, "write", "delete dead or cancelled jobs", "dlq purge --older-than 30d",
-        (IDS, EVERY_DEAD, arg("--older-than", help="only what died so long ago", **DURATION))),
+        (IDS, ALL_DEAD,
+         arg("--older-than", help="only dead jobs that died this long ago", **DURATION))),
     "prune": Command(
-        lambda args, queue: print(queue.prune(args.older_than, args.state or PRUNED), "pruned"),
-        "write", "delete what has completed or was cancelled", "prune --older-than 7d", (
-            arg("--older-than", default=0.0, help="only what ended so long ago", **DURATION),
-            arg("--state", action="append", choices=ENDED,
-                help="only this state, else completed and cancelled; repeatable"))),
-    "config get": Command(
-        lambda args, queue: print(setting_text(queue.config()[args.key])),
-        "read", "print a setting", "config get timeout", (KEY,)),
+        cmd_prune, "write", "delete completed and cancelled jobs", "prune --older-than 7d", (
+            arg("--older-than", default=0.0, help="only jobs that ended this long ago",
+                **DURATION),
+            arg("--state", action="append", choices=FINISHED,
+                help="only this state (default: completed and cancelled); repeatable"))),
+    "config get": Command(cmd_config_get, "read", "print a setting", "config get timeout", (KEY,)),
     "config set": Command(
-        cmd_config_set, "", "change a setting", "config set backoff_base 3",
+        cmd_config_set, "none", "change a setting", "config set backoff_base 3",
         (KEY, arg("value", metavar="VALUE"))),
     "config unset": Command(
-        lambda args, queue: queue.configure(args.key, None),
-        "write", "go back to the default", "config unset timeout", (KEY,)),
+        cmd_config_unset, "write", "restore the default of a setting", "config unset timeout",
+        (KEY,)),
     "config list": Command(cmd_config_list, "read", "list the settings", "config list", (JSON,)),
 }
 # fmt: on
 
 
 def menu(family: str = "") -> dict[str, str]:
-    """Return the commands, or those of a family, each with what it is for."""
+    """Return the commands, or those of a family, with the help of each."""
     found: dict[str, str] = {}
     for words, command in COMMANDS.items():
         first, _, verb = words.partition(" ")
@@ -3743,7 +5068,7 @@ def menu(family: str = "") -> dict[str, str]:
     return found
 
 
-COMPLETIONS = {  # what has a shell ask the program itself
+COMPLETIONS = {  # each makes its shell ask the program
     "bash": """_queuectl() {
   COMPREPLY=($(PROGRAM completion bash "${COMP_WORDS[@]:0:COMP_CWORD+1}" 2>/dev/null))
 }
@@ -3760,9 +5085,9 @@ complete -c queuectl -c queuectl.py -a '(__queuectl)'""",
 
 
 def cmd_completion(args: argparse.Namespace) -> None:
-    """Print a shell's script or, when that asks, what the last word typed may become."""
+    """Print a shell's script or, when that script asks, the completions of the last word."""
     if not args.typed:
-        program = " ".join(map(shlex.quote, (sys.executable, os.path.abspath(sys.argv[0]))))
+        program = " ".join(map(shlex.quote, (sys.executable, os.path.abspath(__file__))))
         print(COMPLETIONS[args.shell].replace("PROGRAM", program))
         return
     *typed, last = args.typed
@@ -3775,98 +5100,145 @@ def cmd_completion(args: argparse.Namespace) -> None:
             print(word)
 
 
-SHELL = arg("shell", choices=tuple(COMPLETIONS), metavar="SHELL", help="bash, zsh or fish")
-TYPED = arg("typed", nargs="...", metavar="...", help="what was typed: its last word is completed")
-MEANING = "print what makes your shell complete words"
-COMMANDS["completion"] = Command(cmd_completion, "", MEANING, "completion bash", (SHELL, TYPED))
+COMMANDS["completion"] = Command(
+    cmd_completion,
+    "none",
+    "print a script that makes a shell complete words",
+    "completion bash",
+    (
+        arg("shell", choices=tuple(COMPLETIONS), metavar="SHELL", help="bash, zsh or fish"),
+        arg("typed", nargs="...", metavar="...", help="the words typed so far"),
+    ),
+)
 
 HELP = """\
-PATH is the queue; if it is not given, $QUEUECTL_DB or ./queuectl.db.
+PATH is the queue; the default is $QUEUECTL_DB, or else ./queuectl.db.
 COMMANDS
 examples:
   queuectl enqueue 'make all'                  add a job
   queuectl worker start --count 4              run jobs, four at a time
-  queuectl status --watch                      see what is going on
-  queuectl dlq retry --all                     try the failed ones again
+  queuectl status --watch                      see what is happening
+  queuectl dlq retry --all                     retry the jobs that failed
 """
 
 
+def version_text() -> str:
+    """Return the versions of the program and of what it runs on."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    sqlite = sqlite3.sqlite_version
+    return f"queuectl {__version__} (Python {python}, SQLite {sqlite}, schema {SCHEMA_VERSION})"
+
+
+def usage_hint(prog: str, message: str, options: Iterable[str]) -> str:
+    """Return a hint for a usage error."""
+    wrong = re.match("unrecognized arguments: (-[^ =]+)", message)
+    if not wrong:
+        return ""
+    if wrong[1] in ("--db", "--insecure"):
+        return f": {wrong[1]} goes before the command"
+    if prog == "queuectl enqueue" and wrong[1][1] != "-":
+        return ": a command of several words goes after --, as in: enqueue -- ls -l"
+    return suggestion(wrong[1], options)
+
+
+def quoted_usage(message: str) -> str:
+    """Return a message of argparse, with what it repeats of the command line cut."""
+    return message if len(message) <= 4 * QUOTED_LIMIT else message[: 4 * QUOTED_LIMIT] + "..."
+
+
 def new_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
-    """Return a parser that raises BadInput, with the nearest option to a wrong one."""
+    """Return a parser that raises BadInput, with a hint."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            wrong = re.match("unrecognized arguments: (-[^ =]+)", message)
-            hint = nearest(wrong[1], self._option_string_actions) if wrong else ""
             if message.endswith("required: COMMAND"):
-                message = f"which one? {', '.join(menu(self.prog[9:]))}"
-            if wrong and wrong[1] == "--db":
-                hint = ": --db goes before the command"
-            if wrong and self.prog == "queuectl enqueue" and wrong[1][1] != "-":
-                hint = ": a command of several words goes after --, as in: enqueue -- ls -l"
-            raise BadInput(f"{message}{hint} ({self.prog} --help says more)")
+                message = f"which command? {', '.join(menu(self.prog[9:]))}"
+            hint = usage_hint(self.prog, message, self._option_string_actions)
+            raise BadInput(f"{quoted_usage(message)}{hint} (see {self.prog} --help)")
 
     style = argparse.RawDescriptionHelpFormatter
     return Parser(prog, formatter_class=style, allow_abbrev=False, **options)
 
 
-def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments of the command that is meant; no other command's parser is built."""
+def menu_parser(name: str) -> argparse.ArgumentParser:
+    """Return the parser of a command word that others follow: the program's, or a family's."""
     import argparse
 
-    args, name, hidden = argparse.Namespace(rest=words), "", argparse.SUPPRESS
+    hidden = argparse.SUPPRESS
+    prog = f"queuectl {name}".strip()
+    lines = "".join(f"  {word:<11} {meaning}\n" for word, meaning in menu(name).items())
+    about = lines if name else HELP.replace("COMMANDS\n", lines + "\n")
+    globals_usage = "" if name else " [--db PATH] [--insecure]"
+    usage = f"{prog}{globals_usage} COMMAND [--help] ..."
+    parser = new_parser(prog, usage=usage, description=about, add_help=False)
+    parser.add_argument("-h", "--help", action="help", help=hidden)
+    if not name:
+        db = os.environ.get("QUEUECTL_DB") or "queuectl.db"
+        parser.add_argument("--version", action="version", version=version_text(), help=hidden)
+        parser.add_argument("--db", default=db, metavar="PATH", help=hidden)
+        parser.add_argument("--insecure", action="store_true", help=hidden)
+    parser.add_argument("rest", nargs=argparse.PARSER, metavar="COMMAND", help=hidden)
+    return parser
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments of a command; only the parsers on the way to it are built."""
+    import argparse
+
+    args = argparse.Namespace(rest=words)
+    name = ""
     while name not in COMMANDS:
-        prog, known = f"queuectl {name}".strip(), menu(name)
-        lines = "".join(f"  {word:<11} {meaning}\n" for word, meaning in known.items())
-        about = lines if name else HELP.replace("COMMANDS\n", lines + "\n")
-        usage = prog + " [--db PATH]" * (not name) + " COMMAND [--help] ..."
-        parser = new_parser(prog, usage=usage, description=about, add_help=False)
-        parser.add_argument("-h", "--help", action="help", help=hidden)
-        if not name:
-            version, db = f"queuectl {__version__}", os.environ.get("QUEUECTL_DB") or "queuectl.db"
-            parser.add_argument("--version", action="version", version=version, help=hidden)
-            parser.add_argument("--db", default=db, metavar="PATH", help=hidden)
-        parser.add_argument("rest", nargs=argparse.PARSER, metavar="COMMAND", help=hidden)
+        parser = menu_parser(name)
         word, *args.rest = parser.parse_args(args.rest, args).rest
         if not args.db:
             parser.error("--db must not be empty")
-        if word not in known:
-            parser.error(f"no command {word}{nearest(word, known)}")
+        if word not in menu(name):
+            parser.error(f"there is no command {quoted(word)}{suggestion(word, menu(name))}")
         name = f"{name} {word}".strip()
     args.chosen = COMMANDS[name]
-    about, example = args.chosen.help.capitalize() + ".", f"example: queuectl {args.chosen.example}"
+    about = args.chosen.help.capitalize() + "."
+    example = f"example: queuectl {args.chosen.example}"
     parser = new_parser(f"queuectl {name}", description=about, epilog=example)
     for names, options in args.chosen.arguments:
         parser.add_argument(*names, **options)
     return parser.parse_args(args.rest, args)
 
 
-def discard_output() -> None:
-    """Let the flush at exit succeed, where stdout is closed or full."""
-    with contextlib.suppress(OSError):
-        fd = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(fd, 1)
-        os.close(fd)
-
-
 def execute(args: argparse.Namespace) -> int:
-    """Run a command on the queue that it needs."""
+    """Run a command with the access to the queue that it needs."""
     act, access = args.chosen.act, args.chosen.access
-    if not access:
-        return act(args) or OK
-    with Queue(args.db, readonly=access == "read", create=access == "make") as queue:
-        return act(args, queue) or OK
+    if access == "none":
+        return act(args) or Exit.OK
+    readonly = access == "read"
+    create = access == "create"
+    with Queue(args.db, readonly=readonly, create=create, insecure=args.insecure) as queue:
+        return act(args, queue) or Exit.OK
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; the one place that says what went wrong."""
+def discard_output() -> None:
+    """Let the flush at exit succeed where stdout or stderr is closed or full."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, AttributeError, ValueError):
+            with contextlib.suppress(OSError):
+                fd = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(fd, number)
+                os.close(fd)
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; the one place that says what went wrong.
+
+    Raises EndedBySignal where a signal ended it.
+    """
     if not sys.stdout:  # it was closed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):  # whatever a job is called can be printed
+    if isinstance(sys.stdout, io.TextIOWrapper):  # any name of a job can be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        SYSTEM.escapes()
+        SYSTEM.enable_escapes()
         code = execute(parse((sys.argv[1:] if argv is None else argv) or ["--help"]))
         sys.stdout.flush()
         return code
@@ -3875,17 +5247,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.code
     except BrokenPipeError:
         discard_output()
-        return SIGNALLED + 13
-    except (OSError, sqlite3.Error, ImportError) as error:  # the machine's fault, all over
+        raise EndedBySignal(getattr(signal, "SIGPIPE", 13)) from None
+    except (OSError, sqlite3.Error, ImportError) as error:  # the machine is at fault
         discard_output()
-        where, reason = getattr(error, "filename", None), getattr(error, "strerror", None) or error
+        where = getattr(error, "filename", None)
+        reason = getattr(error, "strerror", None) or error
         say(printable(f"{where}: {reason}" if where else str(reason)))
-        return FAULT
+        return Exit.FAULT
     except KeyboardInterrupt:
-        return SIGNALLED + signal.SIGINT
+        SCREEN.interrupted()
+        raise EndedBySignal(signal.SIGINT) from None
     finally:
-        LINES.clear()
+        SCREEN.clear()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code, 128+n where signal n ended it."""
+    try:
+        return int(run(argv))
+    except EndedBySignal as end:
+        return Exit.SIGNALLED + end.number
+
+
+def main_program() -> NoReturn:
+    """Run the command of this process; end by the same signal as the command, if any did.
+
+    So a shell loop around queuectl stops when Ctrl-C is pressed.
+    """
+    try:
+        restore_interrupts()
+        code = run()
+    except EndedBySignal as end:
+        discard_output()
+        end_by_signal(end.number)
+        code = Exit.SIGNALLED + end.number
+    discard_output()
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main_program()

@@ -1056,8 +1056,7 @@ PAUSE = """
 INSERT INTO queues (queue, paused) VALUES (:queue, 1)
 ON CONFLICT (queue) DO UPDATE SET paused = 1"""
 RESUME = "UPDATE queues SET paused = 0 WHERE :queue IN ('', queue)"
-STORED_SETTINGS = """
-SELECT key, value FROM settings WHERE queue IN ('', :queue) ORDER BY queue"""  # '' comes first
+STORED_SETTINGS = "SELECT queue, key, value FROM settings WHERE queue IN ('', :queue)"
 SET = """
 INSERT INTO settings VALUES (:queue, :key, :value)
 ON CONFLICT (queue, key) DO UPDATE SET value = :value"""
@@ -2357,7 +2356,7 @@ class Reader:
     def settings(self, queue: str = "") -> dict[str, Any]:
         """Return the value of every setting as it applies to a queue."""
         settings = {key: setting.default for key, setting in SETTINGS.items()}
-        for key, value in self.db.rows(STORED_SETTINGS, {"queue": queue}):
+        for _, key, value in sorted(self.db.rows(STORED_SETTINGS, {"queue": queue})):  # '' first
             try:
                 if key in SETTINGS:
                     settings[key] = SETTINGS[key].read(value)
@@ -2556,7 +2555,8 @@ class Ledger:
             stored = self.reader.by_seq(job.seq) or job
             job = job._replace(cancel_requested=stored.cancel_requested)
         now = self.clock()
-        after = after_attempt(job, outcome, self.reader.settings(job.queue), now)
+        settings = self.reader.settings(job.queue) if outcome.error else {}  # they say how to retry
+        after = after_attempt(job, outcome, settings, now)
         is_over = after.state in (COMPLETED, DEAD)
         after = after._replace(
             readiness=after.state != PENDING or after.run_after <= now,

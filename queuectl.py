@@ -61,6 +61,11 @@ from __future__ import annotations
 if _python_3_8 := True:  # Python 3.8 or later is needed: an older one cannot parse this line
     pass
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports shows no traceback
+
 import collections
 import contextlib
 import errno
@@ -69,7 +74,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import sqlite3
 import stat
 import sys
@@ -1589,10 +1593,17 @@ def handle_signals(
     return undo
 
 
-def restore_interrupts() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt again, after the imports of the program."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+@contextlib.contextmanager
+def interrupts_raised() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt within the block, and end the process outside it."""
+    ends = signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # not under nohup, for instance
+    if ends:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ends:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end_by_signal(number: int) -> None:
@@ -2343,14 +2354,14 @@ class Reader:
                 counts[state] += number
         return counts
 
-    def rate(self, queue: str | None = None) -> float:
-        """Return how many jobs ended per second over the last minute, in one queue or in all."""
+    def rate(self, queue: str | None = None, seconds: float = 60) -> float:
+        """Return how many jobs ended per second of late, in one queue or in all."""
         now = self.clock()
         rate = 0.0
         for state in (COMPLETED, DEAD):
-            asked = {"state": state, "since": now - 60, "queue": queue}
+            asked = {"state": state, "since": now - seconds, "queue": queue}
             number, first = self.db.rows(RECENT_ENDS, asked)[0]
-            rate += number / max(now - first, 0.001) if number >= RECENT_LIMIT else number / 60
+            rate += number / max(now - first, 0.001) if number >= RECENT_LIMIT else number / seconds
         return rate
 
     def settings(self, queue: str = "") -> dict[str, Any]:
@@ -4064,7 +4075,7 @@ def display_width(text: str) -> int:
 
 
 def terminal_width(stream: Any) -> int:
-    """Return the width of a stream's terminal; 0 if it is none, or a dumb one."""
+    """Return the width of a stream's terminal; 0 without one, or if it is dumb."""
     if not stream or not stream.isatty() or os.environ.get("TERM") == "dumb":
         return 0
     return os.get_terminal_size(stream.fileno()).columns or 80
@@ -4114,8 +4125,7 @@ def table(headings: Sequence[str], rows: Rows) -> Iterator[str]:
 def section(headings: Sequence[str], rows: Rows) -> Iterator[str]:
     """Yield a table below an empty line, or nothing if it has no rows."""
     lines = list(rows)
-    if lines:
-        yield from ("", *table(headings, lines))
+    return iter(["", *table(headings, lines)] if lines else ())
 
 
 def job_facts(job: Job, settings: Settings) -> dict[str, Any]:
@@ -4134,12 +4144,13 @@ def job_facts(job: Job, settings: Settings) -> dict[str, Any]:
 
 def attempt_facts(attempt: Attempt) -> dict[str, Any]:
     """Return an attempt as JSON shows it; output that is not UTF-8 has replacement characters."""
-    facts: dict[str, Any] = attempt._asdict()
-    facts["started"] = format_time(attempt.started)
-    facts["finished"] = format_time(attempt.finished)
-    facts["waited"] = round(attempt.waited, 3)
-    facts["output"] = attempt.output.decode(errors="replace")
-    return facts
+    return {
+        **attempt._asdict(),
+        "started": format_time(attempt.started),
+        "finished": format_time(attempt.finished),
+        "waited": round(attempt.waited, 3),
+        "output": attempt.output.decode(errors="replace"),
+    }
 
 
 def unserved(run_dir: RunDirectory, job: Job) -> str:
@@ -4184,11 +4195,6 @@ def reason_to_wait(reader: Reader, job: Job) -> str:
     return f"{plural(position, 'job')} before it" if position else "next to run"
 
 
-def waiting_line(job: Job, reason: str) -> str:
-    """Return the sentence that says why a job waits."""
-    return f"job {printable(job.id)} waits: {reason}"
-
-
 def rule_text(job: Job) -> str:
     """Return the rule of a schedule as a person writes it."""
     kind, _, rule = (job.rule or "").partition(" ")
@@ -4219,17 +4225,11 @@ def job_text(reader: Reader, job: Job) -> Iterator[str]:
         facts["state"] += " (being cancelled)"
     for key, value in facts.items():
         if value not in (None, {}, "", 0) or key in ("priority", "timeout"):
-            yield f"{key:<12} {printable(str(value))}"
-    rows = (
-        (
-            attempt.run,
-            format_time(attempt.started),
-            format_duration(attempt.finished - attempt.started),
-            attempt.error or "completed",
-            attempt.worker,
-        )
-        for attempt in reader.attempts(job)
-    )
+            yield f"{key:<12} {value}"
+    rows = []
+    for run in reader.attempts(job):
+        took = format_duration(run.finished - run.started)
+        rows.append((run.run, format_time(run.started), took, run.error or COMPLETED, run.worker))
     yield from section(("RUN", "STARTED", "TOOK", "ENDED", "WORKER"), rows)
 
 
@@ -4257,27 +4257,43 @@ def worker_rows(workers: Iterable[Facts], now: float) -> Iterator[tuple[object, 
         yield worker["worker"], worker["pid"] or "?", job, since or "", worker["command"] or ""
 
 
+def tally(counts: Iterable[tuple[State, int, int]]) -> dict[str, int]:
+    """Sum up numbers of jobs by state and, for pending ones, also by readiness."""
+    found: dict[str, int] = dict.fromkeys((*STATES, *READINESS_WORDS.values()), 0)
+    for state, readiness, number in counts:
+        found[state] += number
+        if state == PENDING:
+            found[READINESS_WORDS[readiness]] += number
+    return found
+
+
+def recent_rate(reader: Reader, only: str | None) -> float:
+    """Return the jobs/s over the last minute or, if that is less, since there are pools."""
+    notes = reader.db.run_dir.alive("pool").values()
+    now = reader.clock()
+    age = now - min((note.get("started", now) for note in notes), default=0)
+    return round(reader.rate(only, min(60.0, max(1.0, age))), 3)
+
+
 def status_facts(reader: Reader, only: str | None = None) -> dict[str, Any]:
     """Return the state of everything, or of one queue, as JSON shows it."""
-    facts: dict[str, Any] = dict.fromkeys((*STATES, *READINESS_WORDS.values()), 0)
+    counts = [row for row in reader.counts_by_queue() if only in (None, row[0])]
+    facts: dict[str, Any] = tally(row[1:] for row in counts)
     queues: dict[str, dict[str, int]] = {}
-    none: dict[str, int] = dict.fromkeys(STATES, 0)
-    for name, state, readiness, number in reader.counts_by_queue():
-        if only in (None, name):
-            facts[state] += number
-            if state == PENDING:
-                facts[READINESS_WORDS[readiness]] += number
-            queues.setdefault(name, none.copy())[state] += number
-    facts["queues"] = queues
-    facts["paused"] = [name for name in reader.paused() if only in (None, name) or not name]
-    facts["rate"] = round(reader.rate(only), 3)
+    for name, state, _, number in counts:
+        queues.setdefault(name, dict.fromkeys(STATES, 0))[state] += number
     oldest = reader.oldest(only)
-    facts["oldest"] = oldest and job_facts(oldest, reader.settings(oldest.queue))
-    facts["workers"] = list(worker_facts(reader))
+    facts.update(
+        queues=queues,
+        paused=[name for name in reader.paused() if only in (None, name) or not name],
+        rate=recent_rate(reader, only),
+        oldest=oldest and job_facts(oldest, reader.settings(oldest.queue)),
+        workers=list(worker_facts(reader)),
+    )
     return facts
 
 
-def status_counts(facts: Facts, *, full: bool) -> Iterator[str]:
+def status_counts(reader: Reader, facts: Facts, only: str | None, *, full: bool) -> Iterator[str]:
     """Yield the counts of a status."""
     kinds = ", ".join(f"{facts[kind]} {kind}" for kind in READINESS_WORDS.values())
     for state in STATES:
@@ -4285,27 +4301,34 @@ def status_counts(facts: Facts, *, full: bool) -> Iterator[str]:
         yield f"{state:<10} {facts[state]:>8}{note}"
     yield f"{'workers':<10} {len(facts['workers']):>8}"
     if full:
-        yield f"{'rate':<10} {facts['rate']:>8.1f}  jobs/s over the last minute"
+        yield f"{'rate':<10} {facts['rate']:>8.1f}  jobs/s recently"
+    when = facts["scheduled"] and reader.next_ready_time([only] if only else ())
+    if when:
+        yield f"next       due {format_distance(when, reader.clock())}"
     if facts["paused"]:
-        yield "paused     " + ", ".join(printable(name) or "all queues" for name in facts["paused"])
+        yield "paused     " + ", ".join(name or "all queues" for name in facts["paused"])
+
+
+def status_obstacles(reader: Reader, only: str | None) -> Iterator[str]:
+    """Yield a line about the oldest ready job, a lost one, and a blocked one."""
+    oldest = reader.oldest(only)
+    if oldest:
+        since = format_distance(oldest.run_after, reader.clock())
+        yield f"oldest     job {oldest.id}, due {since}; {reason_to_wait(reader, oldest)}"
+    claimed = ((job, obstacle(reader, job)) for job in reader.claimed())
+    lost = ((job, reason) for job, reason in claimed if reason and only in (None, job.queue))
+    for job, reason in islice(lost, 1):
+        yield f"lost       job {job.id}: {reason}"
+    for job in reader.blocked([only] if only else (), limit=1):
+        yield f"blocked    job {job.id} is {describe_blockers(reader.parents(job))}"
 
 
 def status_text(reader: Reader, only: str | None = None, *, full: bool = False) -> Iterator[str]:
     """Yield the state of everything, or of one queue; the full view is the one to watch."""
     facts = status_facts(reader, only)
-    oldest = reader.oldest(only)
     now = reader.clock()
-    yield from status_counts(facts, full=full)
-    if oldest:
-        since = format_distance(oldest.run_after, now)
-        reason = reason_to_wait(reader, oldest)
-        yield f"oldest     job {printable(oldest.id)}, due {since}; {reason}"
-    claimed = [job for job in reader.claimed() if only in (None, job.queue)]
-    lost = ((job, obstacle(reader, job)) for job in claimed)
-    for job, reason in islice(((job, reason) for job, reason in lost if reason), 1):
-        yield f"lost       job {printable(job.id)}: {reason}"
-    for job in reader.blocked([only] if only else (), limit=1):
-        yield f"blocked    job {printable(job.id)} is {describe_blockers(reader.parents(job))}"
+    yield from status_counts(reader, facts, only, full=full)
+    yield from status_obstacles(reader, only)
     if set(facts["queues"]) - {"default"}:
         rows = ((name, *states.values()) for name, states in facts["queues"].items())
         yield from section(("QUEUE", *map(str.upper, STATES)), rows)
@@ -4316,29 +4339,73 @@ def status_text(reader: Reader, only: str | None = None, *, full: bool = False) 
 
 
 class Progress:
-    """How far jobs have come since a moment, by the number in each state."""
+    """How far jobs have come since this object was made.
 
-    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
-        """Begin now."""
+    `counts` returns a tally of them, and `next_time` when the next scheduled one is due.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        counts: Callable[[], dict[str, int]],
+        next_time: Callable[[], float | None],
+    ) -> None:
+        self.clock = reader.clock
         self.counts = counts
+        self.next_time = next_time
         self.first = counts()
         self.samples = collections.deque([(time.monotonic(), 0)], 50)
 
-    def line(self) -> str:
-        """Return how many jobs are done of how many, the rate, the time left, and the failures."""
-        now = self.counts()
+    @classmethod
+    def of_queues(cls, reader: Reader, queues: Sequence[str] = ()) -> Progress:
+        """Observe all jobs of these queues, or of all."""
+
+        def counts() -> dict[str, int]:
+            rows = reader.counts_by_queue()
+            return tally(row[1:] for row in rows if not queues or row[0] in queues)
+
+        return cls(reader, counts, partial(reader.next_ready_time, queues))
+
+    @classmethod
+    def of_jobs(cls, watch: JobWatch) -> Progress:
+        """Observe some jobs."""
+
+        def counts() -> dict[str, int]:
+            return tally((job.state, job.readiness, 1) for job in watch.jobs())
+
+        def next_time() -> float | None:
+            scheduled = (job for job in watch.jobs() if job.readiness == SCHEDULED)
+            return min((job.run_after for job in scheduled), default=None)
+
+        return cls(watch.reader, counts, next_time)
+
+    def rate(self, done: int) -> float:
+        """Return the jobs/s over the last lines."""
         clock = time.monotonic()
-        done = sum(max(0, now[state] - self.first[state]) for state in FINISHED)
-        left = now[PENDING] + now[PROCESSING]
-        failed = now[DEAD] - self.first[DEAD]
-        if not done + left:
-            return "no jobs yet"
         began, before = self.samples[0]
-        rate = (done - before) / max(clock - began, 0.001)
         self.samples.append((clock, done))
-        eta = f", {format_duration(round(left / rate))} left" if rate and left else ""
-        failures = f", {failed} failed" if failed > 0 else ""
-        return f"{done}/{done + left} jobs, {rate:.1f}/s{eta}{failures}"
+        return (done - before) / max(clock - began, 0.001)
+
+    def line(self) -> str:
+        """Return how many jobs are done of those that can run, and what the others wait for."""
+        now = self.counts()
+        done = sum(max(0, now[state] - self.first[state]) for state in FINISHED)
+        left = now["ready"] + now[PROCESSING]
+        failed = now[DEAD] - self.first[DEAD]
+        rate = self.rate(done)
+        parts = [f"{done}/{done + left} jobs"] if done or left else ["no job can run yet"]
+        if left:
+            parts.append(f"{rate:.1f}/s")
+        if left and rate > 0:
+            parts.append(f"{format_duration(round(left / rate))} left")
+        if failed > 0:
+            parts.append(f"{failed} failed")
+        if now["scheduled"]:
+            when = format_distance(self.next_time() or 0, self.clock())
+            parts.append(f"{now['scheduled']} scheduled (next {when})")
+        if now["blocked"]:
+            parts.append(f"{now['blocked']} blocked")
+        return ", ".join(parts)
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -4358,12 +4425,10 @@ class Command(NamedTuple):
 
 
 class EndedBySignal(Exception):
-    """The command was ended by a signal, and so is to end the process in the same way."""
+    """A signal ended the command, and ends the process in the same way; the argument is its number.
 
-    def __init__(self, number: int) -> None:
-        """Remember the number of the signal."""
-        super().__init__(signal_name(number))
-        self.number = number
+    So a shell loop around queuectl stops when Ctrl-C is pressed.
+    """
 
 
 def arg(*names: str, check: Validator = str, **options: Any) -> Argument:
@@ -4392,21 +4457,18 @@ class Screen:
 
     def line(self, text: str) -> None:
         """Print a line, above the progress line."""
-        self.write(("\r\x1b[K" if self.progress else "") + text + "\n" + self.progress)
+        start = "\r\x1b[K" if self.progress else ""
+        self.write(start + printable(text) + "\n" + self.progress)
 
     def draw(self, line: Callable[[], str]) -> None:
         """Draw the progress line again, at most five times a second, in the foreground only."""
         width = terminal_width(sys.stderr)
-        if width and time.monotonic() >= self.draw_at and is_foreground(sys.stderr.fileno()):
+        if width and not is_foreground(sys.stderr.fileno()):
+            self.progress = ""  # a shell has its prompt there now
+        elif width and time.monotonic() >= self.draw_at:
             self.draw_at = time.monotonic() + 0.2
             self.progress = shorten(line(), width - 1)
             self.write("\r\x1b[K" + self.progress)
-
-    def interrupted(self) -> None:
-        """After ^C on a terminal, begin a new line for the prompt."""
-        if terminal_width(sys.stderr):
-            self.write("\n")
-        self.progress = ""
 
     def clear(self) -> None:
         """Remove the progress line."""
@@ -4419,7 +4481,7 @@ SCREEN = Screen()
 
 
 def say(text: str) -> None:
-    """Tell people something, on stderr."""
+    """Print a message for people, on stderr."""
     SCREEN.line(f"queuectl: {text}")
 
 
@@ -4428,7 +4490,7 @@ def show(lines: Iterable[str], *, whole: bool = False) -> None:
     width = terminal_width(sys.stdout)
     colours: Mapping[str, int] = {DEAD: 31, COMPLETED: 32, PROCESSING: 36, CANCELLED: 33}
     pattern = rf"(?:(?<=  )|^)({'|'.join(colours)})(?=  |$)"
-    for line in lines:
+    for line in map(printable, lines):
         text = line if whole else shorten(line, width)
         if width and not line.endswith(" 0") and not os.environ.get("NO_COLOR"):
             text = re.sub(pattern, lambda m: f"\x1b[{colours[m[0]]}m{m[0]}\x1b[m", text, count=1)
@@ -4473,6 +4535,8 @@ def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) ->
     if words[0] == "-" and not exact:
         if len(words) > 1:
             raise BadInput("- must be the only word: the jobs are read from stdin")
+        if not sys.stdin:
+            raise BadInput("stdin is closed: there are no lines to read")
         stdin.seek(0)
         for at[0], line in enumerate(stdin, 1):
             if at[0] % 1000 == 0:
@@ -4514,22 +4578,15 @@ def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict
         yield fields
 
 
-def read_stdin() -> IO[bytes]:
-    """Return all of stdin, read to its end: a slow writer must not hold up the workers."""
+def cmd_enqueue(args: argparse.Namespace) -> None:
+    """Add jobs; print their ids."""
     import shutil
     import tempfile
 
-    if not sys.stdin:
-        raise BadInput("stdin is closed: there are no lines to read")
-    spool: IO[bytes] = tempfile.SpooledTemporaryFile(1 << 20)  # noqa: SIM115
-    shutil.copyfileobj(sys.stdin.buffer, spool)
-    return spool
-
-
-def cmd_enqueue(args: argparse.Namespace) -> None:
-    """Add jobs; print their ids."""
     at = [0]
-    with read_stdin() if args.words == ["-"] and "--" not in args.rest else io.BytesIO() as stdin:
+    with tempfile.SpooledTemporaryFile(1 << 20) as stdin:
+        if args.words == ["-"] and "--" not in args.rest and sys.stdin:
+            shutil.copyfileobj(sys.stdin.buffer, stdin)  # a slow writer must not hold up workers
         try:
             if not os.path.lexists(args.db):  # bad input must not create a queue
                 for job in with_options(args, described_jobs(args, stdin, at)):
@@ -4567,17 +4624,16 @@ def detach(args: argparse.Namespace) -> int:
         streams: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
         pool = subprocess.Popen(command, **streams, **SYSTEM.BACKGROUND)
         for _ in polling(longest=0.02):
-            names = [
-                name for name, note in run_dir.alive("pool").items() if note.get("pid") == pool.pid
-            ]
-            if names:
-                say(f"{names[0]} runs as process {pool.pid}; its log is {printable(log)}")
-                pool.returncode = Exit.OK  # it is not waited for
-                break
+            for name, note in run_dir.alive("pool").items():
+                if note.get("pid") == pool.pid:
+                    say(f"{name} runs as process {pool.pid}; its log is {log}")
+                    pool.returncode = Exit.OK  # it is not waited for
             if pool.poll() is not None:
-                file.seek(size)
-                SCREEN.write(file.read())
                 break
+        if pool.returncode:
+            file.seek(size)
+            for line in file:
+                SCREEN.line(line.rstrip("\n"))
     return pool.returncode
 
 
@@ -4594,7 +4650,7 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         if terminal_width(sys.stderr) and not args.quiet:
             queue = stack.enter_context(Queue(args.db, insecure=args.insecure))
-            progress = Progress(partial(queue.counts, args.queues))
+            progress = Progress.of_queues(queue._reader, args.queues)
             options["tick"] = lambda: SCREEN.draw(progress.line)
         code = work(args.db, args.count, **options, signals=True)
     if code > Exit.SIGNALLED:
@@ -4616,7 +4672,7 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
         if all(map(run_dir.is_unlocked, alive)):
             return Exit.OK
         if waited > 1:
-            busy = ", ".join(printable(job.id) for job in queue._reader.claimed())
+            busy = ", ".join(job.id for job in queue._reader.claimed())
             notices.report(f"waiting for {busy or 'the workers to leave'}", key="waiting")
     say(f"still running after {format_duration(args.timeout)}")
     return Exit.TIMED_OUT
@@ -4668,18 +4724,13 @@ def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
         show_jobs(args, queue, args.state or ())
         return
     now = queue._reader.clock()
-    settings = queue.config()
-    states = args.state or STATES
-    jobs = [
-        job
-        for job in queue._reader.schedules()
-        if args.queue in (None, job.queue) and job.state in states
-    ]
-    facts = (job_facts(job, settings) for job in jobs)
-    rows = (
-        (job.schedule_id, rule_text(job), format_distance(job.run_after, now), job.id, job.command)
-        for job in jobs
-    )
+    facts = []
+    rows = []
+    for job in queue._reader.schedules():
+        if args.queue in (None, job.queue) and job.state in (args.state or STATES):
+            facts.append(job_facts(job, queue.config()))
+            due = format_distance(job.run_after, now)
+            rows.append((job.schedule_id, rule_text(job), due, job.id, job.command))
     show_list(args, facts, ("ID", "SCHEDULE", "NEXT", "JOB", "COMMAND"), rows)
 
 
@@ -4714,49 +4765,62 @@ def require_ids(args: argparse.Namespace, *, selected: bool = False) -> list[str
 
 
 def report_obstacles(reader: Reader, jobs: Iterable[Job]) -> None:
-    """Say why jobs wait, once for each reason."""
-    notices = Notices(say, NEVER)
+    """Report why jobs wait, once for each reason."""
+    reasons: set[str] = set()
     for job in jobs:
         reason = obstacle(reader, job)
-        if reason:
-            notices.report(waiting_line(job, reason), key=reason)
+        if reason not in reasons | {""}:
+            say(f"job {job.id} waits: {reason}")
+        reasons.add(reason)
 
 
-def wait_for_all(args: argparse.Namespace, queue: Queue) -> int:
-    """Wait until nothing is left to run; return the exit code of the first job that died."""
-    reader = queue._reader
-    old = set(reader.dead())
-    report_obstacles(reader, chain(reader.claimed(), filter(None, [reader.oldest()])))
-    progress = Progress(queue.counts)
+def await_jobs(
+    args: argparse.Namespace,
+    reader: Reader,
+    progress: Progress,
+    end: Callable[[], list[Job] | None],
+) -> int:
+    """Wait until `end` returns jobs; return the exit code of the first that failed."""
     for _ in reader.changes(args.timeout):
-        if not reader.drain_blockers():
-            died = (row[0] for row in reader.dead() if row not in old)
-            blocked = reader.blocked(limit=1)
-            report_obstacles(reader, blocked)
-            jobs = [*map(queue.get, islice(died, 1)), *blocked]
+        jobs = end()
+        if jobs is not None:
+            for job in [job for job in jobs if job.state == PENDING]:
+                cause = reader.failed_ancestor(job)
+                reason = f"job {cause.id} is {cause.state}" if cause else obstacle(reader, job)
+                say(f"job {job.id} cannot run: {reason}")
             return next(filter(None, map(exit_code_of, jobs)), Exit.OK)
         SCREEN.draw(progress.line)
     say(f"timed out after {format_duration(args.timeout)}: {progress.line()}")
     return Exit.TIMED_OUT
 
 
+def await_all(args: argparse.Namespace, reader: Reader) -> int:
+    """Wait until nothing is left to run; return the exit code of the first job that died."""
+    old = set(reader.dead())
+    report_obstacles(reader, chain(reader.claimed(), filter(None, [reader.oldest()])))
+
+    def end() -> list[Job] | None:
+        if reader.drain_blockers():
+            return None
+        died = (row[0] for row in reader.dead() if row not in old)
+        return [*map(reader.get, islice(died, 1)), *reader.blocked(limit=1)]
+
+    return await_jobs(args, reader, Progress.of_queues(reader), end)
+
+
 def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     """Wait until jobs have ended; return the exit code of the first that failed."""
     ids = require_ids(args)
-    if not ids:
-        return wait_for_all(args, queue)
     reader = queue._reader
+    if not ids:
+        return await_all(args, reader)
     watch = JobWatch(reader, reader.named(ids))
     report_obstacles(reader, watch.jobs())
-    progress = Progress(lambda: collections.Counter(job.state for job in watch.jobs()))
-    for _ in reader.changes(args.timeout):
-        unfinished = watch.refresh()
-        if all(map(reader.failed_ancestor, unfinished)):
-            report_obstacles(reader, unfinished)
-            return next(filter(None, map(exit_code_of, watch.jobs())), Exit.OK)
-        SCREEN.draw(progress.line)
-    say(f"timed out after {format_duration(args.timeout)}: {progress.line()}")
-    return Exit.TIMED_OUT
+
+    def end() -> list[Job] | None:
+        return watch.jobs() if all(map(reader.failed_ancestor, watch.refresh())) else None
+
+    return await_jobs(args, reader, Progress.of_jobs(watch), end)
 
 
 # output
@@ -4816,10 +4880,10 @@ def stored_output(queue: Queue, job: Job, run: int | None) -> tuple[int, bytes]:
     found = [attempt for attempt in attempts if attempt.run == (run or job.run)]
     if run and not found:
         has = f"1 to {attempts[-1].run}" if attempts else "none yet"
-        raise NotFound(f"job {printable(job.id)} has no run {run}; its runs: {has}")
+        raise NotFound(f"job {job.id} has no run {run}; its runs: {has}")
     for attempt in found or attempts[-1:]:
         if attempt.error and not attempt.output and not attempt.bytes_dropped:
-            say(f"job {printable(job.id)} wrote nothing: {printable(attempt.error)}")
+            say(f"job {job.id} wrote nothing: {attempt.error}")
         return attempt.bytes_dropped, attempt.output
     return 0, b""
 
@@ -4830,7 +4894,7 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
     if not (args.follow or job.run or job.id == args.id):
         job = queue._reader.last_run(job)  # of a schedule
     if job.state == PENDING and not args.run:
-        say(waiting_line(job, reason_to_wait(queue._reader, job)))
+        say(f"job {job.id} waits: {reason_to_wait(queue._reader, job)}")
     if args.follow and not args.run:
         job = await_attempt(queue, job)
     limit = queue._reader.settings(job.queue)["output_limit"]
@@ -4854,22 +4918,20 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
 
 
 def report_cancelled(args: argparse.Namespace, queue: Queue, job: Job) -> int:
-    """Print the id of a cancelled job, and say what follows; return the exit code."""
-    name = printable(job.id)
+    """Print the id of a cancelled job, and report the consequences; return the exit code."""
     if job.state != CANCELLED and not job.cancel_requested:
-        say(f"job {name} is {job.state}; it was not changed")
+        say(f"job {job.id} is {job.state}; it was not changed")
         return Exit.OK if args.cascade and job.state == DEAD else Exit.NO
     print(job.id)
     if job.cancel_requested:
-        say(f"job {name} is being cancelled: {obstacle(queue._reader, job)}")
-    schedule = job.schedule_id or ""
-    if job.rule and queue.get(schedule).seq == job.seq:
-        say(f"schedule {printable(schedule)} has ended with it; dlq retry {name} resumes it")
+        say(f"job {job.id} is being cancelled: {obstacle(queue._reader, job)}")
+    if job.rule and queue.get(job.schedule_id or "").seq == job.seq:
+        say(f"schedule {job.schedule_id} has ended with it; dlq retry {job.id} resumes it")
     children = queue._reader.number(COUNT_CHILDREN, seq=job.seq)
     if children:
         stay = "stays" if children == 1 else "stay"
         jobs = plural(children, "job")
-        say(f"{jobs} waiting for {name} {stay} blocked; --cascade cancels these too")
+        say(f"{jobs} waiting for {job.id} {stay} blocked; --cascade cancels these too")
     return Exit.OK
 
 
@@ -4880,12 +4942,10 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
     for _ in queue._reader.changes():
         jobs = [queue._reader.by_seq(job.seq) or job for job in jobs]
         ending = [job for job in jobs if job.cancel_requested]
-        if not any(not run_dir.is_unlocked(job.locked_by) for job in ending) and not (
-            ending and run_dir.alive("pool")
-        ):
+        has_worker = not all(run_dir.is_unlocked(job.locked_by) for job in ending)
+        if not has_worker and not (ending and run_dir.alive("pool")):
             break
-    codes = [report_cancelled(args, queue, job) for job in jobs]
-    return max(codes)
+    return max(report_cancelled(args, queue, job) for job in jobs)
 
 
 def cmd_pause(args: argparse.Namespace, queue: Queue) -> None:
@@ -4907,8 +4967,9 @@ def cmd_dlq_retry(args: argparse.Namespace, queue: Queue) -> None:
     ids = queue.retry(require_ids(args) or None)
     show(ids)
     cancelled = queue.counts()[CANCELLED]
-    if not ids and cancelled:
-        say(f"no job is dead; {plural(cancelled, 'cancelled job')} can be retried by id")
+    if not ids:
+        hint = f"; {plural(cancelled, 'cancelled job')} can be retried by id" if cancelled else ""
+        say(f"no job is dead{hint}")
 
 
 def cmd_dlq_purge(args: argparse.Namespace, queue: Queue) -> None:
@@ -4935,7 +4996,7 @@ def setting_text(value: object) -> str:
 
 def cmd_config_get(args: argparse.Namespace, queue: Queue) -> None:
     """Print one setting."""
-    print(printable(setting_text(queue.config()[args.key])))
+    show([setting_text(queue.config()[args.key])], whole=True)
 
 
 def cmd_config_set(args: argparse.Namespace) -> None:
@@ -4943,11 +5004,6 @@ def cmd_config_set(args: argparse.Namespace) -> None:
     validate_setting(args.key, args.value)  # before a queue is created for it
     with Queue(args.db, insecure=args.insecure) as queue:
         queue.configure(args.key, args.value)
-
-
-def cmd_config_unset(args: argparse.Namespace, queue: Queue) -> None:
-    """Restore the default of one setting."""
-    queue.configure(args.key, None)
 
 
 def cmd_config_list(args: argparse.Namespace, queue: Queue) -> None:
@@ -5049,8 +5105,8 @@ COMMANDS = {
         cmd_config_set, "none", "change a setting", "config set backoff_base 3",
         (KEY, arg("value", metavar="VALUE"))),
     "config unset": Command(
-        cmd_config_unset, "write", "restore the default of a setting", "config unset timeout",
-        (KEY,)),
+        lambda args, queue: queue.configure(args.key, None),
+        "write", "restore the default of a setting", "config unset timeout", (KEY,)),
     "config list": Command(cmd_config_list, "read", "list the settings", "config list", (JSON,)),
 }
 # fmt: on
@@ -5122,13 +5178,6 @@ examples:
 """
 
 
-def version_text() -> str:
-    """Return the versions of the program and of what it runs on."""
-    python = ".".join(map(str, sys.version_info[:3]))
-    sqlite = sqlite3.sqlite_version
-    return f"queuectl {__version__} (Python {python}, SQLite {sqlite}, schema {SCHEMA_VERSION})"
-
-
 def usage_hint(prog: str, message: str, options: Iterable[str]) -> str:
     """Return a hint for a usage error."""
     wrong = re.match("unrecognized arguments: (-[^ =]+)", message)
@@ -5141,11 +5190,6 @@ def usage_hint(prog: str, message: str, options: Iterable[str]) -> str:
     return suggestion(wrong[1], options)
 
 
-def quoted_usage(message: str) -> str:
-    """Return a message of argparse, with what it repeats of the command line cut."""
-    return message if len(message) <= 4 * QUOTED_LIMIT else message[: 4 * QUOTED_LIMIT] + "..."
-
-
 def new_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
     """Return a parser that raises BadInput, with a hint."""
     import argparse
@@ -5155,7 +5199,9 @@ def new_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
             if message.endswith("required: COMMAND"):
                 message = f"which command? {', '.join(menu(self.prog[9:]))}"
             hint = usage_hint(self.prog, message, self._option_string_actions)
-            raise BadInput(f"{quoted_usage(message)}{hint} (see {self.prog} --help)")
+            limit = 4 * QUOTED_LIMIT  # it may repeat a long command line
+            cut = "..." * (len(message) > limit)
+            raise BadInput(f"{message[:limit]}{cut}{hint} (see {self.prog} --help)")
 
     style = argparse.RawDescriptionHelpFormatter
     return Parser(prog, formatter_class=style, allow_abbrev=False, **options)
@@ -5175,7 +5221,10 @@ def menu_parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument("-h", "--help", action="help", help=hidden)
     if not name:
         db = os.environ.get("QUEUECTL_DB") or "queuectl.db"
-        parser.add_argument("--version", action="version", version=version_text(), help=hidden)
+        python = ".".join(map(str, sys.version_info[:3]))
+        runs_on = f"Python {python}, SQLite {sqlite3.sqlite_version}, schema {SCHEMA_VERSION}"
+        version = f"queuectl {__version__} ({runs_on})"
+        parser.add_argument("--version", action="version", version=version, help=hidden)
         parser.add_argument("--db", default=db, metavar="PATH", help=hidden)
         parser.add_argument("--insecure", action="store_true", help=hidden)
     parser.add_argument("rest", nargs=argparse.PARSER, metavar="COMMAND", help=hidden)
@@ -5239,11 +5288,13 @@ def run(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         SYSTEM.enable_escapes()
-        code = execute(parse((sys.argv[1:] if argv is None else argv) or ["--help"]))
+        code: int = Exit.OK
+        with contextlib.suppress(SystemExit):  # --help and --version
+            code = execute(parse((sys.argv[1:] if argv is None else argv) or ["--help"]))
         sys.stdout.flush()
         return code
     except QueueError as error:
-        say(printable(str(error)))
+        say(str(error))
         return error.code
     except BrokenPipeError:
         discard_output()
@@ -5252,10 +5303,9 @@ def run(argv: Sequence[str] | None = None) -> int:
         discard_output()
         where = getattr(error, "filename", None)
         reason = getattr(error, "strerror", None) or error
-        say(printable(f"{where}: {reason}" if where else str(reason)))
+        say(f"{where}: {reason}" if where else str(reason))
         return Exit.FAULT
-    except KeyboardInterrupt:
-        SCREEN.interrupted()
+    except KeyboardInterrupt:  # the shell begins a new line for its prompt
         raise EndedBySignal(signal.SIGINT) from None
     finally:
         SCREEN.clear()
@@ -5266,21 +5316,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(run(argv))
     except EndedBySignal as end:
-        return Exit.SIGNALLED + end.number
+        return int(Exit.SIGNALLED + end.args[0])
 
 
 def main_program() -> NoReturn:
-    """Run the command of this process; end by the same signal as the command, if any did.
-
-    So a shell loop around queuectl stops when Ctrl-C is pressed.
-    """
+    """Run the command of this process; end by the same signal as the command, if any did."""
     try:
-        restore_interrupts()
-        code = run()
-    except EndedBySignal as end:
+        with interrupts_raised():
+            code = run()
+    except (EndedBySignal, KeyboardInterrupt) as end:
+        number = end.args[0] if end.args else signal.SIGINT
         discard_output()
-        end_by_signal(end.number)
-        code = Exit.SIGNALLED + end.number
+        end_by_signal(number)
+        code = Exit.SIGNALLED + number
     discard_output()
     sys.exit(code)
 

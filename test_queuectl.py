@@ -49,6 +49,7 @@ import ast
 import contextlib
 import faulthandler
 import functools
+import glob
 import hashlib
 import io
 import itertools
@@ -501,13 +502,15 @@ class Live(Case):
 class Terminal:
     """A command on a terminal of its own."""
 
-    def __init__(self, case: Case, *args: str, columns: int = 80, **more: Any) -> None:
+    def __init__(
+        self, case: Case, *args: str, columns: int = 80, program: Any = (), **more: Any
+    ) -> None:
         self.fd, slave = pty.openpty()
         case.addCleanup(os.close, self.fd)
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")}
         env.update({"TERM": "xterm", **more.pop("env", {})})
-        line = [*PYTHON, PROGRAM, *args]
+        line = [*(program or (*PYTHON, PROGRAM)), *args]
         where: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": slave, "stderr": slave}
         self.process = subprocess.Popen(line, cwd=case.dir, env=env, **{**where, **more})
         case.addCleanup(self.process.wait)
@@ -515,15 +518,35 @@ class Terminal:
         os.close(slave)
         self.shown = ""
 
-    def wait_for(self, pattern: str, limit: float = 10.0) -> None:
-        """Wait until something is shown, and forget what was shown so far."""
+    @classmethod
+    def shell(cls, case: Case) -> Terminal:
+        """Start a shell that has jobs in the foreground and background; `q` is queuectl."""
+        if not shutil.which("bash"):
+            raise unittest.SkipTest("there is no bash")
+        case.write("q", f'#!/bin/sh\nexec {shlex.join([*PYTHON, PROGRAM])} "$@"\n')
+        os.chmod(case.file("q"), 0o755)
+        take = "import fcntl, os, sys, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0); os.dup2(1, 0)"
+        run = f"{take}; os.execvp('bash', ['bash', '--norc', '--noprofile', '--noediting', '-i'])"
+        program = (sys.executable, "-c", run)
+        terminal = cls(case, program=program, env={"PS1": "> "}, start_new_session=True)
+        terminal.type('PATH=.:$PATH; echo re""ady')
+        terminal.wait_for("ready")
+        return terminal
+
+    def type(self, text: str) -> None:
+        """Type a line, or a control character."""
+        os.write(self.fd, (text if text < " " else text + "\n").encode())
+
+    def wait_for(self, pattern: str, limit: float = 10.0) -> str:
+        """Wait until something is shown; return, and forget, everything shown so far."""
         deadline = time.monotonic() + limit
         while not re.search(pattern, self.shown):
             more = select.select([self.fd], [], [], limit)[0] and os.read(self.fd, 65536)
             if not more or time.monotonic() > deadline:
                 raise AssertionError(f"no {pattern!r} in {self.shown!r}")
             self.shown += more.decode()
-        self.shown = ""
+        shown, self.shown = self.shown, ""
+        return shown
 
     def end(self) -> str:
         """Return all that is shown until the command ends."""
@@ -3856,6 +3879,54 @@ class WordsWhy(Clocked):
         self.assertEqual(self.why("x"), "all workers are stopping")
 
 
+@NEEDS_SHELL
+class WordsProgress(Clocked):
+    """How far jobs have come, for a progress line or `status --watch`."""
+
+    @internal
+    def test_progress_counts_what_can_run_and_names_what_waits(self) -> None:
+        progress = queuectl.Progress.of_queues(self.queue._reader)
+        self.assertEqual(progress.line(), "no job can run yet")
+        enqueue_graph(self.queue, "a", "b", "c a", "d c")
+        for delay in (9.5 * 3600, 20 * 3600):
+            self.queue.enqueue("true", delay=delay)
+        waiting = "2 scheduled (next in 9h30m)"
+        self.assertEqual(progress.line(), f"0/2 jobs, 0.0/s, {waiting}, 2 blocked")
+        self.finish()
+        line = rf"1/3 jobs, \d+\.\d/s, \S+ s left, {re.escape(waiting)}, 1 blocked"
+        self.assertRegex(progress.line(), line)
+        self.finish(1)
+        self.finish(1)
+        self.assertEqual(progress.line(), f"3/3 jobs, 2 failed, {waiting}, 1 blocked")
+
+    @internal
+    def test_progress_of_named_jobs_tells_when_the_next_is_due(self) -> None:
+        self.queue.enqueue("true", id="x", delay=7200)
+        self.queue.enqueue("true", id="y", after="x")
+        reader = self.queue._reader
+        watch = queuectl.JobWatch(reader, reader.named(["x", "y"]))
+        line = queuectl.Progress.of_jobs(watch).line()
+        self.assertEqual(line, "no job can run yet, 1 scheduled (next in 2h), 1 blocked")
+
+    @internal
+    def test_rate_is_over_the_last_minute_or_the_age_of_the_pools(self) -> None:
+        for _ in range(6):
+            self.queue.enqueue("true")
+        self.run_all()
+        self.assertEqual(queuectl.status_facts(self.queue._reader)["rate"], 0.1)
+        for name, age, rate in (("pool-1", 3, 2.0), ("pool-2", 90, 0.1)):
+            lock = queuectl.LockFile(self.queue._db.run_dir.file(name))
+            self.addCleanup(lock.close)
+            lock.write_note(started=self.now - age)
+            self.assertEqual(queuectl.status_facts(self.queue._reader)["rate"], rate)
+
+    def test_status_tells_when_the_next_scheduled_job_is_due(self) -> None:
+        self.queue.enqueue("true")
+        self.assertNotIn("next ", self.stdout("status"))
+        self.queue.enqueue("true", run_at=time.time() + 9 * 3600 + 60)
+        self.assertRegex(self.stdout("status"), r"\nnext +due in 9h")
+
+
 # --- command line ---------------------------------------------------------------------------------
 
 
@@ -4285,6 +4356,7 @@ class CliStatus(Clocked):
         whole = "\n".join(queuectl.status_text(self.queue._reader, None, full=True))
         gpu = "\n".join(queuectl.status_text(self.queue._reader, "gpu", full=True))
         self.assertRegex(whole, r"(?s)rate +0\.0 .*paused +cpu\n.*LAST FAILED.*\ndefault1 ")
+        self.assertRegex(whole, r"\nrate +0\.0  jobs/s recently\n")
         self.assertNotRegex(gpu, "paused|FAILED|default")
 
 
@@ -4317,14 +4389,14 @@ class CliStatusLive(Live):
         rows = (
             r"^\x1b\[H\x1b\[J",
             r"pending +3\r\nprocessing +1\r\ncompleted +0\r\ndead +1\r\n",
-            r"workers +1\r\nrate +0\.0  jobs/s over the last minute\r\n",
+            r"workers +1\r\nrate +\d\.\d  jobs/s recently\r\n",
             r"oldest +job later0, due \S+.*; next to run\r\n",
             r"worker-\S+ +\d+ +busy +(now|\d+ s ago) +touch started",
             r"bad +(now|\d+ s ago) +exit code 3\r\n",
         )
         watch.wait_for("(?s)" + ".*".join(rows))
         self.write("go")
-        watch.wait_for(r"(?s)\x1b\[H\x1b\[J.*completed +4\r\n.*rate +0\.1 .*idle")
+        watch.wait_for(r"(?s)\x1b\[H\x1b\[J.*completed +4\r\n.*rate +\d\.\d .*idle")
         watch.process.send_signal(signal.SIGINT)
         self.assertNotIn("Traceback", watch.end())
         self.assertEqual(watch.process.returncode, -signal.SIGINT)
@@ -4366,15 +4438,12 @@ class CliListLive(Live):
         self.assertEqual(stderr, "queuectl: 2 of 5 jobs shown; --limit 0 shows all\n")
         self.assertEqual(len(self.json_lines("list")), 5)
 
-    def test_closed_pipe_is_not_an_error(self) -> None:
+    def test_list_shows_a_hundred_jobs_unless_told_otherwise(self) -> None:
         with Queue(self.path) as queue:
-            list(queue.enqueue_many({"command": "x" * 100} for _ in range(2000)))
-        line = f"{' '.join([*PYTHON, PROGRAM])} list --limit 0 | head -1"
-        result = subprocess.run(line, shell=True, cwd=self.dir, capture_output=True, check=False)
-        self.assertEqual((result.stdout[:4], result.stderr), (b"ID  ", b""))
-        self.assertEqual(
-            self.result("list")[2], "queuectl: 100 of 2000 jobs shown; --limit 0 shows all\n"
-        )
+            list(queue.enqueue_many({"command": "true"} for _ in range(102)))
+        code, out, err = self.result("list")
+        self.assertEqual((code, out.count("\n")), (0, 101))
+        self.assertEqual(err, "queuectl: 100 of 102 jobs shown; --limit 0 shows all\n")
 
     def test_list_recurring_shows_schedules_and_their_next_times(self) -> None:
         self.stdout("enqueue", "--id", "x", "--every", "15m", "--delay", "1h30s", "true")
@@ -4504,6 +4573,15 @@ class CliWait(Case):
             queue.enqueue("true", id="child", after=["good", "seven"])
         self.assert_table(self.WAIT_CODES, lambda words: self.result("wait", *words.split())[0])
 
+    def test_wait_for_a_job_that_a_dead_one_blocks_returns_at_once_with_the_reason(self) -> None:
+        with Queue(self.path) as queue:
+            enqueue_graph(queue, "a", "b a", "c b")
+            queue._ledger.finish(claim(queue), Outcome("exited", 1.0, 2.0, 3, "exit code 3"))
+        for job_id, blocker in (("b", "a (dead)"), ("c", "b (pending)")):
+            waits = f"queuectl: job {job_id} waits: blocked by {blocker}\n"
+            reason = f"queuectl: job {job_id} cannot run: job a is dead\n"
+            self.assertEqual(self.result("wait", job_id), (1, "", waits + reason))
+
     def test_wait_reports_why_each_job_waits(self) -> None:
         self.enqueue("true", id="x")
         self.enqueue("true", id="child", after="x")
@@ -4512,7 +4590,7 @@ class CliWait(Case):
                 err = self.result("wait", "--timeout", "0", *words.split())[2]
                 self.assertEqual(re.findall("job (\\w+) waits: ", err), ids.split())
         self.stdout("cancel", "x")
-        error = "queuectl: job child waits: blocked by x (cancelled)\n"
+        error = "queuectl: job child cannot run: job x is cancelled\n"
         self.assertEqual(self.result("wait", "--all"), (1, "", error))
 
 
@@ -4565,7 +4643,7 @@ class CliWaitLive(Live):
         self.pool()
         self.wait_for_file("started")
         wait_all = Terminal(self, "wait", "--all")
-        wait_all.wait_for(r"\d/4 jobs")  # it has its list of jobs
+        wait_all.wait_for(r"\d/3 jobs.*1 blocked")  # it has its list of jobs
         wait_named = self.start("wait", "blocked", "scheduled", "waiting", "running")
         code, _, err = self.result("wait", "running", "--timeout", "0.2")
         self.assertEqual((code, err), (124, "queuectl: timed out after 0.2 s: 0/1 jobs, 0.0/s\n"))
@@ -4701,6 +4779,14 @@ class CliDlq(Case):
         job = self.job("x")
         self.assertEqual((job.state, job.attempts), ("pending", 0))
 
+    def test_retry_of_all_reports_that_no_job_is_dead(self) -> None:
+        self.enqueue("true", id="x")
+        message = "queuectl: no job is dead"
+        self.assertEqual(self.result("dlq", "retry", "--all"), (0, "", message + "\n"))
+        self.result("cancel", "x")
+        hint = "; 1 cancelled job can be retried by id\n"
+        self.assertEqual(self.result("dlq", "retry", "--all"), (0, "", message + hint))
+
     @internal
     def test_cancelled_job_that_never_ran_keeps_its_due_time_when_retried(self) -> None:
         self.enqueue("true", id="x", delay=3600)
@@ -4728,6 +4814,11 @@ class CliConfig(Case):
         listed = [setting["key"] for setting in self.json_lines("config", "list")]
         self.assertEqual(listed, list(queuectl.SETTINGS))
 
+    def test_escape_sequence_in_a_setting_is_shown_escaped(self) -> None:
+        self.stdout("config", "set", "shell", "sh \x1b[2J -c")
+        self.assertEqual(self.stdout("config", "get", "shell"), "sh '\\x1b[2J' -c\n")
+        self.assertNotIn("\x1b", self.stdout("config", "list"))
+
     def test_bad_settings_are_refused_with_the_nearest_key_or_the_range(self) -> None:
         messages = {
             "tiemout=5": "unknown key tiemout: did you mean timeout?",
@@ -4746,6 +4837,25 @@ class CliConfig(Case):
 
 
 class CliHelp(Case):
+    """`--help` and `--version`."""
+
+    def test_version_names_everything_that_a_bug_report_needs(self) -> None:
+        python = ".".join(map(str, sys.version_info[:3]))
+        runs_on = f"Python {python}, SQLite {sqlite3.sqlite_version}, schema 1"
+        shown = f"queuectl {queuectl.__version__} ({runs_on})\n"
+        self.assertEqual(self.result("--version"), (0, shown, ""))
+
+    def test_older_python_shows_a_line_that_names_the_needed_version(self) -> None:
+        pattern = os.path.expanduser("~/.pyenv/versions/3.[67].*/bin/python3")
+        found = glob.glob(pattern)
+        if not found:
+            self.skipTest("neither Python 3.6 nor 3.7 is installed")
+        for python in found:
+            with self.subTest(python):
+                result = self.process(python, PROGRAM, "status")
+                self.assertEqual(result.returncode, 1)
+                self.assertIn("# Python 3.8 or later is needed", result.stderr)
+
     def test_help_fits_on_a_screen_and_shows_four_examples(self) -> None:
         shown = self.stdout()
         self.assertEqual(self.stdout("--help"), shown)
@@ -4785,6 +4895,69 @@ class CliCompletion(Case):
                     self.assertEqual(words, list(self.COMPLETIONS.values()))
 
 
+class CliSignals(Live):
+    """A signal ends the program as it ends any other, so that scripts stop too."""
+
+    def test_ctrl_c_ends_a_shell_loop(self) -> None:
+        self.enqueue("true", id="x")
+        shell = Terminal.shell(self)
+        shell.type('for n in 1 2 3; do echo round""$n; q wait x; done')
+        shell.wait_for("0/1 jobs")
+        shell.type("\x03")
+        shell.type('echo "[$?]"')
+        shown = shell.wait_for(r"\[\d+\]")
+        self.assertIn("[130]", shown)
+        self.assertNotRegex(shown, "round|Traceback")
+
+    def test_ctrl_c_ends_a_script(self) -> None:
+        self.enqueue("true", id="x")
+        shell = Terminal.shell(self)
+        shell.type("bash -c 'q wait x; echo PUB''LISHED'")
+        shell.wait_for("0/1 jobs")
+        shell.type("\x03")
+        shell.type('echo "[$?]"')
+        shown = shell.wait_for(r"\[\d+\]")
+        self.assertIn("[130]", shown)
+        self.assertNotIn("PUBLISHED", shown)
+
+    def test_closed_pipe_ends_the_program_by_sigpipe(self) -> None:
+        with Queue(self.path) as queue:
+            list(queue.enqueue_many({"command": "x" * 100} for _ in range(2000)))
+        process = self.start("list", "--limit", "0", stderr=subprocess.PIPE)
+        self.assertEqual(process.stdout.read(2), "ID")
+        process.stdout.close()
+        self.assertEqual((process.stderr.read(), process.wait(10)), ("", -signal.SIGPIPE))
+
+    def test_interrupt_during_the_imports_shows_no_traceback(self) -> None:
+        self.write("sqlite3.py", "import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+        os.environ["PYTHONPATH"] = self.dir
+        process = self.start("status")
+        self.assertEqual((process.communicate()[0], process.returncode), ("", -signal.SIGINT))
+
+    @internal
+    def test_main_returns_the_signal_to_a_program_that_calls_it(self) -> None:
+        self.enqueue("true")
+        for error, code in (KeyboardInterrupt, 130), (BrokenPipeError, 141):
+            with mock.patch.object(queuectl, "execute", side_effect=error):
+                self.assertEqual(self.result("status"), (code, "", ""))
+
+    def test_background_pool_leaves_the_prompt_alone(self) -> None:
+        self.enqueue(RUN_UNTIL_GO, id="x")
+        self.enqueue(RUN_UNTIL_GO, id="y")
+        shell = Terminal.shell(self)
+        shell.type("q worker start &")
+        self.wait_for_state("x", "processing")
+        self.write("go")
+        self.assertNotIn("\x1b[K", shell.wait_for("job y completed"))
+        shell.type("fg")
+        shell.wait_for(r"2/2 jobs")
+        shell.type("\x1a")  # Ctrl-Z
+        shell.wait_for("Stopped")
+        shell.type("bg; q enqueue --id z true")
+        shown = shell.wait_for("job z completed")
+        self.assertNotRegex(shown, r"(?s)bg; .*\x1b\[K.*jobs.*z completed")
+
+
 class CliTerminal(Live):
     """Output to terminals and other streams."""
 
@@ -4814,6 +4987,28 @@ class CliTerminal(Live):
                 self.assertEqual([c for c in shown if not c.isprintable() and c not in "\n\t"], [])
         # The output ends with half a character.
         self.assertTrue("red" in shown and shown.endswith("\\xe2\\x82"), shown)
+
+    def test_exit_code_is_right_where_neither_stream_can_be_written(self) -> None:
+        self.enqueue("true")
+        self.write("file")
+        for words, code in {"status": 4, "list": 4, "show 1": 4, "show 9": 1, "frob": 2}.items():
+            for path, mode in (("/dev/full", "w"), (self.file("file"), "r")):
+                with self.subTest(words, path=path), open(path, mode) as stream:
+                    process = self.start(*words.split(), stdout=stream, stderr=stream)
+                    self.assertEqual(process.wait(10), code)
+
+    def test_paths_and_logs_are_shown_escaped(self) -> None:
+        self.use_queue("\x1b[2J")
+        self.addCleanup(self.result, "worker", "stop", "--now")
+        started = self.run_cli("worker", "start", "--detach", real=True).stderr
+        self.assertRegex(started, r"its log is /.*\\x1b\[2J/queuectl.db.run/workers.log\n")
+        self.stdout("worker", "stop")
+        with mock.patch.dict(os.environ, QUEUECTL_DB=self.path + ".run/workers.log"):
+            shown = self.run_cli("worker", "start", "--detach", code=4, real=True).stderr
+        self.assertRegex(shown, r"^queuectl: .*\\x1b\[2J/")
+        os.chmod(self.path, 0o666)
+        for stream in self.result("worker", "start", "--detach", real=True)[1:]:
+            self.assertNotIn("\x1b", stream)
 
     def test_output_that_cannot_be_written_is_reported(self) -> None:
         for command, unbuffered in (("enqueue true", ""), ("list", ""), ("list", "1")):

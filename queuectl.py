@@ -96,6 +96,7 @@ if TYPE_CHECKING:
     Rows = Iterable[Sequence[object]]
     Path = Union[str, os.PathLike[str]]
     Settings = Mapping[str, Any]
+    Survey = Callable[[], tuple[dict[str, int], float]]  # a tally; when the next job is due
     Validator = Callable[[Any], Any]  # returns the value as it is stored, or raises ValueError
 
 __version__ = "1.0.0"
@@ -4338,74 +4339,55 @@ def status_text(reader: Reader, only: str | None = None, *, full: bool = False) 
     yield from section(("LAST FAILED", "WHEN", "WHY"), reasons)
 
 
+def survey_queues(reader: Reader, queues: Sequence[str] = ()) -> tuple[dict[str, int], float]:
+    """Return a tally of the jobs in these queues, or in all, and when the next one is due."""
+    rows = (row[1:] for row in reader.counts_by_queue() if not queues or row[0] in queues)
+    counts = tally(rows)
+    next_time = reader.next_ready_time(queues) if counts["scheduled"] else None
+    return counts, next_time or 0
+
+
+def survey_jobs(watch: JobWatch) -> tuple[dict[str, int], float]:
+    """Return a tally of some jobs, and when the next of them is due."""
+    jobs = watch.jobs()
+    times = [job.run_after for job in jobs if job.readiness == SCHEDULED]
+    return tally((job.state, job.readiness, 1) for job in jobs), min(times, default=0)
+
+
 class Progress:
-    """How far jobs have come since this object was made.
+    """How far jobs have come since this object was made, by surveys of them."""
 
-    `counts` returns a tally of them, and `next_time` when the next scheduled one is due.
-    """
-
-    def __init__(
-        self,
-        reader: Reader,
-        counts: Callable[[], dict[str, int]],
-        next_time: Callable[[], float | None],
-    ) -> None:
-        self.clock = reader.clock
-        self.counts = counts
-        self.next_time = next_time
-        self.first = counts()
+    def __init__(self, survey: Survey, clock: Callable[[], float]) -> None:
+        self.survey = survey
+        self.clock = clock
+        self.first = survey()[0]
         self.samples = collections.deque([(time.monotonic(), 0)], 50)
 
-    @classmethod
-    def of_queues(cls, reader: Reader, queues: Sequence[str] = ()) -> Progress:
-        """Observe all jobs of these queues, or of all."""
-
-        def counts() -> dict[str, int]:
-            rows = reader.counts_by_queue()
-            return tally(row[1:] for row in rows if not queues or row[0] in queues)
-
-        return cls(reader, counts, partial(reader.next_ready_time, queues))
-
-    @classmethod
-    def of_jobs(cls, watch: JobWatch) -> Progress:
-        """Observe some jobs."""
-
-        def counts() -> dict[str, int]:
-            return tally((job.state, job.readiness, 1) for job in watch.jobs())
-
-        def next_time() -> float | None:
-            scheduled = (job for job in watch.jobs() if job.readiness == SCHEDULED)
-            return min((job.run_after for job in scheduled), default=None)
-
-        return cls(watch.reader, counts, next_time)
-
     def rate(self, done: int) -> float:
-        """Return the jobs/s over the last lines."""
-        clock = time.monotonic()
+        """Return the jobs/s over the last samples."""
+        now = time.monotonic()
         began, before = self.samples[0]
-        self.samples.append((clock, done))
-        return (done - before) / max(clock - began, 0.001)
+        self.samples.append((now, done))
+        return (done - before) / max(now - began, 0.001)
 
     def line(self) -> str:
         """Return how many jobs are done of those that can run, and what the others wait for."""
-        now = self.counts()
+        now, next_time = self.survey()
         done = sum(max(0, now[state] - self.first[state]) for state in FINISHED)
         left = now["ready"] + now[PROCESSING]
-        failed = now[DEAD] - self.first[DEAD]
         rate = self.rate(done)
-        parts = [f"{done}/{done + left} jobs"] if done or left else ["no job can run yet"]
-        if left:
-            parts.append(f"{rate:.1f}/s")
-        if left and rate > 0:
-            parts.append(f"{format_duration(round(left / rate))} left")
-        if failed > 0:
-            parts.append(f"{failed} failed")
-        if now["scheduled"]:
-            when = format_distance(self.next_time() or 0, self.clock())
-            parts.append(f"{now['scheduled']} scheduled (next {when})")
-        if now["blocked"]:
-            parts.append(f"{now['blocked']} blocked")
-        return ", ".join(parts)
+        failed = now[DEAD] - self.first[DEAD]
+        due = format_distance(next_time, self.clock())
+        parts = {
+            f"{done}/{done + left} jobs": done or left,
+            "no job can run yet": not done and not left,
+            f"{rate:.1f}/s": left,
+            f"{format_duration(round(left / (rate or 1)))} left": left and rate > 0,
+            f"{failed} failed": failed > 0,
+            f"{now['scheduled']} scheduled (next {due})": now["scheduled"],
+            f"{now['blocked']} blocked": now["blocked"],
+        }
+        return ", ".join(part for part, is_shown in parts.items() if is_shown)
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -4650,7 +4632,8 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         if terminal_width(sys.stderr) and not args.quiet:
             queue = stack.enter_context(Queue(args.db, insecure=args.insecure))
-            progress = Progress.of_queues(queue._reader, args.queues)
+            reader = queue._reader
+            progress = Progress(partial(survey_queues, reader, args.queues), reader.clock)
             options["tick"] = lambda: SCREEN.draw(progress.line)
         code = work(args.db, args.count, **options, signals=True)
     if code > Exit.SIGNALLED:
@@ -4775,12 +4758,10 @@ def report_obstacles(reader: Reader, jobs: Iterable[Job]) -> None:
 
 
 def await_jobs(
-    args: argparse.Namespace,
-    reader: Reader,
-    progress: Progress,
-    end: Callable[[], list[Job] | None],
+    args: argparse.Namespace, reader: Reader, survey: Survey, end: Callable[[], list[Job] | None]
 ) -> int:
     """Wait until `end` returns jobs; return the exit code of the first that failed."""
+    progress = Progress(survey, reader.clock)
     for _ in reader.changes(args.timeout):
         jobs = end()
         if jobs is not None:
@@ -4805,7 +4786,7 @@ def await_all(args: argparse.Namespace, reader: Reader) -> int:
         died = (row[0] for row in reader.dead() if row not in old)
         return [*map(reader.get, islice(died, 1)), *reader.blocked(limit=1)]
 
-    return await_jobs(args, reader, Progress.of_queues(reader), end)
+    return await_jobs(args, reader, partial(survey_queues, reader), end)
 
 
 def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
@@ -4820,7 +4801,7 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     def end() -> list[Job] | None:
         return watch.jobs() if all(map(reader.failed_ancestor, watch.refresh())) else None
 
-    return await_jobs(args, reader, Progress.of_jobs(watch), end)
+    return await_jobs(args, reader, partial(survey_jobs, watch), end)
 
 
 # output

@@ -3885,7 +3885,8 @@ class WordsProgress(Clocked):
 
     @internal
     def test_progress_counts_what_can_run_and_names_what_waits(self) -> None:
-        progress = queuectl.Progress.of_queues(self.queue._reader)
+        survey = partial(queuectl.survey_queues, self.queue._reader)
+        progress = queuectl.Progress(survey, self.queue._reader.clock)
         self.assertEqual(progress.line(), "no job can run yet")
         enqueue_graph(self.queue, "a", "b", "c a", "d c")
         for delay in (9.5 * 3600, 20 * 3600):
@@ -3905,7 +3906,8 @@ class WordsProgress(Clocked):
         self.queue.enqueue("true", id="y", after="x")
         reader = self.queue._reader
         watch = queuectl.JobWatch(reader, reader.named(["x", "y"]))
-        line = queuectl.Progress.of_jobs(watch).line()
+        survey = partial(queuectl.survey_jobs, watch)
+        line = queuectl.Progress(survey, reader.clock).line()
         self.assertEqual(line, "no job can run yet, 1 scheduled (next in 2h), 1 blocked")
 
     @internal

@@ -51,9 +51,9 @@ The sections of this file, in order. Each one uses only the sections above it.
     command line    the commands, their arguments, and main
 
 To follow a job: cmd_enqueue, Queue.enqueue_many, RunDirectory.notify, Pool.turn, Crew.dispatch,
-Worker.main, Ledger.claim, Execution.run, Ledger.finish, after_attempt. To follow a killed worker:
+Worker.main, Ledger.claim, Worker.run, Ledger.finish, after_attempt. To follow a killed worker:
 Pool.reap, Recovery.recover, Termination, Ledger.finish. To follow a signal: Pool.on_signal,
-Pool.obey_signals, Pool.stop, Worker.receive, Execution.watch.
+Pool.obey_signals, Pool.stop, PoolLink.receive, Execution.watch.
 """
 
 from __future__ import annotations
@@ -4948,9 +4948,8 @@ def cmd_dlq_retry(args: argparse.Namespace, queue: Queue) -> None:
     ids = queue.retry(require_ids(args) or None)
     show(ids)
     cancelled = queue.counts()[CANCELLED]
-    if not ids:
-        hint = f"; {plural(cancelled, 'cancelled job')} can be retried by id" if cancelled else ""
-        say(f"no job is dead{hint}")
+    if not ids and cancelled:
+        say(f"no job is dead; {plural(cancelled, 'cancelled job')} can be retried by id")
 
 
 def cmd_dlq_purge(args: argparse.Namespace, queue: Queue) -> None:

@@ -453,13 +453,9 @@ class Live(Case):
         with self.connect(path) as db:
             self.assertEqual(db.execute("PRAGMA integrity_check").fetchall(), [("ok",)])
 
-    def wait_for_file(self, name: str) -> None:
-        """Wait until a job has made a file."""
-        wait_until(lambda: os.path.exists(self.file(name)))
-
-    def wait_for_line(self, name: str) -> None:
-        """Wait until a job has written a line."""
-        wait_until(lambda: self.lines(name))
+    def wait_for_file(self, name: str, text: str = "") -> None:
+        """Wait until a job has made a file, and written a text to it."""
+        wait_until(lambda: os.path.exists(self.file(name)) and text in self.read(name))
 
     def use_queue(self, name: str) -> None:
         """Use another queue, as does the program from now on."""
@@ -1550,7 +1546,7 @@ class DatabaseFullDisk(Live):
         first_attempt = f"{self.FILL_DISK}; echo $PPID > worker; exec sleep 300"
         self.stdout("enqueue", f"[ $QUEUECTL_ATTEMPT = 2 ] || {{ {first_attempt}; }}", **on_disk)
         pool = self.pool("--drain", **on_disk)
-        self.wait_for_line("worker")
+        self.wait_for_file("worker", "\n")
         os.kill(int(self.read("worker")), 9)
         self.wait_for_output(pool, "trying again")
         self.free_disk(on_disk)
@@ -3067,7 +3063,7 @@ class PoolRecovery(Live):
         command = "[ $QUEUECTL_ATTEMPT = 2 ] && exit; sleep 300 & echo $! > child; wait"
         job = self.enqueue(run_alone("job") + command)
         pool = self.pool()
-        self.wait_for_line("child")
+        self.wait_for_file("child", "\n")
         old = [int(self.lines("job.log")[0]), int(self.read("child"))]
         self.assertEqual([alive(pid) for pid in old], [True, True])
         second = self.second_here()
@@ -3082,7 +3078,7 @@ class PoolRecovery(Live):
     def test_job_of_a_killed_pool_restarts_in_another_pool_within_one_second(self) -> None:
         job = self.enqueue("echo run >> log; [ $QUEUECTL_ATTEMPT = 2 ] || sleep 300")
         pool = self.pool()
-        self.wait_for_line("log")
+        self.wait_for_file("log", "\n")
         victims = [pool.pid, *(facts["pid"] for facts in self.workers().values())]
         other = self.pool()
         self.wait_for_workers(2)
@@ -3164,7 +3160,7 @@ class PoolRecovery(Live):
         once = "[ $QUEUECTL_ATTEMPT = 2 ] && exit; "
         job = self.enqueue(once + f"echo $$ $PPID > pids; exec {as_nobody} sleep 300")
         pool = self.pool("--drain", prefix=without_kill)
-        self.wait_for_line("pids")
+        self.wait_for_file("pids", "\n")
         orphan, worker = map(int, self.read("pids").split())
         wait_until(lambda: "sleep" in self.read(f"/proc/{orphan}/comm"))
         os.kill(worker, 9)
@@ -3216,7 +3212,7 @@ class PoolFalseAlarms(Live):
         """Suspend a pool with a running job for a time, while another pool watches."""
         job = self.enqueue(f"echo run >> log; {RUN_UNTIL_GO}")
         pool = self.pool()
-        self.wait_for_line("log")
+        self.wait_for_file("log", "\n")
         suspended = [pool.pid, *(facts["pid"] for facts in self.workers().values())]
         for pid in suspended:
             os.kill(pid, signal.SIGSTOP)
@@ -3298,7 +3294,7 @@ time.time = shifted
                 f"touch began{day}; {RUN_UNTIL_GO}; [ $QUEUECTL_ATTEMPT = 2 ]", id="failing"
             )
             pools.append(self.pool("--count", "3"))
-            self.wait_for_line(f"log{day}")
+            self.wait_for_file(f"log{day}", "\n")
             self.wait_for_file(f"began{day}")
             self.write("new", str(day))
             os.rename(self.file("new"), os.environ["SHIFT"])
@@ -3350,7 +3346,7 @@ class PoolStop(Live):
             self.enqueue(f"echo $$ > {number.name}.pid; sleep 300 & sleep 300", id="job")
             pools[number] = self.pool()
         for number, pool in pools.items():
-            self.wait_for_line(f"{number.name}.pid")
+            self.wait_for_file(f"{number.name}.pid", "\n")
             pool.send_signal(number)
         message = "no new jobs; finishing the running ones; send it again after a second"
         for number, pool in pools.items():
@@ -3401,7 +3397,7 @@ class PoolStop(Live):
         self.configure(kill_grace="0.3")
         self.enqueue("trap '' TERM; echo $$ > pid; while :; do sleep 0.02; done", id="x")
         pool = self.pool()
-        self.wait_for_line("pid")
+        self.wait_for_file("pid", "\n")
         pool.terminate()
         self.wait_for_output(pool, "SIGTERM: no new jobs")
         self.kill_workers()
@@ -3443,7 +3439,7 @@ class PoolStop(Live):
         """Promise 4: no lock delays a stop by more than a second."""
         self.enqueue("echo > log")
         pool = self.pool("--count", "2")
-        self.wait_for_line("log")
+        self.wait_for_file("log", "\n")
         self.wait_for_workers(2)
         second = self.second_here()
         hold_write_lock(self)
@@ -3453,7 +3449,7 @@ class PoolStop(Live):
     def test_foreign_lock_does_not_delay_the_killing_of_running_jobs(self) -> None:
         job = self.enqueue("echo run >> log; [ $(wc -l < log) = 2 ] || sleep 300")
         pool = self.pool()
-        self.wait_for_line("log")
+        self.wait_for_file("log", "\n")
         second = self.second_here()
         db = hold_write_lock(self)
         began = time.monotonic()
@@ -3469,7 +3465,7 @@ class PoolStop(Live):
     def test_foreign_lock_does_not_delay_the_stop_with_one_job_to_recover(self) -> None:
         self.enqueue("echo $$ > pid; exec sleep 300")
         pool = self.pool()
-        self.wait_for_line("pid")
+        self.wait_for_file("pid", "\n")
         second = self.second_here()
         hold_write_lock(self)
         self.kill_workers()
@@ -3495,7 +3491,7 @@ class PoolStop(Live):
         self.enqueue("echo > first")
         ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
         pool = self.pool(preexec_fn=ignore, start_new_session=True)
-        self.wait_for_line("first")
+        self.wait_for_file("first", "\n")
         os.killpg(pool.pid, signal.SIGHUP)
         self.wait_for_state(self.enqueue("true"), "completed")
         self.assertIsNone(pool.poll())
@@ -3761,7 +3757,7 @@ class PoolTroubleLive(Live):
         self.enqueue(f"echo $PPID > busy; {RUN_UNTIL_GO}")
         pool = self.pool("--count", "2", "--drain")
         self.wait_for_workers(2)
-        self.wait_for_line("busy")
+        self.wait_for_file("busy", "\n")
         exhaust_descriptors(pool.pid)
         pids = {facts["pid"] for facts in self.workers().values()}
         (idle,) = pids - {int(self.read("busy"))}
@@ -4301,7 +4297,7 @@ class CliWorkers(Live):
     def test_worker_stop_now_kills_running_jobs_of_all_pools(self) -> None:
         job = self.enqueue("echo $$ > pid; sleep 300 & sleep 300")
         pools = [self.pool(), self.pool()]
-        self.wait_for_line("pid")
+        self.wait_for_file("pid", "\n")
         self.wait_for_workers(2)
         self.run_cli("worker", "stop", "--now")
         after = self.job(job)

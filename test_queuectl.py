@@ -5475,9 +5475,18 @@ class Readme(Case):
         documented = re.findall(r"^\| `queuectl ((?:[a-z]+ ?)+)", readme(), re.MULTILINE)
         self.assertEqual({words.strip() for words in documented}, set(queuectl.COMMANDS))
 
+    def test_public_names_are_documented(self) -> None:
+        for name in queuectl.__all__:
+            self.assertRegex(readme(), rf"`(queuectl\.)?{name}`")
+
+    def test_example_in_the_first_lines_prints_what_it_promises(self) -> None:
+        first = re.findall(r"(?s)```sh\n(.*?)```", readme())[0]
+        self.assertRegex(self.process("sh", "-c", first).stdout, r"\A1\nhello\n\Z")
+
     @internal
     def test_settings_fields_states_and_options_are_documented(self) -> None:
-        for name in (*queuectl.SETTINGS, *queuectl.FIELDS, *queuectl.STATES):
+        names = (*queuectl.SETTINGS, *queuectl.FIELDS, *queuectl.STATES)
+        for name in (*names, "--version", "--insecure", "--db PATH"):
             self.assertTrue(f"`{name}`" in readme(), name)
         for command in queuectl.COMMANDS.values():
             for names, _ in command.arguments:

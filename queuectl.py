@@ -4427,12 +4427,11 @@ class Screen:
     """Lines for people on stderr and, on a terminal, a progress line below them."""
 
     def __init__(self) -> None:
-        """Begin without a progress line."""
         self.progress = ""
         self.draw_at = 0.0
 
     def write(self, text: str) -> None:
-        """Write to stderr; that nobody reads it any more is no reason to stop."""
+        """Write to stderr; a command continues where nobody reads it."""
         if sys.stderr:
             with contextlib.suppress(OSError):
                 print(text, end="", file=sys.stderr, flush=True)
@@ -4584,38 +4583,33 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
 # workers
 
 
-def own_command(args: argparse.Namespace) -> list[str]:
-    """Return the words that run this program on the same queue."""
-    insecure = ["--insecure"] if args.insecure else []
-    return [SYSTEM.PYTHON, os.path.abspath(__file__), f"--db={args.db}", *insecure]
-
-
 def detach(args: argparse.Namespace) -> int:
-    """Start a pool in a session of its own, and say where its log is."""
+    """Start a pool in a session of its own; report its log or, if it ends at once, the reason."""
     import subprocess
 
     with Queue(args.db, insecure=args.insecure) as queue:
         run_dir = queue._db.run_dir
     run_dir.make()  # the database may have been copied here
+    program = [SYSTEM.PYTHON, os.path.abspath(__file__), f"--db={args.db}"]
+    insecure = ["--insecure"] * args.insecure
     options = [word for word in args.rest if word != "--detach"]
-    command = [*own_command(args), "worker", "start", *options]
     log = run_dir.file("workers.log")
-    opener = partial(os.open, mode=0o600)
-    with open(log, "a+", errors="replace", opener=opener) as file:
+    with open(log, "a+", errors="replace", opener=open_own) as file:
         size = file.tell()
         streams: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+        command = [*program, *insecure, "worker", "start", *options]
         pool = subprocess.Popen(command, **streams, **SYSTEM.BACKGROUND)
         for _ in polling(longest=0.02):
             for name, note in run_dir.alive("pool").items():
                 if note.get("pid") == pool.pid:
                     say(f"{name} runs as process {pool.pid}; its log is {log}")
                     pool.returncode = Exit.OK  # it is not waited for
+                    return Exit.OK
             if pool.poll() is not None:
                 break
-        if pool.returncode:
-            file.seek(size)
-            for line in file:
-                SCREEN.line(line.rstrip("\n"))
+        file.seek(size)
+        for line in file:
+            SCREEN.line(line.rstrip("\n"))
     return pool.returncode
 
 

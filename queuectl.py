@@ -4423,6 +4423,20 @@ def flag(names: str, meaning: str) -> Argument:
     return tuple(names.split()), {"action": "store_true", "help": meaning}
 
 
+def field(key: str, metavar: str, meaning: str, name: str = "", **options: Any) -> Argument:
+    """Describe an option of `enqueue` that gives a field of a job."""
+    name = name or "--" + key.replace("_", "-")
+    given = {"dest": key, "check": FIELDS[key], "metavar": metavar, "help": meaning}
+    return arg(name, **{**given, **options})
+
+
+def parse_variable(text: str) -> Iterable[tuple[str, str]]:
+    """Parse NAME=VALUE into the items of an environment."""
+    name, equals, value = text.partition("=")
+    require(equals, "be NAME=VALUE")
+    return valid_environment({name: value}).items()
+
+
 class Screen:
     """Lines for people on stderr and, on a terminal, a progress line below them."""
 
@@ -4532,30 +4546,18 @@ def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) ->
         yield {"command": words[0]}
 
 
-def option_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the validated fields of a job that the options of `enqueue` give."""
-    given = {key: value for key, value in vars(args).items() if key in FIELDS and value is not None}
-    pairs = [pair.partition("=") for pair in given.get("env", ())]
-    if not all(equals for _, equals, _ in pairs):
-        raise BadInput("--env must be NAME=VALUE")
-    if pairs:
-        given["env"] = {name: value for name, _, value in pairs}
-    for key, value in given.items():
-        option = "--at" if key == "run_at" else "--" + key.replace("_", "-")
-        given[key] = validate(option, FIELDS[key], value)
-    return given
-
-
 def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict[str, Any]]:
     """Yield jobs with the fields that the options of `enqueue` give."""
-    given = option_fields(args)
+    given = {key: value for key, value in vars(args).items() if key in FIELDS and value is not None}
     replaced = {key for pair in CONFLICTS if given.keys() & set(pair) for key in pair}
     for job in jobs:
         fields = {key: value for key, value in job.items() if key not in replaced}
-        own_env = fields.get("env", {})
+        env = fields.get("env", {})
         fields.update(given)
         if "env" in given:  # the options add to the job's own; a bad one is refused later
-            fields["env"] = {**own_env, **given["env"]} if isinstance(own_env, dict) else own_env
+            fields["env"] = (
+                dict(chain(env.items(), *given["env"])) if isinstance(env, dict) else env
+            )
         yield fields
 
 
@@ -4815,21 +4817,17 @@ def write_output(chunks: Iterable[bytes]) -> None:
         sys.stdout.flush()
 
 
-def read_from(fd: int, at: int) -> tuple[int, bytes]:
-    """Return the next output of a file and its place; a trimmed part is skipped."""
-    with contextlib.suppress(OSError, AttributeError):  # the end of the file; not on this system
-        at = os.lseek(fd, at, os.SEEK_DATA)
-    os.lseek(fd, at, os.SEEK_SET)
-    return at, os.read(fd, 1 << 16)
-
-
 def follow(queue: Queue, job: Job, fd: int, at: int) -> Iterator[bytes]:
     """Yield the output of an attempt from a place on, as it comes, until the attempt has ended."""
     ended = False
     for _ in polling(first=0.03, longest=0.03):
         chunk = b"more"
         while chunk:
-            at, chunk = read_from(fd, 0 if os.fstat(fd).st_size < at else at)  # 0: truncated
+            at = 0 if os.fstat(fd).st_size < at else at  # 0: the file was truncated
+            with contextlib.suppress(OSError, AttributeError):  # the end; not on this system
+                at = os.lseek(fd, at, os.SEEK_DATA)  # skips a part that was freed
+            os.lseek(fd, at, os.SEEK_SET)
+            chunk = os.read(fd, 1 << 16)
             yield chunk
             at += len(chunk)
         if ended:
@@ -5011,20 +5009,20 @@ COMMANDS = {
         arg("words", nargs="+", metavar="JOB",
             help="a quoted shell line; JSON (an object or an array); - for JSON lines "
             "on stdin; or -- followed by the words of a command"),
-        arg("--id", help="the name of the job (default: a number)"),
-        arg("--priority", help="higher numbers run first (default: 0)", **NUMBER),
-        arg("--delay", metavar="DURATION", help="start it after this time"),
-        arg("--at", dest="run_at", metavar="TIME", help="start it at this time: 2030-01-31T08:00"),
-        arg("--timeout", metavar="DURATION", help="end an attempt that takes longer (0: never)"),
-        arg("--max-retries", help="how many times it is tried, the first included", **NUMBER),
-        arg("--queue", metavar="QUEUE", help="the queue it waits in (default: default)"),
-        arg("--after", action="append", metavar="ID,...",
-            help="start it once these jobs have completed; repeatable"),
-        arg("--every", metavar="DURATION", help="repeat it at this interval"),
-        arg("--cron", metavar="RULE", help="repeat it by a rule: '0 3 * * mon-fri', @daily"),
-        arg("--cwd", metavar="DIR", help="the directory it runs in (default: this one)"),
-        arg("--env", action="append", metavar="NAME=VALUE",
-            help="set a variable in its environment; repeatable"),
+        field("id", "ID", "the name of the job (default: a number)"),
+        field("priority", "N", "higher numbers run first (default: 0)"),
+        field("delay", "DURATION", "start it after this time"),
+        field("run_at", "TIME", "start it at this time: 2030-01-31T08:00", "--at"),
+        field("timeout", "DURATION", "end an attempt that takes longer (0: never)"),
+        field("max_retries", "N", "how many times it is tried, the first included"),
+        field("queue", "QUEUE", "the queue it waits in (default: default)"),
+        field("after", "ID,...", "start it once these jobs have completed; repeatable",
+              action="extend"),
+        field("every", "DURATION", "repeat it at this interval"),
+        field("cron", "RULE", "repeat it by a rule: '0 3 * * mon-fri', @daily"),
+        field("cwd", "DIR", "the directory it runs in (default: this one)"),
+        field("env", "NAME=VALUE", "set a variable in its environment; repeatable",
+              action="append", check=parse_variable),
         flag("--if-absent", "do nothing if there is a job with that id"))),
     "worker start": Command(
         cmd_worker_start, "none", "run jobs until stopped", "worker start --count 4", (

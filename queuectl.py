@@ -630,6 +630,7 @@ SETTINGS = {
         "normal", valid_durability, "full: each result is synced before the next claim"
     ),
 }
+DEFAULTS = {key: setting.default for key, setting in SETTINGS.items()}
 
 
 def validate_setting(key: str, value: str | None = None) -> str:
@@ -885,42 +886,35 @@ CREATE TABLE queues (                   -- queue '': paused stands for all queue
   refilled_at REAL
 ) WITHOUT ROWID;
 
-CREATE TABLE counts (                   -- the number of jobs, kept by triggers
+CREATE TABLE counts (                   -- kept by triggers; readiness 2: of all attempts ever
+  state TEXT NOT NULL,                  -- of the jobs; of attempts, the outcome
   queue TEXT NOT NULL,
-  state TEXT NOT NULL,
   readiness INTEGER NOT NULL,
-  number INTEGER NOT NULL,
-  PRIMARY KEY (queue, state, readiness)
+  number INTEGER NOT NULL DEFAULT 1,
+  running REAL NOT NULL DEFAULT 0,      -- seconds; attempts only
+  waiting REAL NOT NULL DEFAULT 0,
+  PRIMARY KEY (state, queue, readiness)
 ) WITHOUT ROWID;
 CREATE TRIGGER counts_insert AFTER INSERT ON jobs BEGIN
-  INSERT INTO counts VALUES (new.queue, new.state, new.readiness, 1)
-    ON CONFLICT (queue, state, readiness) DO UPDATE SET number = number + 1;
+  INSERT INTO counts (state, queue, readiness) VALUES (new.state, new.queue, new.readiness)
+    ON CONFLICT (state, queue, readiness) DO UPDATE SET number = number + 1;
 END;
 CREATE TRIGGER counts_update AFTER UPDATE OF queue, state, readiness ON jobs
   WHEN old.state <> new.state OR old.readiness <> new.readiness OR old.queue <> new.queue BEGIN
   UPDATE counts SET number = number - 1
-    WHERE queue = old.queue AND state = old.state AND readiness = old.readiness;
-  INSERT INTO counts VALUES (new.queue, new.state, new.readiness, 1)
-    ON CONFLICT (queue, state, readiness) DO UPDATE SET number = number + 1;
+    WHERE state = old.state AND queue = old.queue AND readiness = old.readiness;
+  INSERT INTO counts (state, queue, readiness) VALUES (new.state, new.queue, new.readiness)
+    ON CONFLICT (state, queue, readiness) DO UPDATE SET number = number + 1;
 END;
 CREATE TRIGGER counts_delete AFTER DELETE ON jobs BEGIN
   UPDATE counts SET number = number - 1
-    WHERE queue = old.queue AND state = old.state AND readiness = old.readiness;
+    WHERE state = old.state AND queue = old.queue AND readiness = old.readiness;
 END;
-
-CREATE TABLE totals (                   -- of all attempts ever, kept by a trigger
-  queue TEXT NOT NULL,
-  outcome TEXT NOT NULL,
-  number INTEGER NOT NULL,
-  running REAL NOT NULL,                -- seconds
-  waiting REAL NOT NULL,
-  PRIMARY KEY (queue, outcome)
-) WITHOUT ROWID;
-CREATE TRIGGER totals_insert AFTER INSERT ON attempts BEGIN
-  INSERT INTO totals
-    SELECT queue, new.outcome, 1, new.finished - new.started, new.waited
+CREATE TRIGGER counts_attempt AFTER INSERT ON attempts BEGIN
+  INSERT INTO counts
+    SELECT new.outcome, queue, 2, 1, new.finished - new.started, new.waited
     FROM jobs WHERE seq = new.job
-    ON CONFLICT (queue, outcome) DO UPDATE SET number = number + 1,
+    ON CONFLICT (state, queue, readiness) DO UPDATE SET number = number + 1,
       running = running + excluded.running, waiting = waiting + excluded.waiting;
 END;
 """
@@ -954,7 +948,9 @@ SELECT count(*), min(updated_at) FROM (
   SELECT updated_at FROM jobs
   WHERE state = :state AND readiness = 1 AND updated_at > :since AND {IN_QUEUE}
   ORDER BY updated_at DESC LIMIT {RECENT_LIMIT})"""
-COUNTS = "SELECT queue, state, readiness, number FROM counts WHERE number > 0"
+COUNTS = """
+SELECT queue, state, readiness, number FROM counts
+WHERE readiness < 2 AND number > 0 ORDER BY queue, state, readiness"""
 ATTEMPTS = ATTEMPT + "WHERE job = :seq ORDER BY run"
 POSITION = """
 SELECT count(*) FROM (
@@ -972,7 +968,9 @@ WITH RECURSIVE ancestors (parent) AS (
 COUNT_CHILDREN = """
 SELECT count(*) FROM needs JOIN jobs ON seq = child
 WHERE parent = :seq AND met = 0 AND state = 'pending'"""
-CHILDREN = JOB + "JOIN needs ON child = seq WHERE parent = :seq AND met = 0"
+BLOCKED_CHILDREN = (
+    JOB + "JOIN needs ON child = seq WHERE parent = :seq AND met = 0 AND state = 'pending'"
+)
 DESCENDANTS = f"""
 WITH RECURSIVE descendants (child) AS (
   SELECT child FROM needs WHERE parent = :seq AND met = 0
@@ -991,8 +989,8 @@ INSERT OR IGNORE INTO needs (parent, child, met) VALUES (:parent, :child, :met)"
 WAITING_QUEUES = """
 SELECT queue, min(readiness) FROM counts
 WHERE state = 'pending' AND readiness >= 0 AND number > 0
-  AND NOT EXISTS (
-    SELECT 1 FROM queues WHERE paused = 1 AND queues.queue IN ('', counts.queue))
+  AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = '' AND paused = 1)
+  AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = counts.queue AND paused = 1)
 GROUP BY queue"""
 NEXT_READY = f"""
 {JOB}WHERE state = 'pending' AND readiness = 1 AND queue = :queue
@@ -1015,7 +1013,7 @@ UPDATE jobs SET state = :state, attempts = :attempts, exit_code = :exit_code,
   last_error = :last_error, run_after = :run_after, readiness = :readiness,
   updated_at = :updated_at, snoozes = :snoozes, rule = :rule,
   locked_by = NULL, locked_at = NULL, cancel_requested = 0
-WHERE seq = :seq AND state = 'processing' AND locked_by = :worker AND run = :run"""
+WHERE seq = :seq AND state = 'processing' AND locked_by = :locked_by AND run = :run"""
 ADD_ATTEMPT = f"INSERT INTO attempts VALUES ({', '.join('?' * (len(Attempt._fields) + 1))})"
 MARK_MET = "UPDATE needs SET met = 1 WHERE parent = :seq"
 UNBLOCK = """
@@ -1043,7 +1041,9 @@ UPDATE jobs SET cancel_requested = 1 WHERE seq = :seq AND state = 'processing'""
 SLICE = 200  # jobs deleted in one transaction
 PRUNABLE = f"""
 SELECT seq FROM jobs WHERE state = :state AND readiness = 1 AND updated_at <= :before
-  AND NOT EXISTS (SELECT 1 FROM needs WHERE parent = jobs.seq AND met = 0)
+  AND NOT EXISTS (
+    SELECT 1 FROM needs JOIN jobs AS children ON children.seq = child
+    WHERE parent = jobs.seq AND met = 0 AND children.state = 'pending')
 ORDER BY updated_at LIMIT {SLICE}"""
 DELETE_JOB = (
     "DELETE FROM attempts WHERE job = :seq",
@@ -1056,13 +1056,15 @@ PAUSE = """
 INSERT INTO queues (queue, paused) VALUES (:queue, 1)
 ON CONFLICT (queue) DO UPDATE SET paused = 1"""
 RESUME = "UPDATE queues SET paused = 0 WHERE :queue IN ('', queue)"
-STORED_SETTINGS = "SELECT queue, key, value FROM settings WHERE queue IN ('', :queue)"
+STORED_SETTINGS = """
+SELECT key, value FROM settings WHERE queue = ''
+UNION ALL SELECT key, value FROM settings WHERE queue = :queue"""
 SET = """
 INSERT INTO settings VALUES (:queue, :key, :value)
 ON CONFLICT (queue, key) DO UPDATE SET value = :value"""
 UNSET = "DELETE FROM settings WHERE queue = :queue AND key = :key"
 
-TABLES = "jobs|attempts|needs|settings|queues|counts|totals"
+TABLES = "jobs|attempts|needs|settings|queues|counts"
 REFERENCE = "FROM|JOIN|INTO|UPDATE|TABLE|INDEX|TRIGGER|ON|BY"  # precedes a table or an index
 GUEST_NAME = re.compile(rf"\b((?:{REFERENCE}) )?({TABLES})(?(1)(?=\b|_)|(?=\.))")
 
@@ -1764,6 +1766,22 @@ class RunDirectory:
 # --- database: connections, transactions, errors, creating the file -------------------------------
 
 
+def is_lock(error: sqlite3.Error) -> bool:
+    """Tell whether an error passes when another connection releases its lock."""
+    code = getattr(error, "sqlite_errorcode", None)  # Python 3.11
+    if code is None:
+        return re.search("locked|locking protocol", str(error)) is not None
+    return code & 0xFF in (5, 6, 15)  # SQLITE_BUSY, SQLITE_LOCKED, SQLITE_PROTOCOL
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Tell whether an error means that the file is damaged, or not a database."""
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None:  # DatabaseError itself, not a subclass; or text that is not UTF-8
+        return type(error) is sqlite3.DatabaseError or "decode" in str(error)
+    return code & 0xFF in (11, 26)  # SQLITE_CORRUPT, SQLITE_NOTADB
+
+
 def schema_version(db: sqlite3.Connection) -> tuple[int, bool]:
     """Return the version of the queue's tables, 0 for none, and whether the file is a host's."""
     if db.execute(GET_APPLICATION_ID).fetchone()[0] == APPLICATION_ID:
@@ -1798,10 +1816,14 @@ def create_tables(db: sqlite3.Connection, *, guest: bool) -> None:
     db.execute(COMMIT)
 
 
+IMMUTABLE = "ro&immutable=1"  # the mode that needs no -wal and ignores locks
+
+
 class Connection(sqlite3.Connection):
     """A connection that knows its file, and whether it must not be used any more."""
 
     path = ""
+    info: os.stat_result  # of the file when it was opened
     unusable = False  # closed, or inherited through a fork
 
     def close(self) -> None:
@@ -1889,29 +1911,30 @@ class Database:
         self._thread = ThreadState()
         self._in_host = False  # the tables have a prefix
         with self.translate_errors():
-            if create and not os.path.lexists(path):
-                self._create(guest=guest)
-            elif os.path.lexists(path) and not os.path.exists(path):
+            if os.path.lexists(path) and not os.path.exists(path):
                 raise Fault(f"{path} is a symbolic link to a file that does not exist")
+            new = self.run_dir.file("new.db")
+            if create and (not os.path.lexists(path) or os.path.lexists(new)):
+                self._create(new, guest=guest)
             if not self._inspect(guest=guest):
                 with contextlib.closing(self._open("rw")) as db:
                     self._retry(lambda: create_tables(db, guest=guest))
                     self._retry(lambda: db.execute(SET_WAL))  # last: a refused file is unchanged
 
-    def _create(self, *, guest: bool) -> None:
+    def _create(self, new: str, *, guest: bool) -> None:
         """Make the complete file under another name, so that no other process sees half of it."""
         where = os.path.dirname(self.path)
         if not os.path.isdir(where):
             raise Fault(f"there is no directory {where}")
         self.run_dir.make()
         with contextlib.closing(LockFile(self.run_dir.file("making"))):
-            if os.path.lexists(self.path):
-                return
-            if os.path.lexists(self.path + "-wal"):  # SQLite would replay it into the new file
-                raise Fault(f"{self.path}-wal exists without {self.path}: move it away too")
             for leftover in self.run_dir.files("new.db"):
                 os.unlink(self.run_dir.file(leftover))
-            new = self.run_dir.file("new.db")
+            if os.path.lexists(self.path):
+                return
+            for suffix in ("-wal", "-journal"):  # SQLite would replay them into the new file
+                if os.path.lexists(self.path + suffix):
+                    raise Fault(f"{self.path}{suffix} exists without {self.path}: move it away too")
             os.close(open_own(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
             os.chmod(new, 0o600)  # whatever the umask
             with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as db:
@@ -1927,7 +1950,8 @@ class Database:
         except FileExistsError:
             os.unlink(new)
         except OSError:  # a file system without links
-            os.rename(new, self.path)
+            if not os.path.lexists(self.path):
+                os.rename(new, self.path)
         with contextlib.suppress(OSError):  # Windows does not open directories
             fd = os.open(os.path.dirname(self.path), os.O_RDONLY)
             os.fsync(fd)  # the new name
@@ -1945,9 +1969,7 @@ class Database:
             raise Fault(f"{self.path} is not a regular file")
         if info.st_size == 0 and not guest:
             raise Fault(f"{self.path} is empty, not a queue; remove it to start a new one")
-        immutable = "" if os.path.exists(self.path + "-wal") else "&immutable=1"  # makes no -wal
-        with contextlib.closing(self._open("ro" + immutable)) as db:
-            version, self._in_host = self._retry(lambda: schema_version(db))
+        version, self._in_host = self._read_version()
         if not version and not guest:
             raise Fault(f"{self.path} is another program's database, not a queue")
         if version > SCHEMA_VERSION:
@@ -1957,6 +1979,30 @@ class Database:
             )
         return int(version)
 
+    def _read_version(self) -> tuple[int, bool]:
+        """Return what `schema_version` does; without a -wal, none is made.
+
+        Reads again where another process was about to open or close the file meanwhile.
+        """
+        for _ in polling(PATIENCE):
+            before = self._snapshot()
+            has_wal = before[0]
+            try:
+                with contextlib.closing(self._open("ro" if has_wal else IMMUTABLE)) as db:
+                    found: tuple[int, bool] = self._retry(partial(schema_version, db))
+            except sqlite3.DatabaseError:
+                if self._snapshot() == before:
+                    raise
+            else:
+                if has_wal or self._snapshot() == before:
+                    return found
+        raise Locked(f"{self.path} has been in use for {format_duration(PATIENCE)}")
+
+    def _snapshot(self) -> tuple[Any, ...]:
+        """Return facts that change when another process opens, writes or closes the file."""
+        info = os.stat(self.path)
+        return os.path.exists(self.path + "-wal"), info.st_ino, info.st_size, info.st_mtime_ns
+
     def _open(self, mode: str) -> Connection:
         path = re.sub("[%?#]", lambda m: f"%{ord(m[0]):02x}", self.path.replace(os.sep, "/"))
         uri = f"file:{path if path.startswith('/') else '/' + path}?mode={mode}"
@@ -1965,8 +2011,22 @@ class Database:
         prepare_for_forks()
         db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, factory=Connection)
         db.path = self.path
+        db.info = os.stat(self.path)
         CONNECTIONS.add(db)
         return db
+
+    def _is_on_read_only_medium(self) -> bool:
+        """Tell whether a reader cannot make the -wal that it needs, nor anybody else."""
+        has_wal = os.path.exists(self.path + "-wal")
+        writable = os.access(os.path.dirname(self.path), os.W_OK)
+        return self.mode == "ro" and not has_wal and not writable
+
+    def require_in_place(self) -> None:
+        """Raise Damaged where the file was moved away or replaced since it was opened."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path), self.connection.info):
+                return
+        raise Damaged(f"{self.path} was moved away or replaced")
 
     @property
     def connection(self) -> Connection:
@@ -1974,7 +2034,7 @@ class Database:
         db = self._thread.connection
         if db is None or db.unusable:
             with self.translate_errors():
-                db = self._open(self.mode)
+                db = self._open(IMMUTABLE if self._is_on_read_only_medium() else self.mode)
                 self._thread.connection = db
                 try:
                     for pragma in (*CONNECTION_PRAGMAS, SET_SYNCHRONOUS[self.synchronous]):
@@ -1987,8 +2047,8 @@ class Database:
         return db
 
     def fault(self, error: sqlite3.Error) -> Fault:
-        """Return our error for one of SQLite's; DatabaseError itself, no subclass, is damage."""
-        if type(error) is sqlite3.DatabaseError or "decode" in str(error):  # text is not UTF-8
+        """Return our error for one of SQLite's."""
+        if is_damage(error):
             return Damaged(f"{self.path} is damaged, or not a queue: {error}")
         return Fault(f"{self.path}: {error}")
 
@@ -2011,7 +2071,7 @@ class Database:
             try:
                 return act()
             except sqlite3.OperationalError as error:
-                if "locked" not in str(error):
+                if not is_lock(error):
                     raise
                 if not self.keep_waiting(waited):
                     duration = format_duration(waited)
@@ -2132,87 +2192,103 @@ def is_shared_group(gid: int) -> bool:
     return group.gr_name != user.pw_name or any(name != user.pw_name for name in group.gr_mem)
 
 
-def insecure_directory(path: str) -> str | None:
-    """Return why other users could place files into a directory, None if they cannot."""
-    try:
-        info = os.stat(path)
-    except FileNotFoundError:
-        return None
-    if info.st_uid not in (0, SYSTEM.user()):
-        return f"{path} belongs to another user ({info.st_uid})"
+def others_may_write(info: os.stat_result) -> bool:
+    """Tell whether the mode of a file or directory lets other users write to it."""
     by_group = info.st_mode & stat.S_IWGRP and is_shared_group(info.st_gid)
-    if info.st_mode & stat.S_IWOTH or by_group:
-        return f"other users may write to {path}"
-    return None
+    return bool(info.st_mode & stat.S_IWOTH or by_group)
 
 
-def insecure_file(path: str, *, fifo: bool = False) -> str | None:
-    """Return why a file may be another user's work, None if it is ours or does not exist."""
-    try:
-        info = os.lstat(path)
-    except FileNotFoundError:
-        return None
-    regular = stat.S_ISFIFO(info.st_mode) if fifo else stat.S_ISREG(info.st_mode)
-    if not regular:
-        return f"{path} is not a {'FIFO' if fifo else 'regular file'}"
-    if info.st_uid != SYSTEM.user():
-        return f"{path} belongs to another user ({info.st_uid})"
-    if info.st_nlink > 1:
-        return f"{path} has another name (a hard link)"
-    by_group = info.st_mode & stat.S_IWGRP and is_shared_group(info.st_gid)
-    if info.st_mode & stat.S_IWOTH or by_group:
-        return f"other users may write to {path}"
-    return None
+def steps_to(path: str) -> Iterator[str]:
+    """Yield every directory and link that decides where a path leads, and the path itself."""
+    parent, name = os.path.split(path)
+    if name:
+        yield from steps_to(parent)
+    yield path
+    if os.path.islink(path):
+        yield from steps_to(os.path.join(parent, os.readlink(path)))
 
 
-def insecure_run_directory(path: str) -> str | None:
-    """Return why other users may have placed files into the run directory, None if they cannot."""
-    try:
-        info = os.lstat(path)
-    except FileNotFoundError:
-        return None
-    if not stat.S_ISDIR(info.st_mode):
-        return f"{path} is not a directory"
-    if info.st_uid != SYSTEM.user():
-        return f"{path} belongs to another user ({info.st_uid})"
-    if info.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        return f"other users may enter {path}"
-    files = (
-        insecure_file(os.path.join(path, f), fifo=f.endswith(".fifo")) for f in os.listdir(path)
-    )
-    return next(filter(None, files), None)
+def insecure_step(path: str, *, is_last: bool = False) -> str | None:
+    """Return why others could redirect a directory or link that leads to a queue, or None.
 
-
-def ownership_problem(path: str) -> str | None:
-    """Return why other users could have put commands into a queue, None if they could not.
-
-    As in OpenSSH, nobody else may write to the directory of the queue. This is checked before
-    SQLite opens anything, since it replays any journal or log that it finds beside a database.
+    Root may own it, who in a container is the owner of /. It may be sticky, since others cannot
+    rename its entries, but not if it is the last one: SQLite trusts what it finds there.
     """
-    if SYSTEM.user() is None:
+    try:
+        info = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):  # whoever opens it says so
         return None
+    if info.st_uid not in (0, os.stat("/").st_uid, SYSTEM.user()):
+        return f"{path} belongs to another user ({info.st_uid})"
+    is_fixed = stat.S_ISLNK(info.st_mode) or (info.st_mode & stat.S_ISVTX and not is_last)
+    return None if is_fixed or not others_may_write(info) else f"other users may write to {path}"
+
+
+def has_other_name(path: str, twin: str) -> bool:
+    """Tell whether a file has a name other than these two."""
+    links = os.lstat(path).st_nlink
+    with contextlib.suppress(FileNotFoundError):
+        if links > 1 and os.path.samefile(path, twin):
+            return links > 2
+    return os.lstat(path).st_nlink > 1  # the twin may have been removed meanwhile
+
+
+KINDS = {"regular file": stat.S_ISREG, "FIFO": stat.S_ISFIFO, "directory": stat.S_ISDIR}
+
+
+def insecure_file(path: str, kind: str = "regular file", twin: str = "") -> str | None:
+    """Return why a file may be another user's work; None if it is ours or does not exist."""
+    with contextlib.suppress(FileNotFoundError):
+        info = os.lstat(path)
+        if not KINDS[kind](info.st_mode):
+            return f"{path} is not a {kind}"
+        if info.st_uid != SYSTEM.user():
+            return f"{path} belongs to another user ({info.st_uid})"
+        if others_may_write(info):
+            return f"other users may write to {path}"
+        if kind == "directory" and info.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            return f"other users may enter {path}"
+        if kind != "directory" and has_other_name(path, twin):
+            return f"{path} has another name (a hard link)"
+    return None
+
+
+def ownership_problems(path: str) -> Iterator[str | None]:
+    """Yield why other users could put commands into a queue, and None for what is in order.
+
+    Checked before SQLite opens anything, since it replays any journal or log that it finds beside
+    a database. As in OpenSSH, only modes and owners count; access control lists are not read.
+    """
     real = os.path.realpath(path)
-    directories = {os.path.dirname(os.path.abspath(path)), os.path.dirname(real)}
-    files = [real + suffix for suffix in ("", "-journal", "-wal", "-shm")]
-    return next(
-        chain(
-            filter(None, map(insecure_directory, sorted(directories))),
-            filter(None, map(insecure_file, files)),
-            filter(None, [insecure_run_directory(real + ".run")]),
-        ),
-        None,
-    )
+    run_dir = RunDirectory(real)
+    yield from map(insecure_step, steps_to(os.path.join(os.getcwd(), path)))
+    yield insecure_step(os.path.dirname(real), is_last=True)
+    yield insecure_file(real, twin=run_dir.file("new.db"))
+    for suffix in ("-journal", "-wal", "-shm"):
+        yield insecure_file(real + suffix)
+    yield insecure_file(run_dir.path, "directory")
+    for item in run_dir.files():
+        kind = "FIFO" if item.endswith(".fifo") else "regular file"
+        yield insecure_file(run_dir.file(item), kind, twin=real)
 
 
 def require_trust(path: str) -> None:
     """Raise Fault where other users could have put commands into a queue."""
-    with contextlib.suppress(ValueError):  # NUL in the path: whoever opens it says so
-        problem = ownership_problem(path)
-        if problem:
-            raise Fault(
-                f"{problem}, so others could run commands as you; use a directory of your own "
-                "(mkdir -m 700 q && cd q), or --insecure if you trust them"
-            )
+    if SYSTEM.user() is None:
+        return
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)  # links that lead nowhere end here
+        problem = next(filter(None, ownership_problems(path)), None)
+    except OSError as error:
+        raise Fault(f"{error.filename or path}: {error.strerror}") from error
+    except ValueError:  # NUL in the path: whoever opens it says so
+        return
+    if problem:
+        raise Fault(
+            f"{problem}, so others could run commands as you; use a directory of your own "
+            '(mkdir -m 700 q && cd q, or cd "$(mktemp -d)"), or --insecure if you trust them'
+        )
 
 
 def network_file_system(path: str) -> str | None:
@@ -2355,8 +2431,8 @@ class Reader:
 
     def settings(self, queue: str = "") -> dict[str, Any]:
         """Return the value of every setting as it applies to a queue."""
-        settings = {key: setting.default for key, setting in SETTINGS.items()}
-        for _, key, value in sorted(self.db.rows(STORED_SETTINGS, {"queue": queue})):  # '' first
+        settings = DEFAULTS.copy()
+        for key, value in self.db.rows(STORED_SETTINGS, {"queue": queue}):
             try:
                 if key in SETTINGS:
                     settings[key] = SETTINGS[key].read(value)
@@ -2413,11 +2489,16 @@ class Reader:
         return self.number(GET_DATA_VERSION)
 
     def changes(self, timeout: float | None = None) -> Iterator[None]:
-        """Yield at once, at every change, and twice a second; end after `timeout` seconds."""
+        """Yield at once, at every change, and twice a second; end after `timeout` seconds.
+
+        Raises Damaged where the database was moved away or replaced.
+        """
         seen = None
         again = 0.0
         for waited in polling(NEVER if timeout is None else timeout, 0.01, 0.01):
             version = self.data_version()
+            if waited >= again:
+                self.db.require_in_place()
             if version != seen or waited >= again:
                 seen = version
                 again = waited + 0.5
@@ -2562,7 +2643,7 @@ class Ledger:
             readiness=after.state != PENDING or after.run_after <= now,
             rule=None if is_over else job.rule,
         )
-        if not self.change(FINISH, **{**after._asdict(), "worker": job.locked_by}):
+        if not self.db.execute(FINISH, after._asdict()).rowcount:
             return None
         if outcome.end != "unstarted":
             attempt = (job.seq, job.run, job.locked_by, outcome.word, job.waited, *outcome[1:])
@@ -2808,10 +2889,8 @@ class Queue:
                 name = printable(job.id)
                 if job.state not in (DEAD, CANCELLED):
                     raise NotFound(f"job {name} is {job.state}, not dead or cancelled")
-                for child in self._reader.select(CHILDREN, seq=job.seq):
-                    if child.seq not in {other.seq for other in jobs}:
-                        how = "purge" if child.state == CANCELLED else "cancel and purge"
-                        raise NotFound(f"job {printable(child.id)} waits for {name}; {how} it too")
+                for child in self._reader.select(BLOCKED_CHILDREN, seq=job.seq):
+                    raise NotFound(f"job {printable(child.id)} waits for {name}; cancel it first")
                 self._ledger.delete(job.seq)
         return len(jobs)
 
@@ -4561,8 +4640,7 @@ def detach(args: argparse.Namespace) -> int:
     options = [word for word in args.rest if word != "--detach"]
     command = [*own_command(args), "worker", "start", *options]
     log = run_dir.file("workers.log")
-    opener = partial(os.open, mode=0o600)
-    with open(log, "a+", errors="replace", opener=opener) as file:
+    with open(log, "a+", errors="replace", opener=open_own) as file:
         size = file.tell()
         streams: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
         pool = subprocess.Popen(command, **streams, **SYSTEM.BACKGROUND)

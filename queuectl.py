@@ -1038,6 +1038,15 @@ UPDATE jobs SET state = 'cancelled', readiness = 1, updated_at = :now,
 WHERE seq = :seq AND state = 'pending'"""
 CANCEL_RUNNING = """
 UPDATE jobs SET cancel_requested = 1 WHERE seq = :seq AND state = 'processing'"""
+SCHEDULED_AHEAD = (
+    JOB
+    + """
+WHERE state = 'pending' AND readiness = 0 AND updated_at > :limit AND (run > 0 OR rule IS NOT NULL)
+LIMIT 500"""
+)
+RESCHEDULE = """
+UPDATE jobs SET run_after = :when, scheduled_for = :scheduled_for, updated_at = :now
+WHERE seq = :seq AND state = 'pending' AND readiness = 0 AND updated_at > :now"""
 SLICE = 200  # jobs deleted in one transaction
 PRUNABLE = f"""
 SELECT seq FROM jobs WHERE state = :state AND readiness = 1 AND updated_at <= :before
@@ -1946,12 +1955,13 @@ class Database:
         """Give the complete file its name, unless another program made one meanwhile."""
         try:
             os.link(new, self.path)
-            os.unlink(new)
         except FileExistsError:
-            os.unlink(new)
+            pass
         except OSError:  # a file system without links
             if not os.path.lexists(self.path):
                 os.rename(new, self.path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new)
         with contextlib.suppress(OSError):  # Windows does not open directories
             fd = os.open(os.path.dirname(self.path), os.O_RDONLY)
             os.fsync(fd)  # the new name
@@ -2662,6 +2672,24 @@ class Ledger:
         row.update(run_after=when, scheduled_for=when, readiness=SCHEDULED)
         self.insert({**row, "seq": self.last_seq() + 1})
         self.db.notify_when_stored()
+
+    def correct_times(self) -> bool:
+        """Reschedule what a clock scheduled that was more than a day ahead; tell whether any was.
+
+        A schedule continues from now; a retry waits as long as it was meant to wait.
+        """
+        now = self.clock()
+        jobs = self.reader.select(SCHEDULED_AHEAD, limit=now + 86400)
+        if not jobs:
+            return False
+        with self.db.transaction():
+            for job in jobs:
+                when = now + job.run_after - job.updated_at
+                if job.rule and not job.run:
+                    when = next_occurrence(job.rule, now, now)
+                planned = job.scheduled_for if job.run else when
+                self.change(RESCHEDULE, seq=job.seq, when=when, scheduled_for=planned, now=now)
+        return True
 
     # Operating.
 
@@ -4054,6 +4082,8 @@ class Pool:
     def prune(self) -> None:
         """Delete some of the jobs older than the retention; again in a minute, or soon."""
         self.agenda.set("prune", time.monotonic() + 60)
+        if self.ledger.correct_times():
+            self.seen = None  # something may be due earlier
         retention = self.ledger.reader.settings()["retention"]
         if retention:
             before = self.ledger.clock() - retention

@@ -5221,7 +5221,7 @@ class CliConfig(Case):
             "max_retries=many": "max_retries must be a whole number from 1 to 1000000",
             "backoff_base=0.5": "backoff_base must be a number from 1 to 1000",
             "timeout=soon": "timeout must be a duration",
-            "shell=": "shell must be a command prefix",
+            "shell=": "shell must not be blank",
             "shell='": "shell must be a command prefix: No closing quotation",
             "synchronous=off": "synchronous must be normal or full",
         }

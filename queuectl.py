@@ -289,10 +289,9 @@ def printable(value: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
 
 
-def quoted(value: str) -> str:
+def quoted(value: str, limit: int = QUOTED_LIMIT) -> str:
     """Return foreign text for a message: escaped, and cut where it is long."""
-    text = printable(value[:QUOTED_LIMIT])
-    return text if len(value) <= QUOTED_LIMIT else text + "..."
+    return printable(value[:limit]) + "..." * (len(value) > limit)
 
 
 def plural(number: int, noun: str) -> str:
@@ -439,13 +438,8 @@ def valid_interval(value: object) -> float:
 
 MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec"
 WEEKDAYS = "sun mon tue wed thu fri sat"
-CRON_FIELDS = (  # lowest value, highest value, names
-    (0, 59, ""),
-    (0, 23, ""),
-    (1, 31, ""),
-    (1, 12, MONTHS),
-    (0, 7, WEEKDAYS),
-)
+# Of each field: its lowest value, its highest value, and the names of its values.
+CRON_FIELDS = ((0, 59, ""), (0, 23, ""), (1, 31, ""), (1, 12, MONTHS), (0, 7, WEEKDAYS))
 CRON_WORDS = {
     "@hourly": "0 * * * *",
     "@daily": "0 0 * * *",
@@ -579,8 +573,7 @@ def join_words(words: Sequence[str]) -> str:
 
 def valid_prefix(value: Any) -> tuple[str, ...]:
     """Validate a command prefix: the words before a job's command."""
-    line = valid_text(value)
-    require(line.strip(), "be a command prefix such as 'bash -ec'")
+    line = valid_command(value)
     try:
         return tuple(split_words(line))
     except ValueError as error:
@@ -635,6 +628,7 @@ SETTINGS = {
         "normal", valid_durability, "full: each result is synced before the next claim"
     ),
 }
+DEFAULTS = {key: setting.default for key, setting in SETTINGS.items()}
 
 
 def validate_setting(key: str, value: str | None = None) -> str:
@@ -806,8 +800,8 @@ CONNECTION_PRAGMAS = (
     "PRAGMA temp_store = memory",  # else a batch writes each row's statement journal to a file
 )
 TRUNCATE_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
-BEGIN, COMMIT, ROLLBACK = "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"
-BEGIN_PART, END_PART, UNDO_PART = "SAVEPOINT part", "RELEASE part", "ROLLBACK TO part"
+BEGIN, COMMIT, ROLLBACK = WHOLE = ("BEGIN IMMEDIATE", "COMMIT", "ROLLBACK")
+PART = ("SAVEPOINT part", "RELEASE part", "ROLLBACK TO part", "RELEASE part")
 
 SCHEMA = """
 CREATE TABLE jobs (
@@ -890,42 +884,35 @@ CREATE TABLE queues (                   -- queue '': paused stands for all queue
   refilled_at REAL
 ) WITHOUT ROWID;
 
-CREATE TABLE counts (                   -- the number of jobs, kept by triggers
+CREATE TABLE counts (                   -- kept by triggers; readiness 2: of all attempts ever
+  state TEXT NOT NULL,                  -- of the jobs; of attempts, the outcome
   queue TEXT NOT NULL,
-  state TEXT NOT NULL,
   readiness INTEGER NOT NULL,
-  number INTEGER NOT NULL,
-  PRIMARY KEY (queue, state, readiness)
+  number INTEGER NOT NULL DEFAULT 1,
+  running REAL NOT NULL DEFAULT 0,      -- seconds; attempts only
+  waiting REAL NOT NULL DEFAULT 0,
+  PRIMARY KEY (state, queue, readiness)
 ) WITHOUT ROWID;
 CREATE TRIGGER counts_insert AFTER INSERT ON jobs BEGIN
-  INSERT INTO counts VALUES (new.queue, new.state, new.readiness, 1)
-    ON CONFLICT (queue, state, readiness) DO UPDATE SET number = number + 1;
+  INSERT INTO counts (state, queue, readiness) VALUES (new.state, new.queue, new.readiness)
+    ON CONFLICT (state, queue, readiness) DO UPDATE SET number = number + 1;
 END;
 CREATE TRIGGER counts_update AFTER UPDATE OF queue, state, readiness ON jobs
   WHEN old.state <> new.state OR old.readiness <> new.readiness OR old.queue <> new.queue BEGIN
   UPDATE counts SET number = number - 1
-    WHERE queue = old.queue AND state = old.state AND readiness = old.readiness;
-  INSERT INTO counts VALUES (new.queue, new.state, new.readiness, 1)
-    ON CONFLICT (queue, state, readiness) DO UPDATE SET number = number + 1;
+    WHERE state = old.state AND queue = old.queue AND readiness = old.readiness;
+  INSERT INTO counts (state, queue, readiness) VALUES (new.state, new.queue, new.readiness)
+    ON CONFLICT (state, queue, readiness) DO UPDATE SET number = number + 1;
 END;
 CREATE TRIGGER counts_delete AFTER DELETE ON jobs BEGIN
   UPDATE counts SET number = number - 1
-    WHERE queue = old.queue AND state = old.state AND readiness = old.readiness;
+    WHERE state = old.state AND queue = old.queue AND readiness = old.readiness;
 END;
-
-CREATE TABLE totals (                   -- of all attempts ever, kept by a trigger
-  queue TEXT NOT NULL,
-  outcome TEXT NOT NULL,
-  number INTEGER NOT NULL,
-  running REAL NOT NULL,                -- seconds
-  waiting REAL NOT NULL,
-  PRIMARY KEY (queue, outcome)
-) WITHOUT ROWID;
-CREATE TRIGGER totals_insert AFTER INSERT ON attempts BEGIN
-  INSERT INTO totals
-    SELECT queue, new.outcome, 1, new.finished - new.started, new.waited
+CREATE TRIGGER counts_attempt AFTER INSERT ON attempts BEGIN
+  INSERT INTO counts
+    SELECT new.outcome, queue, 2, 1, new.finished - new.started, new.waited
     FROM jobs WHERE seq = new.job
-    ON CONFLICT (queue, outcome) DO UPDATE SET number = number + 1,
+    ON CONFLICT (state, queue, readiness) DO UPDATE SET number = number + 1,
       running = running + excluded.running, waiting = waiting + excluded.waiting;
 END;
 """
@@ -959,7 +946,9 @@ SELECT count(*), min(updated_at) FROM (
   SELECT updated_at FROM jobs
   WHERE state = :state AND readiness = 1 AND updated_at > :since AND {IN_QUEUE}
   ORDER BY updated_at DESC LIMIT {RECENT_LIMIT})"""
-COUNTS = "SELECT queue, state, readiness, number FROM counts WHERE number > 0"
+COUNTS = """
+SELECT queue, state, readiness, number FROM counts
+WHERE readiness < 2 AND number > 0 ORDER BY queue, state, readiness"""
 ATTEMPTS = ATTEMPT + "WHERE job = :seq ORDER BY run"
 POSITION = """
 SELECT count(*) FROM (
@@ -977,7 +966,9 @@ WITH RECURSIVE ancestors (parent) AS (
 COUNT_CHILDREN = """
 SELECT count(*) FROM needs JOIN jobs ON seq = child
 WHERE parent = :seq AND met = 0 AND state = 'pending'"""
-CHILDREN = JOB + "JOIN needs ON child = seq WHERE parent = :seq AND met = 0"
+BLOCKED_CHILDREN = (
+    JOB + "JOIN needs ON child = seq WHERE parent = :seq AND met = 0 AND state = 'pending'"
+)
 DESCENDANTS = f"""
 WITH RECURSIVE descendants (child) AS (
   SELECT child FROM needs WHERE parent = :seq AND met = 0
@@ -996,8 +987,8 @@ INSERT OR IGNORE INTO needs (parent, child, met) VALUES (:parent, :child, :met)"
 WAITING_QUEUES = """
 SELECT queue, min(readiness) FROM counts
 WHERE state = 'pending' AND readiness >= 0 AND number > 0
-  AND NOT EXISTS (
-    SELECT 1 FROM queues WHERE paused = 1 AND queues.queue IN ('', counts.queue))
+  AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = '' AND paused = 1)
+  AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = counts.queue AND paused = 1)
 GROUP BY queue"""
 NEXT_READY = f"""
 {JOB}WHERE state = 'pending' AND readiness = 1 AND queue = :queue
@@ -1020,7 +1011,7 @@ UPDATE jobs SET state = :state, attempts = :attempts, exit_code = :exit_code,
   last_error = :last_error, run_after = :run_after, readiness = :readiness,
   updated_at = :updated_at, snoozes = :snoozes, rule = :rule,
   locked_by = NULL, locked_at = NULL, cancel_requested = 0
-WHERE seq = :seq AND state = 'processing' AND locked_by = :worker AND run = :run"""
+WHERE seq = :seq AND state = 'processing' AND locked_by = :locked_by AND run = :run"""
 ADD_ATTEMPT = f"INSERT INTO attempts VALUES ({', '.join('?' * (len(Attempt._fields) + 1))})"
 MARK_MET = "UPDATE needs SET met = 1 WHERE parent = :seq"
 UNBLOCK = """
@@ -1045,10 +1036,21 @@ UPDATE jobs SET state = 'cancelled', readiness = 1, updated_at = :now,
 WHERE seq = :seq AND state = 'pending'"""
 CANCEL_RUNNING = """
 UPDATE jobs SET cancel_requested = 1 WHERE seq = :seq AND state = 'processing'"""
+SCHEDULED_AHEAD = (
+    JOB
+    + """
+WHERE state = 'pending' AND readiness = 0 AND updated_at > :limit AND (run > 0 OR rule IS NOT NULL)
+LIMIT 500"""
+)
+RESCHEDULE = """
+UPDATE jobs SET run_after = :when, scheduled_for = :scheduled_for, updated_at = :now
+WHERE seq = :seq AND state = 'pending' AND readiness = 0 AND updated_at > :now"""
 SLICE = 200  # jobs deleted in one transaction
 PRUNABLE = f"""
 SELECT seq FROM jobs WHERE state = :state AND readiness = 1 AND updated_at <= :before
-  AND NOT EXISTS (SELECT 1 FROM needs WHERE parent = jobs.seq AND met = 0)
+  AND NOT EXISTS (
+    SELECT 1 FROM needs JOIN jobs AS children ON children.seq = child
+    WHERE parent = jobs.seq AND met = 0 AND children.state = 'pending')
 ORDER BY updated_at LIMIT {SLICE}"""
 DELETE_JOB = (
     "DELETE FROM attempts WHERE job = :seq",
@@ -1061,13 +1063,15 @@ PAUSE = """
 INSERT INTO queues (queue, paused) VALUES (:queue, 1)
 ON CONFLICT (queue) DO UPDATE SET paused = 1"""
 RESUME = "UPDATE queues SET paused = 0 WHERE :queue IN ('', queue)"
-STORED_SETTINGS = "SELECT queue, key, value FROM settings WHERE queue IN ('', :queue)"
+STORED_SETTINGS = """
+SELECT key, value FROM settings WHERE queue = ''
+UNION ALL SELECT key, value FROM settings WHERE queue = :queue"""
 SET = """
 INSERT INTO settings VALUES (:queue, :key, :value)
 ON CONFLICT (queue, key) DO UPDATE SET value = :value"""
 UNSET = "DELETE FROM settings WHERE queue = :queue AND key = :key"
 
-TABLES = "jobs|attempts|needs|settings|queues|counts|totals"
+TABLES = "jobs|attempts|needs|settings|queues|counts"
 REFERENCE = "FROM|JOIN|INTO|UPDATE|TABLE|INDEX|TRIGGER|ON|BY"  # precedes a table or an index
 GUEST_NAME = re.compile(rf"\b((?:{REFERENCE}) )?({TABLES})(?(1)(?=\b|_)|(?=\.))")
 
@@ -1776,6 +1780,16 @@ class RunDirectory:
 # --- database: connections, transactions, errors, creating the file -------------------------------
 
 
+LOCK = ((5, 6, 15), "locked|locking protocol")  # SQLITE_BUSY, SQLITE_LOCKED, SQLITE_PROTOCOL
+DAMAGE = ((11, 26), "malformed|not a database|decode")  # SQLITE_CORRUPT, SQLITE_NOTADB; not UTF-8
+
+
+def is_about(error: sqlite3.Error, codes: Sequence[int], text: str) -> bool:
+    """Tell what an error is about: by its code or, before Python 3.11, by its text."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return bool(re.search(text, str(error)) if code is None else code & 0xFF in codes)
+
+
 def schema_version(db: sqlite3.Connection) -> tuple[int, bool]:
     """Return the version of the queue's tables, 0 for none, and whether the file is a host's."""
     if db.execute(GET_APPLICATION_ID).fetchone()[0] == APPLICATION_ID:
@@ -1810,10 +1824,14 @@ def create_tables(db: sqlite3.Connection, *, guest: bool) -> None:
     db.execute(COMMIT)
 
 
+IMMUTABLE = "ro&immutable=1"  # the mode that needs no -wal and ignores locks
+
+
 class Connection(sqlite3.Connection):
     """A connection that knows its file, and whether it must not be used any more."""
 
     path = ""
+    info: os.stat_result  # of the file when it was opened
     unusable = False  # closed, or inherited through a fork
 
     def close(self) -> None:
@@ -1847,11 +1865,6 @@ def before_fork() -> None:
     IN_USE[threading.get_ident()] = [db for db in connections if not db.unusable]
 
 
-def after_fork_in_parent() -> None:
-    """Let connections be closed again."""
-    IN_USE.pop(threading.get_ident(), None)
-
-
 def after_fork_in_child() -> None:
     """Refuse the databases that were in use, and keep their connections from being closed."""
     for db in IN_USE.pop(threading.get_ident(), ()):
@@ -1865,9 +1878,14 @@ def prepare_for_forks() -> None:
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(
             before=before_fork,
-            after_in_parent=after_fork_in_parent,
+            after_in_parent=lambda: IN_USE.pop(threading.get_ident(), None),
             after_in_child=after_fork_in_child,
         )
+
+
+def system_fault(error: OSError, path: str) -> Fault:
+    """Return our error for one of the system's, about a path if it names none."""
+    return Fault(f"{quoted(str(error.filename or path), 4096)}: {error.strerror}")
 
 
 class ThreadState(threading.local):
@@ -1901,29 +1919,30 @@ class Database:
         self._thread = ThreadState()
         self._in_host = False  # the tables have a prefix
         with self.translate_errors():
-            if create and not os.path.lexists(path):
-                self._create(guest=guest)
-            elif os.path.lexists(path) and not os.path.exists(path):
+            if os.path.lexists(path) and not os.path.exists(path):
                 raise Fault(f"{path} is a symbolic link to a file that does not exist")
+            new = self.run_dir.file("new.db")
+            if create and (not os.path.lexists(path) or os.path.lexists(new)):
+                self._create(new, guest=guest)
             if not self._inspect(guest=guest):
                 with contextlib.closing(self._open("rw")) as db:
                     self._retry(lambda: create_tables(db, guest=guest))
                     self._retry(lambda: db.execute(SET_WAL))  # last: a refused file is unchanged
 
-    def _create(self, *, guest: bool) -> None:
+    def _create(self, new: str, *, guest: bool) -> None:
         """Make the complete file under another name, so that no other process sees half of it."""
         where = os.path.dirname(self.path)
         if not os.path.isdir(where):
             raise Fault(f"there is no directory {where}")
         self.run_dir.make()
         with contextlib.closing(LockFile(self.run_dir.file("making"))):
-            if os.path.lexists(self.path):
-                return
-            if os.path.lexists(self.path + "-wal"):  # SQLite would replay it into the new file
-                raise Fault(f"{self.path}-wal exists without {self.path}: move it away too")
             for leftover in self.run_dir.files("new.db"):
                 os.unlink(self.run_dir.file(leftover))
-            new = self.run_dir.file("new.db")
+            if os.path.lexists(self.path):
+                return
+            for suffix in ("-wal", "-journal"):  # SQLite would replay them into the new file
+                if os.path.lexists(self.path + suffix):
+                    raise Fault(f"{self.path}{suffix} exists without {self.path}: move it away too")
             os.close(open_own(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
             os.chmod(new, 0o600)  # whatever the umask
             with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as db:
@@ -1935,11 +1954,13 @@ class Database:
         """Give the complete file its name, unless another program made one meanwhile."""
         try:
             os.link(new, self.path)
-            os.unlink(new)
         except FileExistsError:
-            os.unlink(new)
+            pass
         except OSError:  # a file system without links
-            os.rename(new, self.path)
+            if not os.path.lexists(self.path):
+                os.rename(new, self.path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new)
         with contextlib.suppress(OSError):  # Windows does not open directories
             fd = os.open(os.path.dirname(self.path), os.O_RDONLY)
             os.fsync(fd)  # the new name
@@ -1957,9 +1978,7 @@ class Database:
             raise Fault(f"{self.path} is not a regular file")
         if info.st_size == 0 and not guest:
             raise Fault(f"{self.path} is empty, not a queue; remove it to start a new one")
-        immutable = "" if os.path.exists(self.path + "-wal") else "&immutable=1"  # makes no -wal
-        with contextlib.closing(self._open("ro" + immutable)) as db:
-            version, self._in_host = self._retry(lambda: schema_version(db))
+        version, self._in_host = self._read_version()
         if not version and not guest:
             raise Fault(f"{self.path} is another program's database, not a queue")
         if version > SCHEMA_VERSION:
@@ -1969,6 +1988,30 @@ class Database:
             )
         return int(version)
 
+    def _read_version(self) -> tuple[int, bool]:
+        """Return what `schema_version` does; without a -wal, none is made.
+
+        Reads again where another process was about to open or close the file meanwhile.
+        """
+        for _ in polling(PATIENCE):
+            before = self._snapshot()
+            has_wal = before[0]
+            try:
+                with contextlib.closing(self._open("ro" if has_wal else IMMUTABLE)) as db:
+                    found: tuple[int, bool] = self._retry(partial(schema_version, db))
+            except sqlite3.DatabaseError:
+                if self._snapshot() == before:
+                    raise
+            else:
+                if has_wal or self._snapshot() == before:
+                    return found
+        raise Locked(f"{self.path} has been in use for {format_duration(PATIENCE)}")
+
+    def _snapshot(self) -> tuple[Any, ...]:
+        """Return facts that change when another process opens, writes or closes the file."""
+        info = os.stat(self.path)
+        return os.path.exists(self.path + "-wal"), info.st_ino, info.st_size, info.st_mtime_ns
+
     def _open(self, mode: str) -> Connection:
         path = re.sub("[%?#]", lambda m: f"%{ord(m[0]):02x}", self.path.replace(os.sep, "/"))
         uri = f"file:{path if path.startswith('/') else '/' + path}?mode={mode}"
@@ -1977,8 +2020,22 @@ class Database:
         prepare_for_forks()
         db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, factory=Connection)
         db.path = self.path
+        db.info = os.stat(self.path)
         CONNECTIONS.add(db)
         return db
+
+    def _is_on_read_only_medium(self) -> bool:
+        """Tell whether a reader cannot make the -wal that it needs, nor anybody else."""
+        has_wal = os.path.exists(self.path + "-wal")
+        writable = os.access(os.path.dirname(self.path), os.W_OK)
+        return self.mode == "ro" and not has_wal and not writable
+
+    def require_in_place(self) -> None:
+        """Raise Damaged where the file was moved away or replaced since it was opened."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path), self.connection.info):
+                return
+        raise Damaged(f"{self.path} was moved away or replaced")
 
     @property
     def connection(self) -> Connection:
@@ -1986,7 +2043,7 @@ class Database:
         db = self._thread.connection
         if db is None or db.unusable:
             with self.translate_errors():
-                db = self._open(self.mode)
+                db = self._open(IMMUTABLE if self._is_on_read_only_medium() else self.mode)
                 self._thread.connection = db
                 try:
                     for pragma in (*CONNECTION_PRAGMAS, SET_SYNCHRONOUS[self.synchronous]):
@@ -1999,8 +2056,8 @@ class Database:
         return db
 
     def fault(self, error: sqlite3.Error) -> Fault:
-        """Return our error for one of SQLite's; DatabaseError itself, no subclass, is damage."""
-        if type(error) is sqlite3.DatabaseError or "decode" in str(error):  # text is not UTF-8
+        """Return our error for one of SQLite's."""
+        if is_about(error, *DAMAGE):
             return Damaged(f"{self.path} is damaged, or not a queue: {error}")
         return Fault(f"{self.path}: {error}")
 
@@ -2012,7 +2069,7 @@ class Database:
         except sqlite3.Error as error:
             raise self.fault(error) from error
         except OSError as error:
-            raise Fault(f"{error.filename or self.path}: {error.strerror}") from error
+            raise system_fault(error, self.path) from error
 
     def _retry(self, act: Callable[[], Any]) -> Any:
         """Repeat an action while another connection has the lock, as long as `keep_waiting` says.
@@ -2023,7 +2080,7 @@ class Database:
             try:
                 return act()
             except sqlite3.OperationalError as error:
-                if "locked" not in str(error):
+                if not is_about(error, *LOCK):
                     raise
                 if not self.keep_waiting(waited):
                     duration = format_duration(waited)
@@ -2066,42 +2123,28 @@ class Database:
         """
         db = self.connection
         thread = self._thread
-        if thread.in_transaction:
-            with self._part(db):
-                thread.notify = thread.notify or notify
-                yield db
-            return
+        is_part = thread.in_transaction
+        if is_part and not db.in_transaction:
+            raise Fault(f"{self.path}: a statement has ended the transaction")
+        begin, end, *undo = PART if is_part else WHOLE
         try:
-            self.execute(BEGIN)
+            self.execute(begin)
             thread.in_transaction = True
-            thread.notify = notify
+            thread.notify = thread.notify or notify
             yield db
-            self.execute(COMMIT)
-            notify = thread.notify
+            self.execute(end)
+            notify = thread.notify and not is_part
         except BaseException:
-            if not db.unusable and db.in_transaction:
-                db.execute(ROLLBACK)
+            with contextlib.suppress(sqlite3.Error):  # SQLite has undone it already
+                for sql in undo if not db.unusable and db.in_transaction else ():
+                    db.execute(sql)
             raise
         finally:
-            thread.in_transaction = False
-            thread.notify = False
+            if not is_part:
+                thread.in_transaction = False
+                thread.notify = False
         if notify:
             self.run_dir.notify()
-
-    @contextlib.contextmanager
-    def _part(self, db: Connection) -> Iterator[None]:
-        """Make a part of a transaction that is undone alone if it fails."""
-        if not db.in_transaction:
-            raise Fault(f"{self.path}: a statement has ended the transaction")
-        self.execute(BEGIN_PART)
-        try:
-            yield
-            self.execute(END_PART)
-        except BaseException:
-            if not db.unusable and db.in_transaction:
-                db.execute(UNDO_PART)
-                db.execute(END_PART)
-            raise
 
     def notify_when_stored(self) -> None:
         """Wake the pools as soon as the open transaction is stored."""
@@ -2144,87 +2187,103 @@ def is_shared_group(gid: int) -> bool:
     return group.gr_name != user.pw_name or any(name != user.pw_name for name in group.gr_mem)
 
 
-def insecure_directory(path: str) -> str | None:
-    """Return why other users could place files into a directory, None if they cannot."""
-    try:
-        info = os.stat(path)
-    except FileNotFoundError:
-        return None
-    if info.st_uid not in (0, SYSTEM.user()):
-        return f"{path} belongs to another user ({info.st_uid})"
+def others_may_write(info: os.stat_result) -> bool:
+    """Tell whether the mode of a file or directory lets other users write to it."""
     by_group = info.st_mode & stat.S_IWGRP and is_shared_group(info.st_gid)
-    if info.st_mode & stat.S_IWOTH or by_group:
-        return f"other users may write to {path}"
-    return None
+    return bool(info.st_mode & stat.S_IWOTH or by_group)
 
 
-def insecure_file(path: str, *, fifo: bool = False) -> str | None:
-    """Return why a file may be another user's work, None if it is ours or does not exist."""
-    try:
-        info = os.lstat(path)
-    except FileNotFoundError:
-        return None
-    regular = stat.S_ISFIFO(info.st_mode) if fifo else stat.S_ISREG(info.st_mode)
-    if not regular:
-        return f"{path} is not a {'FIFO' if fifo else 'regular file'}"
-    if info.st_uid != SYSTEM.user():
-        return f"{path} belongs to another user ({info.st_uid})"
-    if info.st_nlink > 1:
-        return f"{path} has another name (a hard link)"
-    by_group = info.st_mode & stat.S_IWGRP and is_shared_group(info.st_gid)
-    if info.st_mode & stat.S_IWOTH or by_group:
-        return f"other users may write to {path}"
-    return None
+def steps_to(path: str) -> Iterator[str]:
+    """Yield every directory and link that decides where a path leads, and the path itself."""
+    parent, name = os.path.split(path)
+    if name:
+        yield from steps_to(parent)
+    yield path
+    if os.path.islink(path):
+        yield from steps_to(os.path.join(parent, os.readlink(path)))
 
 
-def insecure_run_directory(path: str) -> str | None:
-    """Return why other users may have placed files into the run directory, None if they cannot."""
-    try:
-        info = os.lstat(path)
-    except FileNotFoundError:
-        return None
-    if not stat.S_ISDIR(info.st_mode):
-        return f"{path} is not a directory"
-    if info.st_uid != SYSTEM.user():
-        return f"{path} belongs to another user ({info.st_uid})"
-    if info.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        return f"other users may enter {path}"
-    files = (
-        insecure_file(os.path.join(path, f), fifo=f.endswith(".fifo")) for f in os.listdir(path)
-    )
-    return next(filter(None, files), None)
+def insecure_step(path: str, *, is_last: bool = False) -> str | None:
+    """Return why others could redirect a directory or link that leads to a queue, or None.
 
-
-def ownership_problem(path: str) -> str | None:
-    """Return why other users could have put commands into a queue, None if they could not.
-
-    As in OpenSSH, nobody else may write to the directory of the queue. This is checked before
-    SQLite opens anything, since it replays any journal or log that it finds beside a database.
+    Root may own it, who in a container is the owner of /. It may be sticky, since others cannot
+    rename its entries, but not if it is the last one: SQLite trusts what it finds there.
     """
-    if SYSTEM.user() is None:
+    try:
+        info = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):  # whoever opens it says so
         return None
+    if info.st_uid not in (0, os.stat("/").st_uid, SYSTEM.user()):
+        return f"{path} belongs to another user ({info.st_uid})"
+    is_fixed = stat.S_ISLNK(info.st_mode) or (info.st_mode & stat.S_ISVTX and not is_last)
+    return None if is_fixed or not others_may_write(info) else f"other users may write to {path}"
+
+
+def has_other_name(path: str, twin: str) -> bool:
+    """Tell whether a file has a name other than these two."""
+    links = os.lstat(path).st_nlink
+    with contextlib.suppress(FileNotFoundError):
+        if links > 1 and os.path.samefile(path, twin):
+            return links > 2
+    return os.lstat(path).st_nlink > 1  # the twin may have been removed meanwhile
+
+
+KINDS = {"regular file": stat.S_ISREG, "FIFO": stat.S_ISFIFO, "directory": stat.S_ISDIR}
+
+
+def insecure_file(path: str, kind: str = "regular file", twin: str = "") -> str | None:
+    """Return why a file may be another user's work; None if it is ours or does not exist."""
+    with contextlib.suppress(FileNotFoundError):
+        info = os.lstat(path)
+        if not KINDS[kind](info.st_mode):
+            return f"{path} is not a {kind}"
+        if info.st_uid != SYSTEM.user():
+            return f"{path} belongs to another user ({info.st_uid})"
+        if others_may_write(info):
+            return f"other users may write to {path}"
+        if kind == "directory" and info.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            return f"other users may enter {path}"
+        if kind != "directory" and has_other_name(path, twin):
+            return f"{path} has another name (a hard link)"
+    return None
+
+
+def ownership_problems(path: str) -> Iterator[str | None]:
+    """Yield why other users could put commands into a queue, and None for what is in order.
+
+    Checked before SQLite opens anything, since it replays any journal or log that it finds beside
+    a database. As in OpenSSH, only modes and owners count; access control lists are not read.
+    """
     real = os.path.realpath(path)
-    directories = {os.path.dirname(os.path.abspath(path)), os.path.dirname(real)}
-    files = [real + suffix for suffix in ("", "-journal", "-wal", "-shm")]
-    return next(
-        chain(
-            filter(None, map(insecure_directory, sorted(directories))),
-            filter(None, map(insecure_file, files)),
-            filter(None, [insecure_run_directory(real + ".run")]),
-        ),
-        None,
-    )
+    run_dir = RunDirectory(real)
+    yield from map(insecure_step, steps_to(os.path.join(os.getcwd(), path)))
+    yield insecure_step(os.path.dirname(real), is_last=True)
+    yield insecure_file(real, twin=run_dir.file("new.db"))
+    for suffix in ("-journal", "-wal", "-shm"):
+        yield insecure_file(real + suffix)
+    yield insecure_file(run_dir.path, "directory")
+    for item in run_dir.files():
+        kind = "FIFO" if item.endswith(".fifo") else "regular file"
+        yield insecure_file(run_dir.file(item), kind, twin=real)
 
 
 def require_trust(path: str) -> None:
     """Raise Fault where other users could have put commands into a queue."""
-    with contextlib.suppress(ValueError):  # NUL in the path: whoever opens it says so
-        problem = ownership_problem(path)
-        if problem:
-            raise Fault(
-                f"{problem}, so others could run commands as you; use a directory of your own "
-                "(mkdir -m 700 q && cd q), or --insecure if you trust them"
-            )
+    if SYSTEM.user() is None:
+        return
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)  # links that lead nowhere end here
+        problem = next(filter(None, ownership_problems(path)), None)
+    except OSError as error:
+        raise system_fault(error, path) from error
+    except ValueError:  # NUL in the path: whoever opens it says so
+        return
+    if problem:
+        raise Fault(
+            f"{problem}, so others could run commands as you; use a directory of your own "
+            '(mkdir -m 700 q && cd q, or cd "$(mktemp -d)"), or --insecure if you trust them'
+        )
 
 
 def network_file_system(path: str) -> str | None:
@@ -2246,13 +2305,16 @@ class Reader:
     """What workers, pools and reports ask about the jobs of a queue. Nothing here writes."""
 
     def __init__(self, db: Database, clock: Callable[[], float]) -> None:
-        """Read from a database; `clock` returns Unix seconds."""
         self.db = db
         self.clock = clock
 
     def select(self, sql: str, **args: object) -> list[Job]:
         """Return the jobs that a statement selects."""
         return [Job(*row) for row in self.db.rows(sql, args)]
+
+    def first(self, sql: str, **args: object) -> Job | None:
+        """Return the first job that a statement selects, None if there is none."""
+        return next(iter(self.select(sql, **args)), None)
 
     def number(self, sql: str, **args: object) -> int:
         """Return the one number that a statement selects."""
@@ -2261,7 +2323,7 @@ class Reader:
     def get(self, job_id: str) -> Job:
         """Return a job by its id, or the active or else newest job of a schedule; or NotFound."""
         for sql in (BY_ID, ACTIVE_OF_SCHEDULE, NEWEST_OF_SCHEDULE):
-            for job in self.select(sql, id=job_id):
+            if job := self.first(sql, id=job_id):
                 return job
         near = nearest(job_id, (row[0] for row in self.db.rows(RECENT_IDS)))
         hint = f": did you mean {near}?" if near else ""
@@ -2269,7 +2331,7 @@ class Reader:
 
     def by_seq(self, seq: int) -> Job | None:
         """Return a job by its number, None if it has been deleted."""
-        return next(iter(self.select(BY_SEQ, seq=seq)), None)
+        return self.first(BY_SEQ, seq=seq)
 
     def named(self, ids: Iterable[str]) -> list[Job]:
         """Return the jobs with these ids, each one once."""
@@ -2289,11 +2351,10 @@ class Reader:
     def latest(self, states: Sequence[str], limit: int, queue: str | None) -> list[Job]:
         """Return the jobs in these states that changed last, in order of arrival."""
         found: list[Job] = []
+        asked = {"queue": queue, "limit": limit}
         for state in states:
-            for readiness in (READY, SCHEDULED, BLOCKED) if state == PENDING else (READY,):
-                found += self.select(
-                    LATEST, state=state, readiness=readiness, queue=queue, limit=limit
-                )
+            for readiness in (READY, SCHEDULED, BLOCKED):
+                found += self.select(LATEST, state=state, readiness=readiness, **asked)
         found.sort(key=lambda job: job.updated_at)
         return sorted(found[-limit:])
 
@@ -2307,7 +2368,7 @@ class Reader:
 
     def last_run(self, job: Job) -> Job:
         """Return the job of the same schedule that ran last, or this job if none has run."""
-        return next(iter(self.select(LAST_RUN_OF_SCHEDULE, id=job.schedule_id)), job)
+        return self.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id) or job
 
     def parents(self, job: Job) -> list[Job]:
         """Return the jobs, up to 100, that a blocked job waits for."""
@@ -2317,7 +2378,7 @@ class Reader:
         """Return a dead or cancelled job without which a blocked job cannot run."""
         if job.state != PENDING or job.readiness != BLOCKED:
             return None
-        return next(iter(self.select(FAILED_ANCESTORS, seq=job.seq)), None)
+        return self.first(FAILED_ANCESTORS, seq=job.seq)
 
     def dead(self) -> list[tuple[str, int, int]]:
         """Return the id, number and run of each dead job, in the order in which they died."""
@@ -2329,8 +2390,7 @@ class Reader:
 
     def oldest(self, queue: str | None = None) -> Job | None:
         """Return the ready job, of one queue or of all, that has waited longest."""
-        found = self.select(OLDEST, state=PENDING, readiness=READY, queue=queue, limit=1)
-        return next(iter(found), None)
+        return self.first(OLDEST, state=PENDING, readiness=READY, queue=queue, limit=1)
 
     def blocked(self, queues: Sequence[str] = (), limit: int = 10) -> list[Job]:
         """Return the jobs that have been blocked longest, of each of these queues or of all."""
@@ -2367,8 +2427,8 @@ class Reader:
 
     def settings(self, queue: str = "") -> dict[str, Any]:
         """Return the value of every setting as it applies to a queue."""
-        settings = {key: setting.default for key, setting in SETTINGS.items()}
-        for _, key, value in sorted(self.db.rows(STORED_SETTINGS, {"queue": queue})):  # '' first
+        settings = DEFAULTS.copy()
+        for key, value in self.db.rows(STORED_SETTINGS, {"queue": queue}):
             try:
                 if key in SETTINGS:
                     settings[key] = SETTINGS[key].read(value)
@@ -2425,11 +2485,16 @@ class Reader:
         return self.number(GET_DATA_VERSION)
 
     def changes(self, timeout: float | None = None) -> Iterator[None]:
-        """Yield at once, at every change, and twice a second; end after `timeout` seconds."""
+        """Yield at once, at every change, and twice a second; end after `timeout` seconds.
+
+        Raises Damaged where the database was moved away or replaced.
+        """
         seen = None
         again = 0.0
         for waited in polling(NEVER if timeout is None else timeout, 0.01, 0.01):
             version = self.data_version()
+            if waited >= again:
+                self.db.require_in_place()
             if version != seen or waited >= again:
                 seen = version
                 again = waited + 0.5
@@ -2452,7 +2517,6 @@ class Ledger:
     """
 
     def __init__(self, reader: Reader) -> None:
-        """Change what a reader reads."""
         self.reader = reader
         self.db = reader.db
         self.clock = reader.clock
@@ -2507,7 +2571,7 @@ class Ledger:
 
     def next_id_of_schedule(self, schedule_id: str) -> str:
         """Return the id of the next job of a schedule: its name and a number."""
-        newest = next(iter(self.reader.select(NEWEST_OF_SCHEDULE, id=schedule_id)), None)
+        newest = self.reader.first(NEWEST_OF_SCHEDULE, id=schedule_id)
         number = int(newest.id.rpartition(".")[2]) + 1 if newest else 1
         while self.reader.is_taken(f"{schedule_id}.{number}"):
             number += 1
@@ -2574,7 +2638,7 @@ class Ledger:
             readiness=after.state != PENDING or after.run_after <= now,
             rule=None if is_over else job.rule,
         )
-        if not self.change(FINISH, **{**after._asdict(), "worker": job.locked_by}):
+        if not self.db.execute(FINISH, after._asdict()).rowcount:
             return None
         if outcome.end != "unstarted":
             attempt = (job.seq, job.run, job.locked_by, outcome.word, job.waited, *outcome[1:])
@@ -2593,6 +2657,24 @@ class Ledger:
         row.update(run_after=when, scheduled_for=when, readiness=SCHEDULED)
         self.insert({**row, "seq": self.last_seq() + 1})
         self.db.notify_when_stored()
+
+    def correct_times(self) -> bool:
+        """Reschedule what a clock scheduled that was more than a day ahead; tell whether any was.
+
+        A schedule continues from now; a retry waits as long as it was meant to wait.
+        """
+        now = self.clock()
+        jobs = self.reader.select(SCHEDULED_AHEAD, limit=now + 86400)
+        if not jobs:
+            return False
+        with self.db.transaction():
+            for job in jobs:
+                when = now + job.run_after - job.updated_at
+                if job.rule and not job.run:
+                    when = next_occurrence(job.rule, now, now)
+                planned = job.scheduled_for if job.run else when
+                self.change(RESCHEDULE, seq=job.seq, when=when, scheduled_for=planned, now=now)
+        return True
 
     # Operating.
 
@@ -2632,7 +2714,6 @@ class JobWatch:
     """Jobs that somebody waits for, as they were last seen."""
 
     def __init__(self, reader: Reader, jobs: Iterable[Job]) -> None:
-        """Watch some jobs."""
         self.reader = reader
         self.seen = {job.seq: job for job in jobs}
 
@@ -2820,10 +2901,8 @@ class Queue:
                 name = printable(job.id)
                 if job.state not in (DEAD, CANCELLED):
                     raise NotFound(f"job {name} is {job.state}, not dead or cancelled")
-                for child in self._reader.select(CHILDREN, seq=job.seq):
-                    if child.seq not in {other.seq for other in jobs}:
-                        how = "purge" if child.state == CANCELLED else "cancel and purge"
-                        raise NotFound(f"job {printable(child.id)} waits for {name}; {how} it too")
+                for child in self._reader.select(BLOCKED_CHILDREN, seq=job.seq):
+                    raise NotFound(f"job {printable(child.id)} waits for {name}; cancel it first")
                 self._ledger.delete(job.seq)
         return len(jobs)
 
@@ -3987,6 +4066,8 @@ class Pool:
     def prune(self) -> None:
         """Delete some of the jobs older than the retention; again in a minute, or soon."""
         self.agenda.set("prune", time.monotonic() + 60)
+        if self.ledger.correct_times():
+            self.seen = None  # something may be due earlier
         retention = self.ledger.reader.settings()["retention"]
         if retention:
             before = self.ledger.clock() - retention

@@ -13,10 +13,10 @@ The classes mirror the sections of queuectl.py, in the same order:
     run directory    RunDirectoryFiles
     database         DatabaseCreation DatabaseForeign DatabaseDamage DatabaseReadOnly
                      DatabaseFullDisk DatabaseDurability DatabaseDurabilityLive DatabaseGuest
-                     DatabaseForks
-    trust            Trust
+                     DatabaseTransactions DatabaseForks
+    trust            Trust TrustAttacks
     queue            QueueEnqueue QueueReading QueueOrder QueueDependencies QueueSchedules
-                     QueueRetries QueuePause QueuePauseLive QueuePrune
+                     QueueRetries QueuePause QueuePauseLive QueueWait QueuePrune
     attempt          AttemptLaunch AttemptEnd AttemptOutput
     worker           WorkerFencing WorkerTrouble
     pool             PoolRecovery PoolFalseAlarms PoolStop PoolDispatch PoolDispatchLive PoolFiles
@@ -899,6 +899,42 @@ class Rules(Case):
             with time_zone("Europe/Berlin"), self.subTest(local):
                 self.assertEqual(queuectl.parse_time(local), queuectl.parse_time(utc))
 
+    def test_messages_repeat_only_the_beginning_of_a_long_word(self) -> None:
+        self.enqueue("true")
+        word = "\x1b" * 500_000 + "x" * 500_000
+        for line in (
+            "%s",
+            "worker %s",
+            "list --%s",
+            "list --state %s",
+            "show %s",
+            "cancel %s",
+            "logs 1 --run %s",
+            "config get %s",
+            "config set timeout %s",
+            "config set shell '%s",
+            "completion %s",
+            "prune --state %s",
+            "enqueue --id %s -- true",
+            "enqueue --after %s -- true",
+            "enqueue --priority %s -- true",
+            "enqueue --cron %s -- true",
+        ):
+            for text in (word, word[::-1]):
+                with self.subTest(line, text=text[0]):
+                    args = [argument.replace("%s", text) for argument in line.split()]
+                    self.assert_long_word_is_cut(*args)
+        self.assert_long_word_is_cut("enqueue", "--cron", f"{word} * * * *", "true")
+        for job in ({"command": "true", word: 1}, {"command": "true", "after": [word]}):
+            self.assert_long_word_is_cut("enqueue", "-", stdin=json.dumps(job))
+        self.assert_long_word_is_cut("--db", word, "list")
+
+    def assert_long_word_is_cut(self, *args: str, stdin: str = "") -> None:
+        code, out, err = self.result(*args, stdin=stdin)
+        self.assertIn(code, (1, 2, 4))
+        self.assertEqual((out, err.count("\n")), ("", 1))
+        self.assertLess(len(err), 25_000 if "--db" in args else 2000)
+
 
 class RulesRetry(Case):
     """The retry rule: the state and attempt count that follow from an attempt."""
@@ -1237,6 +1273,51 @@ class DatabaseCreation(Live):
         self.assertEqual(len(self.states()), 12)
         self.assert_sound()
 
+    @NEEDS_SHELL
+    def test_stopped_process_that_creates_the_queue_delays_others_only_for_a_while(self) -> None:
+        """Promise 4: the first enqueue waits for another's, but reports it in the end."""
+        run_dir = queuectl.RunDirectory(self.path)
+        run_dir.make()
+        hold = "import fcntl, os, sys; fcntl.flock(1, fcntl.LOCK_EX); os.kill(os.getpid(), 19)"
+        with open(run_dir.file("making"), "w") as file:
+            holder = subprocess.Popen([*PYTHON, "-c", hold], stdout=file, cwd=self.dir)
+        self.processes.append(holder)
+        wait_until(lambda: os.waitpid(holder.pid, os.WUNTRACED | os.WNOHANG)[0])
+        with mock.patch.object(queuectl, "PATIENCE", 0.1):
+            line = self.assert_refused("enqueue", "true", code=4)
+        self.assertIn("making has been locked by another process for 0.1 s", line)
+        holder.kill()
+        self.assertEqual(self.stdout("enqueue", "true"), "1\n")
+
+    @internal
+    def test_process_killed_while_it_names_a_new_queue_leaves_a_queue_that_works(self) -> None:
+        self.enqueue("true")
+        other_name = queuectl.RunDirectory(self.path).file("new.db")
+        os.link(self.path, other_name)  # it was killed between link and unlink
+        self.assertIn("pending           1", self.stdout("status"))
+        self.assertEqual(self.stdout("enqueue", "true"), "2\n")
+        self.assertFalse(os.path.exists(other_name))
+
+    @internal
+    def test_file_that_changes_while_it_is_read_is_read_again_and_not_called_damaged(self) -> None:
+        """The last process to close a queue copies the -wal into the file."""
+        self.enqueue("true")
+        read_version = queuectl.schema_version
+        for error in (None, sqlite3.DatabaseError("database disk image is malformed")):
+            results = [error or (0, True), None]
+
+            def read(db: sqlite3.Connection, results: list[Any] = results) -> Any:
+                result = results.pop(0)
+                if result:  # not the last time
+                    os.utime(self.path)
+                if isinstance(result, Exception):
+                    raise result
+                return result or read_version(db)
+
+            with mock.patch.object(queuectl, "schema_version", read), self.subTest(error):
+                self.assertEqual(Queue(self.path, create=False).counts()["pending"], 1)
+                self.assertEqual(results, [])
+
     def test_invalid_batch_creates_no_queue(self) -> None:
         for batch in (b"{", b'{"command":"true"}\n{"command":7}\n', b"\xff"):
             self.assert_refused("enqueue", "-", stdin=batch)
@@ -1431,8 +1512,13 @@ class DatabaseReadOnly(Live):
             writer.counts()  # creates the -shm, which SQLite needs to read and cannot create there
             self.assert_all_refused(*self.WRITING_COMMANDS, prefix=read_only)
             self.assertIn("pending           1", self.stdout("status", prefix=read_only))
-        self.assert_all_refused("status", prefix=read_only)
-        self.assertEqual(self.states(), {"1": "pending"})
+        self.assert_all_refused(*self.WRITING_COMMANDS, prefix=read_only)
+        for command, said in {
+            "status": "pending           1",
+            "show 1": "no worker is running",
+        }.items():
+            self.assertIn(said, self.stdout(*command.split(), prefix=read_only))
+        self.assertEqual(sorted(os.listdir(self.dir)), ["queuectl.db", "queuectl.db.run"])
 
     def test_commands_without_write_permission_are_refused_and_change_nothing(self) -> None:
         user = obeying_modes(self)
@@ -1740,6 +1826,24 @@ class DatabaseGuest(Case):
                 with Queue(self.path, guest=True) as queue, Queue(self.path) as same:
                     self.assertEqual(queue.enqueue("true"), same.get("1").id)
 
+    @internal
+    def test_database_that_the_host_creates_at_the_same_moment_is_kept(self) -> None:
+        os.unlink(self.path)
+        publish = queuectl.Database._publish
+
+        def late(db: queuectl.Database, new: str) -> None:
+            self.execute("CREATE TABLE orders (id)", "INSERT INTO orders VALUES (1)")
+            publish(db, new)
+
+        no_links = mock.patch("os.link", side_effect=OSError(95, "Operation not supported"))
+        for links in (contextlib.nullcontext(), no_links):
+            publishing = mock.patch.object(queuectl.Database, "_publish", late)
+            with links, publishing, Queue(self.path, guest=True) as queue:
+                self.assertEqual(queue.enqueue("true"), "1")
+            self.assertEqual(self.execute("SELECT id FROM orders"), [1])
+            self.assertEqual(queuectl.RunDirectory(self.path).files("new.db"), [])
+            os.unlink(self.path)
+
     def test_reader_delays_creation_of_tables_but_does_not_prevent_it(self) -> None:
         with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as reader:
             reader.execute("BEGIN")
@@ -1803,6 +1907,59 @@ class DatabaseGuest(Case):
                     f"INSERT INTO queuectl_settings VALUES ({values})",
                 )
                 self.assertIn("another program's", self.assert_refused("worker", "start", code=4))
+
+
+class DatabaseTransactions(Case):
+    """A transaction ends as it should, whatever happens in it; locks and damage are recognized."""
+
+    @internal
+    def test_interrupt_right_after_begin_leaves_no_transaction(self) -> None:
+        with Queue(self.path) as queue:
+            execute = queue._db.execute
+
+            def interrupted(sql: str, args: Any = ()) -> Any:
+                execute(sql, args)
+                raise KeyboardInterrupt
+
+            pressed = mock.patch.object(queue._db, "execute", interrupted)
+            with pressed, self.assertRaises(KeyboardInterrupt):
+                queue.enqueue("true")
+            self.assertEqual(self.stdout("enqueue", "true"), "1\n")  # nobody has the lock
+            self.assertEqual(queue.enqueue("true"), "2")
+
+    @internal
+    def test_errors_are_recognized_by_their_codes_or_else_by_their_texts(self) -> None:
+        cases = (  # SQLite's code, its English text, is a lock, is damage
+            (5, "database is locked", True, False),
+            (261, "database is locked", True, False),  # SQLITE_BUSY_RECOVERY
+            (6, "database table is locked", True, False),
+            (15, "locking protocol", True, False),
+            (14, "unable to open database file", False, False),
+            (11, "database disk image is malformed", False, True),
+            (26, "file is not a database", False, True),
+        )
+        for code, text, is_lock, is_damage in cases:
+            kind = sqlite3.DatabaseError if is_damage else sqlite3.OperationalError
+            coded = kind("another language")
+            coded.sqlite_errorcode = code  # type: ignore[attr-defined]
+            for error in (coded, kind(text)):
+                with self.subTest(error, code=code):
+                    found = tuple(
+                        queuectl.is_about(error, *kind) for kind in (queuectl.LOCK, queuectl.DAMAGE)
+                    )
+                    self.assertEqual(found, (is_lock, is_damage))
+
+    @internal
+    def test_locking_protocol_error_is_tried_again(self) -> None:
+        with Queue(self.path) as queue:
+            errors = [sqlite3.OperationalError("locking protocol")]
+
+            def act() -> str:
+                if errors:
+                    raise errors.pop()
+                return "done"
+
+            self.assertEqual(queue._db._retry(act), "done")
 
 
 class DatabaseForks(Case):
@@ -2021,6 +2178,219 @@ class Trust(Live):
         self.assertIn(b"plugh", stored)
         self.assertNotIn(b"xyzzy-1234", stored)
         self.assertNotIn(b"SECRET_MARKER", stored)
+
+
+def forge_journal(database: bytes) -> bytes:
+    """Return a rollback journal that SQLite replays to turn any database into the given one."""
+    size = 4096
+    pages = [database[start : start + size] for start in range(0, len(database), size)]
+    numbers = (len(pages), 0, len(pages), 512, size)
+    journal = bytes.fromhex("d9d505f920a163d7") + struct.pack(">5I", *numbers) + bytes(484)
+    for number, page in enumerate(pages, 1):
+        journal += (
+            struct.pack(">I", number) + page + struct.pack(">I", sum(page[size - 200 : 0 : -200]))
+        )
+    return journal
+
+
+@NEEDS_ROOT
+class TrustAttacks(Live):
+    """Promise 7, with two users: nobody plants files in a directory that root uses."""
+
+    COMMANDS = (
+        "enqueue true",
+        "list",
+        "show 1",
+        "worker start --drain --quiet",
+        "worker start --detach",
+        "worker stop",
+    )
+    BESIDE_A_QUEUE = ("journal", "wal", "shm", "run directory", "run link")
+    BEFORE_A_QUEUE = (*BESIDE_A_QUEUE, "database", "database link")
+    RUN_FILES = {  # in the run directory: the name, and what is planted there
+        "fifo link": "pool-1.fifo",
+        "stop link": "pool-1.stop",
+        "log link": "workers.log",
+        "lock link": "making",
+        "new file link": "new.db",
+        "lock that is a FIFO": "pool-1",
+        "new file of another user": "new.db",
+        "output of another user": "1.1.out",
+    }
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.addCleanup(os.umask, os.umask(0o022))
+        os.chmod(self.dir, 0o755)
+        self.write("precious", "x")
+        os.mkdir(self.file("evil"))
+        path = self.file("evil/queuectl.db")
+        with Queue(path) as queue:
+            queue.enqueue("echo x >> log", id="evil")
+            with open(path + "-wal", "rb") as file:
+                self.wal = file.read()
+        with open(path, "rb") as file:
+            self.database = file.read()
+
+    def as_nobody(self, act: Callable[[], Any]) -> None:
+        """Do something as another user."""
+        child = os.fork()
+        if not child:
+            try:
+                os.umask(0)
+                os.setgroups([])
+                os.setgid(NOBODY)
+                os.setuid(NOBODY)
+                act()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
+
+    def plant(self, what: str, path: str) -> None:
+        """Put something beside the database at a path, or in its place."""
+        contents = {
+            "journal": ("-journal", forge_journal(self.database)),
+            "wal": ("-wal", self.wal),
+            "shm": ("-shm", b""),
+            "database": ("", self.database),
+        }
+        if what in contents:
+            suffix, content = contents[what]
+            with open(path + suffix, "xb") as file:
+                file.write(content)
+        elif what == "run directory":
+            os.mkdir(path + ".run", 0o777)
+        else:
+            os.symlink("evil/queuectl.db", path + ".run" * (what == "run link"))
+
+    def plant_in_run_directory(self, what: str) -> None:
+        """Put something into the run directory, as could be done before it was made private."""
+        path = os.path.join(self.path + ".run", self.RUN_FILES[what])
+        if what.endswith("link"):
+            os.symlink("../precious", path)
+        elif what.endswith("FIFO"):
+            os.mkfifo(path, 0o600)
+        else:
+            with open(path, "x"):
+                pass
+        os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+
+    def everything(self) -> dict[str, Any]:
+        """Return what may not change: each file with its owner and mode, and each content."""
+        found = {}
+        for directory, _, names in os.walk(self.dir):
+            for path in (directory, *(os.path.join(directory, name) for name in names)):
+                info = os.lstat(path)
+                content = digest(path) if stat.S_ISREG(info.st_mode) else info.st_mtime_ns
+                found[path] = (info.st_mode, info.st_uid, info.st_nlink, content)
+        return found
+
+    def assert_nothing_is_touched(self, reason: str) -> None:
+        """Check that each command refuses with one line, and changes nothing."""
+        before = self.everything()
+        for command in self.COMMANDS:
+            line = self.assert_refused(*command.split(), code=4)
+            self.assertRegex(line, reason)
+            self.assertRegex(line, "mkdir -m 700 q.*mktemp -d.*--insecure")
+        self.assertEqual(self.everything(), before)
+
+    def test_planted_files_are_refused_before_anything_is_opened_or_written(self) -> None:
+        cases = [(what, False) for what in self.BEFORE_A_QUEUE]
+        cases += [(what, True) for what in self.BESIDE_A_QUEUE]
+        for what, exists in cases:
+            with self.subTest(what, exists=exists):
+                self.use_queue(f"{what} {exists}")
+                shutil.copytree(self.file("evil"), os.path.join(os.path.dirname(self.path), "evil"))
+                if exists:
+                    self.enqueue("true", id="ours")
+                    shutil.rmtree(self.path + ".run")
+                os.chmod(os.path.dirname(self.path), 0o1777)
+                self.as_nobody(partial(self.plant, what, self.path))
+                self.assert_nothing_is_touched("other users may write to|belongs to another user")
+                os.chmod(os.path.dirname(self.path), 0o700)
+                self.assert_nothing_is_touched(
+                    rf"belongs to another user \({NOBODY}\)|is not a dir"
+                )
+
+    def test_what_others_left_in_the_run_directory_is_refused(self) -> None:
+        for what in self.RUN_FILES:
+            with self.subTest(what):
+                self.use_queue(what)
+                self.write(f"{what}/precious", "x")
+                self.enqueue("true", id="ours")
+                self.plant_in_run_directory(what)
+                self.assert_nothing_is_touched(
+                    "is not a (regular file|FIFO)|belongs to another user"
+                )
+
+    def test_planted_journal_and_log_would_otherwise_bring_in_a_job(self) -> None:
+        """The attacks are real."""
+        for what in ("journal", "wal"):
+            self.use_queue(what)
+            self.enqueue("true", id="ours")
+            self.plant(what, self.path)
+            self.stdout("--insecure", "enqueue", "true")
+            self.assertIn("echo x >> log", self.stdout("--insecure", "list"))
+
+    def test_every_directory_and_link_on_the_way_to_the_queue_must_be_safe(self) -> None:
+        for mode, owner, reason in (
+            (0o777, 0, "other users may write to"),
+            (0o755, NOBODY, "belongs to another user"),
+        ):
+            self.use_queue(f"{reason}/private")
+            self.enqueue("true")
+            shared = os.path.dirname(os.path.dirname(self.path))
+            os.chmod(shared, mode)
+            os.chown(shared, owner, -1)
+            os.symlink(self.path, self.file(f"link {owner}"))
+            for path in (self.path, self.file(f"link {owner}")):
+                line = self.assert_refused("--db", path, "list", code=4)
+                self.assertIn(f"{reason} {shared}" if owner == 0 else f"{shared} {reason}", line)
+        self.use_queue("sticky/private")
+        self.enqueue("true")
+        os.chmod(self.file("sticky"), 0o1777)
+        self.stdout("list")  # others cannot rename the private directory
+        self.as_nobody(lambda: os.symlink("private", self.file("sticky/theirs")))
+        os.symlink("private", self.file("sticky/ours"))
+        theirs, ours = (self.file(f"sticky/{name}/queuectl.db") for name in ("theirs", "ours"))
+        self.stdout("--db", ours, "list")
+        line = self.assert_refused("--db", theirs, "list", code=4)
+        self.assertIn("sticky/theirs belongs to another user", line)
+
+    def test_insecure_option_or_variable_overrides_for_one_command_or_for_all(self) -> None:
+        os.chmod(self.dir, 0o1777)
+        self.assert_refused("enqueue", "true", code=4)
+        self.assertIn("goes before", self.assert_refused("enqueue", "--insecure", "--", "true"))
+        self.assertEqual(self.stdout("--insecure", "enqueue", "true"), "1\n")
+        self.stdout("--insecure", "worker", "start", "--drain")
+        self.assertEqual(self.job_state_insecurely(), "completed")
+        os.environ["QUEUECTL_INSECURE"] = "0"
+        self.assert_refused("list", code=4)
+        os.environ["QUEUECTL_INSECURE"] = "1"
+        for command in self.COMMANDS[:2]:
+            self.stdout(*command.split())
+
+    def job_state_insecurely(self) -> str:
+        with Queue(self.path, insecure=True) as queue:
+            return queue.get("1").state
+
+    def test_links_in_the_run_directory_are_not_followed_even_if_insecure(self) -> None:
+        self.enqueue("true")
+        for what in ("fifo link", "stop link", "log link", "lock link"):
+            self.plant_in_run_directory(what)
+        os.environ["QUEUECTL_INSECURE"] = "1"
+        before = digest(self.file("precious"))
+        for command in ("enqueue true", "worker stop", "worker start --detach", "list"):
+            self.run_cli(*command.split(), code=None)
+        self.assertEqual(digest(self.file("precious")), before)
+
+    def test_loop_of_links_is_an_error(self) -> None:
+        os.symlink("b", self.file("a"))
+        os.symlink("a", self.file("b"))
+        for path in ("a", "a/queuectl.db"):
+            line = self.assert_refused("--db", path, "list", code=4)
+            self.assertIn("Too many levels of symbolic links", line)
 
 
 # --- queue ----------------------------------------------------------------------------------------
@@ -2331,6 +2701,26 @@ class QueueSchedules(Clocked):
             self.assertEqual(bool(self.queue._reader.drain_blockers()), retried, code)
             self.now += 2 if retried else 1000
 
+    @internal
+    def test_clock_that_was_years_ahead_delays_no_schedule_and_no_retry(self) -> None:
+        self.queue.enqueue("true", id="x", every=100)
+        self.queue.enqueue("false", id="bad", max_retries=3)
+        self.queue.enqueue("true", id="then", run_at=self.now + 2e9)
+        pool = make_pool(self, self.queue)
+        self.now += 1e9
+        claimed = [self.claim(), self.claim()]
+        for job in claimed:
+            self.finish(int(job.id == "bad"), job)
+        self.now -= 1e9
+        pool.prune()
+        due = {job.id: job.run_after - self.now for job in self.queue.jobs("pending")}
+        self.assertEqual(due, {"bad": 2, "x.2": 100, "then": 2e9})
+        self.now += 100
+        self.assertEqual(self.run_all(), "bad x.2")
+        self.now -= 3600  # less than a day: a schedule must not run twice at one time
+        pool.prune()
+        self.assertEqual(self.seconds_to_next(), 3700)
+
 
 class QueueRetries(Clocked):
     """Failed attempts, dead jobs, and changes of state."""
@@ -2518,6 +2908,88 @@ class QueuePauseLive(Live):
         self.assertEqual(self.job("waiting").state, "completed")
 
 
+class QueueWait(Live):
+    """Waiting for jobs, through the command and the library."""
+
+    def wait_while(
+        self, ids: str, meanwhile: Callable[[Queue, Terminal], Any]
+    ) -> tuple[int, list[str]]:
+        """Do something during `wait`; return its exit code, and the states from Queue.wait."""
+        self.unfinished: list[str] = []
+        refresh = queuectl.JobWatch.refresh
+
+        def look(watch: queuectl.JobWatch) -> Any:
+            unfinished = refresh(watch)
+            self.unfinished = [job.id for job in unfinished]
+            return unfinished
+
+        command = Terminal(self, "wait", *ids.split())
+        command.wait_for("/")
+        looking = mock.patch.object(queuectl.JobWatch, "refresh", look)
+        with looking, Queue(self.path) as queue, futures.ThreadPoolExecutor() as thread:
+            waiting = thread.submit(queue.wait, ids.split(), 10)
+            wait_until(lambda: self.unfinished)
+            meanwhile(queue, command)
+            command.end()
+            return command.process.returncode, [job.state for job in waiting.result(10)]
+
+    def finish(self, queue: Queue, job_id: str, code: int = 0) -> None:
+        outcome = Outcome("exited", 1.0, 2.0, code, queuectl.explain_exit(code))
+        job = claim(queue)
+        self.assertEqual(job.id, job_id)
+        queue._ledger.finish(job, outcome)
+
+    @internal
+    def test_job_that_is_pruned_meanwhile_has_completed(self) -> None:
+        def complete(queue: Queue, _: Terminal) -> None:
+            self.finish(queue, "a")
+            queue.prune()
+            self.finish(queue, "b")
+
+        for name in "ab":
+            self.enqueue("true", id=name)
+        self.assertEqual(self.wait_while("a b", complete), (0, ["completed"] * 2))
+
+    @internal
+    def test_job_that_was_seen_dead_stays_dead_when_it_is_purged(self) -> None:
+        def die_and_purge(queue: Queue, command: Terminal) -> None:
+            self.finish(queue, "a", 7)
+            command.wait_for("1/2 jobs")
+            wait_until(lambda: self.unfinished == ["b"])
+            queue.purge(["a"])
+            self.finish(queue, "b")
+
+        for name in "ab":
+            self.enqueue("true", id=name, max_retries=1)
+        found = self.wait_while("a b", die_and_purge)
+        self.assertEqual(found, (7, ["dead", "completed"]))
+
+    @internal
+    def test_job_that_can_no_longer_run_is_not_waited_for(self) -> None:
+        for name, parent in zip("abc", ([], ["a"], ["b"])):
+            self.enqueue("true", id=name, after=parent, max_retries=1)
+        code, states = self.wait_while("c", lambda queue, _: self.finish(queue, "a", 1))
+        self.assertEqual((code, states), (1, ["pending"]))
+
+    def test_library_times_out(self) -> None:
+        self.enqueue("true")
+        with Queue(self.path) as queue, self.assertRaisesRegex(queuectl.TimedOut, "within 0.1 s"):
+            queue.wait("1", 0.1)
+
+    def test_queue_that_is_moved_or_removed_is_not_waited_for(self) -> None:
+        """Promise 4."""
+        for act in (shutil.rmtree, lambda path: os.rename(path, path + "-moved")):
+            self.use_queue("place")
+            self.enqueue("true")
+            waits = [Terminal(self, "wait", words) for words in ("1", "--all")]
+            for wait in waits:
+                wait.wait_for("/1 jobs")
+            act(self.file("place"))
+            for wait in waits:
+                self.assertIn("queuectl.db was moved away or replaced", wait.end())
+                self.assertEqual(wait.process.returncode, 4)
+
+
 class QueuePrune(Clocked):
     """Deleting jobs that have ended."""
 
@@ -2560,6 +3032,20 @@ class QueuePrune(Clocked):
         self.queue.cancel(["child"])
         self.assertEqual(self.result("prune", "--state", "cancelled")[:2], (0, "2 pruned\n"))
         self.assertEqual(self.result("dlq", "purge", "dead")[:2], (0, "1 purged\n"))
+
+    @internal
+    def test_cancelled_child_keeps_no_parent_from_being_pruned_or_purged(self) -> None:
+        size = 2 * queuectl.SLICE
+        enqueue_graph(self.queue, "x0", *(f"x{n} x{n - 1}" for n in range(1, size)))
+        self.queue.cancel(["x0"], cascade=True)
+        self.assertEqual(self.queue._ledger.delete_slice("cancelled", self.now), queuectl.SLICE)
+        self.assertEqual(self.queue.prune(), size - queuectl.SLICE)
+        self.add_finished("bad", 1)
+        enqueue_graph(self.queue, "child bad")
+        line = self.assert_refused("dlq", "purge", "bad", code=1)
+        self.assertIn("job child waits for bad; cancel it first", line)
+        self.queue.cancel(["child"])
+        self.assertEqual(self.stdout("dlq", "purge", "bad"), "1 purged\n")
 
     def test_dead_jobs_are_purged_by_id_or_by_age(self) -> None:
         for job_id in ("a", "b", "c"):
@@ -4856,7 +5342,7 @@ class CliConfig(Case):
             "max_retries=many": "max_retries must be a whole number from 1 to 1000000",
             "backoff_base=0.5": "backoff_base must be a number from 1 to 1000",
             "timeout=soon": "timeout must be a duration",
-            "shell=": "shell must be a command prefix",
+            "shell=": "shell must not be blank",
             "shell='": "shell must be a command prefix: No closing quotation",
             "synchronous=off": "synchronous must be normal or full",
         }

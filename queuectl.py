@@ -44,8 +44,8 @@ The sections of this file, in order. Each one uses only the sections above it.
     database        connections, transactions, errors, forks, creating the file
     trust           whether other users can put commands into the queue
     queue           reading jobs, changing their state, and the public Queue
-    attempt         launching a job, watching it, ending it, keeping its output
-    worker          the process that runs one job at a time
+    attempt         keeping its output, ending its processes, keeping its result
+    worker          the process that runs one job at a time: launching and watching it
     pool            the process that starts workers and recovers the jobs of dead ones
     words           jobs, workers and counts as text and as JSON
     command line    the commands, their arguments, and main
@@ -2947,7 +2947,7 @@ class Queue:
             self._db.execute(sql, {"queue": "", "key": key, "value": value})
 
 
-# --- attempt: launching a job, watching it, ending it, keeping its output -------------------------
+# --- attempt: keeping its output, ending its processes, keeping its result ------------------------
 
 
 def last_bytes(fd: int, limit: int) -> tuple[int, bytes]:
@@ -2964,8 +2964,7 @@ class Output(LockFile):
     LARGEST = 16 << 20  # bytes; a longer file loses its beginning while the job runs
 
     def __init__(self, path: str) -> None:
-        """Make the file; one that exists is a leftover of another queue."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError):  # as a rule; else it is of another queue
             os.unlink(path)
         super().__init__(path)
         self.bytes_dropped = 0  # no longer in the file or its size
@@ -2999,115 +2998,69 @@ class Output(LockFile):
         return self.bytes_dropped + dropped, output
 
 
+class Notices:
+    """Report each problem once, and again if it lasts longer than `interval` seconds."""
+
+    def __init__(self, say: Callable[[str], None], interval: float = 60.0) -> None:
+        self.say = say
+        self.interval = interval
+        self.reported: dict[str, float] = {}
+
+    def report(self, text: str, key: str = "") -> None:
+        """Report a problem unless it was reported lately; texts with the same key are one."""
+        now = time.monotonic()
+        recent = {k: when for k, when in self.reported.items() if now - when < self.interval}
+        if (key or text) not in recent:
+            recent[key or text] = now
+            self.say(text)
+        self.reported = recent
+
+    def clear(self) -> None:
+        """Forget everything: the next problem is a new one."""
+        self.reported.clear()
+
+
 class Termination:
     """The end of an attempt's processes: TERM, and KILL when the grace period is over.
 
-    Call `step` until it returns True, each time after `pause` seconds.
+    Call `step` until it returns True, each time after `pause` seconds. Processes that outlive KILL
+    are reported, and must delay no stop: then `is_overdue` is true.
     """
 
-    def __init__(self, trace: Trace, grace: float) -> None:
-        """Begin the grace period, in seconds."""
-        self.trace = trace
+    def __init__(self, job: Job, run_dir: RunDirectory, grace: float, notices: Notices) -> None:
+        self.job = job
+        self.notices = notices
+        self.trace = run_dir.trace(job)
+        for name in run_dir.attempt_files(job)[:1]:  # a kept result has renamed the output
+            self.trace = self.trace._replace(lock_path=run_dir.file(name))
         self.deadline = time.monotonic() + grace
         self.pause = 0.005
         self.asked: set[int] = set()
-        self.remaining: list[int] = []
 
     def step(self) -> bool:
         """Ask or kill the remaining processes; return whether none is left and the lock is free."""
-        self.pause = min(self.pause * 1.5, 0.05)
-        self.remaining = SYSTEM.processes(self.trace)
-        if time.monotonic() >= self.deadline:
-            SYSTEM.kill(self.trace, self.remaining)
-        else:
-            SYSTEM.terminate(self.trace, [pid for pid in self.remaining if pid not in self.asked])
-        self.asked.update(self.remaining)
-        return not self.remaining and SYSTEM.is_unlocked(self.trace.lock_path)
+        self.pause = min(self.pause * 1.5, 1.0 if self.is_overdue else 0.05)
+        try:
+            remaining = SYSTEM.processes(self.trace)
+            if time.monotonic() >= self.deadline:
+                SYSTEM.kill(self.trace, remaining)
+            else:
+                SYSTEM.terminate(self.trace, [pid for pid in remaining if pid not in self.asked])
+            self.asked.update(remaining)
+            if not remaining and SYSTEM.is_unlocked(self.trace.lock_path):
+                return True
+            reason = f"do not end ({', '.join(map(str, remaining)) or 'unknown'})"
+        except OSError as error:
+            reason = f"cannot be found: {error.strerror}"
+        if self.is_overdue:
+            name = printable(self.job.id)
+            self.notices.report(f"remaining processes of job {name} {reason}", key=self.job.key)
+        return False
 
     @property
     def is_overdue(self) -> bool:
-        """Whether processes have outlived KILL by a second: nobody waits for them any longer."""
+        """Whether processes have outlived KILL by a second."""
         return time.monotonic() > self.deadline + 1
-
-    def describe(self) -> str:
-        """Return which processes remain."""
-        return ", ".join(map(str, self.remaining)) or "unknown"
-
-
-class Execution:
-    """One attempt of a job, run by its worker.
-
-    `wait` waits for the child, the pool, or until a time on the monotonic clock. `interruption`
-    returns how the operator wants the attempt to end, if so. `launched` is called with the pid and
-    the time of the start.
-    """
-
-    def __init__(
-        self,
-        claim: Claim,
-        run_dir: RunDirectory,
-        clock: Callable[[], float],
-        wait: Callable[[float, Any], None],
-        interruption: Callable[[Job], End | None],
-    ) -> None:
-        """Prepare an attempt; `run` starts it."""
-        self.job, self.settings = claim
-        self.run_dir = run_dir
-        self.clock = clock
-        self.wait = wait
-        self.interruption = interruption
-        self.output: Output | None = None
-        self.started = clock()
-
-    def launch(self, env: Mapping[str, str]) -> Any:
-        """Start the job and return its process; raise OSError where that is impossible."""
-        self.output = Output(self.run_dir.output_file(self.job))
-        argv = (*self.settings["shell"], self.job.command)
-        return SYSTEM.launch(Launch(argv, self.job.cwd, env, self.output.fd), self.run_dir.path)
-
-    def not_started(self, error: OSError) -> Outcome:
-        """Return the outcome of a failed launch; a machine at its limit is not the job's fault."""
-        reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-        blameless = self.output is None or error.errno in EXHAUSTED
-        end: End = "unstarted" if blameless else "exited"
-        return Outcome(end, self.started, self.clock(), None, f"cannot start: {reason}")
-
-    def finish(self, child: Any) -> Outcome:
-        """Watch the job until it has ended, and its remaining processes if it failed."""
-        end, error = self.watch(child)
-        if error or child.returncode:  # another attempt may follow
-            self.end_processes(child)
-        SYSTEM.release(child)
-        error = error or explain_exit(child.returncode)
-        finished = max(self.started, self.clock())
-        tail = self.output.tail(self.settings["output_limit"]) if self.output else (0, b"")
-        return Outcome(end, self.started, finished, child.returncode, error, *tail)
-
-    def watch(self, child: Any) -> tuple[End, str | None]:
-        """Wait for the end of a job, or for a reason to end it; return both."""
-        timeout = self.settings["timeout"] if self.job.timeout is None else self.job.timeout
-        deadline = time.monotonic() + timeout if timeout else NEVER
-        pause = 0.01
-        while child.poll() is None:
-            now = time.monotonic()
-            end = self.interruption(self.job)
-            if end:
-                return end, f"{'stopped' if end == 'released' else end} by the operator"
-            if now >= deadline:
-                return "timed out", f"timed out after {format_duration(timeout)}"
-            self.wait(min(deadline, now + pause), child)
-            if self.output and time.monotonic() > now + pause:
-                trimmed = self.output.trim(self.settings["output_limit"])
-                pause = 0.01 if trimmed else min(pause * 2, 0.1)
-        return "exited", None
-
-    def end_processes(self, child: Any) -> None:
-        """End the remaining processes of the attempt; return when all are gone."""
-        if self.output:
-            self.output.reopen()
-        termination = Termination(self.run_dir.trace(self.job), self.settings["kill_grace"])
-        while not termination.step() or child.poll() is None:
-            self.wait(time.monotonic() + termination.pause, child)
 
 
 def keep_result(run_dir: RunDirectory, job: Job, outcome: Outcome, output: Output | None) -> None:
@@ -3117,9 +3070,10 @@ def keep_result(run_dir: RunDirectory, job: Job, outcome: Outcome, output: Outpu
     if output:
         error = outcome.error and ascii(outcome.error)[1:-1][:50]  # a name has at most 255 bytes
         facts = json.dumps([*outcome[:4], error, output.bytes_dropped])
-        os.close(output.fd)  # Windows does not rename open files
         kept = urlsafe_b64encode(facts.encode()).decode()
-        os.rename(output.path, run_dir.file(job.seq, job.run, "kept", kept))
+        with contextlib.suppress(OSError):  # then the attempt counts as crashed
+            os.close(output.fd)  # Windows does not rename open files
+            os.rename(output.path, run_dir.file(job.seq, job.run, "kept", kept))
 
 
 def kept_result(run_dir: RunDirectory, job: Job) -> Outcome | None:
@@ -3127,10 +3081,10 @@ def kept_result(run_dir: RunDirectory, job: Job) -> Outcome | None:
     from base64 import urlsafe_b64decode
 
     for name in run_dir.attempt_files(job):
-        _, _, kind, *kept = name.split(".")
-        if kind == "kept":
-            with contextlib.suppress(ValueError, TypeError):  # it is not one of ours
-                return Outcome(*json.loads(urlsafe_b64decode(kept[0])))
+        kept = name.partition(".kept.")[2]
+        with contextlib.suppress(ValueError, TypeError):  # it is not one of ours
+            end, started, finished, code, error, dropped = json.loads(urlsafe_b64decode(kept))
+            return Outcome(end, float(started), float(finished), code, error, int(dropped))
     return None
 
 
@@ -3152,13 +3106,14 @@ def recovered_outcome(
 # --- worker: the process that runs one job at a time ----------------------------------------------
 
 BATCH = 0.04  # seconds for which news, syncs and polls that nobody waits for are collected
-AGAIN = 0.25  # seconds before another try of something that the machine refused
+AGAIN = 0.25  # seconds before another try of something that the machine refused, doubled each time
+LONGEST_AGAIN = 4.0
 
 Request = Literal["go", "stop", "now", "cancel"]  # of a pool to a worker
 
 
 class News(NamedTuple):
-    """What a worker tells its pool: its state, or what happened.
+    """What a worker tells its pool: its state, or an event.
 
     An "event" has a line of text for people, the job's state, if any, and the time on the
     monotonic clock. "damaged" has the reason why no worker can continue.
@@ -3170,39 +3125,51 @@ class News(NamedTuple):
     when: float = 0.0
 
 
-class Notices:
-    """Report each trouble once, and again if it still lasts after an interval."""
+# Pool and worker send each other JSON lists, one a line. The pool's end of the pipe never blocks:
+# its few requests fit into the buffer, and it puts parts of a line together itself.
 
-    def __init__(self, say: Callable[[str], None], interval: float = 60.0) -> None:
-        """Report to `say`; repeat after `interval` seconds."""
-        self.say = say
-        self.interval = interval
-        self.reported: dict[str, float] = {}
 
-    def report(self, text: str, key: str = "") -> None:
-        """Report something unless it was reported lately; texts with the same key are one."""
-        now = time.monotonic()
-        recent = {k: when for k, when in self.reported.items() if now - when < self.interval}
-        if (key or text) not in recent:
-            recent[key or text] = now
-            self.say(text)
-        self.reported = recent
+def write_line(pipe: Pipe, *words: object) -> None:
+    """Send a list to the other end of a pipe; raise OSError if that is gone or does not read."""
+    data = json.dumps(words).encode() + b"\n"
+    if WINDOWS:
+        pipe.send_bytes(data)
+        return
+    while data:
+        data = data[os.write(pipe.fileno(), data) :]
 
-    def clear(self) -> None:
-        """Forget everything: the next trouble is a new one."""
-        self.reported.clear()
+
+class LineReader:
+    """Reads the lists that the other end of a pipe has sent."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        self.pipe = pipe
+        self.part = b""  # of a line whose rest has not arrived
+
+    def read(self) -> list[Any]:
+        """Return the complete lists from a readable pipe; raise EOFError or OSError at its end."""
+        data = self.pipe.recv_bytes() if WINDOWS else os.read(self.pipe.fileno(), 65536)
+        if not data:
+            raise EOFError
+        *lines, self.part = (self.part + data).split(b"\n")
+        return [json.loads(line) for line in lines]
 
 
 class PoolLink:
-    """A worker's side of the pipe to its pool. The end of the pipe means that the pool is gone."""
+    """A worker's side of the pipe to its pool, and the one place where the worker waits.
+
+    The end of the pipe means that the pool is gone.
+    """
 
     def __init__(self, pipe: Pipe) -> None:
-        """Talk to the pool at the other end of a pipe."""
         self.pipe = pipe
+        self.reader = LineReader(pipe)
+        self.wakeup = SYSTEM.make_wakeup()  # written to by signals, SIGCHLD among them
+        self.notices = Notices(lambda text: self.send(News("event", text)))
         self.stopping = False  # claim no more jobs
         self.ending = False  # end the running job too
         self.orphaned = False  # the pool is gone
-        self.cancelled: set[str] = set()  # the keys of attempts to cancel
+        self.cancelled = ""  # the key of the attempt to cancel
         self.outbox: list[News] = []
         self.flush_at = NEVER
 
@@ -3214,21 +3181,21 @@ class PoolLink:
 
     def flush(self) -> None:
         """Send the collected news if it is time to."""
-        if time.monotonic() < self.flush_at:
-            return
-        news = [tuple(item) for item in self.outbox]
-        self.outbox = []
-        self.flush_at = NEVER
-        try:
-            self.pipe.send(news)
-        except OSError:
-            self.lose_pool()
+        if self.outbox and time.monotonic() >= self.flush_at:
+            news = self.outbox
+            self.outbox = []
+            self.flush_at = NEVER
+            try:
+                write_line(self.pipe, *news)
+            except OSError:
+                self.lose_pool()
 
     def receive(self) -> None:
         """Take in the requests of the pool."""
         try:
             while not self.orphaned and self.pipe.poll():
-                self.obey(*self.pipe.recv())
+                for request in self.reader.read():
+                    self.obey(*request)
         except (EOFError, OSError):
             self.lose_pool()
 
@@ -3237,32 +3204,136 @@ class PoolLink:
         self.stopping |= request in ("stop", "now")
         self.ending |= request == "now"
         if request == "cancel":
-            self.cancelled.add(key)
+            self.cancelled = key
 
     def lose_pool(self) -> None:
         """Note that the pool is gone: finish the running job, and leave."""
         self.orphaned = True
         self.stopping = True
 
+    def wait(self, until: float = NEVER, child: Any = None) -> None:
+        """Wait for a child's end, the pool, or a time on the monotonic clock."""
+        self.flush()
+        until = min(until, self.flush_at)
+        limit = None if until == NEVER else max(0.0, until - time.monotonic())
+        if self.orphaned and limit is None:
+            return  # nobody is left to wait for
+        pipe = None if self.orphaned else self.pipe
+        if self.pipe in SYSTEM.wait((self.wakeup, pipe), child, limit):
+            self.receive()
 
-class Result(NamedTuple):
-    """How a worker's attempt ended, before it has been recorded."""
 
-    claim: Claim
-    outcome: Outcome
-    output: Output | None
+class Execution:
+    """One attempt of a job. `interruption` returns how the operator wants it to end, if so."""
+
+    outcome: Outcome  # once it has ended
+    is_over = True  # False where the worker had to leave before all processes had ended
+
+    def __init__(
+        self,
+        claim: Claim,
+        ledger: Ledger,
+        link: PoolLink,
+        interruption: Callable[[Job], End | None],
+    ) -> None:
+        self.job, self.settings = claim
+        self.run_dir = ledger.db.run_dir
+        self.clock = ledger.clock
+        self.link = link
+        self.interruption = interruption
+        self.output: Output | None = None
+        self.started = self.clock()
+
+    def launch(self, env: Mapping[str, str]) -> Any:
+        """Start the job and return its process; None if that was impossible."""
+        try:
+            self.output = Output(self.run_dir.output_file(self.job))
+            launch = Launch(
+                (*self.settings["shell"], self.job.command), self.job.cwd, env, self.output.fd
+            )
+            return SYSTEM.launch(launch, self.run_dir.path)
+        except OSError as error:
+            reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+            blameless = self.output is None or error.errno in EXHAUSTED
+        except Locked as error:
+            reason = str(error)
+            blameless = True
+        end: End = "unstarted" if blameless else "exited"
+        self.outcome = Outcome(end, self.started, self.clock(), None, f"cannot start: {reason}")
+        return None
+
+    def finish(self, child: Any) -> None:
+        """Watch the job until it has ended, and its remaining processes if it failed."""
+        end, error = self.watch(child)
+        if error or child.returncode:  # another attempt may follow
+            self.is_over = self.end_processes(child)
+        if self.is_over:
+            SYSTEM.release(child)
+        code = child.poll()
+        error = error or explain_exit(code)
+        finished = max(self.started, self.clock())
+        tail = (0, b"")
+        if self.output:
+            with self.reporting_faults():
+                tail = self.output.tail(self.settings["output_limit"])
+        self.outcome = Outcome(end, self.started, finished, code, error, *tail)
+
+    def watch(self, child: Any) -> tuple[End, str | None]:
+        """Wait for the end of a job, or for a reason to end it; return both."""
+        timeout = self.settings["timeout"] if self.job.timeout is None else self.job.timeout
+        deadline = time.monotonic() + timeout if timeout else NEVER
+        pause = 0.01
+        while child.poll() is None:
+            now = time.monotonic()
+            end = self.interruption(self.job)
+            if end:
+                return end, f"{'stopped' if end == 'released' else end} by the operator"
+            if now >= deadline:
+                return "timed out", f"timed out after {format_duration(timeout)}"
+            self.link.wait(min(deadline, now + pause), child)
+            if time.monotonic() > now + pause:
+                pause = 0.01 if self.trim() else min(pause * 2, 0.1)
+        return "exited", None
+
+    def trim(self) -> bool:
+        """Free disk space if the output is very long; return whether there was any to free."""
+        with self.reporting_faults():
+            return self.output is not None and self.output.trim(self.settings["output_limit"])
+        return False
+
+    def end_processes(self, child: Any) -> bool:
+        """End the remaining processes; return False where some remain and it is time to leave."""
+        while True:
+            with self.reporting_faults():
+                termination = Termination(
+                    self.job, self.run_dir, self.settings["kill_grace"], self.link.notices
+                )
+                if self.output:
+                    self.output.reopen()
+                break
+            self.link.wait(time.monotonic() + AGAIN, child)
+        while not termination.step() or child.poll() is None:
+            if termination.is_overdue and self.link.stopping:
+                return False
+            self.link.wait(time.monotonic() + termination.pause, child)
+        return True
+
+    @contextlib.contextmanager
+    def reporting_faults(self) -> Iterator[None]:
+        """Report an error of the file system, which must not end the worker."""
+        try:
+            yield
+        except OSError as error:
+            name = printable(self.job.id)
+            self.link.notices.report(f"job {name}: {error.strerror}", key=f"{name} {error.errno}")
 
 
 class Worker:
-    """A process that claims a job, runs it, records how it ended, and claims the next one.
-
-    It waits in one place: for the end of its job, a request of its pool, and the next deadline.
-    """
+    """A process that claims a job, runs it, records how it ended, and claims the next one."""
 
     def __init__(
         self, path: str, name: str, slot: int, queues: Sequence[str], pipe: Pipe, *, insecure: bool
     ) -> None:
-        """Take the lock that says: this worker is alive."""
         self.ledger = Queue(path, create=False, insecure=insecure)._ledger
         self.db = self.ledger.db
         self.run_dir = self.db.run_dir
@@ -3270,11 +3341,10 @@ class Worker:
         self.slot = slot
         self.queues = queues
         self.link = PoolLink(pipe)
-        self.notices = Notices(lambda text: self.link.send(News("event", text)))
-        self.lock_file = LockFile(self.run_dir.file(name))
+        self.pause = AGAIN
+        self.lock_file = LockFile(self.run_dir.file(name))  # says: this worker is alive
         self.lock_file.write_note(pid=os.getpid(), slot=slot)
-        self.wakeup = SYSTEM.make_wakeup()  # written to by signals, SIGCHLD among them
-        handle_signals(ignore_signal, self.wakeup, worker=True)
+        handle_signals(ignore_signal, self.link.wakeup, worker=True)
         self.db.set_synchronous(self.ledger.reader.settings()["synchronous"])
         self.db.keep_waiting = self.keep_waiting
 
@@ -3290,24 +3360,29 @@ class Worker:
         While a result cannot be recorded, nothing is claimed. When it is time to leave, the result
         stays in the run directory for the pool that recovers the job.
         """
-        result: Result | None = None
+        ended: Execution | None = None
         self.link.receive()  # it may be time to leave already
-        while result or not self.link.stopping:
+        while ended.is_over if ended else not self.link.stopping:
             try:
-                claim = self.record(result) if result else self.claim()
+                claim = self.record(ended) if ended else self.claim()
             except Fault as error:
                 if self.must_leave(error):
                     break
-                task = f"record how job {result.claim.job.id} ended" if result else "claim a job"
-                self.report_trouble(f"cannot {task}", error)
+                task = f"record how job {ended.job.id} ended" if ended else "claim a job"
+                trouble = f"cannot {task}"
+                self.link.notices.report(f"{trouble}: {error}; trying again", key=trouble)
+                self.back_off()
                 continue
-            result = self.run(claim) if claim else None
-            if not result and not self.link.stopping:
-                self.notices.clear()
+            unstarted = ended and ended.outcome.end == "unstarted"
+            ended = self.run(claim) if claim else None
+            if unstarted:
+                self.back_off()
+            elif not ended and not self.link.stopping:
+                self.note_success()
                 self.link.send(News("idle"))
-                self.wait()
-        if result:
-            keep_result(self.run_dir, result.claim.job, result.outcome, result.output)
+                self.link.wait()
+        if ended:
+            keep_result(self.run_dir, ended.job, ended.outcome, ended.output)
         self.link.send(News("left"))
         self.lock_file.close()
 
@@ -3325,38 +3400,34 @@ class Worker:
             self.link.send(News("busy"))
         return claim
 
-    def wait(self, until: float = NEVER, child: Any = None) -> None:
-        """Wait for a child's end, the pool, or a time on the monotonic clock."""
-        self.link.flush()
-        until = min(until, self.link.flush_at)
-        limit = None if until == NEVER else max(0.0, until - time.monotonic())
-        if self.link.orphaned and limit is None:
-            return  # nobody is left to wait for
-        pipe = None if self.link.orphaned else self.link.pipe
-        if self.link.pipe in SYSTEM.wait((self.wakeup, pipe), child, limit):
-            self.link.receive()
+    def back_off(self) -> None:
+        """Wait before the next try, longer each time, unless it is time to leave."""
+        until = time.monotonic() + self.pause
+        self.pause = min(self.pause * 2, LONGEST_AGAIN)
+        while time.monotonic() < until and not self.link.stopping:
+            self.link.wait(until)
 
-    def report_trouble(self, trouble: str, reason: object) -> None:
-        """Report once what keeps us from working, and wait before the next try."""
-        self.notices.report(f"{trouble}: {reason}; trying again", key=trouble)
-        self.wait(time.monotonic() + AGAIN)
+    def note_success(self) -> None:
+        """Forget the problems: the next one is reported, and tried again, at once."""
+        self.link.notices.clear()
+        self.pause = AGAIN
 
-    def run(self, claim: Claim) -> Result:
+    def run(self, claim: Claim) -> Execution:
         """Run one attempt of a job to its end."""
         job = claim.job
-        execution = Execution(claim, self.run_dir, self.ledger.clock, self.wait, self.interruption)
-        try:
-            child = execution.launch(self.environment(job))
-        except OSError as error:
-            outcome = execution.not_started(error)
-            if outcome.end == "unstarted":
-                self.report_trouble(f"job {printable(job.id)} cannot start", outcome.error)
-            return Result(claim, outcome, execution.output)
-        self.notices.clear()
-        if not HAS_PROC:  # the processes are found by their group
-            note = {"key": job.key, "leader": child.pid, "launched": execution.started}
-            self.lock_file.write_note(pid=os.getpid(), slot=self.slot, **note)
-        return Result(claim, execution.finish(child), execution.output)
+        execution = Execution(claim, self.ledger, self.link, self.interruption)
+        child = execution.launch(self.environment(job))
+        if child:
+            self.note_success()
+            if not HAS_PROC:  # the processes are found by their group
+                note = {"key": job.key, "leader": child.pid, "launched": execution.started}
+                self.lock_file.write_note(pid=os.getpid(), slot=self.slot, **note)
+            execution.finish(child)
+        elif execution.outcome.end == "unstarted":
+            name = printable(job.id)
+            text = f"job {name} {execution.outcome.error}; trying again"
+            self.link.notices.report(text, key=f"{name} unstarted")
+        return execution
 
     def environment(self, job: Job) -> dict[str, str]:
         """Return what a job's environment has besides the worker's."""
@@ -3375,7 +3446,7 @@ class Worker:
             self.poll_requests(job)
         if self.link.ending:
             return "released"
-        return "cancelled" if job.key in self.link.cancelled else None
+        return "cancelled" if job.key == self.link.cancelled else None
 
     def poll_requests(self, job: Job) -> None:
         """Look, without a pool, for the requests that it would have passed on."""
@@ -3386,19 +3457,21 @@ class Worker:
             if stored and stored.cancel_requested:
                 self.link.obey("cancel", job.key)
 
-    def record(self, result: Result) -> Claim | None:
+    def record(self, ended: Execution) -> Claim | None:
         """Record how an attempt ended and claim the next job, in one transaction."""
-        job, settings = result.claim
-        self.db.set_synchronous("full" if self.link.orphaned else settings["synchronous"])
-        next_from = None if self.link.stopping else self.queues
-        after, claim = self.ledger.finish(job, result.outcome, next_from)
-        if result.output:
-            result.output.close()
-        is_known = result.outcome.end == "unstarted" and after and after.state == PENDING
-        if not is_known:  # else it was reported when it happened
-            state = after.state if after else ""
-            text = describe_end(job, after, result.outcome)
-            self.link.send(News("event", text, state, time.monotonic()), within=BATCH)
+        outcome = ended.outcome
+        unstarted = outcome.end == "unstarted"
+        self.db.set_synchronous("full" if self.link.orphaned else ended.settings["synchronous"])
+        when = time.monotonic()  # before the jobs that wait for this one can start
+        next_from = None if self.link.stopping or unstarted else self.queues
+        after, claim = self.ledger.finish(ended.job, outcome, next_from)
+        if ended.output:
+            with contextlib.suppress(OSError):
+                ended.output.close()
+        state = after.state if after else ""
+        if not (unstarted and state == PENDING):  # else it was reported when it happened
+            text = describe_end(ended.job, after, outcome)
+            self.link.send(News("event", text, state, when), within=BATCH)
         return claim
 
 
@@ -3406,13 +3479,20 @@ def run_worker(environ: dict[str, str], *worker: Any, insecure: bool) -> None:
     """Be a worker, in the environment of its pool: a worker process starts here."""
     os.environ.clear()
     os.environ.update(environ)
-    Worker(*worker, insecure=insecure).main()
+    try:
+        Worker(*worker, insecure=insecure).main()
+    except (QueueError, OSError) as error:
+        _, name, *_, pipe = worker
+        kind: Literal["damaged", "event"] = "damaged" if isinstance(error, Damaged) else "event"
+        with contextlib.suppress(OSError):
+            write_line(pipe, News(kind, f"{name} cannot continue: {error}"))
 
 
 # --- pool: the process that starts workers and recovers the jobs of dead ones ---------------------
 
 LARGEST_WAL = 16 << 20  # bytes; SQLite lets the -wal grow as long as there is always a reader
 MAX_DEATHS = 5  # of workers without a job, in a minute: then something is wrong with the machine
+PROMPT = 0.25  # seconds in which an idle worker answers a request, unless it is stopped
 STOPPING: Mapping[StopMode, str] = {
     "stop": "no new jobs; finishing the running ones",
     "now": "ending the running jobs; they return to the queue",
@@ -3420,12 +3500,8 @@ STOPPING: Mapping[StopMode, str] = {
 STARTING = threading.Lock()  # a start changes os.environ, sys.modules and signals for a moment
 
 
-def ignore_event(_text: str) -> None:
-    """Ignore an event line."""
-
-
-def ignore_tick() -> None:
-    """Do nothing at a turn of the pool."""
+def ignore(*_: object) -> None:
+    """Ignore an event line, or a turn of the pool."""
 
 
 class PoolOptions(NamedTuple):
@@ -3437,49 +3513,34 @@ class PoolOptions(NamedTuple):
     horizon: float = LONGEST
     insecure: bool = False
     signals: bool = False
-    say: Callable[[str], None] = ignore_event
-    tick: Callable[[], None] = ignore_tick
+    say: Callable[[str], None] = ignore
+    tick: Callable[[], None] = ignore
 
 
 class Agenda:
-    """When each step of a pool is due. An entry has a clock of its own: monotonic, or the jobs'."""
+    """When each step of a pool is due, on the monotonic clock."""
 
     def __init__(self) -> None:
-        """Begin without entries."""
-        self.entries: dict[str, tuple[float, Callable[[], float]]] = {}
+        self.due: dict[str, float] = {}
 
-    def set(self, step: str, when: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """Make a step due at a time, in place of an earlier entry."""
-        self.entries[step] = (when, clock)
+    def set(self, step: str, seconds: float) -> None:
+        """Make a step due in so many seconds, whenever it was due before."""
+        self.due[step] = time.monotonic() + seconds
 
     def within(self, step: str, seconds: float) -> None:
         """Make a step due within so many seconds, or earlier if it is due earlier."""
-        when = time.monotonic() + seconds
-        before, clock = self.entries.get(step, (NEVER, time.monotonic))
-        if when - time.monotonic() < before - clock():
-            self.set(step, when)
-
-    def ensure(self, step: str) -> None:
-        """Make a step due now, unless it has an entry already."""
-        self.entries.setdefault(step, (0.0, time.monotonic))
-
-    def drop(self, step: str) -> None:
-        """Make a step due at no time."""
-        self.entries.pop(step, None)
+        self.due[step] = min(self.due.get(step, NEVER), time.monotonic() + seconds)
 
     def take(self, step: str) -> bool:
         """Return whether a step is due, and drop it if so."""
-        when, clock = self.entries.get(step, (NEVER, time.monotonic))
-        if clock() < when:
-            return False
-        self.drop(step)
-        return True
+        is_due = self.due.get(step, NEVER) <= time.monotonic()
+        if is_due:
+            del self.due[step]
+        return is_due
 
     def pause(self) -> float:
-        """Return the seconds until the first entry is due."""
-        return max(
-            0.0, min((when - clock() for when, clock in self.entries.values()), default=60.0)
-        )
+        """Return the seconds until the first step is due."""
+        return max(0.0, min(self.due.values()) - time.monotonic())
 
 
 class Events:
@@ -3489,45 +3550,47 @@ class Events:
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        """Print to `say`."""
         self.say = say
-        self.held: list[tuple[float, str]] = []
-
-    def hold(self, when: float, text: str) -> None:
-        """Hold the line about an event of a time on the monotonic clock."""
-        self.held.append((when, text))
+        self.held: list[tuple[float, str]] = []  # with times on the monotonic clock
 
     def flush(self, before: float = NEVER) -> None:
         """Print the lines about events before a time."""
-        due = sorted(item for item in self.held if item[0] < before)
-        self.held = [item for item in self.held if item[0] >= before]
-        for _, text in due:
-            self.say(text)
+        self.held.sort()
+        while self.held and self.held[0][0] < before:
+            self.say(self.held.pop(0)[1])
 
 
 class PoolFiles:
     """What a pool has in the run directory, and the files that must stay where they are."""
 
     def __init__(self, db: Database, options: PoolOptions, clock: Callable[[], float]) -> None:
-        """Take the lock that says: this pool is alive."""
         import socket
 
         self.run_dir = db.run_dir
         self.name = "pool-" + os.urandom(4).hex()
-        self.lock_file = LockFile(self.run_dir.file(self.name))
-        self.lock_file.write_note(
-            pid=os.getpid(),
-            host=socket.gethostname(),
-            started=clock(),
-            count=options.size,
-            queues=list(options.queues),
-        )
-        self.watched = {db.path: os.stat(db.path), self.lock_file.path: os.fstat(self.lock_file.fd)}
-        self.wakeup = SYSTEM.make_wakeup(self.run_dir.file(self.name, "fifo"))
+        with contextlib.ExitStack() as stack:
+            self.lock_file = LockFile(self.run_dir.file(self.name))  # says: this pool is alive
+            stack.callback(self.lock_file.close)
+            stack.callback(self.remove_requests)
+            self.lock_file.write_note(
+                pid=os.getpid(),
+                host=socket.gethostname(),
+                started=clock(),
+                count=options.size,
+                queues=list(options.queues),
+            )
+            lock = os.fstat(self.lock_file.fd)
+            self.watched = {db.path: os.stat(db.path), self.lock_file.path: lock}
+            self.wakeup = SYSTEM.make_wakeup(self.run_dir.file(self.name, "fifo"))
+            if self.wakeup:
+                stack.callback(self.wakeup.close)
+            self.close = stack.pop_all().close
 
-    def stop_requested(self) -> StopMode:
-        """Return how this pool was asked to stop, "" if it was not."""
-        return self.run_dir.stop_requested(self.name)
+    def remove_requests(self) -> None:
+        """Remove the FIFO and the stop requests."""
+        for item in self.run_dir.files(self.name + "."):
+            with contextlib.suppress(OSError):
+                os.unlink(self.run_dir.file(item))
 
     def require_in_place(self) -> None:
         """Raise Damaged where the database or the run directory was moved away or replaced."""
@@ -3537,15 +3600,6 @@ class PoolFiles:
                 in_place = os.path.samestat(os.stat(path), info)
             if not in_place:
                 raise Damaged(f"{path} was moved away or replaced")
-
-    def close(self) -> None:
-        """Remove the files, whatever fails, and release the lock."""
-        for item in self.run_dir.files(self.name + "."):
-            with contextlib.suppress(OSError):
-                os.unlink(self.run_dir.file(item))
-        self.lock_file.close()
-        if self.wakeup:
-            self.wakeup.close()
 
 
 def make_importable() -> str:
@@ -3611,26 +3665,31 @@ def start_worker(*worker: Any, insecure: bool) -> tuple[Any, Any]:
 
 
 class WorkerHandle:
-    """A worker as its pool sees it."""
+    """A worker as its pool sees it. Nothing here waits for the worker, which may be stopped."""
 
     def __init__(self, name: str, slot: int, process: Any, pipe: Pipe) -> None:
-        """Take over a process that has been started."""
         self.name = name
         self.slot = slot
         self.process = process
         self.pipe = pipe
+        self.reader = LineReader(pipe)
         self.state: WorkerState = "busy"  # a new worker looks for a job by itself
-        self.cancelled: set[str] = set()  # the keys of attempts that it was asked to cancel
+        self.answer_by = NEVER  # when an answer is overdue, on the monotonic clock
+        self.cancelled = ""  # the key of the attempt that it was asked to cancel
+        if not WINDOWS:
+            os.set_blocking(pipe.fileno(), False)
 
-    def send(self, request: Request, key: str = "") -> None:
-        """Make a request; a worker that is gone does not receive it."""
+    def send(self, *request: str) -> None:
+        """Make a request, which a worker that is gone does not receive."""
+        if self.state in ("idle", "notified"):
+            self.answer_by = min(self.answer_by, time.monotonic() + PROMPT)
         with contextlib.suppress(OSError):
-            self.pipe.send((request, key))
+            write_line(self.pipe, *request)
 
     def cancel(self, key: str) -> None:
         """Ask once that an attempt be cancelled."""
-        if key not in self.cancelled:
-            self.cancelled.add(key)
+        if key != self.cancelled:
+            self.cancelled = key
             self.send("cancel", key)
 
 
@@ -3639,21 +3698,24 @@ class Crew:
 
     def __init__(
         self,
-        path: str,
-        pool: str,
+        files: PoolFiles,
         options: PoolOptions,
         notices: Notices,
         fail: Callable[[Fault], None],
     ) -> None:
-        """Prepare to start workers; `fail` ends the pool where that makes no sense."""
-        self.path = path
-        self.pool = pool
+        from queue import SimpleQueue
+
+        self.files = files
         self.options = options
         self.notices = notices
-        self.fail = fail
+        self.fail = fail  # ends the pool where it makes no sense to start workers
         self.workers: list[WorkerHandle] = []
         self.missing = list(range(1, options.size + 1))  # slots without a worker
         self.started = 0
+        self.starting = False  # a thread starts workers
+        self.results: SimpleQueue[WorkerHandle | Exception | None] = SimpleQueue()  # of the thread
+        self.mode: StopMode = ""
+        self.leave_by = NEVER  # do not wait longer for the thread
         self.deaths: list[float] = []  # of workers without a job
         self.maybe_work = True  # there may be ready jobs that nobody was woken for
 
@@ -3665,29 +3727,64 @@ class Crew:
         """Return the states of the workers."""
         return [worker.state for worker in self.workers]
 
-    def start_missing(self) -> float:
-        """Start the missing workers; return the seconds before more may be started.
+    def start_missing(self) -> None:
+        """Start the missing workers in a thread, because the process that forks them may hang.
 
-        The first ones start at once, replacements at most one a second.
+        The first ones start together, replacements one at a time.
         """
-        while self.missing:
-            self.started += 1
-            name = worker_name(self.pool, self.started)
-            slot = self.missing[0]
-            worker = (self.path, name, slot, self.options.queues)
+        slots = self.missing[:1] if self.started else self.missing[:]
+        if slots and not self.starting and not self.mode:
+            self.starting = True
             try:
-                process, pipe = start_worker(*worker, insecure=self.options.insecure)
-            except (
-                EOFError,
-                OSError,
-            ) as error:  # the fork server died, or the machine is at its limit
-                self.report_failed_start(error)
+                threading.Thread(target=self.start_workers, args=(slots,), daemon=True).start()
+            except RuntimeError:  # no more threads
+                self.results.put(OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
+                self.results.put(None)
+
+    def start_workers(self, slots: Iterable[int]) -> None:
+        """Start workers one after the other, and tell the pool of each."""
+        for slot in slots:
+            if not self.mode:
+                self.results.put(self.start_worker(slot))
+                self.files.run_dir.notify()
+        self.results.put(None)
+        self.files.run_dir.notify()
+        if self.leave_by < time.monotonic():  # nobody else will
+            self.close()
+
+    def start_worker(self, slot: int) -> WorkerHandle | Exception:
+        """Start a worker; return what makes it impossible."""
+        self.started += 1
+        name = worker_name(self.files.name, self.started)
+        path = self.files.run_dir.db
+        try:
+            process, pipe = start_worker(
+                path, name, slot, self.options.queues, insecure=self.options.insecure
+            )
+            return WorkerHandle(name, slot, process, pipe)
+        except (EOFError, OSError) as error:  # its server died, or the machine is at its limit
+            return error
+
+    def take_started(self) -> bool:
+        """Take in what the thread has started; return whether it has ended, with more to do."""
+        more = False
+        while not self.results.empty():
+            result = self.results.get()
+            if result is None:
+                self.starting = False
+                more = bool(self.missing) or self.started > self.options.size
+            elif isinstance(result, Exception):
+                self.report_failed_start(result)
             else:
-                self.workers.append(WorkerHandle(name, slot, process, pipe))
-                del self.missing[0]
-            if self.started > self.options.size:
-                return 1.0
-        return 0.0
+                self.workers.append(result)
+                self.missing.remove(result.slot)
+                if self.mode:
+                    result.send(self.mode)
+        return more
+
+    def is_starting(self) -> bool:
+        """Tell whether a worker may still have to be told to stop."""
+        return self.starting and time.monotonic() < self.leave_by
 
     def report_failed_start(self, error: Exception) -> None:
         """Report that a worker cannot be started; without any worker, this cannot last."""
@@ -3724,6 +3821,19 @@ class Crew:
             self.maybe_work = False
             worker.send("go")
 
+    def check_answers(self) -> None:
+        """Do not wait for a worker that does not answer: it may be stopped.
+
+        It counts as busy, since it looks for a job by itself as soon as it is continued.
+        """
+        now = time.monotonic()
+        for worker in self.workers:
+            if worker.state == "notified" and now > worker.answer_by:
+                worker.state = "busy"
+                self.maybe_work = True
+            if now > worker.answer_by + 5:
+                self.notices.report(f"{worker.name} does not answer; it may be stopped")
+
     def cancel(self, claimed: Iterable[Job]) -> None:
         """Ask the workers to end the jobs that the operator has cancelled."""
         workers = {worker.name: worker for worker in self.workers}
@@ -3733,28 +3843,31 @@ class Crew:
 
     def stop(self, mode: Literal["stop", "now"]) -> None:
         """Ask every worker to stop, and start no more."""
-        self.missing = []
+        self.mode = mode
+        self.leave_by = min(self.leave_by, time.monotonic() + 1)
         for worker in self.workers:
             worker.send(mode)
 
     def close(self) -> None:
         """Close the pipes, which tells the workers that the pool is gone."""
+        self.leave_by = 0.0
+        self.take_started()
         for worker in self.workers:
             worker.pipe.close()
 
 
-class Orphan:
+class Orphan(NamedTuple):
     """The attempt of a dead worker, until its job is back in the queue."""
 
-    def __init__(self, job: Job, run_dir: RunDirectory, grace: float) -> None:
-        """Look for a kept result; unless the job completed, end its remaining processes."""
-        self.kept = kept_result(run_dir, job)
-        completed = self.kept is not None and self.kept.error is None  # its children run on
-        self.termination = None if completed else Termination(run_dir.trace(job), grace)
+    kept: Outcome | None
+    termination: Termination | None  # None where the job completed: its children run on
 
 
 class Recovery:
-    """Return the jobs of dead workers to the queue, once all their processes are gone."""
+    """Return the jobs of dead workers to the queue, once all their processes are gone.
+
+    `attempt` takes a step that may fail alone; `report` gets a job's state and an event line.
+    """
 
     def __init__(
         self,
@@ -3763,7 +3876,6 @@ class Recovery:
         attempt: Callable[..., bool],
         report: Callable[[str, str], None],
     ) -> None:
-        """Prepare; `attempt` runs a step that may fail alone, `report` gets state and text."""
         self.ledger = ledger
         self.run_dir = ledger.db.run_dir
         self.notices = notices
@@ -3786,24 +3898,20 @@ class Recovery:
         """If the worker of a job is dead, end the remaining processes, and then requeue the job."""
         if not self.run_dir.is_unlocked(job.locked_by):
             return
+        settings = self.ledger.reader.settings(job.queue)
         if job.key not in self.orphans:
-            grace = self.ledger.reader.settings(job.queue)["kill_grace"]
-            self.orphans[job.key] = Orphan(job, self.run_dir, grace)
-        orphan = self.orphans[job.key]
-        if orphan.termination and not orphan.termination.step():
-            if orphan.termination.is_overdue:
-                processes = orphan.termination.describe()
-                self.notices.report(
-                    f"job {printable(job.id)} cannot be recovered: its remaining processes do "
-                    f"not end ({processes})"
-                )
-            return
-        del self.orphans[job.key]  # first: a lock of another program must delay no stop
-        self.requeue(job, orphan.kept)
+            termination = None
+            kept = kept_result(self.run_dir, job)
+            if not kept or kept.error:
+                termination = Termination(job, self.run_dir, settings["kill_grace"], self.notices)
+            self.orphans[job.key] = Orphan(kept, termination)
+        kept, termination = self.orphans[job.key]
+        if not termination or termination.step():
+            del self.orphans[job.key]  # first: a lock of another program must delay no stop
+            self.requeue(job, kept, settings["output_limit"])
 
-    def requeue(self, job: Job, kept: Outcome | None) -> None:
+    def requeue(self, job: Job, kept: Outcome | None, limit: int) -> None:
         """Record how a dead worker's attempt ended, and remove its files."""
-        limit = self.ledger.reader.settings(job.queue)["output_limit"]
         outcome = recovered_outcome(self.run_dir, job, kept, self.ledger.clock(), limit)
         after, _ = self.ledger.finish(job, outcome)
         for name in self.run_dir.attempt_files(job):
@@ -3818,49 +3926,33 @@ class Recovery:
         return any(ending and not ending.is_overdue for ending in endings)
 
 
-class WalSync:
-    """Make durable what the workers record: they do not wait for the disk themselves.
-
-    A descriptor of our own on the -wal is safe: unlike the database, it carries no locks.
-    """
-
-    def __init__(self, db: Database) -> None:
-        """Sync the -wal of a database."""
-        self.db = db
-        self.truncate_at = 0.0
-
-    def sync(self) -> None:
-        """Sync the -wal, and empty it when it has grown large."""
-        wal = self.db.path + "-wal"
-        with contextlib.suppress(FileNotFoundError):
-            SYSTEM.sync(wal)
-            began = time.monotonic()
-            if os.stat(wal).st_size > LARGEST_WAL and began >= self.truncate_at:
-                with contextlib.suppress(Fault):
-                    self.db.truncate_wal()
-                now = time.monotonic()  # a reader that stays must not hold up the work
-                self.truncate_at = now + 5 * (now - began)
-
-
 class Pool:
     """The process of `worker start`. It runs no job: it watches, and wakes who is needed."""
 
     def __init__(self, ledger: Ledger, files: PoolFiles, options: PoolOptions) -> None:
-        """Prepare a pool; `main` runs it."""
         self.ledger = ledger
+        self.reader = ledger.reader
         self.files = files
         self.options = options
         self.events = Events(options.say)
         self.notices = Notices(self.say)
         self.agenda = Agenda()
-        self.crew = Crew(ledger.db.path, files.name, options, self.notices, self.fail)
+        self.crew = Crew(files, options, self.notices, self.fail)
         self.recovery = Recovery(ledger, self.notices, self.attempt, self.report_recovered)
-        self.wal = WalSync(ledger.db)
+        self.steps = {
+            "poll": self.poll,
+            "start": self.crew.start_missing,
+            "prune": self.prune,
+            "sync": self.sync,
+            "print": self.print_events,
+        }
         self.signals: list[tuple[float, int]] = []
         self.mode: StopMode = ""
         self.code: int = Exit.OK
         self.fault: Fault | None = None
         self.seen: object = None  # the data_version of the last poll, and its connection
+        self.ready_at = NEVER  # when the next scheduled job is due, on the clock of the jobs
+        self.truncate_at = 0.0  # when the -wal may be emptied again
         ledger.db.keep_waiting = lambda waited: waited < 0.3 and not self.signals
 
     def on_signal(self, number: int, _: object) -> None:
@@ -3874,25 +3966,31 @@ class Pool:
                 stack.enter_context(handle_signals(self.on_signal, self.files.wakeup))
             stack.callback(self.crew.close)
             self.announce()
-            claimed = self.ledger.reader.claimed()
-            self.files.run_dir.clean(claimed)
+            self.attempt(self.files.run_dir.clean, self.reader.claimed())
             for step in ("poll", "prune", "start"):
                 self.agenda.set(step, 0.0)
-            while self.crew.workers or not self.mode or self.recovery.is_ending():
+            while self.is_needed():
                 self.turn()
             self.events.flush()
             with self.ledger.db.translate_errors():
-                self.wal.sync()
+                self.sync()
         if self.fault:
             raise self.fault
         return self.code
 
     def announce(self) -> None:
-        """Say what begins here."""
-        has_jobs = any(self.ledger.reader.counts().values())
+        """Report the beginning."""
+        has_jobs = any(self.reader.counts().values())
         empty = "" if has_jobs else ", where there are no jobs yet"
         workers = plural(self.options.size, "worker")
         self.say(f"{workers} on {printable(self.ledger.db.path)}{empty}")
+
+    def is_needed(self) -> bool:
+        """Tell whether there is anything left to do."""
+        crew = self.crew
+        return bool(
+            not self.mode or crew.workers or crew.is_starting() or self.recovery.is_ending()
+        )
 
     def say(self, text: str) -> None:
         """Print an event line, after those that are held."""
@@ -3903,18 +4001,16 @@ class Pool:
         """Wait for something to happen, take it in, and act on it."""
         self.options.tick()
         ready = self.wait()
+        if self.crew.take_started():
+            self.agenda.set("start", 1.0)
         for worker in [worker for worker in self.crew.workers if worker.pipe in ready]:
             self.receive(worker)
         self.obey_signals()
-        steps: dict[str, Callable[[], None]] = {
-            "ready": self.on_ready,
-            "poll": self.poll,
-            "start": self.start_missing,
-            "prune": self.prune,
-            "sync": self.sync,
-            "print": self.print_events,
-        }
-        for name, step in steps.items():
+        if self.ledger.clock() >= self.ready_at:
+            self.ready_at = NEVER
+            self.crew.maybe_work = True
+            self.agenda.within("poll", BATCH)  # when is the next one due?
+        for name, step in self.steps.items():
             if self.agenda.take(name):
                 self.attempt(step)
         self.attempt(self.dispatch)
@@ -3936,10 +4032,11 @@ class Pool:
         return True
 
     def wait(self) -> list[Any]:
-        """Sleep until the FIFO, a worker, a signal, or the agenda; return what is readable."""
+        """Sleep until the FIFO, a worker, a signal, or a step; return the readable sources."""
         sources = [self.files.wakeup, *(worker.pipe for worker in self.crew.workers)]
-        ready = SYSTEM.wait(sources, None, self.agenda.pause())
-        if self.files.wakeup in ready:  # there is work, a stop request, or a signal
+        limit = min(self.agenda.pause(), max(0.0, self.ready_at - self.ledger.clock()))
+        ready = SYSTEM.wait(sources, None, limit)
+        if self.files.wakeup in ready:  # there is work, a stop request, a new worker or a signal
             self.crew.maybe_work = True
             self.agenda.set("poll", 0.0)
         return ready
@@ -3947,11 +4044,14 @@ class Pool:
     def receive(self, worker: WorkerHandle) -> None:
         """Take in a worker's news."""
         try:
-            items = worker.pipe.recv()
+            lists = worker.reader.read()
+        except BlockingIOError:
+            return
         except (EOFError, OSError):  # the end of its pipe
             self.reap(worker)
             return
-        for item in items:
+        worker.answer_by = NEVER
+        for item in chain.from_iterable(lists):
             self.take_news(worker, News(*item))
 
     def take_news(self, worker: WorkerHandle, news: News) -> None:
@@ -3968,7 +4068,7 @@ class Pool:
 
     def report(self, state: str, text: str, when: float = 0.0) -> None:
         """Report the end of an attempt, and see to its consequences."""
-        self.events.hold(when or time.monotonic(), text)
+        self.events.held.append((when or time.monotonic(), text))
         self.agenda.within("print", 1.5 * BATCH)
         self.agenda.within("sync", BATCH)
         if state == DEAD and self.options.drain:
@@ -3994,19 +4094,10 @@ class Pool:
         self.say(f"{worker.name} died")
         self.seen = None
         self.agenda.set("poll", 0.0)
+        self.agenda.due.setdefault("start", 0.0)
         with contextlib.suppress(Fault):
-            if not any(job.locked_by == worker.name for job in self.ledger.reader.claimed()):
+            if not any(job.locked_by == worker.name for job in self.reader.claimed()):
                 self.crew.count_death("a worker died without a job")
-        if self.mode:
-            self.crew.missing = []
-        else:
-            self.agenda.ensure("start")
-
-    def start_missing(self) -> None:
-        """Start the workers that are missing."""
-        pause = self.crew.start_missing()
-        if pause:
-            self.agenda.set("start", time.monotonic() + pause)
 
     def obey_signals(self) -> None:
         """Obey the signals so far: the first stops, one a second or more later ends the jobs."""
@@ -4033,53 +4124,60 @@ class Pool:
             self.fault = fault
             self.stop("stop", str(fault))
 
-    def on_ready(self) -> None:
-        """Act on a scheduled job that becomes ready."""
-        self.crew.maybe_work = True
-        self.agenda.within("poll", BATCH)  # when is the next one due?
-
     def poll(self) -> None:
         """Look at what notifies nobody: stop requests, the files, other writers, dead workers."""
-        self.agenda.set("poll", time.monotonic() + SYSTEM.POLL)
-        requested = self.files.stop_requested()
+        self.agenda.set("poll", SYSTEM.POLL)
+        requested = self.files.run_dir.stop_requested(self.files.name)
         if requested:
             self.stop(requested, "worker stop")
+        self.crew.check_answers()
         self.files.require_in_place()
         # Read first: later changes are seen later. A new connection has a new count.
-        version = (self.ledger.reader.data_version(), self.ledger.db.connection)
+        version = (self.reader.data_version(), self.ledger.db.connection)
         if version != self.seen or self.recovery.has_strangers:  # they may die without a change
             self.recover()
         if version != self.seen:
             self.seen = version
             self.crew.maybe_work = True
-            when = self.ledger.reader.next_ready_time(self.options.queues)
-            self.agenda.set("ready", NEVER if when is None else when, self.ledger.clock)
+            when = self.reader.next_ready_time(self.options.queues)
+            self.ready_at = NEVER if when is None else when
 
     def recover(self) -> None:
         """Pass on cancel requests, and take a step for each job of a dead worker."""
-        claimed = self.ledger.reader.claimed()
+        claimed = self.reader.claimed()
         self.crew.cancel(claimed)
         self.recovery.recover(claimed, self.crew.names())
-        if self.recovery.orphans:
+        if self.recovery.is_ending():
             self.agenda.within("poll", BATCH)
 
     def prune(self) -> None:
-        """Delete some of the jobs older than the retention; again in a minute, or soon."""
-        self.agenda.set("prune", time.monotonic() + 60)
+        """Delete a slice of the jobs older than the retention; again in a minute, or soon."""
+        self.agenda.set("prune", 60)
         if self.ledger.correct_times():
             self.seen = None  # something may be due earlier
-        retention = self.ledger.reader.settings()["retention"]
+        retention = self.reader.settings()["retention"]
         if retention:
             before = self.ledger.clock() - retention
             deleted = [self.ledger.delete_slice(state, before) for state in PRUNED_BY_DEFAULT]
-            if max(deleted) >= SLICE:
-                self.agenda.within("prune", BATCH)
+            if any(deleted):  # which may allow more: a job that waits for another is deleted first
+                self.agenda.set("prune", BATCH)
 
     def sync(self) -> None:
-        """Sync what the workers recorded; try again where that fails."""
-        self.agenda.set("sync", time.monotonic() + AGAIN)
-        self.wal.sync()
-        self.agenda.drop("sync")
+        """Sync what the workers recorded, since they do not wait for the disk; retry on failure.
+
+        A descriptor of our own on the -wal is safe: unlike the database, it carries no locks.
+        """
+        self.agenda.set("sync", AGAIN)
+        wal = self.ledger.db.path + "-wal"
+        with contextlib.suppress(FileNotFoundError):
+            SYSTEM.sync(wal)
+            began = time.monotonic()
+            if os.stat(wal).st_size > LARGEST_WAL and began >= self.truncate_at:
+                with contextlib.suppress(Fault):
+                    self.ledger.db.truncate_wal()
+                now = time.monotonic()  # a reader that stays must not hold up the work
+                self.truncate_at = now + 5 * (now - began)
+        del self.agenda.due["sync"]
 
     def dispatch(self) -> None:
         """Wake a worker if there may be work, or leave if a drain has nothing to wait for."""
@@ -4088,7 +4186,7 @@ class Pool:
         self.crew.dispatch()
         is_idle = set(self.crew.states()) == {"idle"} and not self.crew.maybe_work
         if self.options.drain and is_idle and not self.recovery.orphans:
-            blockers = self.ledger.reader.drain_blockers(self.options.queues, self.options.horizon)
+            blockers = self.reader.drain_blockers(self.options.queues, self.options.horizon)
             if not blockers:
                 self.end_drain()
             elif all(blockers.values()):
@@ -4097,12 +4195,11 @@ class Pool:
 
     def end_drain(self) -> None:
         """Leave, and name the jobs that are left blocked."""
-        reader = self.ledger.reader
-        blocked = reader.blocked(self.options.queues)
+        blocked = self.reader.blocked(self.options.queues)
         for job in blocked:
             self.code = Exit.NO
-            self.say(f"job {printable(job.id)} is {describe_blockers(reader.parents(job))}")
-        more = reader.counts(self.options.queues)[PENDING] - len(blocked)
+            self.say(f"job {printable(job.id)} is {describe_blockers(self.reader.parents(job))}")
+        more = self.reader.counts(self.options.queues)[PENDING] - len(blocked)
         if blocked and more > 0:
             self.say(f"and {more} more are pending")
         self.stop("stop")
@@ -4117,8 +4214,8 @@ def work(  # noqa: PLR0913
     horizon: float = LONGEST,
     insecure: bool = False,
     signals: bool = False,
-    say: Callable[[str], None] = ignore_event,
-    tick: Callable[[], None] = ignore_tick,
+    say: Callable[[str], None] = ignore,
+    tick: Callable[[], None] = ignore,
 ) -> int:
     """Run jobs with `count` workers until stopped or, with `drain`, until nothing is left to run.
 

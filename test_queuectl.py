@@ -3248,6 +3248,46 @@ class AttemptEnd(Live):
         self.assertEqual(self.job(job).attempts, 3)
         wait_until(lambda: not self.leftover_processes(), 1.0)
 
+    @unittest.skipUnless(ROOT, "only root has a capability to lose")
+    def test_processes_that_cannot_be_ended_are_reported_and_delay_no_stop(self) -> None:
+        """Promise 2: the job of a worker that had to leave them is not started again."""
+        as_nobody = "setpriv --reuid 65534 --clear-groups"
+        without_kill = ["setpriv", "--bounding-set=-kill"]
+        self.require_tool(*as_nobody.split(), *without_kill[:1], "--dump")
+        self.configure(kill_grace="0", max_retries="1")
+        orphan = f"{as_nobody} sleep 300 & until grep -q sleep /proc/$!/comm; do :; done; "
+        job = self.enqueue(f"{orphan} echo $! > pid; exit 3")
+        pool = self.pool(prefix=without_kill)
+        self.wait_for_line("pid")
+        pid = int(self.read("pid"))
+        message = f"remaining processes of job {job} do not end ({pid})\n"
+        self.wait_for_output(pool, message)
+        self.run_cli("worker", "stop", "--now", "--timeout", "5")
+        self.assert_exits(pool, -signal.SIGTERM if pool.returncode else 0)
+        self.assertEqual((self.job(job).state, alive(pid)), ("processing", True))
+        other = self.pool("--drain", prefix=without_kill)
+        self.wait_for_output(other, message)
+        self.assertEqual(self.job(job).state, "processing")
+        os.kill(pid, 9)
+        self.assert_exits(other, 1)
+        self.assertEqual((self.job(job).state, self.job(job).last_error), ("dead", "exit code 3"))
+
+    @internal
+    def test_fault_of_the_machine_while_processes_are_ended_is_retried(self) -> None:
+        self.enqueue("true")
+        with Queue(self.path) as queue:
+            said: list[str] = []
+            notices = queuectl.Notices(said.append)
+            end = queuectl.Termination(claim(queue), queue._db.run_dir, 0, notices)
+            self.assertTrue(end.step())
+            fault = OSError(24, os.strerror(24))
+            with mock.patch.object(queuectl.SYSTEM, "processes", side_effect=fault):
+                self.assertFalse(end.step())
+                end.deadline -= 2
+                self.assertFalse(end.step() or end.step())
+            self.assertEqual(len(said), 1)
+            self.assertTrue(end.step())
+
     def test_exit_code_of_a_job_asks_for_a_snooze_or_no_retry(self) -> None:
         self.configure(no_retry_exit_codes="2,126,127", backoff_max="0")
         self.enqueue("test -e n || { touch n; exit 75; }", id="later", max_retries=1)
@@ -3318,19 +3358,37 @@ class AttemptOutput(Live):
         now = [0.0]
         polls = [0.0]
         claimed = queuectl.Claim(make_job(), {"timeout": 0, "output_limit": 0})
-        execution = queuectl.Execution(
-            claimed,
-            queuectl.RunDirectory(self.path),
-            time.time,
-            wait=lambda until, _: now.append(until + 0.001),
-            interruption=lambda _: None,
-        )
+        link = mock.Mock(wait=lambda until, _: now.append(until + 0.001))
+        execution = queuectl.Execution(claimed, mock.Mock(), link, lambda _: None)
         execution.output = mock.Mock(trim=lambda _: polls.append(now[-1]))
         child = mock.Mock(poll=lambda: 0 if now[-1] > 60 else None)
         with mock.patch("time.monotonic", lambda: now[-1]):
             execution.watch(child)
         self.assertLess(max(after - before for before, after in zip(polls, polls[1:])), 0.15)
         self.assertLess(len(polls), 700)  # but not continuously
+
+    START_WITH_FAULTS = """if True:
+        import multiprocessing, os, sys, unittest.mock, queuectl
+        ours, theirs = multiprocessing.Pipe()
+        fault = OSError(5, "Input/output error")
+        failing = {name: unittest.mock.Mock(side_effect=fault) for name in sys.argv[2:]}
+        worker = (sys.argv[1], "worker-a-1", 1, (), theirs)
+        with unittest.mock.patch.multiple(queuectl.Output, **failing):
+            os.write(ours.fileno(), b'["go"]\\n')
+            stop = lambda *_: os.write(ours.fileno(), b'["stop"]\\n')
+            finish = queuectl.Execution.finish
+            queuectl.Execution.finish = lambda *args: (finish(*args), stop())
+            queuectl.run_worker(dict(os.environ), *worker, insecure=False)
+        print(os.read(ours.fileno(), 65536).decode())
+    """
+
+    @internal
+    def test_fault_of_the_disk_under_an_output_ends_no_worker(self) -> None:
+        self.enqueue("sleep 0.1; echo x; exit 3", max_retries=1)
+        result = self.script(self.START_WITH_FAULTS, self.path, "trim", "tail", "close")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        self.assertIn("job 1: Input/output error", result.stdout)
+        self.assertEqual((self.job("1").state, self.job("1").last_error), ("dead", "exit code 3"))
 
     def test_output_keeps_every_byte(self) -> None:
         job = self.enqueue(PRINT_RAW)
@@ -3416,9 +3474,7 @@ class WorkerFencing(Live):
             (run,) = queue.attempts(job)
             self.assertEqual((after.state, run.exit_code, run.output), ("pending", 1, b"why"))
             self.assertEqual(run.error, ascii(error)[1:51])
-            self.assertEqual(
-                pool.agenda.entries["ready"][0], after.run_after
-            )  # although the pool made the change
+            self.assertEqual(pool.ready_at, after.run_after)  # although the pool made the change
             self.assertEqual(queue._db.run_dir.files("1."), [])
 
     @internal
@@ -3496,6 +3552,35 @@ class WorkerTrouble(Live):
                 )
         self.assertEqual({self.job(job).run for job in ids}, {0})
 
+    @internal
+    def test_worker_that_cannot_begin_says_so_in_one_line(self) -> None:
+        Queue(self.path).close()
+        os.mkdir(self.file("queuectl.db.run/worker-a-1"))
+        os.environ["QUEUECTL_INSECURE"] = "1"
+        result = self.script(AttemptOutput.START_WITH_FAULTS, self.path, "trim")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        (news,) = map(json.loads, result.stdout.split("\n")[:1])
+        self.assertRegex(news[0][1], "^worker-a-1 cannot continue: .*Is a directory")
+
+    def test_jobs_that_cannot_start_are_tried_again_less_and_less_often(self) -> None:
+        os.environ["QUEUECTL_INSECURE"] = "1"  # else the directories are refused
+        self.pool()
+        self.wait_for_workers(1)
+        for run in range(1, 100):
+            os.mkdir(f"{self.path}.run/1.{run}.out")
+        times = []
+        job = self.enqueue("true", max_retries=1)
+        for run in range(1, 5):
+            wait_until(lambda run=run: self.job(job).run >= run)
+            times.append(time.monotonic())
+        pauses = [after - before for before, after in zip(times, times[1:])]
+        self.assertGreater(pauses[2], 2 * pauses[0])
+        self.assertEqual(self.attempts(job), [])
+        for run in range(1, 100):
+            os.rmdir(f"{self.path}.run/1.{run}.out")
+        self.wait_for_state(job, "completed")
+        self.assertEqual((self.job(job).attempts, len(self.attempts(job))), (1, 1))
+
     @SLOW
     def test_worker_unable_to_start_jobs_releases_them_and_reports_it_once(self) -> None:
         self.configure(max_retries="1")
@@ -3523,8 +3608,7 @@ class WorkerTrouble(Live):
         self.wait_for_output(pool, "job 1 cannot start: ")
         wait_until(lambda: self.job("1").run > 1)
         self.stdout("cancel", "1")
-        self.wait_for_output(pool, "job 1 is cancelled: ")
-        self.assertEqual((self.job("1").state, self.job("1").attempts), ("cancelled", 1))
+        self.assertEqual((self.job("1").state, self.attempts("1")), ("cancelled", []))
 
 
 # --- pool -----------------------------------------------------------------------------------------
@@ -3650,9 +3734,7 @@ class PoolRecovery(Live):
         orphan, worker = map(int, self.read("pids").split())
         wait_until(lambda: "sleep" in self.read(f"/proc/{orphan}/comm"))
         os.kill(worker, 9)
-        self.wait_for_output(
-            pool, f"job {job} cannot be recovered: its remaining processes do not end ({orphan})\n"
-        )
+        self.wait_for_output(pool, f"remaining processes of job {job} do not end ({orphan})\n")
         os.kill(orphan, 9)
         self.assert_exits(pool, 0)
         self.assertEqual(self.job(job).attempts, 2)
@@ -3673,6 +3755,21 @@ class PoolRecovery(Live):
         os.chmod(output, 0o600)
         self.assert_exits(pool, 0)
         self.assertEqual((self.job("1").state, self.job("1").attempts), ("completed", 2))
+
+    @internal
+    def test_kept_result_that_is_not_ours_counts_as_a_crash(self) -> None:
+        for number, kept in enumerate(
+            ("W10=", "WzFd", "bnVsbA==", "e30=", "", "x", "WzEsMiwzLDQsNSw2LDdd")
+        ):
+            with self.subTest(kept):
+                job = self.enqueue("true")
+                with Queue(self.path) as queue:
+                    claim(queue, "worker-dead")
+                    self.write(f"queuectl.db.run/{number + 1}.1.kept.{kept}")
+                    make_pool(self, queue).recover()
+                self.assertEqual(self.job(job).state, "pending")
+                self.assertEqual(self.attempts(job)[0].error, "its worker died")
+                self.drain()
 
     @internal
     def test_pool_forgets_orphans_that_another_pool_has_recovered(self) -> None:
@@ -3868,7 +3965,7 @@ class PoolStop(Live):
     START_STOPPED = """if True:
         import multiprocessing, os, sys, queuectl
         ours, theirs = multiprocessing.Pipe()
-        ours.send(("stop", ""))
+        os.write(ours.fileno(), b'["stop"]\\n')
         worker = (sys.argv[1], "worker-a-1", 1, (), theirs)
         queuectl.run_worker(dict(os.environ), *worker, insecure=False)
     """
@@ -4073,6 +4170,110 @@ class PoolDispatchLive(Live):
             self.assertLess(started - job.run_after, 0.2, job_id)
             self.assertGreaterEqual(started, job.run_after)
 
+    def test_stopped_idle_worker_does_not_keep_the_others_idle(self) -> None:
+        self.enqueue("true")
+        pool = self.pool("--count", "3")
+        self.wait_for_state("1", "completed")
+        self.wait_for_workers(3)
+        self.wait_for_poll(pool)
+        first = min(self.workers().values(), key=operator.itemgetter("slot"))["pid"]
+        os.kill(first, signal.SIGSTOP)
+        for _ in range(3):
+            self.wait_for_state(self.enqueue("true"), "completed", 2 * self.second_here())
+        os.kill(first, signal.SIGCONT)
+        pool.terminate()
+        self.assert_exits(pool, 0)
+
+    def test_pool_hears_signals_while_a_worker_with_a_cancelled_job_is_stopped(self) -> None:
+        job = self.enqueue("touch began; sleep 300")
+        pool = self.pool()
+        self.wait_for_file("began")
+        (worker,) = (facts["pid"] for facts in self.workers().values())
+        os.kill(worker, signal.SIGSTOP)
+        cancel = self.start("cancel", job)
+        wait_until(lambda: self.job(job).cancel_requested)
+        self.wait_for_poll(pool)
+        pool.terminate()
+        self.wait_for_output(pool, "SIGTERM: no new jobs", self.second_here())
+        os.kill(worker, signal.SIGCONT)
+        self.assert_exits(pool, 0)
+        self.assertEqual((cancel.wait(10), self.job(job).state), (0, "cancelled"))
+
+    @internal
+    def test_pool_never_waits_for_the_pipe_of_a_worker(self) -> None:
+        code = """if True:
+            import multiprocessing, os, signal, queuectl
+            ours, theirs = multiprocessing.Pipe()
+            worker = queuectl.WorkerHandle("worker-a-1", 1, None, ours)
+            signal.alarm(5)
+            for number in range(100_000):
+                worker.cancel(str(number))
+            os.write(theirs.fileno(), b'[["event", "a"]]\\n[["ev')
+            print(worker.reader.read(), end="")
+            os.write(theirs.fileno(), b'ent", "b"]]\\n')
+            print(worker.reader.read(), end="")
+        """
+        result = self.script(code)
+        found = (result.returncode, result.stdout)
+        self.assertEqual(found, (0, "[[['event', 'a']]][[['event', 'b']]]"), result.stderr)
+
+    @internal
+    def test_pool_stops_although_the_start_of_a_worker_hangs(self) -> None:
+        self.enqueue("true")
+        hanging = threading.Event()
+        self.addCleanup(hanging.set)
+        start = queuectl.start_worker
+
+        def hang(*worker: Any, **options: Any) -> Any:
+            if worker[2] == 2:
+                hanging.wait()
+                raise EOFError
+            return start(*worker, **options)
+
+        with futures.ThreadPoolExecutor() as executor, mock.patch.object(
+            queuectl, "start_worker", hang
+        ):
+            pool = executor.submit(queuectl.work, self.path, 2)
+            self.wait_for_state("1", "completed")
+            stopping = executor.submit(self.process, *PYTHON, PROGRAM, "worker", "stop")
+            self.assertEqual(pool.result(5), 0)
+            self.assertEqual(stopping.result(5).returncode, 0)
+
+    def test_pool_hears_signals_while_its_fork_server_is_stopped(self) -> None:
+        pool = self.pool()
+        self.wait_for_workers(1)
+        (worker,) = (facts["pid"] for facts in self.workers().values())
+        with open(f"/proc/{worker}/stat") as file:
+            server = int(file.read().rpartition(")")[2].split()[1])
+        os.kill(server, signal.SIGSTOP)
+        self.addCleanup(os.kill, server, 9)
+        os.kill(worker, 9)
+        self.wait_for_output(pool, " died\n")
+        pool.terminate()
+        self.wait_for_output(pool, "SIGTERM: no new jobs", 2 * self.second_here())
+
+    def test_events_are_printed_in_the_order_in_which_they_happened(self) -> None:
+        with Queue(self.path) as queue:
+            for number in range(12):
+                build = queue.enqueue("true", id=f"build{number}")
+                for name in ("smoke", "lint"):
+                    queue.enqueue("exit 1", id=f"{name}{number}", after=[build], max_retries=1)
+        lines = self.drain("--count", "2", code=1).splitlines()
+        order = [line.split(" job ")[1].split()[0] for line in lines if " job " in line]
+        self.assertEqual(len(order), 36)
+        for number in range(12):
+            built = order.index(f"build{number}")
+            for name in ("smoke", "lint"):
+                self.assertLess(built, order.index(f"{name}{number}"), lines)
+
+    def test_event_is_printed_promptly(self) -> None:
+        pool = self.pool()
+        self.wait_for_workers(1)
+        self.wait_for_state(self.enqueue("true"), "completed")
+        began = time.monotonic()
+        self.wait_for_output(pool, "job 1 completed")
+        self.assertLess(time.monotonic() - began, self.second_here() / 2)
+
     @SLOW
     def test_8_workers_run_each_of_500_jobs_once(self) -> None:
         jobs = "".join(f'{{"command":"echo {n} >> lines"}}\n' for n in range(500))
@@ -4187,6 +4388,10 @@ class PoolTrouble(Clocked):
         pool.notices.reported["a"] -= 61
         pool.notices.report("a")
         self.assertEqual(reports, ["a", "b", "a"])
+        for problem in pool.notices.reported:
+            pool.notices.reported[problem] -= 61
+        pool.notices.report("c")
+        self.assertEqual(list(pool.notices.reported), ["c"])  # the others are forgotten
 
 
 class PoolTroubleLive(Live):
@@ -4205,6 +4410,30 @@ class PoolTroubleLive(Live):
         failing = mock.patch.object(queuectl, "start_worker", side_effect=failures)
         with failing, self.assertRaises(queuectl.Fault):
             queuectl.work(self.path, 9, drain=True)
+
+    @internal
+    def test_pool_that_fails_leaves_no_handler_and_no_lock_behind(self) -> None:
+        start_fork_server()
+        Queue(self.path).close()
+        before = [signal.getsignal(number) for number in STOP_SIGNALS]
+        descriptors = len(os.listdir("/dev/fd"))
+        fault = OSError(5, os.strerror(5))
+        for name in ("sync", "make_wakeup"):
+            with self.subTest(name), mock.patch.object(
+                queuectl.SYSTEM, name, side_effect=fault
+            ), self.assertRaisesRegex(queuectl.Fault, "Input/output"):
+                queuectl.work(self.path, drain=True, signals=True)
+            self.assertEqual([signal.getsignal(number) for number in STOP_SIGNALS], before)
+            wait_until(lambda: not queuectl.RunDirectory(self.path).files())
+        self.assertLessEqual(len(os.listdir("/dev/fd")), descriptors)
+
+    def test_retention_prunes_a_cancelled_chain_promptly(self) -> None:
+        with Queue(self.path) as queue:
+            enqueue_graph(queue, "1", *(f"{number} {number - 1}" for number in range(2, 7)))
+            queue.cancel(["1"], cascade=True)
+            queue.configure("retention", "0.001")
+        self.pool()
+        wait_until(lambda: not self.states(), 5)
 
     def test_pool_denied_access_for_a_while_reports_it_and_continues(self) -> None:
         self.enqueue("true")

@@ -115,15 +115,6 @@ def internal(test: Any) -> Any:
     return test
 
 
-@functools.lru_cache(maxsize=None)
-def start_fork_server() -> None:
-    """Start the one fork server of all pools in this process, outside of the tests' directories."""
-    path = tempfile.mkdtemp(prefix="queuectl-server-")
-    with Queue(os.path.join(path, "queuectl.db")) as queue:
-        queue.close()
-    queuectl.work(os.path.join(path, "queuectl.db"), drain=True)
-
-
 def wait_until(fact: Callable[[], Any], limit: float = 10.0) -> Any:
     """Wait until something is true, and return it."""
     deadline = time.monotonic() + limit
@@ -160,8 +151,6 @@ def in_process(args: Any, stdin: str | bytes, cwd: str) -> Any:
     ins, out, err = (
         io.TextIOWrapper(file, "utf-8") for file in (given, io.BytesIO(), io.BytesIO())
     )
-    if "start" in args:
-        start_fork_server()
     before = os.getcwd()
     os.chdir(cwd)
     faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)
@@ -1145,6 +1134,7 @@ class SystemProcesses(Live):
             job = claim(queue, "worker-dead")
         now = time.time()
         run = job.key
+        namespace = queuectl.pid_namespace()
         cases = {  # key, leader, launched
             (run, process.pid, now): [process.pid],
             (run, process.pid, now - 3600): [],  # the process started later
@@ -1154,11 +1144,13 @@ class SystemProcesses(Live):
         }
 
         def processes(facts: Any) -> list[int]:
-            note = dict(zip(("key", "leader", "launched"), facts))
+            note = dict(zip(("key", "leader", "launched"), facts), namespace=namespace)
             self.write("queuectl.db.run/worker-dead", json.dumps(note))
             return queuectl.SYSTEM.processes(queuectl.RunDirectory(self.path).trace(job))
 
-        with mock.patch.object(queuectl, "HAS_PROC", False):
+        without_proc = mock.patch.object(queuectl, "has_proc", return_value=False)
+        table = mock.patch.object(queuectl, "process_table", queuectl.table_from_ps)
+        with without_proc, table:
             self.assert_table(cases, processes)
 
     @internal
@@ -3396,9 +3388,7 @@ class PoolStop(Live):
         pool = self.pool(start_new_session=True)
         self.wait_for_output(pool, " worker on ")
         children = f"/proc/{pool.pid}/task/{pool.pid}/children"
-        wait_until(
-            lambda: len(self.read(children).split()) == 2
-        )  # the fork server is still loading
+        wait_until(lambda: self.read(children))  # the fork server is still loading
         os.killpg(pool.pid, signal.SIGINT)
         self.wait_for_output(pool, "SIGINT: no new jobs")
         self.assert_exits(pool, 0)
@@ -5133,16 +5123,17 @@ class AnySystem(Case):
 
 @unittest.skipUnless(sys.platform == "linux", "removes features from Linux that macOS lacks")
 class AsOnMacOS(AnySystem):
-    """Without /proc, a fork server, or fallocate, as on macOS."""
+    """Without /proc, fallocate, or the adoption of orphans, as on macOS."""
 
     def setUp(self) -> None:
         super().setUp()
         with open(PROGRAM) as file:
             source = file.read()
         for present, absent in (
-            ('PROC = sys.platform == "linux"', "PROC = False"),
-            ('forks = "forkserver" in', 'forks = "no such method" in'),
-            ("ctypes.CDLL(None).fallocate64", "ctypes.CDLL(None).no_such_function"),
+            ('os.readlink("/proc/self") == str(os.getpid())', "False"),
+            ('sys.platform != "linux" else {}', "True else {}"),
+            ('"fallocate64"', '"no_such_function"'),
+            ('"prctl"', '"no_such_function"'),
         ):
             self.assertEqual(source.count(present), 1, present)
             source = source.replace(present, absent)

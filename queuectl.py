@@ -61,6 +61,11 @@ from __future__ import annotations
 if _python_3_8 := True:  # Python 3.8 or later is needed: an older one cannot parse this line
     pass
 
+import sys
+
+if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]  # the directory of this file: a signal.py in it must not be imported
+
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -76,7 +81,6 @@ import re
 import shlex
 import sqlite3
 import stat
-import sys
 import threading
 import time
 import weakref
@@ -1094,7 +1098,6 @@ def statements(script: str) -> Iterator[str]:
 
 # --- system: what differs between POSIX and Windows; the only place with signals and kills --------
 
-HAS_PROC = sys.platform == "linux"  # processes can be examined through /proc
 STOP_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")]
 EXHAUSTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # the machine is at its limit
 
@@ -1124,7 +1127,7 @@ def open_own(path: str, flags: int) -> int:
 
 
 class Launch(NamedTuple):
-    """What a job's process is started with; its stdout and stderr are the descriptor `out`."""
+    """The arguments for starting a job; its stdout and stderr are the descriptor `out`."""
 
     argv: Sequence[str]
     cwd: str
@@ -1136,8 +1139,8 @@ class Trace(NamedTuple):
     """How the processes of an attempt are recognized.
 
     All have `token` as QUEUECTL_RUN in their environment, and hold the lock of the file
-    `lock_path`. Where processes cannot be examined, `leader` is the pid of their process group, 0
-    if unknown, and `launched` the time when it was started.
+    `lock_path`. Some programs hide both: they descend from the process `leader` (0 if unknown), or
+    are in its session. `launched` is the time of its start in Unix seconds.
     """
 
     token: str
@@ -1146,79 +1149,10 @@ class Trace(NamedTuple):
     launched: float
 
 
-def read_proc(path: str) -> bytes:
-    """Return a file of /proc; empty where the process is gone or may not be examined."""
-    with contextlib.suppress(OSError), open("/proc/" + path, "rb") as file:
-        return file.read()
-    return b""
-
-
-def holds_lock(pid: int, path: str) -> bool:
-    """Tell whether a process holds the lock of a file; having it open is not enough."""
-    with contextlib.suppress(OSError):
-        for fd in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                if os.path.samefile(f"/proc/{pid}/fd/{fd}", path) and re.search(
-                    rb"FLOCK +ADVISORY +WRITE", read_proc(f"{pid}/fdinfo/{fd}")
-                ):
-                    return True
-    return False
-
-
-def process_group(leader: int, launched: float) -> list[int]:
-    """Return the living processes of a group, by `ps`, where there is no /proc.
-
-    A leader that did not start at the given time is another process that got the pid later.
-    """
-    import subprocess
-
-    command = ["ps", "-axo", "pid=,pgid=,stat=,lstart="]
-    env = {**os.environ, "LC_ALL": "C"}
-    table = subprocess.run(command, stdout=subprocess.PIPE, check=False, env=env).stdout
-    found = []
-    for line in table.decode(errors="replace").splitlines():
-        pid, group, state, *started = line.split()
-        is_zombie = "Z" in state
-        if int(group) != leader or len(started) != 5 or is_zombie:
-            continue
-        when = time.mktime(time.strptime(" ".join(started), "%a %b %d %H:%M:%S %Y"))
-        if pid == group and abs(when - launched) > 2:
-            return []
-        found.append(int(pid))
-    return found
-
-
-def ignore_signal(_number: int, _frame: object) -> None:
-    """Do nothing. Unlike SIG_IGN, a handler is not inherited by the jobs."""
-
-
-class Child:
-    """A job's own process, with the part of the interface of `subprocess.Popen` that is used."""
-
-    returncode: int = 0  # once it has ended; minus n for signal n
-    running = True
-
-    def __init__(self, pid: int) -> None:
-        """Take over a process that has been started."""
-        self.pid = pid
-
-    def poll(self) -> int | None:
-        """Return how it ended, or None while it runs."""
-        if self.running:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if not pid:
-                return None
-            by_signal = os.WIFSIGNALED(status)
-            self.returncode = -os.WTERMSIG(status) if by_signal else os.WEXITSTATUS(status)
-            self.running = False
-        return self.returncode
-
-
 class Wakeup:
     """Descriptors by which other processes and signals wake this one."""
 
     def __init__(self, reader: int, writer: int) -> None:
-        """Take over two open descriptors, which may be the same."""
         self.reader = reader
         self.writer = writer
 
@@ -1227,7 +1161,7 @@ class Wakeup:
         return self.reader
 
     def clear(self) -> None:
-        """Read what was written."""
+        """Read everything that was written."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.reader, 65536)
 
@@ -1237,342 +1171,646 @@ class Wakeup:
             os.close(fd)
 
 
-class Posix:
-    """Linux, macOS and similar systems."""
+# Processes are started with this program. It loads this file by its path: a file with the name of
+# a standard module, in the current directory or beside this file, is never imported.
+LOAD = """
+import importlib, os, sys
+from importlib import machinery, util
+path = sys.argv[1]
+if os.path.isfile(path):
+    named = path.endswith((".py", ".pyc"))
+    loader = None if named else machinery.SourceFileLoader("queuectl", path)
+    spec = util.spec_from_file_location("queuectl", path, loader=loader)
+    module = sys.modules["queuectl"] = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+else:  # in an archive
+    sys.path.append(os.path.dirname(path))
+    module = importlib.import_module(os.path.splitext(os.path.basename(path))[0])
+module.SYSTEM.serve(module.begin_worker, *sys.argv[2:])
+"""
 
-    POLL = 0.5  # seconds between a pool's looks at facts that notify nobody; each takes 0.3 ms
-    PYTHON = sys.executable
-    BACKGROUND: Mapping[str, Any] = {"start_new_session": True}  # outlives the terminal
-    inherited: Mapping[bytes, bytes] = {}  # the environment, once it has been read
 
-    def user(self) -> int | None:
-        """Return the user id of this process."""
-        return os.geteuid()
+def python_command(python: str, *args: str) -> list[str]:
+    """Return the command that loads this file in isolation, with the flags of this interpreter."""
+    import subprocess
 
-    def lock(self, fd: int, *, shared: bool = False) -> bool:
-        """Lock an open file without waiting; return False where another process has it."""
-        import fcntl
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    utf8 = f"utf8={sys.flags.utf8_mode}"
+    return [python, *flags, "-I", "-X", utf8, "-c", LOAD, os.path.realpath(__file__), *args]
 
-        try:
-            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
 
-    def is_unlocked(self, path: str) -> bool:
-        """Tell whether nobody holds the lock of a file; one that does not exist is unlocked."""
-        try:
-            fd = open_own(path, os.O_RDWR)
-        except FileNotFoundError:
-            return True
-        try:
-            return self.lock(fd, shared=True)
-        finally:
-            os.close(fd)
+if sys.platform == "win32":
 
-    def remove_locked(self, fd: int, path: str) -> None:
-        """Remove and close a file that is locked here; the lock outlives the name."""
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        os.close(fd)
+    class Windows:
+        """Windows. A job's processes are in a Job Object, which ends them when its worker dies.
 
-    def punch_hole(self, fd: int, length: int) -> bool:
-        """Free the disk space of the beginning of a file; return False if unsupported."""
-        with contextlib.suppress(ImportError, AttributeError, OSError):  # only Linux has it
+        The lock of a file is on a byte far beyond its end. There are no FIFOs: pools poll.
+        """
+
+        POLL = 0.02
+        PYTHON: str = getattr(sys, "_base_executable", sys.executable)  # not a venv's starter
+        BACKGROUND: Mapping[str, Any] = {"creationflags": 0x8 | 0x200}  # detached, in a new group
+        LOCKED_BYTE = 1 << 40
+
+        def __init__(self) -> None:
+            self.jobs: dict[int, int] = {}  # the handles of the Job Objects, by process
+
+        def call(self, name: str, *args: Any, dll: str = "kernel32") -> int:
+            """Call a function of the system; numbers are passed and returned as wide as handles."""
             import ctypes
 
-            keep_size, punch_hole = 1, 2
-            fallocate = ctypes.CDLL(None).fallocate64
-            start, size = ctypes.c_int64(0), ctypes.c_int64(length)
-            return bool(fallocate(fd, keep_size | punch_hole, start, size) == 0)
-        return False
+            function = getattr(ctypes.WinDLL(dll), name)
+            function.restype = ctypes.c_void_p
+            wide = (ctypes.c_void_p(arg) if isinstance(arg, int) else arg for arg in args)
+            return function(*wide) or 0
 
-    def sync(self, path: str) -> None:
-        """Sync a file; on macOS, down to the medium."""
-        with open(path, "r+b", buffering=0) as file:
+        def user(self) -> int | None:
+            """Return None: ownership works differently here."""
+            return None
+
+        def lock(self, fd: int, *, shared: bool = False) -> bool:  # noqa: ARG002
+            """Lock an open file without waiting; return False where another process has it."""
+            import msvcrt
+
+            os.lseek(fd, self.LOCKED_BYTE, os.SEEK_SET)
             try:
-                from fcntl import F_FULLFSYNC, fcntl  # type: ignore[attr-defined]
-            except ImportError:
-                getattr(os, "fdatasync", os.fsync)(file.fileno())
-            else:
-                fcntl(file, F_FULLFSYNC)
-
-    def make_wakeup(self, fifo: str = "") -> Wakeup | None:
-        """Return what wakes this process: by a FIFO of that name, else by a pipe of its own."""
-        if fifo:
-            with contextlib.suppress(OSError):  # a file system without FIFOs: pools poll
-                os.mkfifo(fifo, 0o600)
-                fd = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
-                return Wakeup(fd, fd)
-        reader, writer = os.pipe()
-        os.set_blocking(reader, False)
-        os.set_blocking(writer, False)
-        return Wakeup(reader, writer)
-
-    @contextlib.contextmanager
-    def signals_blocked(self) -> Iterator[None]:
-        """Let no signal reach a process that is started now, until it calls `reset_signals`."""
-        from multiprocessing import resource_tracker
-
-        resource_tracker.ensure_running()  # else the start runs it, which unblocks the signals
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    def reset_signals(self, *, worker: bool) -> Callable[[], object]:
-        """Unblock all signals, and in a worker prepare what its jobs inherit; return the undo."""
-        before = signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        if worker:
-            signal.signal(signal.SIGQUIT, signal.SIG_DFL)
-            signal.signal(signal.SIGCHLD, ignore_signal)
-            for fd in map(int, os.listdir("/dev/fd")):  # those of the fork server are not for jobs
-                with contextlib.suppress(OSError):
-                    os.set_inheritable(fd, fd <= 2)
-        return partial(signal.pthread_sigmask, signal.SIG_SETMASK, before)
-
-    def wait(self, sources: Iterable[Any], child: Any, limit: float | None) -> list[Any]:  # noqa: ARG002
-        """Wait for wakeups and pipes, for `limit` seconds at most; return the readable ones.
-
-        Sources that are None are left out. A child's end is a signal, which wakes its worker.
-        """
-        import select
-
-        poll = select.poll()
-        found = {}
-        for source in sources:
-            if source is not None:
-                found[source.fileno()] = source
-                poll.register(source.fileno(), select.POLLIN)
-        ready = [found[fd] for fd, _ in poll.poll(limit and limit * 1000)]
-        for source in ready:
-            if isinstance(source, Wakeup):
-                source.clear()
-        return ready
-
-    def launch(self, launch: Launch, home: str) -> Child:
-        """Start a job in a session of its own; raise OSError where it cannot be started.
-
-        The output file is passed on a third time, as a descriptor that no redirection closes. Text
-        is UTF-8 whatever the locale. `home` is where this process works afterwards: an idle worker
-        must not keep the job's directory busy. Popen is not used because before Python 3.10 it
-        copies the whole process, which doubles the cost of a job.
-        """
-        self.inherited = self.inherited or dict(os.environb)
-        added = {k.encode(): v.encode(errors="surrogateescape") for k, v in launch.env.items()}
-        os.set_inheritable(launch.out, True)  # noqa: FBT003
-        os.chdir(launch.cwd)
-        try:
-            pid = os.posix_spawnp(
-                launch.argv[0],
-                [*map(os.fsencode, launch.argv[:-1]), launch.argv[-1].encode()],
-                {**self.inherited, **added},
-                file_actions=[
-                    (os.POSIX_SPAWN_DUP2, launch.out, 1),
-                    (os.POSIX_SPAWN_DUP2, launch.out, 2),
-                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                ],
-                setsid=True,
-                setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
-            )
-        finally:
-            with contextlib.suppress(OSError):
-                os.chdir(home)
-        return Child(pid)
-
-    def release(self, child: Child) -> None:
-        """Let the background processes of a job that has ended run on."""
-
-    def processes(self, trace: Trace) -> list[int]:
-        """Return the processes of an attempt, parents first as a rule."""
-        if not HAS_PROC:
-            return process_group(trace.leader, trace.launched) if trace.leader else []
-        others = set(map(int, filter(str.isdigit, os.listdir("/proc")))) - {os.getpid()}
-        key = b"\0QUEUECTL_RUN=" + trace.token.encode() + b"\0"
-        found = [pid for pid in sorted(others) if key in b"\0" + read_proc(f"{pid}/environ")]
-        if found or self.is_unlocked(trace.lock_path):
-            return found
-        return [pid for pid in others if holds_lock(pid, trace.lock_path)]
-
-    def terminate(self, trace: Trace, pids: Iterable[int]) -> None:  # noqa: ARG002
-        """Ask processes to end; a stopped one is continued, to receive it."""
-        for pid in pids:
-            for number in (signal.SIGTERM, signal.SIGCONT):
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, number)
-
-    def kill(self, trace: Trace, pids: Iterable[int]) -> None:  # noqa: ARG002
-        """Kill processes."""
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-
-    def enable_escapes(self) -> None:
-        """Let the terminal interpret escape sequences; here it does."""
-
-
-class Windows:
-    """Windows. A job's processes are in a Job Object, which ends them when its worker dies.
-
-    The lock of a file is on a byte far beyond its end. There are no FIFOs: pools poll.
-    """
-
-    POLL = 0.02
-    PYTHON = getattr(sys, "_base_executable", sys.executable)  # not a virtual environment's starter
-    BACKGROUND: Mapping[str, Any] = {"creationflags": 0x8 | 0x200}  # detached, in a new group
-    LOCKED_BYTE = 1 << 40
-
-    def __init__(self) -> None:
-        """Begin without jobs."""
-        self.jobs: dict[int, int] = {}  # the handles of the Job Objects, by process
-
-    def call(self, name: str, *args: Any, dll: str = "kernel32") -> int:
-        """Call a function of the system; numbers are passed and returned as wide as handles."""
-        import ctypes
-
-        function = getattr(ctypes.WinDLL(dll), name)  # type: ignore[attr-defined]
-        function.restype = ctypes.c_void_p
-        wide = (ctypes.c_void_p(arg) if isinstance(arg, int) else arg for arg in args)
-        return function(*wide) or 0
-
-    def user(self) -> int | None:
-        """Return None: ownership works differently here."""
-        return None
-
-    def lock(self, fd: int, *, shared: bool = False) -> bool:  # noqa: ARG002
-        """Lock an open file without waiting; return False where another process has it."""
-        import msvcrt
-
-        os.lseek(fd, self.LOCKED_BYTE, os.SEEK_SET)
-        try:
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError:
-            return False
-        finally:
-            os.lseek(fd, 0, os.SEEK_SET)  # the job writes where this points
-        return True
-
-    def is_unlocked(self, path: str) -> bool:
-        """Tell whether nobody holds the lock of a file; one that does not exist is unlocked."""
-        try:
-            fd = open_own(path, os.O_RDWR)
-        except (FileNotFoundError, PermissionError):  # the latter while it is being removed
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            except OSError:
+                return False
+            finally:
+                os.lseek(fd, 0, os.SEEK_SET)  # the job writes where this points
             return True
-        try:
-            return self.lock(fd)
-        finally:
+
+        def is_unlocked(self, path: str) -> bool:
+            """Tell whether nobody holds the lock of a file; one that does not exist is unlocked."""
+            try:
+                fd = open_own(path, os.O_RDWR)
+            except (FileNotFoundError, PermissionError):  # the latter while it is being removed
+                return True
+            try:
+                return self.lock(fd)
+            finally:
+                os.close(fd)
+
+        def remove_locked(self, fd: int, path: str) -> None:
+            """Close and remove a file that is locked here; an open file cannot be removed."""
             os.close(fd)
+            with contextlib.suppress(OSError):  # a background process of the job still writes to it
+                os.unlink(path)
 
-    def remove_locked(self, fd: int, path: str) -> None:
-        """Close and remove a file that is locked here; an open file cannot be removed."""
-        os.close(fd)
-        with contextlib.suppress(OSError):  # a background process of the job still writes to it
-            os.unlink(path)
+        def punch_hole(self, fd: int, length: int) -> bool:  # noqa: ARG002
+            """Return False: the whole file is truncated instead."""
+            return False
 
-    def punch_hole(self, fd: int, length: int) -> bool:  # noqa: ARG002
-        """Return False: the whole file is truncated instead."""
+        def sync(self, path: str) -> None:
+            """Sync a file, which must be open for writing."""
+            with open(path, "r+b", buffering=0) as file:
+                os.fsync(file.fileno())
+
+        def make_wakeup(self, fifo: str = "") -> Wakeup | None:  # noqa: ARG002
+            """Return None: there are no FIFOs."""
+            return None
+
+        def wait(self, sources: Iterable[Any], child: Any, limit: float | None) -> list[Any]:
+            """Wait for pipes and a child's end, for `limit` seconds at most; return ready ones."""
+            from multiprocessing.connection import wait
+
+            things = [thing for thing in (*sources, child and int(child._handle)) if thing]
+            if not things:
+                time.sleep(limit or 0)
+            return wait(things, limit)
+
+        def start_worker(self, pipe: Any) -> Any:
+            """Start a worker that inherits a pipe, and return its process."""
+            import subprocess
+
+            handle = pipe.fileno()
+            os.set_handle_inheritable(handle, True)  # noqa: FBT003
+            info = subprocess.STARTUPINFO(lpAttributeList={"handle_list": [handle]})
+            return subprocess.Popen(python_command(self.PYTHON, str(handle)), startupinfo=info)
+
+        def join(self, process: Any, limit: float) -> None:
+            """Wait for the end of a worker, for `limit` seconds at most."""
+            import subprocess
+
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(limit)
+
+        def serve(self, begin: Callable[[Any], None], handle: str) -> None:
+            """Be the worker at the other end of a pipe."""
+            from multiprocessing.connection import PipeConnection
+
+            begin(PipeConnection(int(handle)))
+
+        def launch(self, launch: Launch, home: str) -> Any:  # noqa: ARG002
+            """Start a job in a Job Object of its own; raise OSError where it cannot be started."""
+            import subprocess
+
+            *shell, command = launch.argv
+            line = subprocess.list2cmdline(launch.argv)
+            if re.fullmatch(r"(.*[\\/])?cmd(\.exe)?", shell[0], re.IGNORECASE):  # quotes otherwise
+                line = subprocess.list2cmdline(shell) + f' "{command}"'
+            new_group, suspended = 0x200, 0x4
+            child: Any = subprocess.Popen(
+                line,
+                cwd=launch.cwd,
+                env={**os.environ, **launch.env},
+                stdin=subprocess.DEVNULL,
+                stdout=launch.out,
+                stderr=launch.out,
+                creationflags=new_group | suspended,
+            )
+            kill_on_close = 0x2000
+            process = int(child._handle)
+            self.jobs[child.pid] = self.call("CreateJobObjectW", None, launch.env["QUEUECTL_RUN"])
+            self.set_limit(child, kill_on_close)
+            self.call("AssignProcessToJobObject", self.jobs[child.pid], process)
+            self.call("NtResumeProcess", process, dll="ntdll")
+            return child
+
+        def set_limit(self, child: Any, flags: int) -> None:
+            """Set the flags of a JOBOBJECT_EXTENDED_LIMIT_INFORMATION, which begins with two times.
+
+            A handle is as wide as a pointer, and so are some of its fields.
+            """
+            import ctypes
+
+            limits = (ctypes.c_uint32 * (36 if ctypes.sizeof(ctypes.c_void_p) == 8 else 28))()
+            limits[4] = flags
+            size = ctypes.sizeof(limits)
+            self.call("SetInformationJobObject", self.jobs[child.pid], 9, limits, size)
+
+        def release(self, child: Any) -> None:
+            """Let the background processes of a job that has ended run on."""
+            self.set_limit(child, 0)
+            self.call("CloseHandle", self.jobs.pop(child.pid))
+
+        def processes(self, trace: Trace) -> list[int]:
+            """Return up to 1,000 processes: the end of a JOBOBJECT_BASIC_PROCESS_ID_LIST."""
+            import ctypes
+
+            found = (ctypes.c_size_t * 1001)()  # two 32-bit counts precede the processes
+            query, counts_size = 4, 8
+            handle = self.call("OpenJobObjectW", query, 0, trace.token)
+            if handle:  # without a handle the query would be about our own job
+                size = ctypes.sizeof(found)
+                self.call("QueryInformationJobObject", handle, 3, found, size, None)
+                self.call("CloseHandle", handle)
+            return [pid for pid in found[counts_size // ctypes.sizeof(ctypes.c_void_p) :] if pid]
+
+        def terminate(self, trace: Trace, pids: Iterable[int]) -> None:  # noqa: ARG002
+            """Send Ctrl-Break to the process groups that this process has started."""
+            for pid in self.jobs.keys() & set(pids):
+                with contextlib.suppress(OSError):  # no console
+                    os.kill(pid, signal.CTRL_BREAK_EVENT)
+
+        def kill(self, trace: Trace, pids: Iterable[int]) -> None:  # noqa: ARG002
+            """End all processes of the attempt."""
+            terminate = 8
+            handle = self.call("OpenJobObjectW", terminate, 0, trace.token)
+            self.call("TerminateJobObject", handle, 1)
+            self.call("CloseHandle", handle)
+
+        def enable_escapes(self) -> None:
+            """Let the terminal interpret escape sequences."""
+            for output in (-11, -12):
+                self.call("SetConsoleMode", self.call("GetStdHandle", output), 7)
+
+    SYSTEM = Windows()
+
+else:
+
+    class Process(NamedTuple):
+        """A living process. `session` is the process group where sessions are not shown."""
+
+        parent: int
+        session: int
+        started: float  # Unix seconds
+
+    def read_proc(path: str) -> bytes:
+        """Return a file of /proc; empty where the process is gone or may not be examined."""
+        with contextlib.suppress(OSError), open("/proc/" + path, "rb") as file:
+            return file.read()
+        return b""
+
+    def has_proc() -> bool:
+        """Tell whether /proc shows processes by the numbers that they have in our namespace."""
+        with contextlib.suppress(OSError):
+            return os.readlink("/proc/self") == str(os.getpid())
         return False
 
-    def sync(self, path: str) -> None:
-        """Sync a file, which must be open for writing."""
-        with open(path, "r+b", buffering=0) as file:
-            os.fsync(file.fileno())
+    def table_from_proc() -> dict[int, Process]:
+        """Return the living processes by pid, as /proc shows them to every user."""
+        table = {}
+        since_boot = 7  # CLOCK_BOOTTIME
+        booted = time.time() - time.clock_gettime(since_boot)
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            state, *fields = read_proc(f"{pid}/stat").rpartition(b")")[2].split() or [b"Z"]
+            if state not in (b"Z", b"X"):
+                parent, session, ticks = (int(fields[i]) for i in (0, 2, 18))
+                started = booted + ticks / os.sysconf("SC_CLK_TCK")
+                table[int(pid)] = Process(parent, session, started)
+        return table
 
-    def make_wakeup(self, fifo: str = "") -> Wakeup | None:  # noqa: ARG002
-        """Return None: there are no FIFOs."""
-        return None
-
-    @contextlib.contextmanager
-    def signals_blocked(self) -> Iterator[None]:
-        """Do nothing: signals are not blocked here."""
-        yield
-
-    def reset_signals(self, *, worker: bool) -> Callable[[], object]:  # noqa: ARG002
-        """Return an undo that does nothing: signals are not blocked here."""
-        return int
-
-    def wait(self, sources: Iterable[Any], child: Any, limit: float | None) -> list[Any]:
-        """Wait for pipes and a child's end, for `limit` seconds at most; return the ready ones."""
-        from multiprocessing.connection import wait
-
-        things = [thing for thing in (*sources, child and int(child._handle)) if thing]
-        if not things:
-            time.sleep(limit or 0)
-        return wait(things, limit)
-
-    def launch(self, launch: Launch, home: str) -> Any:  # noqa: ARG002
-        """Start a job in a Job Object of its own; raise OSError where it cannot be started."""
+    def table_from_ps() -> dict[int, Process]:
+        """Return the living processes by pid, as `ps` shows them."""
         import subprocess
 
-        *shell, command = launch.argv
-        line = subprocess.list2cmdline(launch.argv)
-        if re.fullmatch(r"(.*[\\/])?cmd(\.exe)?", shell[0], re.IGNORECASE):  # quotes differently
-            line = subprocess.list2cmdline(shell) + f' "{command}"'
-        new_group, suspended = 0x200, 0x4
-        child = subprocess.Popen(
-            line,
-            cwd=launch.cwd,
-            env={**os.environ, **launch.env},
-            stdin=subprocess.DEVNULL,
-            stdout=launch.out,
-            stderr=launch.out,
-            creationflags=new_group | suspended,
-        )
-        kill_on_close = 0x2000
-        process = int(child._handle)  # type: ignore[attr-defined]
-        self.jobs[child.pid] = self.call("CreateJobObjectW", None, launch.env["QUEUECTL_RUN"])
-        self.set_limit(child, kill_on_close)
-        self.call("AssignProcessToJobObject", self.jobs[child.pid], process)
-        self.call("NtResumeProcess", process, dll="ntdll")
-        return child
+        table = {}
+        command = ["ps", "-axo", "pid=,ppid=,pgid=,stat=,etime="]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as ps:
+            lines = ps.communicate()[0].splitlines()
+        for pid, parent, group, state, elapsed in map(str.split, lines):
+            if "Z" not in state and int(pid) != ps.pid:
+                days, _, clock = elapsed.rpartition("-")
+                hours, minutes, seconds = map(int, ("0:" + clock).split(":")[-3:])
+                age = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+                table[int(pid)] = Process(int(parent), int(group), time.time() - age)
+        return table
 
-    def set_limit(self, child: Any, flags: int) -> None:
-        """Set the flags of a JOBOBJECT_EXTENDED_LIMIT_INFORMATION, which begins with two times."""
-        import ctypes
+    def process_table() -> dict[int, Process]:
+        """Return the living processes by pid; none where they cannot be examined."""
+        if has_proc():
+            return table_from_proc()
+        return table_from_ps() if sys.platform != "linux" else {}
 
-        limits = (ctypes.c_uint32 * (36 if ctypes.sizeof(ctypes.c_void_p) == 8 else 28))()
-        limits[4] = flags
-        size = ctypes.sizeof(limits)
-        self.call("SetInformationJobObject", self.jobs[child.pid], 9, limits, size)
+    def holds_lock(pid: int, path: str) -> bool:
+        """Tell whether a process holds the lock of a file; having it open is not enough."""
+        with contextlib.suppress(OSError):
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):
+                    if os.path.samefile(f"/proc/{pid}/fd/{fd}", path) and re.search(
+                        rb"FLOCK +ADVISORY +WRITE", read_proc(f"{pid}/fdinfo/{fd}")
+                    ):
+                        return True
+        return False
 
-    def release(self, child: Any) -> None:
-        """Let the background processes of a job that has ended run on."""
-        self.set_limit(child, 0)
-        self.call("CloseHandle", self.jobs.pop(child.pid))
+    def open_pidfd(pid: int) -> int | None:
+        """Return a descriptor for a process, None if it is gone or the system has none."""
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError, AttributeError):
+                return os.pidfd_open(pid)
+        return None
 
-    def processes(self, trace: Trace) -> list[int]:
-        """Return up to 1,000 processes: the end of a JOBOBJECT_BASIC_PROCESS_ID_LIST."""
-        import ctypes
+    def send_signals(pid: int, pidfd: int | None, numbers: Iterable[int]) -> None:
+        """Send signals to a process, which may be gone or another user's."""
+        for number in numbers:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if sys.platform == "linux" and pidfd is not None:
+                    signal.pidfd_send_signal(pidfd, number)
+                else:
+                    os.kill(pid, number)
 
-        found = (ctypes.c_size_t * 1001)()  # two 32-bit counts precede the processes
-        query, counts_size = 4, 8
-        handle = self.call("OpenJobObjectW", query, 0, trace.token)
-        if handle:  # without a handle the query would be about our own job
-            self.call("QueryInformationJobObject", handle, 3, found, ctypes.sizeof(found), None)
-            self.call("CloseHandle", handle)
-        return [pid for pid in found[counts_size // ctypes.sizeof(ctypes.c_void_p) :] if pid]
+    def c_function(name: str, *args: int, wide: Iterable[int] = ()) -> bool:
+        """Call a function of the C library with ints and 64-bit numbers; return its success."""
+        with contextlib.suppress(ImportError, AttributeError, OSError):
+            import ctypes
 
-    def terminate(self, trace: Trace, pids: Iterable[int]) -> None:  # noqa: ARG002
-        """Send Ctrl-Break to the process groups that this process has started."""
-        for pid in self.jobs.keys() & set(pids):
-            with contextlib.suppress(OSError):  # no console
-                os.kill(pid, getattr(signal, "CTRL_BREAK_EVENT", 1))
+            function = getattr(ctypes.CDLL(None), name)
+            return bool(function(*args, *map(ctypes.c_int64, wide)) == 0)
+        return False
 
-    def kill(self, trace: Trace, pids: Iterable[int]) -> None:  # noqa: ARG002
-        """End all processes of the attempt."""
-        terminate = 8
-        handle = self.call("OpenJobObjectW", terminate, 0, trace.token)
-        self.call("TerminateJobObject", handle, 1)
-        self.call("CloseHandle", handle)
+    class Child:
+        """A job's own process, with the part of the interface of `subprocess.Popen` that is used.
 
-    def enable_escapes(self) -> None:
-        """Let the terminal interpret escape sequences."""
-        for output in (-11, -12):
-            self.call("SetConsoleMode", self.call("GetStdHandle", output), 7)
+        The parent adopts the descendants whose parents have ended. `elders` are those of earlier
+        jobs, which run on.
+        """
+
+        returncode = 0  # once it has ended; minus n for signal n
+        running = True
+
+        def __init__(self, pid: int, elders: set[int]) -> None:
+            self.pid = pid
+            self.elders = elders
+
+        def poll(self) -> int | None:
+            """Return how it ended, or None while it runs; bury every process that has ended."""
+            pid = 1
+            while pid:
+                try:
+                    pid, status = os.waitpid(-1, os.WNOHANG)
+                except ChildProcessError:
+                    break
+                if pid == self.pid:
+                    by_signal = os.WIFSIGNALED(status)
+                    self.returncode = -os.WTERMSIG(status) if by_signal else os.WEXITSTATUS(status)
+                    self.running = False
+            return None if self.running else self.returncode
+
+    class ForkServer:
+        """A process that has loaded everything once, and forks the workers of all our pools.
+
+        A plain fork would not do: siblings would hold each other's pipes and locks open.
+        """
+
+        PATIENCE = 10.0  # seconds for an answer, which include its start
+
+        def __init__(self, python: str) -> None:
+            from multiprocessing import Pipe
+
+            self.owner = os.getpid()
+            self.link, theirs = Pipe()
+            with theirs:
+                self.pid = os.posix_spawn(
+                    python,
+                    python_command(python),
+                    os.environ,
+                    file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), 0)],
+                    setsigmask=STOP_SIGNALS,  # until a worker handles them
+                )
+
+        def fork(self, fd: int) -> int:
+            """Start a worker that talks through a descriptor; return its pid, or minus an errno."""
+            from multiprocessing.reduction import send_handle
+
+            send_handle(self.link, fd, self.pid)
+            if self.link.poll(self.PATIENCE):
+                return int(self.link.recv())
+            raise TimeoutError(errno.ETIMEDOUT, "its fork server does not answer")
+
+        def close(self) -> None:
+            """End the server; its workers run on."""
+            self.link.close()
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+
+    class Posix:
+        """Linux, macOS and similar systems."""
+
+        POLL = 0.5  # seconds between a pool's looks at facts that notify nobody; each takes 0.3 ms
+        PYTHON = sys.executable or os.path.realpath("/proc/self/exe")  # without PATH it is empty
+        BACKGROUND: Mapping[str, Any] = {"start_new_session": True}  # outlives the terminal
+        inherited: Mapping[bytes, bytes] = {}  # the environment, once it has been read
+        server: ForkServer | None = None
+        child: Child | None = None  # the latest job of this worker
+
+        def user(self) -> int | None:
+            """Return the user id of this process."""
+            return os.geteuid()
+
+        def lock(self, fd: int, *, shared: bool = False) -> bool:
+            """Lock an open file without waiting; return False where another process has it."""
+            import fcntl
+
+            try:
+                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+        def is_unlocked(self, path: str) -> bool:
+            """Tell whether nobody holds the lock of a file; one that does not exist is unlocked."""
+            try:
+                fd = open_own(path, os.O_RDWR)
+            except FileNotFoundError:
+                return True
+            try:
+                return self.lock(fd, shared=True)
+            finally:
+                os.close(fd)
+
+        def remove_locked(self, fd: int, path: str) -> None:
+            """Remove and close a file that is locked here; the lock outlives the name."""
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            os.close(fd)
+
+        def punch_hole(self, fd: int, length: int) -> bool:
+            """Free the disk space of the beginning of a file; return False if unsupported."""
+            keep_size, punch_hole = 1, 2
+            return c_function("fallocate64", fd, keep_size | punch_hole, wide=(0, length))
+
+        def sync(self, path: str) -> None:
+            """Sync a file; on macOS, down to the medium."""
+            with open(path, "r+b", buffering=0) as file:
+                if sys.platform == "darwin":
+                    from fcntl import F_FULLFSYNC, fcntl
+
+                    fcntl(file, F_FULLFSYNC)
+                else:
+                    os.fdatasync(file.fileno())
+
+        def make_wakeup(self, fifo: str = "") -> Wakeup | None:
+            """Return what wakes this process: by a FIFO of that name, else by a pipe of its own."""
+            if fifo:
+                with contextlib.suppress(OSError):  # a file system without FIFOs: pools poll
+                    os.mkfifo(fifo, 0o600)
+                    fd = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
+                    return Wakeup(fd, fd)
+            reader, writer = os.pipe()
+            os.set_blocking(reader, False)
+            os.set_blocking(writer, False)
+            return Wakeup(reader, writer)
+
+        def wait(self, sources: Iterable[Any], child: Any, limit: float | None) -> list[Any]:  # noqa: ARG002
+            """Wait for wakeups and pipes, for `limit` seconds at most; return the readable ones.
+
+            Sources that are None are left out. A child's end is a signal, which wakes its worker.
+            """
+            import select
+
+            poll = select.poll()
+            found = {}
+            for source in sources:
+                if source is not None:
+                    found[source.fileno()] = source
+                    poll.register(source.fileno(), select.POLLIN)
+            ready = [found[fd] for fd, _ in poll.poll(limit and limit * 1000)]
+            for source in ready:
+                if isinstance(source, Wakeup):
+                    source.clear()
+            return ready
+
+        def start_worker(self, pipe: Any) -> int:
+            """Start a worker at the other end of a pipe; return its pid.
+
+            Raises OSError where the machine is at its limit, EOFError where the server has died;
+            another try starts another server.
+            """
+            if not self.server or self.server.owner != os.getpid():
+                self.server = ForkServer(self.PYTHON)
+            try:
+                pid = self.server.fork(pipe.fileno())
+            except BaseException:
+                self.server.close()
+                self.server = None
+                raise
+            if pid < 0:
+                raise OSError(-pid, os.strerror(-pid))
+            return pid
+
+        def join(self, process: int, limit: float) -> None:
+            """Wait for the end of a worker, for `limit` seconds at most."""
+            with contextlib.suppress(ProcessLookupError):
+                for _ in polling(limit):
+                    os.kill(process, 0)
+
+        def serve(self, begin: Callable[[Any], None]) -> None:
+            """Be the fork server at the other end of stdin, until that is closed."""
+            from multiprocessing.connection import Connection
+            from multiprocessing.reduction import recv_handle
+
+            os.chdir("/")  # no directory is kept busy
+            os.closerange(3, min(os.sysconf("SC_OPEN_MAX"), 65536))  # those of a host program
+            link = Connection(os.dup(0))
+            os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no worker becomes a zombie
+            with contextlib.suppress(EOFError, OSError):
+                while True:
+                    try:
+                        pid = self.fork(begin, recv_handle(link), link)
+                    except OSError as error:
+                        pid = -(error.errno or errno.EIO)
+                    except RuntimeError:  # a descriptor was sent, but none can be opened
+                        pid = -errno.EMFILE
+                    link.send(pid)
+
+        def fork(self, begin: Callable[[Any], None], fd: int, link: Any) -> int:
+            """Fork a worker; return its pid, only in the parent."""
+            import traceback
+            from multiprocessing.connection import Connection
+
+            os.set_inheritable(fd, False)  # noqa: FBT003
+            with Connection(fd) as pipe:
+                pid = os.fork()
+                if pid:
+                    return pid
+                try:
+                    link.close()
+                    begin(pipe)
+                except Exception:  # noqa: BLE001
+                    traceback.print_exc()
+                    sys.stderr.flush()
+                finally:
+                    os._exit(0)
+
+        def launch(self, launch: Launch, home: str) -> Child:
+            """Start a job in a session of its own; raise OSError where it cannot be started.
+
+            The output file is passed on a third time, as a descriptor that no redirection closes.
+            Text is UTF-8 whatever the locale. `home` is where this process works afterwards: an
+            idle worker must not keep the job's directory busy. Popen is not used because before
+            Python 3.10 it copies the whole process, which doubles the cost of a job.
+            """
+            self.inherited = self.inherited or dict(os.environb)
+            added = {k.encode(): v.encode(errors="surrogateescape") for k, v in launch.env.items()}
+            elders = self.children()
+            os.set_inheritable(launch.out, True)  # noqa: FBT003
+            os.chdir(launch.cwd)
+            try:
+                pid = os.posix_spawnp(
+                    launch.argv[0],
+                    [*map(os.fsencode, launch.argv[:-1]), launch.argv[-1].encode()],
+                    {**self.inherited, **added},
+                    file_actions=[
+                        (os.POSIX_SPAWN_DUP2, launch.out, 1),
+                        (os.POSIX_SPAWN_DUP2, launch.out, 2),
+                        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    ],
+                    setsid=True,
+                    setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
+                )
+            finally:
+                with contextlib.suppress(OSError):
+                    os.chdir(home)
+            self.child = Child(pid, elders)
+            return self.child
+
+        def children(self) -> set[int]:
+            """Return the living children of this process, which seldom has any between jobs."""
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(-1, os.WNOHANG)
+                return {pid for pid, row in process_table().items() if row.parent == os.getpid()}
+            return set()
+
+        def release(self, child: Child) -> None:
+            """Let the background processes of a job that has ended run on."""
+
+        def processes(self, trace: Trace) -> list[int]:
+            """Return the processes of an attempt, parents first as a rule.
+
+            Where there is no table of processes, -n is the process group of our child n.
+            """
+            is_ours = self.child is not None and self.child.pid == trace.leader
+            if self.child:
+                self.child.poll()
+            table = process_table()
+            table.pop(os.getpid(), None)
+            name = b"\0QUEUECTL_RUN="
+            key = name + trace.token.encode() + b"\0"
+            environs = {pid: b"\0" + read_proc(f"{pid}/environ") for pid in table if has_proc()}
+            own = {pid for pid, environ in environs.items() if key in environ}
+            others = {pid for pid, environ in environs.items() if name in environ} - own
+            found = own | self.family(trace, table, others)
+            if not found and (not table or not self.is_unlocked(trace.lock_path)):
+                found = {pid for pid in environs if holds_lock(pid, trace.lock_path)}
+            if not found and not table and is_ours:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(-trace.leader, 0)
+                    found = {-trace.leader}
+            return sorted(found)
+
+        def family(self, trace: Trace, table: Mapping[int, Process], others: set[int]) -> set[int]:
+            """Return the descendants of an attempt's leader and the members of its session.
+
+            A leader that did not start at the given time is another process that got the pid
+            later. Processes of `others` are of another attempt.
+            """
+            leader, oldest = trace.leader, trace.launched - 2
+            if not leader or (leader in table and abs(table[leader].started - oldest - 2) > 2):
+                return set()
+            found = {
+                p for p, row in table.items() if row.session == leader and row.started > oldest
+            }
+            if self.child and self.child.pid == leader:  # we adopted what its parents left behind
+                adopted = {pid for pid, row in table.items() if row.parent == os.getpid()}
+                found |= adopted - self.child.elders
+            more = found = found - others
+            while more:
+                more = {p for p, row in table.items() if row.parent in more} - found - others
+                found |= more
+            return found
+
+        def send(self, trace: Trace, pids: Sequence[int], *numbers: int) -> None:
+            """Send signals to those of the given processes that are of an attempt.
+
+            An open pidfd keeps the number of a process from being used again for another one.
+            """
+            if not pids:
+                return
+            with contextlib.ExitStack() as stack:
+                fds = {pid: open_pidfd(pid) for pid in pids[:100]}  # descriptors are limited
+                for fd in filter(None, fds.values()):
+                    stack.callback(os.close, fd)
+                for pid in set(self.processes(trace)).intersection(fds):
+                    send_signals(pid, fds[pid], numbers)
+            self.send(trace, pids[100:], *numbers)
+
+        def terminate(self, trace: Trace, pids: Iterable[int]) -> None:
+            """Ask processes to end; a stopped one is continued, to receive it."""
+            self.send(trace, list(pids), signal.SIGTERM, signal.SIGCONT)
+
+        def kill(self, trace: Trace, pids: Iterable[int]) -> None:
+            """Kill processes."""
+            self.send(trace, list(pids), signal.SIGKILL)
+
+        def enable_escapes(self) -> None:
+            """Let the terminal interpret escape sequences; here it does."""
+
+    SYSTEM = Posix()
 
 
-SYSTEM: Posix | Windows = Windows() if WINDOWS else Posix()
+def pid_namespace() -> str:
+    """Return the name of the namespace in which this process has its number, if there are any."""
+    with contextlib.suppress(OSError, AttributeError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
+
+
+def ignore_signal(_number: int, _frame: object) -> None:
+    """Do nothing. Unlike SIG_IGN, a handler is not inherited by the jobs."""
 
 
 def handle_signals(
@@ -1580,8 +1818,9 @@ def handle_signals(
 ) -> contextlib.ExitStack:
     """Handle the signals that ask to stop; every signal also wakes this process.
 
-    SIGHUP stays ignored under nohup. SIGUSR1 writes the stack of every thread to stderr. Closing
-    what is returned restores everything.
+    SIGHUP stays ignored under nohup. SIGUSR1 writes the stack of every thread to stderr. A worker
+    also wakes when a child ends, and adopts the descendants of its jobs. Closing the returned stack
+    restores everything.
     """
     import faulthandler
 
@@ -1592,9 +1831,15 @@ def handle_signals(
     if wakeup:
         before = signal.set_wakeup_fd(wakeup.writer, warn_on_full_buffer=False)
         undo.callback(signal.set_wakeup_fd, before)
+    if sys.platform != "win32":
         faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
         undo.callback(faulthandler.unregister, signal.SIGUSR1)
-    undo.callback(SYSTEM.reset_signals(worker=worker))
+        if worker:
+            signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, ignore_signal)
+            c_function("prctl", 36, 1)  # PR_SET_CHILD_SUBREAPER, on Linux
+        mask = signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        undo.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
     return undo
 
 
@@ -1613,17 +1858,17 @@ def interrupts_raised() -> Iterator[None]:
 
 def end_by_signal(number: int) -> None:
     """End this process by a signal, where the system has signals."""
-    if not WINDOWS:
+    if sys.platform != "win32":
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
 
 def is_foreground(fd: int) -> bool:
     """Tell whether this process is in the foreground of a terminal."""
-    try:
-        return os.tcgetpgrp(fd) == os.getpgrp()
-    except (AttributeError, OSError):  # Windows; not our terminal
-        return True
+    if sys.platform != "win32":
+        with contextlib.suppress(OSError):  # not our terminal
+            return os.tcgetpgrp(fd) == os.getpgrp()
+    return True
 
 
 # --- run directory: what is alive, as locked files ------------------------------------------------
@@ -1695,10 +1940,10 @@ class RunDirectory:
 
     def trace(self, job: Job) -> Trace:
         """Return how the processes of a job's current attempt are recognized."""
-        note = {} if HAS_PROC else self.read_note(job.locked_by)
-        ours = note.get("key") == job.key
-        leader = int(note["leader"]) if ours else 0
-        launched = float(note["launched"]) if ours else 0.0
+        note = self.read_note(job.locked_by)
+        is_known = note.get("key") == job.key and note.get("namespace") == pid_namespace()
+        leader = int(note["leader"]) if is_known else 0
+        launched = float(note["launched"]) if is_known else 0.0
         return Trace(self.run_token(job), self.output_file(job), leader, launched)
 
     def file(self, *parts: object) -> str:
@@ -3419,9 +3664,9 @@ class Worker:
         child = execution.launch(self.environment(job))
         if child:
             self.note_success()
-            if not HAS_PROC:  # the processes are found by their group
-                note = {"key": job.key, "leader": child.pid, "launched": execution.started}
-                self.lock_file.write_note(pid=os.getpid(), slot=self.slot, **note)
+            note = {"key": job.key, "leader": child.pid, "namespace": pid_namespace()}
+            note["launched"] = execution.started
+            self.lock_file.write_note(pid=os.getpid(), slot=self.slot, **note)
             execution.finish(child)
         elif execution.outcome.end == "unstarted":
             name = printable(job.id)
@@ -3480,6 +3725,7 @@ def run_worker(environ: dict[str, str], *worker: Any, insecure: bool) -> None:
     os.environ.clear()
     os.environ.update(environ)
     try:
+        os.chdir(RunDirectory(worker[0]).path)
         Worker(*worker, insecure=insecure).main()
     except (QueueError, OSError) as error:
         _, name, *_, pipe = worker
@@ -3497,7 +3743,7 @@ STOPPING: Mapping[StopMode, str] = {
     "stop": "no new jobs; finishing the running ones",
     "now": "ending the running jobs; they return to the queue",
 }
-STARTING = threading.Lock()  # a start changes os.environ, sys.modules and signals for a moment
+STARTING = threading.Lock()  # all pools of a process share a fork server
 
 
 def ignore(*_: object) -> None:
@@ -3602,65 +3848,24 @@ class PoolFiles:
                 raise Damaged(f"{path} was moved away or replaced")
 
 
-def make_importable() -> str:
-    """Make this module known to workers, and return the name by which they find it.
-
-    A worker receives `run_worker` by the name of its module. Where the module runs as a program,
-    it is made known by the name under which it can be imported. If it has none (a program without
-    `.py`), `__main__` stays, which workers then load once more.
-    """
-    from importlib.util import find_spec
-
-    here = os.path.realpath(__file__)
-    name = __spec__.name if __spec__ else os.path.splitext(os.path.basename(here))[0]
-    if __name__ == "__main__" and name not in sys.modules:
-        if os.path.dirname(here) not in sys.path:
-            sys.path.append(os.path.dirname(here))
-        with contextlib.suppress(ImportError):
-            found = find_spec(name)
-            if found and os.path.realpath(str(found.origin)) == here:
-                sys.modules[name] = sys.modules["__main__"]
-                run_worker.__module__ = name
-    return run_worker.__module__
+def begin_worker(pipe: Pipe) -> None:
+    """Be the worker that the process at the other end of a pipe has asked for."""
+    environ, worker, insecure = pipe.recv()
+    run_worker(environ, *worker, pipe, insecure=insecure)
 
 
 def start_worker(*worker: Any, insecure: bool) -> tuple[Any, Any]:
-    """Start the process of a worker; return it and our end of the pipe to it.
+    """Start the process of a worker; return it and our end of the pipe to it."""
+    from multiprocessing import Pipe
 
-    It comes from a fork server, which has loaded everything once; never from a plain fork, since
-    siblings would hold each other's pipes and locks open. The main program is hidden, so that
-    workers neither load nor run it. Before Python 3.13 the server does not search sys.path for our
-    module, hence PYTHONPATH.
-    """
-    import multiprocessing
-    import types
-
-    has_server = "forkserver" in multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("forkserver" if has_server else "spawn")
-    ours, theirs = context.Pipe()
-    with STARTING:
-        module = make_importable()
-        main = sys.modules["__main__"]
-        environ = dict(os.environ)
-        args = (environ, *worker, theirs)
-        process = context.Process(
-            target=run_worker, args=args, kwargs={"insecure": insecure}, daemon=False
-        )
-        if has_server:
-            context.set_forkserver_preload([module, "json", "select", "subprocess"])
-        if module != "__main__":
-            sys.modules["__main__"] = types.ModuleType("__main__")
-        search = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
-        os.environ.update(search)
-        try:
-            with SYSTEM.signals_blocked():
-                process.start()
-        finally:
-            sys.modules["__main__"] = main
-            for key in search:
-                del os.environ[key]
-            os.environ.update({key: environ[key] for key in search if key in environ})
-    theirs.close()
+    ours, theirs = Pipe()
+    try:
+        with theirs, STARTING:
+            process = SYSTEM.start_worker(theirs)
+        ours.send((dict(os.environ), worker, insecure))
+    except BaseException:
+        ours.close()
+        raise
     return process, ours
 
 
@@ -3805,7 +4010,7 @@ class Crew:
         """Remove a worker whose pipe has ended; return whether it died, and did not just leave."""
         self.workers.remove(worker)
         worker.pipe.close()
-        worker.process.join(1)
+        SYSTEM.join(worker.process, 1.0)
         if worker.state == "left":
             return False
         self.maybe_work = True

@@ -117,15 +117,6 @@ def internal(test: Any) -> Any:
     return test
 
 
-@functools.lru_cache(maxsize=None)
-def start_fork_server() -> None:
-    """Start the one fork server of all pools in this process, outside of the tests' directories."""
-    path = tempfile.mkdtemp(prefix="queuectl-server-")
-    with Queue(os.path.join(path, "queuectl.db")) as queue:
-        queue.close()
-    queuectl.work(os.path.join(path, "queuectl.db"), drain=True)
-
-
 def wait_until(fact: Callable[[], Any], limit: float = 10.0) -> Any:
     """Wait until something is true, and return it."""
     deadline = time.monotonic() + limit
@@ -170,8 +161,6 @@ def in_process(args: Any, stdin: str | bytes, cwd: str) -> Result:
     ins, out, err = (
         io.TextIOWrapper(file, "utf-8") for file in (given, io.BytesIO(), io.BytesIO())
     )
-    if "start" in args:
-        start_fork_server()
     before = os.getcwd()
     os.chdir(cwd)
     faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)
@@ -1143,6 +1132,7 @@ class SystemProcesses(Live):
             job = claim(queue, "worker-dead")
         now = time.time()
         run = job.key
+        namespace = queuectl.pid_namespace()
         cases = {  # key, leader, launched
             (run, process.pid, now): [process.pid],
             (run, process.pid, now - 3600): [],  # the process started later
@@ -1152,11 +1142,13 @@ class SystemProcesses(Live):
         }
 
         def processes(facts: Any) -> list[int]:
-            note = dict(zip(("key", "leader", "launched"), facts))
+            note = dict(zip(("key", "leader", "launched"), facts), namespace=namespace)
             self.write("queuectl.db.run/worker-dead", json.dumps(note))
             return queuectl.SYSTEM.processes(queuectl.RunDirectory(self.path).trace(job))
 
-        with mock.patch.object(queuectl, "HAS_PROC", False):
+        without_proc = mock.patch.object(queuectl, "has_proc", return_value=False)
+        table = mock.patch.object(queuectl, "process_table", queuectl.table_from_ps)
+        with without_proc, table:
             self.assert_table(cases, processes)
 
     @internal
@@ -1167,6 +1159,193 @@ class SystemProcesses(Live):
         (pool,) = queuectl.RunDirectory(self.path).alive("pool").values()
         streams = [os.readlink(f"/proc/{pool['pid']}/fd/{fd}") for fd in range(3)]
         self.assertEqual(streams, ["/dev/null"] * 3)
+
+    def as_ordinary_user(self) -> list[str]:
+        """Return the prefix of a command that may examine no more than a user may."""
+        prefix = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if ROOT else []
+        self.require_tool(*prefix, "true")
+        return prefix
+
+    def make_unreadable_program(self) -> None:
+        """Make ./secret, a shell whose processes may not be examined."""
+        shutil.copy(os.path.realpath(shutil.which("sh") or ""), self.file("secret"))
+        os.chmod(self.file("secret"), 0o111)
+
+    UNREADABLE = {  # the exit of the last one lets its processes run on
+        "foreground": "./secret -c 'while :; do sleep 0.1; done'; :",
+        "alone": "exec ./secret -c 'while :; do sleep 0.1; done'",
+        "background": "./secret -c 'while :; do sleep 0.1; done' & wait",
+        "daemon": "setsid -f env -i ./secret -c 'while :; do sleep 0.1; done'"
+        " 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&- >/dev/null 2>&1; sleep 300",
+        "failed": "setsid -f ./secret -c 'while :; do sleep 0.1; done' >/dev/null 2>&1; exit 1",
+    }
+
+    @unittest.skipUnless(LINUX, "programs can be examined")
+    def test_processes_of_programs_that_may_not_be_examined_are_ended(self) -> None:
+        """Promise 4: a timeout ends the whole process tree."""
+        self.configure(kill_grace="0.2", max_retries="1")
+        self.make_unreadable_program()
+        prefix = self.as_ordinary_user()
+        for tree in self.UNREADABLE.values():
+            self.enqueue(tree, timeout=0.4)
+        self.drain("--count", str(len(self.UNREADABLE)), code=1, prefix=prefix, timeout=8)
+        wait_until(lambda: not self.leftover_processes(), 1.0)
+
+    @unittest.skipUnless(LINUX, "programs can be examined")
+    def test_unreadable_program_of_a_dead_worker_is_ended(self) -> None:
+        self.configure(kill_grace="0.2")
+        self.make_unreadable_program()
+        self.enqueue("echo $PPID >> log; ./secret -c 'while :; do sleep 0.1; done'; :")
+        self.pool(prefix=self.as_ordinary_user())
+        self.wait_for_line("log")
+        wait_until(lambda: len(self.leftover_processes()) >= 5)
+        before = set(self.leftover_processes())
+        worker = int(self.read("log"))
+        os.kill(worker, 9)
+        wait_until(lambda: len(self.lines("log")) == 2, 4.0)
+        secrets = [
+            pid for pid in before if alive(pid) and self.read(f"/proc/{pid}/comm") == "secret\n"
+        ]
+        self.assertEqual(secrets, [])
+
+    @unittest.skipUnless(LINUX, "children are adopted on Linux")
+    def test_background_process_of_a_completed_job_survives_the_next_ones_failure(self) -> None:
+        self.configure(max_retries="1")
+        self.enqueue("setsid -f env -i sleep 300 >/dev/null 2>&1; exit 0", id="first")
+        self.enqueue("exit 1", id="second")
+        self.pool()
+        self.wait_for_state("second", "dead")
+        names = [self.read(f"/proc/{pid}/comm") for pid in self.leftover_processes()]
+        self.assertIn("sleep\n", names)
+
+    @internal
+    def test_signal_goes_to_no_process_that_is_not_of_the_attempt(self) -> None:
+        """A process may have ended, and its number may be another one's, since it was found."""
+        process = unrelated_process(self)
+        trace = queuectl.Trace("1.1.worker", self.file("1.1.out"), 0, 0.0)
+        queuectl.SYSTEM.terminate(trace, [process.pid])
+        queuectl.SYSTEM.kill(trace, [process.pid])
+        with self.assertRaises(subprocess.TimeoutExpired):
+            process.wait(0.05)
+
+    @internal
+    def test_age_of_a_process_is_read_in_any_language(self) -> None:
+        self.write(
+            "ps", "#!/bin/sh\necho 7 1 5 Ss 1-02:03:04; echo 8 7 5 S 03:04; echo 9 7 5 Z 1:0\n"
+        )
+        os.chmod(self.file("ps"), 0o700)
+        os.environ["PATH"] = self.dir + ":" + os.environ["PATH"]
+        now = time.time()
+        table = queuectl.table_from_ps()
+        found = {pid: (*row[:2], round(now - row.started)) for pid, row in table.items()}
+        self.assertEqual(found, {7: (1, 5, 93784), 8: (7, 5, 184)})
+
+    @unittest.skipUnless(LINUX, "there is no /proc")
+    def test_workers_run_and_end_jobs_where_proc_is_missing_or_of_another_namespace(self) -> None:
+        own_namespace = ["unshare", "-pf"] if ROOT else ["unshare", "-rpf"]
+        self.require_tool(*own_namespace, "true")
+        prefixes = {
+            "missing": self.in_mount_namespace("mount -t tmpfs none /proc"),
+            "foreign": [*own_namespace, "--kill-child"],
+        }
+        for name, prefix in prefixes.items():
+            with self.subTest(name):
+                self.use_queue(name)
+                self.configure(kill_grace="0.2", max_retries="1", output_limit="1000")
+                self.enqueue("echo done", id="good")
+                self.enqueue("trap '' TERM; sleep 300 & sleep 300; :", id="bad", timeout=0.3)
+                self.drain("--count", "2", code=1, prefix=prefix, timeout=8)
+                self.assertEqual(self.attempts("good")[0].output, b"done\n")
+                self.assertEqual(self.job("bad").last_error, "timed out after 0.3 s")
+        pids = self.leftover_processes()
+        self.assertNotIn("sleep\n", [self.read(f"/proc/{pid}/comm") for pid in pids])
+
+    def test_interpreter_that_does_not_know_its_path_starts_workers(self) -> None:
+        python = shutil.which("python3", path=os.defpath)
+        if not python:
+            self.skipTest("there is no python3 in the default PATH")
+        self.enqueue("true")
+        start = f"python3 {shlex.quote(PROGRAM)} worker start --drain"
+        result = self.process("env", "-i", "sh", "-c", start)
+        self.assertEqual((result.returncode, self.job("1").state), (0, "completed"), result.stderr)
+
+    def test_workers_start_in_a_directory_that_is_gone_or_closed(self) -> None:
+        prefix = obeying_modes(self)
+        for name, remove in (("gone", "rmdir ../gone"), ("closed", "chmod 0 .")):
+            with self.subTest(name):
+                job = self.enqueue("pwd")
+                script = f'mkdir {name}; cd {name}; {remove}; exec "$@"'
+                options = ("--db", self.path, "worker", "start", "--drain")
+                self.run_cli(*options, prefix=[*prefix, "sh", "-c", script, "sh"])
+                self.assertEqual(self.job(job).state, "completed")
+
+    def test_pool_depends_on_no_temporary_directory(self) -> None:
+        tmp = self.file("t" * 100)
+        os.mkdir(tmp)
+        pool = self.pool("--count", "2", env={**os.environ, "TMPDIR": tmp})
+        self.wait_for_workers(2)
+        self.assertEqual(os.listdir(tmp), [])
+        before = self.workers().keys()
+        os.rmdir(tmp)
+        self.kill_workers()
+        self.wait_for_output(pool, "died")
+        wait_until(lambda: len(self.workers().keys() - before) == 2)
+
+    def signal_fork_server(self, number: int) -> None:
+        """Signal the fork server of the only worker, and check that a new worker is started."""
+        pool = self.pool()
+        self.wait_for_workers(1)
+        ((name, worker),) = self.workers().items()
+        status = self.read(f"/proc/{worker['pid']}/stat").rpartition(")")[2].split()
+        os.kill(int(status[1]), number)
+        os.kill(worker["pid"], signal.SIGKILL)
+        wait_until(lambda: self.workers().keys() - {name}, 20)
+        pool.terminate()
+        self.assert_exits(pool, 0)
+
+    @unittest.skipUnless(LINUX, "looks for the fork server in /proc")
+    def test_fork_server_that_died_is_replaced(self) -> None:
+        self.signal_fork_server(signal.SIGKILL)
+
+    @SLOW
+    @unittest.skipUnless(LINUX, "looks for the fork server in /proc")
+    def test_fork_server_that_does_not_answer_is_replaced(self) -> None:
+        self.signal_fork_server(signal.SIGSTOP)
+
+    def test_pool_polls_where_the_file_system_has_no_fifos(self) -> None:
+        strace = ("strace", "-f", "-o", "/dev/null", "-e", "trace=mknod,mknodat")
+        strace += ("-e", "inject=mknod,mknodat:error=EPERM")
+        self.require_tool(*strace, "true")
+        pool = self.pool(prefix=strace)
+        self.wait_for_workers(1)
+        self.assertEqual(queuectl.RunDirectory(self.path).files("pool-", ".fifo"), [])
+        self.wait_for_state(self.enqueue("true"), "completed")
+        self.stdout("worker", "stop")
+        self.assert_exits(pool, 0)
+
+    def test_worker_without_ctypes_survives_a_long_output(self) -> None:
+        library = self.process(*PYTHON, "-c", "import _ctypes; print(_ctypes.__file__)").stdout
+        if not library:
+            self.skipTest("ctypes is built in")
+        hide = f"mount --bind /dev/null {shlex.quote(library.strip())}"
+        prefix = self.in_mount_namespace(hide)
+        job = self.enqueue("head -c 20000000 /dev/zero; sleep 0.3; echo end")
+        self.drain(prefix=prefix)
+        (run,) = self.attempts(job)
+        self.assertEqual(run.output[-4:], b"end\n")
+        self.assertEqual(run.bytes_dropped + len(run.output), 20000004)
+
+    @unittest.skipUnless(hasattr(signal, "SIGUSR1"), "there is no SIGUSR1")
+    def test_sigusr1_writes_the_stacks_of_pool_and_worker(self) -> None:
+        job = self.enqueue(RUN_UNTIL_GO)
+        pool = self.pool()
+        self.wait_for_state(job, "processing")
+        (worker,) = self.workers().values()
+        for pid, function in ((pool.pid, "in turn"), (worker["pid"], "in watch")):
+            os.kill(pid, signal.SIGUSR1)
+            self.wait_for_output(pool, function)
+        self.write("go")
+        self.wait_for_state(job, "completed")
 
 
 # --- run directory --------------------------------------------------------------------------------
@@ -3955,9 +4134,7 @@ class PoolStop(Live):
         pool = self.pool(start_new_session=True)
         self.wait_for_output(pool, " worker on ")
         children = f"/proc/{pool.pid}/task/{pool.pid}/children"
-        wait_until(
-            lambda: len(self.read(children).split()) == 2
-        )  # the fork server is still loading
+        wait_until(lambda: self.read(children))  # the fork server is still loading
         os.killpg(pool.pid, signal.SIGINT)
         self.wait_for_output(pool, "SIGINT: no new jobs")
         self.assert_exits(pool, 0)
@@ -4413,7 +4590,6 @@ class PoolTroubleLive(Live):
 
     @internal
     def test_pool_that_fails_leaves_no_handler_and_no_lock_behind(self) -> None:
-        start_fork_server()
         Queue(self.path).close()
         before = [signal.getsignal(number) for number in STOP_SIGNALS]
         descriptors = len(os.listdir("/dev/fd"))
@@ -5958,11 +6134,41 @@ with Queue("jobs.db") as queue:
                 self.run_app(*args, "worker", "start", "--drain", "--quiet")
                 self.assertEqual(self.run_app(*args, "logs", job), "/bin/sh\n")
 
-    @unittest.skipIf(sys.version_info < (3, 11), "PYTHONSAFEPATH came with Python 3.11")
-    def test_file_of_same_name_in_current_directory_is_not_imported(self) -> None:
-        self.write("queuectl.py", "open('loaded', 'w')\n")
-        self.run_app(PROGRAM, "enqueue", "true")
-        self.run_app(PROGRAM, "worker", "start", "--drain", "--quiet")
+    TRAPS = "json select signal struct socket queue multiprocessing subprocess ctypes".split()
+
+    def test_files_named_like_modules_are_not_imported(self) -> None:
+        """Promise 7: neither those beside the program nor those in the current directory."""
+        for directory in ("own", "here"):
+            os.mkdir(self.file(directory))
+            for name in (*self.TRAPS, "queuectl"):
+                self.write(f"{directory}/{name}.py", "open('loaded', 'w'); raise SystemExit(9)\n")
+        shutil.copy(PROGRAM, self.file("own/queuectl.py"))
+        copy, here = self.file("own/queuectl.py"), self.file("here")
+        self.enqueue("true", id="x")
+        env = {**os.environ, "QUEUECTL_DB": self.path}
+        line = (*PYTHON, copy, "worker", "start", "--drain", "--quiet")
+        result = self.process(*line, cwd=here, env=env)
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        self.assertEqual(self.job("x").state, "completed")
+        self.assertFalse(os.path.exists(self.file("here/loaded")))
+
+    def test_modules_of_a_host_are_not_imported_by_its_workers(self) -> None:
+        os.mkdir(self.file("traps"))
+        for name in (*self.TRAPS, "queuectl"):
+            self.write(f"traps/{name}.py", "open('../loaded', 'w'); raise SystemExit(9)\n")
+        self.write(
+            "app.py",
+            """if True:
+            import json, multiprocessing.reduction, select, socket, subprocess, sys, queuectl
+            sys.path[:0] = ["", "traps"]
+            sys.exit(queuectl.work(sys.argv[1], drain=True))""",
+        )
+        self.enqueue("true", id="x")
+        env = {**os.environ, "PYTHONPATH": HERE}
+        line = (*PYTHON, self.file("app.py"), self.path)
+        result = self.process(*line, cwd=self.file("traps"), env=env)
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        self.assertEqual(self.job("x").state, "completed")
         self.assertFalse(os.path.exists(self.file("loaded")))
 
     def test_program_that_imports_it_passes_strict_type_checking(self) -> None:
@@ -6107,16 +6313,17 @@ while True:
 
 @unittest.skipUnless(sys.platform == "linux", "removes features from Linux that macOS lacks")
 class AsOnMacOS(AnySystem):
-    """Without /proc, a fork server, or fallocate, as on macOS."""
+    """Without /proc, fallocate, or the adoption of orphans, as on macOS."""
 
     def setUp(self) -> None:
         super().setUp()
         with open(PROGRAM) as file:
             source = file.read()
         for present, absent in (
-            ('PROC = sys.platform == "linux"', "PROC = False"),
-            ('forks = "forkserver" in', 'forks = "no such method" in'),
-            ("ctypes.CDLL(None).fallocate64", "ctypes.CDLL(None).no_such_function"),
+            ('os.readlink("/proc/self") == str(os.getpid())', "False"),
+            ('sys.platform != "linux" else {}', "True else {}"),
+            ('"fallocate64"', '"no_such_function"'),
+            ('"prctl"', '"no_such_function"'),
         ):
             self.assertEqual(source.count(present), 1, present)
             source = source.replace(present, absent)

@@ -1749,7 +1749,8 @@ class DatabaseGuest(Case):
                 with self.assertRaises(futures.TimeoutError):
                     opening.result(0.3)
                 reader.execute("COMMIT")
-                self.assertEqual(list(opening.result(10).jobs()), [])
+                with opening.result(10) as queue:
+                    self.assertEqual(list(queue.jobs()), [])
 
     def test_error_rolls_back_transaction_but_refused_batch_only_itself(self) -> None:
         with Queue(self.path, guest=True) as queue:
@@ -1837,7 +1838,9 @@ class DatabaseForks(Case):
             self.assertEqual(os.waitpid(child, 0)[1], 0)
             self.assertEqual([queue.enqueue("true"), queue.counts()["pending"]], ["3", 3])
             theirs: list[sqlite3.Connection] = []
-            thread = threading.Thread(target=lambda: theirs.append(queue._db.connection))
+            thread = threading.Thread(
+                target=lambda: (theirs.append(queue._db.connection), queue.close())
+            )
             thread.start()
             thread.join()
             self.assertIsNot(theirs[0], ours)

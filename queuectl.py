@@ -16,8 +16,8 @@ The life of a job:
 `worker start` is a pool with N worker processes; each worker runs one job at a time.
 
 The database (SQLite, WAL mode) holds everything that must survive a crash. The directory beside
-it, `queuectl.db.run`, holds what is alive, as locked files. The kernel drops a lock when its last
-holder dies, so liveness is a fact: there are no heartbeats, leases or clocks.
+it, `queuectl.db.run`, shows which processes are alive, by locked files. The kernel drops a lock
+when its last holder dies, so liveness is a fact: there are no heartbeats, leases or clocks.
 
     pool-ID         locked by one pool. Beside it are pool-ID.fifo, to which every command that
                     makes work writes a byte, and pool-ID.stop or .now, which ask the pool to stop
@@ -138,7 +138,9 @@ READY, SCHEDULED, BLOCKED = 1, 0, -1  # the readiness of a pending job; all othe
 End = Literal["exited", "timed out", "crashed", "released", "cancelled", "unstarted"]
 StopMode = Literal["", "stop", "now"]  # "stop": claim no more jobs; "now": also end running ones
 WorkerState = Literal["idle", "notified", "busy", "left"]
-TRY_LATER = 75  # a job's exit code (EX_TEMPFAIL of sysexits.h): not now, and nobody's fault
+TRY_LATER = (
+    75  # a job's exit code (EX_TEMPFAIL of sysexits.h): "not now"; not counted as an attempt
+)
 NEVER = float("inf")
 
 
@@ -154,13 +156,13 @@ class Exit(IntEnum):
 
 
 class QueueError(Exception):
-    """An expected failure. Its text says what is wrong; `code` is the exit code it means."""
+    """An expected failure. Its text names the problem; `code` is the exit code of the program."""
 
     code: int = Exit.NO
 
 
 class BadInput(QueueError):
-    """The request makes no sense; nothing was changed."""
+    """The input is not valid; nothing was changed."""
 
     code = Exit.USAGE
 
@@ -170,7 +172,7 @@ class NotFound(QueueError):
 
 
 class TimedOut(QueueError):
-    """The time limit of the caller is over."""
+    """The caller's time limit is over."""
 
     code = Exit.TIMED_OUT
 
@@ -4092,7 +4094,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def column_gaps(widths: Sequence[int], screen: int) -> list[str]:
-    """Return what precedes each column of a table: blanks or, beyond the screen, a new line."""
+    """Return the gap before each column of a table: blanks or, beyond the screen, a new line."""
     gaps = [""]
     at = widths[0]
     for width in widths[1:]:
@@ -4154,21 +4156,21 @@ def attempt_facts(attempt: Attempt) -> dict[str, Any]:
     }
 
 
-def unserved(run_dir: RunDirectory, job: Job) -> str:
-    """Return why no worker would claim a ready job, in one phrase; empty if one would."""
+def unserved(run_dir: RunDirectory, queue: str) -> str:
+    """Return the reason that no worker would claim a job of a queue; empty if one would."""
     pools = run_dir.alive("pool")
-    active = [note for pool, note in pools.items() if not run_dir.stop_requested(pool)]
-    if not active:
+    served = [
+        note.get("queues") for pool, note in pools.items() if not run_dir.stop_requested(pool)
+    ]
+    if not served:
         return "all workers are stopping" if pools else "no worker is running"
-    served = [note.get("queues") for note in active]
-    is_served = any(not queues or job.queue in queues for queues in served)
-    return "" if is_served else f"no worker serves queue {printable(job.queue)}"
+    is_served = any(not queues or queue in queues for queues in served)
+    return "" if is_served else f"no worker serves queue {queue}"
 
 
 def obstacle(reader: Reader, job: Job) -> str:
-    """Return what prevents a job from running, in one phrase; empty if nothing does."""
+    """Return the reason that a job cannot run now, in one phrase; empty if there is none."""
     run_dir = reader.db.run_dir
-    queue = printable(job.queue)
     if job.state == PROCESSING and run_dir.is_unlocked(job.locked_by):
         pools = run_dir.alive("pool")
         hint = "a pool is recovering it" if pools else "recover it with: queuectl worker start"
@@ -4183,12 +4185,12 @@ def obstacle(reader: Reader, job: Job) -> str:
     if "" in paused:
         return "all queues are paused (queuectl resume)"
     if job.queue in paused:
-        return f"queue {queue} is paused (queuectl resume --queue {queue})"
-    return unserved(run_dir, job)
+        return f"queue {job.queue} is paused (queuectl resume --queue {job.queue})"
+    return unserved(run_dir, job.queue)
 
 
 def reason_to_wait(reader: Reader, job: Job) -> str:
-    """Return why a job does not run, in one phrase; empty if it runs or has ended."""
+    """Return the reason that a job waits, in one phrase; empty if it runs or has ended."""
     reason = obstacle(reader, job)
     if reason or job.state != PENDING:
         return reason
@@ -4204,13 +4206,13 @@ def rule_text(job: Job) -> str:
 
 def job_row(reader: Reader, job: Job, settings: Settings) -> tuple[object, ...]:
     """Return a job as a row of a list."""
-    when = job.run_after if job.state == PENDING else job.updated_at
+    queue = "" if job.queue == "default" else job.queue
     tries = f"{job.attempts}/{job.max_retries or settings['max_retries']}"
+    when = job.run_after if job.state == PENDING else job.updated_at
+    distance = format_distance(when, reader.clock())
     reason = job.last_error if job.state in (DEAD, PENDING, CANCELLED) else ""
     if job.readiness == BLOCKED:
         reason = describe_blockers(reader.parents(job))
-    queue = "" if job.queue == "default" else job.queue
-    distance = format_distance(when, reader.clock())
     return job.id, job.state, queue, tries, distance, reason or "", job.command
 
 
@@ -4371,7 +4373,7 @@ class Progress:
         return (done - before) / max(now - began, 0.001)
 
     def line(self) -> str:
-        """Return how many jobs are done of those that can run, and what the others wait for."""
+        """Describe how many of the jobs that can run are done, and how many others wait."""
         now, next_time = self.survey()
         done = sum(max(0, now[state] - self.first[state]) for state in FINISHED)
         left = now["ready"] + now[PROCESSING]
@@ -4445,7 +4447,7 @@ class Screen:
         self.draw_at = 0.0
 
     def write(self, text: str) -> None:
-        """Write to stderr; a command continues where nobody reads it."""
+        """Write to stderr; errors are ignored, since a command works without it too."""
         if sys.stderr:
             with contextlib.suppress(OSError):
                 print(text, end="", file=sys.stderr, flush=True)
@@ -4683,7 +4685,7 @@ def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
 
 
 def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str]) -> None:
-    """Print jobs, and say so if some were left out."""
+    """Print jobs, and report if some were left out."""
     settings = queue.config()
     name = getattr(args, "queue", None)
     limit = args.limit if args.limit is not None or args.json else 100
@@ -4703,11 +4705,12 @@ def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
         show_jobs(args, queue, args.state or ())
         return
     now = queue._reader.clock()
+    settings = queue.config()
     facts = []
     rows = []
     for job in queue._reader.schedules():
         if args.queue in (None, job.queue) and job.state in (args.state or STATES):
-            facts.append(job_facts(job, queue.config()))
+            facts.append(job_facts(job, settings))
             due = format_distance(job.run_after, now)
             rows.append((job.schedule_id, rule_text(job), due, job.id, job.command))
     show_list(args, facts, ("ID", "SCHEDULE", "NEXT", "JOB", "COMMAND"), rows)
@@ -5145,7 +5148,7 @@ COMMANDS
 examples:
   queuectl enqueue 'make all'                  add a job
   queuectl worker start --count 4              run jobs, four at a time
-  queuectl status --watch                      see what is happening
+  queuectl status --watch                      watch the jobs
   queuectl dlq retry --all                     retry the jobs that failed
 """
 
@@ -5250,7 +5253,7 @@ def discard_output() -> None:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; the one place that says what went wrong.
+    """Run one command and return its exit code; the one place that reports errors.
 
     Raises EndedBySignal where a signal ended it.
     """

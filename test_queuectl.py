@@ -354,7 +354,7 @@ class Case(unittest.TestCase):
         return self.job(job_id)
 
     def workers(self) -> dict[str, dict[str, Any]]:
-        """Return the living workers and what each says about itself."""
+        """Return the living workers, each with the note in its lock file."""
         return queuectl.RunDirectory(self.path).alive("worker")
 
 
@@ -414,9 +414,9 @@ RUN_UNTIL_GO = "until [ -e go ]; do sleep 0.02; done"  # a job that runs until t
 RUN_ALONE = "exec 9>>%s.lock; flock -n 9 || echo twice >> %s.log; echo $$ >> %s.log; "
 
 
-def resource_limit(what: int, limit: int) -> Callable[[], None]:
-    """Return what sets a limit to a process that is about to start."""
-    return lambda: resource.setrlimit(what, (limit, limit))
+def resource_limit(resource_id: int, limit: int) -> Callable[[], None]:
+    """Return a preexec_fn that limits a resource of a process."""
+    return lambda: resource.setrlimit(resource_id, (limit, limit))
 
 
 @NEEDS_SHELL
@@ -433,7 +433,7 @@ class Live(Case):
             raise unittest.SkipTest(f"{argv[0]} does not work here: {done.stderr.strip()}")
 
     def in_mount_namespace(self, script: str) -> list[str]:
-        """Mount something in a namespace of its own; return what runs a program there."""
+        """Mount something in a new namespace; return the prefix of a command that runs there."""
         new = ["unshare", "-m"] if ROOT else ["unshare", "-rm"]
         self.require_tool("nsenter", "--version")
         self.require_tool(*new, "sh", "-c", script)
@@ -466,7 +466,7 @@ class Live(Case):
     def wait_for_output(
         self, process: subprocess.Popen[str], text: str, limit: float = 10.0
     ) -> None:
-        """Wait until a command has said something; reads what it said so far."""
+        """Wait until a command has printed a text; consumes its output so far."""
         said, fd = "", process.stdout.fileno()
         while text not in said:
             self.assertTrue(select.select([fd], [], [], limit)[0], f"no {text!r} in {said!r}")
@@ -475,13 +475,13 @@ class Live(Case):
             said += more
 
     def second_here(self) -> float:
-        """Return 1.0: what a second of an idle machine is on this one, which may be busy."""
+        """Return the time in which this machine, which may be busy, does a second of work."""
         began = time.monotonic()
         self.stdout("status", real=True)
         return max(1.0, 10 * (time.monotonic() - began))
 
     def wait_for_workers(self, count: int) -> None:
-        """Wait until so many workers live."""
+        """Wait until a number of workers are alive."""
         wait_until(lambda: len(self.workers()) == count)
 
     def wait_for_poll(self, pool: subprocess.Popen[str]) -> None:

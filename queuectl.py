@@ -4820,17 +4820,21 @@ def write_output(chunks: Iterable[bytes]) -> None:
         sys.stdout.flush()
 
 
+def read_from(fd: int, at: int) -> tuple[int, bytes]:
+    """Return the next output of a file and its place; a part that was freed is skipped."""
+    with contextlib.suppress(OSError, AttributeError):  # the end of the file; not on this system
+        at = os.lseek(fd, at, os.SEEK_DATA)
+    os.lseek(fd, at, os.SEEK_SET)
+    return at, os.read(fd, 1 << 16)
+
+
 def follow(queue: Queue, job: Job, fd: int, at: int) -> Iterator[bytes]:
     """Yield the output of an attempt from a place on, as it comes, until the attempt has ended."""
     ended = False
     for _ in polling(first=0.03, longest=0.03):
         chunk = b"more"
         while chunk:
-            at = 0 if os.fstat(fd).st_size < at else at  # 0: the file was truncated
-            with contextlib.suppress(OSError, AttributeError):  # the end; not on this system
-                at = os.lseek(fd, at, os.SEEK_DATA)  # skips a part that was freed
-            os.lseek(fd, at, os.SEEK_SET)
-            chunk = os.read(fd, 1 << 16)
+            at, chunk = read_from(fd, 0 if os.fstat(fd).st_size < at else at)  # 0: truncated
             yield chunk
             at += len(chunk)
         if ended:

@@ -5129,21 +5129,19 @@ def cmd_completion(args: argparse.Namespace) -> None:
     pairs = zip(typed, typed[1:])  # the first word is the program
     given = [word for before, word in pairs if before != "--db" and not word.startswith("-")]
     command = COMMANDS.get(" ".join(given[:2])) or COMMANDS.get(" ".join(given[:1]))
-    options = [option for names, _ in command.arguments for option in names] if command else []
-    for word in [o for o in options if o[0] == "-"] if command else menu(" ".join(given)):
+    words: Iterable[str] = menu(" ".join(given))
+    if command:
+        options = (option for names, _ in command.arguments for option in names)
+        words = (option for option in options if option[0] == "-")
+    for word in words:
         if word.startswith(last):
             print(word)
 
 
+SHELL = arg("shell", choices=tuple(COMPLETIONS), metavar="SHELL", help="bash, zsh or fish")
+TYPED = arg("typed", nargs="...", metavar="...", help="the words typed so far")
 COMMANDS["completion"] = Command(
-    cmd_completion,
-    "none",
-    "print a script that makes a shell complete words",
-    "completion bash",
-    (
-        arg("shell", choices=tuple(COMPLETIONS), metavar="SHELL", help="bash, zsh or fish"),
-        arg("typed", nargs="...", metavar="...", help="the words typed so far"),
-    ),
+    cmd_completion, "none", "print a script for completion", "completion bash", (SHELL, TYPED)
 )
 
 HELP = """\
@@ -5200,9 +5198,8 @@ def menu_parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument("-h", "--help", action="help", help=hidden)
     if not name:
         db = os.environ.get("QUEUECTL_DB") or "queuectl.db"
-        python = ".".join(map(str, sys.version_info[:3]))
-        runs_on = f"Python {python}, SQLite {sqlite3.sqlite_version}, schema {SCHEMA_VERSION}"
-        version = f"queuectl {__version__} ({runs_on})"
+        versions = f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
+        version = f"queuectl {__version__} ({versions}, schema {SCHEMA_VERSION})"
         parser.add_argument("--version", action="version", version=version, help=hidden)
         parser.add_argument("--db", default=db, metavar="PATH", help=hidden)
         parser.add_argument("--insecure", action="store_true", help=hidden)

@@ -5192,7 +5192,7 @@ def menu_parser(name: str) -> argparse.ArgumentParser:
     prog = f"queuectl {name}".strip()
     lines = "".join(f"  {word:<11} {meaning}\n" for word, meaning in menu(name).items())
     about = lines if name else HELP.replace("COMMANDS\n", lines + "\n")
-    globals_usage = "" if name else " [--db PATH] [--insecure]"
+    globals_usage = "" if name else " [--db PATH] [--insecure] [--version]"
     usage = f"{prog}{globals_usage} COMMAND [--help] ..."
     parser = new_parser(prog, usage=usage, description=about, add_help=False)
     parser.add_argument("-h", "--help", action="help", help=hidden)

@@ -4950,6 +4950,7 @@ class CliSignals(Live):
         shell.type("\x03")
         shell.type('echo "[$?]"')
         shown = shell.wait_for(r"\[\d+\]")
+        self.assertIn("\x1b[K\r\n> ", shown)  # the prompt has a line of its own
         self.assertIn("[130]", shown)
         self.assertNotRegex(shown, "round|Traceback")
 

@@ -16,8 +16,8 @@ The life of a job:
 `worker start` is a pool with N worker processes; each worker runs one job at a time.
 
 The database (SQLite, WAL mode) holds everything that must survive a crash. The directory beside
-it, `queuectl.db.run`, holds what is alive, as locked files. The kernel drops a lock when its last
-holder dies, so liveness is a fact: there are no heartbeats, leases or clocks.
+it, `queuectl.db.run`, shows which processes are alive, by locked files. The kernel drops a lock
+when its last holder dies, so liveness is a fact: there are no heartbeats, leases or clocks.
 
     pool-ID         locked by one pool. Beside it are pool-ID.fifo, to which every command that
                     makes work writes a byte, and pool-ID.stop or .now, which ask the pool to stop
@@ -142,7 +142,9 @@ READY, SCHEDULED, BLOCKED = 1, 0, -1  # the readiness of a pending job; all othe
 End = Literal["exited", "timed out", "crashed", "released", "cancelled", "unstarted"]
 StopMode = Literal["", "stop", "now"]  # "stop": claim no more jobs; "now": also end running ones
 WorkerState = Literal["idle", "notified", "busy", "left"]
-TRY_LATER = 75  # a job's exit code (EX_TEMPFAIL of sysexits.h): not now, and nobody's fault
+TRY_LATER = (
+    75  # a job's exit code (EX_TEMPFAIL of sysexits.h): "not now"; not counted as an attempt
+)
 NEVER = float("inf")
 
 
@@ -158,13 +160,13 @@ class Exit(IntEnum):
 
 
 class QueueError(Exception):
-    """An expected failure. Its text says what is wrong; `code` is the exit code it means."""
+    """An expected failure. Its text names the problem; `code` is the exit code of the program."""
 
     code: int = Exit.NO
 
 
 class BadInput(QueueError):
-    """The request makes no sense; nothing was changed."""
+    """The input is not valid; nothing was changed."""
 
     code = Exit.USAGE
 
@@ -174,7 +176,7 @@ class NotFound(QueueError):
 
 
 class TimedOut(QueueError):
-    """The time limit of the caller is over."""
+    """The caller's time limit is over."""
 
     code = Exit.TIMED_OUT
 
@@ -4475,7 +4477,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def column_gaps(widths: Sequence[int], screen: int) -> list[str]:
-    """Return what precedes each column of a table: blanks or, beyond the screen, a new line."""
+    """Return the gap before each column of a table: blanks or, beyond the screen, a new line."""
     gaps = [""]
     at = widths[0]
     for width in widths[1:]:
@@ -4537,21 +4539,21 @@ def attempt_facts(attempt: Attempt) -> dict[str, Any]:
     }
 
 
-def unserved(run_dir: RunDirectory, job: Job) -> str:
-    """Return why no worker would claim a ready job, in one phrase; empty if one would."""
+def unserved(run_dir: RunDirectory, queue: str) -> str:
+    """Return the reason that no worker would claim a job of a queue; empty if one would."""
     pools = run_dir.alive("pool")
-    active = [note for pool, note in pools.items() if not run_dir.stop_requested(pool)]
-    if not active:
+    served = [
+        note.get("queues") for pool, note in pools.items() if not run_dir.stop_requested(pool)
+    ]
+    if not served:
         return "all workers are stopping" if pools else "no worker is running"
-    served = [note.get("queues") for note in active]
-    is_served = any(not queues or job.queue in queues for queues in served)
-    return "" if is_served else f"no worker serves queue {printable(job.queue)}"
+    is_served = any(not queues or queue in queues for queues in served)
+    return "" if is_served else f"no worker serves queue {queue}"
 
 
 def obstacle(reader: Reader, job: Job) -> str:
-    """Return what prevents a job from running, in one phrase; empty if nothing does."""
+    """Return the reason that a job cannot run now, in one phrase; empty if there is none."""
     run_dir = reader.db.run_dir
-    queue = printable(job.queue)
     if job.state == PROCESSING and run_dir.is_unlocked(job.locked_by):
         pools = run_dir.alive("pool")
         hint = "a pool is recovering it" if pools else "recover it with: queuectl worker start"
@@ -4566,12 +4568,12 @@ def obstacle(reader: Reader, job: Job) -> str:
     if "" in paused:
         return "all queues are paused (queuectl resume)"
     if job.queue in paused:
-        return f"queue {queue} is paused (queuectl resume --queue {queue})"
-    return unserved(run_dir, job)
+        return f"queue {job.queue} is paused (queuectl resume --queue {job.queue})"
+    return unserved(run_dir, job.queue)
 
 
 def reason_to_wait(reader: Reader, job: Job) -> str:
-    """Return why a job does not run, in one phrase; empty if it runs or has ended."""
+    """Return the reason that a job waits, in one phrase; empty if it runs or has ended."""
     reason = obstacle(reader, job)
     if reason or job.state != PENDING:
         return reason
@@ -4587,13 +4589,13 @@ def rule_text(job: Job) -> str:
 
 def job_row(reader: Reader, job: Job, settings: Settings) -> tuple[object, ...]:
     """Return a job as a row of a list."""
-    when = job.run_after if job.state == PENDING else job.updated_at
+    queue = "" if job.queue == "default" else job.queue
     tries = f"{job.attempts}/{job.max_retries or settings['max_retries']}"
+    when = job.run_after if job.state == PENDING else job.updated_at
+    distance = format_distance(when, reader.clock())
     reason = job.last_error if job.state in (DEAD, PENDING, CANCELLED) else ""
     if job.readiness == BLOCKED:
         reason = describe_blockers(reader.parents(job))
-    queue = "" if job.queue == "default" else job.queue
-    distance = format_distance(when, reader.clock())
     return job.id, job.state, queue, tries, distance, reason or "", job.command
 
 
@@ -4754,7 +4756,7 @@ class Progress:
         return (done - before) / max(now - began, 0.001)
 
     def line(self) -> str:
-        """Return how many jobs are done of those that can run, and what the others wait for."""
+        """Describe how many of the jobs that can run are done, and how many others wait."""
         now, next_time = self.survey()
         done = sum(max(0, now[state] - self.first[state]) for state in FINISHED)
         left = now["ready"] + now[PROCESSING]
@@ -4828,7 +4830,7 @@ class Screen:
         self.draw_at = 0.0
 
     def write(self, text: str) -> None:
-        """Write to stderr; a command continues where nobody reads it."""
+        """Write to stderr; errors are ignored, since a command works without it too."""
         if sys.stderr:
             with contextlib.suppress(OSError):
                 print(text, end="", file=sys.stderr, flush=True)
@@ -5066,7 +5068,7 @@ def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
 
 
 def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str]) -> None:
-    """Print jobs, and say so if some were left out."""
+    """Print jobs, and report if some were left out."""
     settings = queue.config()
     name = getattr(args, "queue", None)
     limit = args.limit if args.limit is not None or args.json else 100
@@ -5086,11 +5088,12 @@ def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
         show_jobs(args, queue, args.state or ())
         return
     now = queue._reader.clock()
+    settings = queue.config()
     facts = []
     rows = []
     for job in queue._reader.schedules():
         if args.queue in (None, job.queue) and job.state in (args.state or STATES):
-            facts.append(job_facts(job, queue.config()))
+            facts.append(job_facts(job, settings))
             due = format_distance(job.run_after, now)
             rows.append((job.schedule_id, rule_text(job), due, job.id, job.command))
     show_list(args, facts, ("ID", "SCHEDULE", "NEXT", "JOB", "COMMAND"), rows)
@@ -5200,17 +5203,21 @@ def write_output(chunks: Iterable[bytes]) -> None:
         sys.stdout.flush()
 
 
+def read_from(fd: int, at: int) -> tuple[int, bytes]:
+    """Return the next output of a file and its place; a part that was freed is skipped."""
+    with contextlib.suppress(OSError, AttributeError):  # the end of the file; not on this system
+        at = os.lseek(fd, at, os.SEEK_DATA)
+    os.lseek(fd, at, os.SEEK_SET)
+    return at, os.read(fd, 1 << 16)
+
+
 def follow(queue: Queue, job: Job, fd: int, at: int) -> Iterator[bytes]:
     """Yield the output of an attempt from a place on, as it comes, until the attempt has ended."""
     ended = False
     for _ in polling(first=0.03, longest=0.03):
         chunk = b"more"
         while chunk:
-            at = 0 if os.fstat(fd).st_size < at else at  # 0: the file was truncated
-            with contextlib.suppress(OSError, AttributeError):  # the end; not on this system
-                at = os.lseek(fd, at, os.SEEK_DATA)  # skips a part that was freed
-            os.lseek(fd, at, os.SEEK_SET)
-            chunk = os.read(fd, 1 << 16)
+            at, chunk = read_from(fd, 0 if os.fstat(fd).st_size < at else at)  # 0: truncated
             yield chunk
             at += len(chunk)
         if ended:
@@ -5505,21 +5512,19 @@ def cmd_completion(args: argparse.Namespace) -> None:
     pairs = zip(typed, typed[1:])  # the first word is the program
     given = [word for before, word in pairs if before != "--db" and not word.startswith("-")]
     command = COMMANDS.get(" ".join(given[:2])) or COMMANDS.get(" ".join(given[:1]))
-    options = [option for names, _ in command.arguments for option in names] if command else []
-    for word in [o for o in options if o[0] == "-"] if command else menu(" ".join(given)):
+    words: Iterable[str] = menu(" ".join(given))
+    if command:
+        options = (option for names, _ in command.arguments for option in names)
+        words = (option for option in options if option[0] == "-")
+    for word in words:
         if word.startswith(last):
             print(word)
 
 
+SHELL = arg("shell", choices=tuple(COMPLETIONS), metavar="SHELL", help="bash, zsh or fish")
+TYPED = arg("typed", nargs="...", metavar="...", help="the words typed so far")
 COMMANDS["completion"] = Command(
-    cmd_completion,
-    "none",
-    "print a script that makes a shell complete words",
-    "completion bash",
-    (
-        arg("shell", choices=tuple(COMPLETIONS), metavar="SHELL", help="bash, zsh or fish"),
-        arg("typed", nargs="...", metavar="...", help="the words typed so far"),
-    ),
+    cmd_completion, "none", "print a script for completion", "completion bash", (SHELL, TYPED)
 )
 
 HELP = """\
@@ -5528,7 +5533,7 @@ COMMANDS
 examples:
   queuectl enqueue 'make all'                  add a job
   queuectl worker start --count 4              run jobs, four at a time
-  queuectl status --watch                      see what is happening
+  queuectl status --watch                      watch the jobs
   queuectl dlq retry --all                     retry the jobs that failed
 """
 
@@ -5570,15 +5575,14 @@ def menu_parser(name: str) -> argparse.ArgumentParser:
     prog = f"queuectl {name}".strip()
     lines = "".join(f"  {word:<11} {meaning}\n" for word, meaning in menu(name).items())
     about = lines if name else HELP.replace("COMMANDS\n", lines + "\n")
-    globals_usage = "" if name else " [--db PATH] [--insecure]"
+    globals_usage = "" if name else " [--db PATH] [--insecure] [--version]"
     usage = f"{prog}{globals_usage} COMMAND [--help] ..."
     parser = new_parser(prog, usage=usage, description=about, add_help=False)
     parser.add_argument("-h", "--help", action="help", help=hidden)
     if not name:
         db = os.environ.get("QUEUECTL_DB") or "queuectl.db"
-        python = ".".join(map(str, sys.version_info[:3]))
-        runs_on = f"Python {python}, SQLite {sqlite3.sqlite_version}, schema {SCHEMA_VERSION}"
-        version = f"queuectl {__version__} ({runs_on})"
+        versions = f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
+        version = f"queuectl {__version__} ({versions}, schema {SCHEMA_VERSION})"
         parser.add_argument("--version", action="version", version=version, help=hidden)
         parser.add_argument("--db", default=db, metavar="PATH", help=hidden)
         parser.add_argument("--insecure", action="store_true", help=hidden)
@@ -5633,7 +5637,7 @@ def discard_output() -> None:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; the one place that says what went wrong.
+    """Run one command and return its exit code; the one place that reports errors.
 
     Raises EndedBySignal where a signal ended it.
     """

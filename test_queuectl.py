@@ -343,7 +343,7 @@ class Case(unittest.TestCase):
         return self.job(job_id)
 
     def workers(self) -> dict[str, dict[str, Any]]:
-        """Return the living workers and what each says about itself."""
+        """Return the living workers, each with the note in its lock file."""
         return queuectl.RunDirectory(self.path).alive("worker")
 
 
@@ -403,9 +403,9 @@ RUN_UNTIL_GO = "until [ -e go ]; do sleep 0.02; done"  # a job that runs until t
 RUN_ALONE = "exec 9>>%s.lock; flock -n 9 || echo twice >> %s.log; echo $$ >> %s.log; "
 
 
-def resource_limit(what: int, limit: int) -> Callable[[], None]:
-    """Return what sets a limit to a process that is about to start."""
-    return lambda: resource.setrlimit(what, (limit, limit))
+def resource_limit(resource_id: int, limit: int) -> Callable[[], None]:
+    """Return a preexec_fn that limits a resource of a process."""
+    return lambda: resource.setrlimit(resource_id, (limit, limit))
 
 
 @NEEDS_SHELL
@@ -422,7 +422,7 @@ class Live(Case):
             raise unittest.SkipTest(f"{argv[0]} does not work here: {done.stderr.strip()}")
 
     def in_mount_namespace(self, script: str) -> list[str]:
-        """Mount something in a namespace of its own; return what runs a program there."""
+        """Mount something in a new namespace; return the prefix of a command that runs there."""
         new = ["unshare", "-m"] if ROOT else ["unshare", "-rm"]
         self.require_tool("nsenter", "--version")
         self.require_tool(*new, "sh", "-c", script)
@@ -455,7 +455,7 @@ class Live(Case):
     def wait_for_output(
         self, process: subprocess.Popen[str], text: str, limit: float = 10.0
     ) -> None:
-        """Wait until a command has said something; reads what it said so far."""
+        """Wait until a command has printed a text; consumes its output so far."""
         said, fd = "", process.stdout.fileno()
         while text not in said:
             self.assertTrue(select.select([fd], [], [], limit)[0], f"no {text!r} in {said!r}")
@@ -464,13 +464,13 @@ class Live(Case):
             said += more
 
     def second_here(self) -> float:
-        """Return 1.0: what a second of an idle machine is on this one, which may be busy."""
+        """Return the time in which this machine, which may be busy, does a second of work."""
         began = time.monotonic()
         self.stdout("status", real=True)
         return max(1.0, 10 * (time.monotonic() - began))
 
     def wait_for_workers(self, count: int) -> None:
-        """Wait until so many workers live."""
+        """Wait until a number of workers are alive."""
         wait_until(lambda: len(self.workers()) == count)
 
     def wait_for_poll(self, pool: subprocess.Popen[str]) -> None:
@@ -2032,7 +2032,8 @@ class DatabaseGuest(Case):
                 with self.assertRaises(futures.TimeoutError):
                     opening.result(0.3)
                 reader.execute("COMMIT")
-                self.assertEqual(list(opening.result(10).jobs()), [])
+                with opening.result(10) as queue:
+                    self.assertEqual(list(queue.jobs()), [])
 
     def test_error_rolls_back_transaction_but_refused_batch_only_itself(self) -> None:
         with Queue(self.path, guest=True) as queue:
@@ -2173,7 +2174,9 @@ class DatabaseForks(Case):
             self.assertEqual(os.waitpid(child, 0)[1], 0)
             self.assertEqual([queue.enqueue("true"), queue.counts()["pending"]], ["3", 3])
             theirs: list[sqlite3.Connection] = []
-            thread = threading.Thread(target=lambda: theirs.append(queue._db.connection))
+            thread = threading.Thread(
+                target=lambda: (theirs.append(queue._db.connection), queue.close())
+            )
             thread.start()
             thread.join()
             self.assertIsNot(theirs[0], ours)
@@ -5228,14 +5231,12 @@ class CliWorkers(Live):
     def test_program_that_calls_main_detaches_and_completes_by_the_file(self) -> None:
         self.addCleanup(self.result, "worker", "stop", "--now")
         self.enqueue("true", id="x")
-        self.write("entry", "import queuectl, sys; sys.exit(queuectl.main())")
-        for program in (("-c", "import queuectl, sys; sys.exit(queuectl.main())"), ("entry",)):
-            with self.subTest(program):
-                os.environ["PYTHONPATH"] = HERE
-                start = self.process(*PYTHON, *program, "worker", "start", "--detach", "--quiet")
-                self.assertRegex(start.stderr, "^queuectl: pool-.* runs as process")
-                script = self.process(*PYTHON, *program, "completion", "bash").stdout
-                self.assertIn(f" {PROGRAM} completion bash", script)
+        os.environ["PYTHONPATH"] = HERE
+        program = (*PYTHON, "-c", "import queuectl, sys; sys.exit(queuectl.main())")
+        start = self.process(*program, "worker", "start", "--detach", "--quiet")
+        self.assertRegex(start.stderr, "^queuectl: pool-.* runs as process")
+        script = self.process(*program, "completion", "bash").stdout
+        self.assertIn(f" {PROGRAM} completion bash", script)
 
     def test_detached_workers_that_cannot_start_report_the_reason(self) -> None:
         self.enqueue("true")
@@ -5840,6 +5841,7 @@ class CliSignals(Live):
         shell.type("\x03")
         shell.type('echo "[$?]"')
         shown = shell.wait_for(r"\[\d+\]")
+        self.assertIn("\x1b[K\r\n> ", shown)  # the prompt has a line of its own
         self.assertIn("[130]", shown)
         self.assertNotRegex(shown, "round|Traceback")
 
@@ -5926,7 +5928,7 @@ class CliTerminal(Live):
         self.enqueue("true")
         self.write("file")
         os.environ["PYTHONUNBUFFERED"] = ""
-        codes = {"status": 4, "show 1": 4, "--help": 4, "show 9": 1, "frobnicate": 2}
+        codes = {"status": 4, "--help": 4, "show 9": 1}
         for words, code in codes.items():
             for path, mode in (("/dev/full", "w"), (self.file("file"), "r")):
                 with self.subTest(words, path=path), open(path, mode) as stream:

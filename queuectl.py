@@ -284,10 +284,9 @@ def printable(value: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
 
 
-def quoted(value: str) -> str:
+def quoted(value: str, limit: int = QUOTED_LIMIT) -> str:
     """Return foreign text for a message: escaped, and cut where it is long."""
-    text = printable(value[:QUOTED_LIMIT])
-    return text if len(value) <= QUOTED_LIMIT else text + "..."
+    return printable(value[:limit]) + "..." * (len(value) > limit)
 
 
 def plural(number: int, noun: str) -> str:
@@ -434,13 +433,8 @@ def valid_interval(value: object) -> float:
 
 MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec"
 WEEKDAYS = "sun mon tue wed thu fri sat"
-CRON_FIELDS = (  # lowest value, highest value, names
-    (0, 59, ""),
-    (0, 23, ""),
-    (1, 31, ""),
-    (1, 12, MONTHS),
-    (0, 7, WEEKDAYS),
-)
+# Of each field: its lowest value, its highest value, and the names of its values.
+CRON_FIELDS = ((0, 59, ""), (0, 23, ""), (1, 31, ""), (1, 12, MONTHS), (0, 7, WEEKDAYS))
 CRON_WORDS = {
     "@hourly": "0 * * * *",
     "@daily": "0 0 * * *",
@@ -574,8 +568,7 @@ def join_words(words: Sequence[str]) -> str:
 
 def valid_prefix(value: Any) -> tuple[str, ...]:
     """Validate a command prefix: the words before a job's command."""
-    line = valid_text(value)
-    require(line.strip(), "be a command prefix such as 'bash -ec'")
+    line = valid_command(value)
     try:
         return tuple(split_words(line))
     except ValueError as error:
@@ -802,8 +795,8 @@ CONNECTION_PRAGMAS = (
     "PRAGMA temp_store = memory",  # else a batch writes each row's statement journal to a file
 )
 TRUNCATE_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
-BEGIN, COMMIT, ROLLBACK = "BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"
-BEGIN_PART, END_PART, UNDO_PART = "SAVEPOINT part", "RELEASE part", "ROLLBACK TO part"
+BEGIN, COMMIT, ROLLBACK = WHOLE = ("BEGIN IMMEDIATE", "COMMIT", "ROLLBACK")
+PART = ("SAVEPOINT part", "RELEASE part", "ROLLBACK TO part", "RELEASE part")
 
 SCHEMA = """
 CREATE TABLE jobs (
@@ -1775,20 +1768,14 @@ class RunDirectory:
 # --- database: connections, transactions, errors, creating the file -------------------------------
 
 
-def is_lock(error: sqlite3.Error) -> bool:
-    """Tell whether an error passes when another connection releases its lock."""
-    code = getattr(error, "sqlite_errorcode", None)  # Python 3.11
-    if code is None:
-        return re.search("locked|locking protocol", str(error)) is not None
-    return code & 0xFF in (5, 6, 15)  # SQLITE_BUSY, SQLITE_LOCKED, SQLITE_PROTOCOL
+LOCK = ((5, 6, 15), "locked|locking protocol")  # SQLITE_BUSY, SQLITE_LOCKED, SQLITE_PROTOCOL
+DAMAGE = ((11, 26), "malformed|not a database|decode")  # SQLITE_CORRUPT, SQLITE_NOTADB; not UTF-8
 
 
-def is_damage(error: sqlite3.Error) -> bool:
-    """Tell whether an error means that the file is damaged, or not a database."""
+def is_about(error: sqlite3.Error, codes: Sequence[int], text: str) -> bool:
+    """Tell what an error is about: by its code or, before Python 3.11, by its text."""
     code = getattr(error, "sqlite_errorcode", None)
-    if code is None:  # DatabaseError itself, not a subclass; or text that is not UTF-8
-        return type(error) is sqlite3.DatabaseError or "decode" in str(error)
-    return code & 0xFF in (11, 26)  # SQLITE_CORRUPT, SQLITE_NOTADB
+    return bool(re.search(text, str(error)) if code is None else code & 0xFF in codes)
 
 
 def schema_version(db: sqlite3.Connection) -> tuple[int, bool]:
@@ -1866,11 +1853,6 @@ def before_fork() -> None:
     IN_USE[threading.get_ident()] = [db for db in connections if not db.unusable]
 
 
-def after_fork_in_parent() -> None:
-    """Let connections be closed again."""
-    IN_USE.pop(threading.get_ident(), None)
-
-
 def after_fork_in_child() -> None:
     """Refuse the databases that were in use, and keep their connections from being closed."""
     for db in IN_USE.pop(threading.get_ident(), ()):
@@ -1884,9 +1866,14 @@ def prepare_for_forks() -> None:
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(
             before=before_fork,
-            after_in_parent=after_fork_in_parent,
+            after_in_parent=lambda: IN_USE.pop(threading.get_ident(), None),
             after_in_child=after_fork_in_child,
         )
+
+
+def system_fault(error: OSError, path: str) -> Fault:
+    """Return our error for one of the system's, about a path if it names none."""
+    return Fault(f"{quoted(str(error.filename or path), 4096)}: {error.strerror}")
 
 
 class ThreadState(threading.local):
@@ -2058,7 +2045,7 @@ class Database:
 
     def fault(self, error: sqlite3.Error) -> Fault:
         """Return our error for one of SQLite's."""
-        if is_damage(error):
+        if is_about(error, *DAMAGE):
             return Damaged(f"{self.path} is damaged, or not a queue: {error}")
         return Fault(f"{self.path}: {error}")
 
@@ -2070,7 +2057,7 @@ class Database:
         except sqlite3.Error as error:
             raise self.fault(error) from error
         except OSError as error:
-            raise Fault(f"{error.filename or self.path}: {error.strerror}") from error
+            raise system_fault(error, self.path) from error
 
     def _retry(self, act: Callable[[], Any]) -> Any:
         """Repeat an action while another connection has the lock, as long as `keep_waiting` says.
@@ -2081,7 +2068,7 @@ class Database:
             try:
                 return act()
             except sqlite3.OperationalError as error:
-                if not is_lock(error):
+                if not is_about(error, *LOCK):
                     raise
                 if not self.keep_waiting(waited):
                     duration = format_duration(waited)
@@ -2124,42 +2111,28 @@ class Database:
         """
         db = self.connection
         thread = self._thread
-        if thread.in_transaction:
-            with self._part(db):
-                thread.notify = thread.notify or notify
-                yield db
-            return
+        is_part = thread.in_transaction
+        if is_part and not db.in_transaction:
+            raise Fault(f"{self.path}: a statement has ended the transaction")
+        begin, end, *undo = PART if is_part else WHOLE
         try:
-            self.execute(BEGIN)
+            self.execute(begin)
             thread.in_transaction = True
-            thread.notify = notify
+            thread.notify = thread.notify or notify
             yield db
-            self.execute(COMMIT)
-            notify = thread.notify
+            self.execute(end)
+            notify = thread.notify and not is_part
         except BaseException:
-            if not db.unusable and db.in_transaction:
-                db.execute(ROLLBACK)
+            with contextlib.suppress(sqlite3.Error):  # SQLite has undone it already
+                for sql in undo if not db.unusable and db.in_transaction else ():
+                    db.execute(sql)
             raise
         finally:
-            thread.in_transaction = False
-            thread.notify = False
+            if not is_part:
+                thread.in_transaction = False
+                thread.notify = False
         if notify:
             self.run_dir.notify()
-
-    @contextlib.contextmanager
-    def _part(self, db: Connection) -> Iterator[None]:
-        """Make a part of a transaction that is undone alone if it fails."""
-        if not db.in_transaction:
-            raise Fault(f"{self.path}: a statement has ended the transaction")
-        self.execute(BEGIN_PART)
-        try:
-            yield
-            self.execute(END_PART)
-        except BaseException:
-            if not db.unusable and db.in_transaction:
-                db.execute(UNDO_PART)
-                db.execute(END_PART)
-            raise
 
     def notify_when_stored(self) -> None:
         """Wake the pools as soon as the open transaction is stored."""
@@ -2291,7 +2264,7 @@ def require_trust(path: str) -> None:
             os.stat(path)  # links that lead nowhere end here
         problem = next(filter(None, ownership_problems(path)), None)
     except OSError as error:
-        raise Fault(f"{error.filename or path}: {error.strerror}") from error
+        raise system_fault(error, path) from error
     except ValueError:  # NUL in the path: whoever opens it says so
         return
     if problem:
@@ -2320,13 +2293,16 @@ class Reader:
     """What workers, pools and reports ask about the jobs of a queue. Nothing here writes."""
 
     def __init__(self, db: Database, clock: Callable[[], float]) -> None:
-        """Read from a database; `clock` returns Unix seconds."""
         self.db = db
         self.clock = clock
 
     def select(self, sql: str, **args: object) -> list[Job]:
         """Return the jobs that a statement selects."""
         return [Job(*row) for row in self.db.rows(sql, args)]
+
+    def first(self, sql: str, **args: object) -> Job | None:
+        """Return the first job that a statement selects, None if there is none."""
+        return next(iter(self.select(sql, **args)), None)
 
     def number(self, sql: str, **args: object) -> int:
         """Return the one number that a statement selects."""
@@ -2335,7 +2311,7 @@ class Reader:
     def get(self, job_id: str) -> Job:
         """Return a job by its id, or the active or else newest job of a schedule; or NotFound."""
         for sql in (BY_ID, ACTIVE_OF_SCHEDULE, NEWEST_OF_SCHEDULE):
-            for job in self.select(sql, id=job_id):
+            if job := self.first(sql, id=job_id):
                 return job
         near = nearest(job_id, (row[0] for row in self.db.rows(RECENT_IDS)))
         hint = f": did you mean {near}?" if near else ""
@@ -2343,7 +2319,7 @@ class Reader:
 
     def by_seq(self, seq: int) -> Job | None:
         """Return a job by its number, None if it has been deleted."""
-        return next(iter(self.select(BY_SEQ, seq=seq)), None)
+        return self.first(BY_SEQ, seq=seq)
 
     def named(self, ids: Iterable[str]) -> list[Job]:
         """Return the jobs with these ids, each one once."""
@@ -2363,11 +2339,10 @@ class Reader:
     def latest(self, states: Sequence[str], limit: int, queue: str | None) -> list[Job]:
         """Return the jobs in these states that changed last, in order of arrival."""
         found: list[Job] = []
+        asked = {"queue": queue, "limit": limit}
         for state in states:
-            for readiness in (READY, SCHEDULED, BLOCKED) if state == PENDING else (READY,):
-                found += self.select(
-                    LATEST, state=state, readiness=readiness, queue=queue, limit=limit
-                )
+            for readiness in (READY, SCHEDULED, BLOCKED):
+                found += self.select(LATEST, state=state, readiness=readiness, **asked)
         found.sort(key=lambda job: job.updated_at)
         return sorted(found[-limit:])
 
@@ -2381,7 +2356,7 @@ class Reader:
 
     def last_run(self, job: Job) -> Job:
         """Return the job of the same schedule that ran last, or this job if none has run."""
-        return next(iter(self.select(LAST_RUN_OF_SCHEDULE, id=job.schedule_id)), job)
+        return self.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id) or job
 
     def parents(self, job: Job) -> list[Job]:
         """Return the jobs, up to 100, that a blocked job waits for."""
@@ -2391,7 +2366,7 @@ class Reader:
         """Return a dead or cancelled job without which a blocked job cannot run."""
         if job.state != PENDING or job.readiness != BLOCKED:
             return None
-        return next(iter(self.select(FAILED_ANCESTORS, seq=job.seq)), None)
+        return self.first(FAILED_ANCESTORS, seq=job.seq)
 
     def dead(self) -> list[tuple[str, int, int]]:
         """Return the id, number and run of each dead job, in the order in which they died."""
@@ -2403,8 +2378,7 @@ class Reader:
 
     def oldest(self, queue: str | None = None) -> Job | None:
         """Return the ready job, of one queue or of all, that has waited longest."""
-        found = self.select(OLDEST, state=PENDING, readiness=READY, queue=queue, limit=1)
-        return next(iter(found), None)
+        return self.first(OLDEST, state=PENDING, readiness=READY, queue=queue, limit=1)
 
     def blocked(self, queues: Sequence[str] = (), limit: int = 10) -> list[Job]:
         """Return the jobs that have been blocked longest, of each of these queues or of all."""
@@ -2531,7 +2505,6 @@ class Ledger:
     """
 
     def __init__(self, reader: Reader) -> None:
-        """Change what a reader reads."""
         self.reader = reader
         self.db = reader.db
         self.clock = reader.clock
@@ -2586,7 +2559,7 @@ class Ledger:
 
     def next_id_of_schedule(self, schedule_id: str) -> str:
         """Return the id of the next job of a schedule: its name and a number."""
-        newest = next(iter(self.reader.select(NEWEST_OF_SCHEDULE, id=schedule_id)), None)
+        newest = self.reader.first(NEWEST_OF_SCHEDULE, id=schedule_id)
         number = int(newest.id.rpartition(".")[2]) + 1 if newest else 1
         while self.reader.is_taken(f"{schedule_id}.{number}"):
             number += 1
@@ -2729,7 +2702,6 @@ class JobWatch:
     """Jobs that somebody waits for, as they were last seen."""
 
     def __init__(self, reader: Reader, jobs: Iterable[Job]) -> None:
-        """Watch some jobs."""
         self.reader = reader
         self.seen = {job.seq: job for job in jobs}
 

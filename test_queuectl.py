@@ -942,6 +942,42 @@ class Rules(Case):
             with time_zone("Europe/Berlin"), self.subTest(local):
                 self.assertEqual(queuectl.parse_time(local), queuectl.parse_time(utc))
 
+    def test_messages_repeat_only_the_beginning_of_a_long_word(self) -> None:
+        self.enqueue("true")
+        word = "\x1b" * 500_000 + "x" * 500_000
+        for line in (
+            "%s",
+            "worker %s",
+            "list --%s",
+            "list --state %s",
+            "show %s",
+            "cancel %s",
+            "logs 1 --run %s",
+            "config get %s",
+            "config set timeout %s",
+            "config set shell '%s",
+            "completion %s",
+            "prune --state %s",
+            "enqueue --id %s -- true",
+            "enqueue --after %s -- true",
+            "enqueue --priority %s -- true",
+            "enqueue --cron %s -- true",
+        ):
+            for text in (word, word[::-1]):
+                with self.subTest(line, text=text[0]):
+                    args = [argument.replace("%s", text) for argument in line.split()]
+                    self.assert_long_word_is_cut(*args)
+        self.assert_long_word_is_cut("enqueue", "--cron", f"{word} * * * *", "true")
+        for job in ({"command": "true", word: 1}, {"command": "true", "after": [word]}):
+            self.assert_long_word_is_cut("enqueue", "-", stdin=json.dumps(job))
+        self.assert_long_word_is_cut("--db", word, "list")
+
+    def assert_long_word_is_cut(self, *args: str, stdin: str = "") -> None:
+        code, out, err = self.result(*args, stdin=stdin)
+        self.assertIn(code, (1, 2, 4))
+        self.assertEqual((out, err.count("\n")), ("", 1))
+        self.assertLess(len(err), 25_000 if "--db" in args else 2000)
+
 
 class RulesRetry(Case):
     """The retry rule: the state and attempt count that follow from an attempt."""
@@ -1944,7 +1980,9 @@ class DatabaseTransactions(Case):
             coded.sqlite_errorcode = code  # type: ignore[attr-defined]
             for error in (coded, kind(text)):
                 with self.subTest(error, code=code):
-                    found = queuectl.is_lock(error), queuectl.is_damage(error)
+                    found = tuple(
+                        queuectl.is_about(error, *kind) for kind in (queuectl.LOCK, queuectl.DAMAGE)
+                    )
                     self.assertEqual(found, (is_lock, is_damage))
 
     @internal
@@ -5183,7 +5221,7 @@ class CliConfig(Case):
             "max_retries=many": "max_retries must be a whole number from 1 to 1000000",
             "backoff_base=0.5": "backoff_base must be a number from 1 to 1000",
             "timeout=soon": "timeout must be a duration",
-            "shell=": "shell must be a command prefix",
+            "shell=": "shell must not be blank",
             "shell='": "shell must be a command prefix: No closing quotation",
             "synchronous=off": "synchronous must be normal or full",
         }

@@ -1351,7 +1351,8 @@ class DatabaseCreation(Live):
                 return result or read_version(db)
 
             with mock.patch.object(queuectl, "schema_version", read), self.subTest(error):
-                self.assertEqual(Queue(self.path, create=False).counts()["pending"], 1)
+                with Queue(self.path, create=False) as queue:
+                    self.assertEqual(queue.counts()["pending"], 1)
                 self.assertEqual(results, [])
 
     def test_invalid_batch_creates_no_queue(self) -> None:
@@ -1889,7 +1890,8 @@ class DatabaseGuest(Case):
                 with self.assertRaises(futures.TimeoutError):
                     opening.result(0.3)
                 reader.execute("COMMIT")
-                self.assertEqual(list(opening.result(10).jobs()), [])
+                with opening.result(10) as queue:
+                    self.assertEqual(list(queue.jobs()), [])
 
     def test_error_rolls_back_transaction_but_refused_batch_only_itself(self) -> None:
         with Queue(self.path, guest=True) as queue:
@@ -2030,7 +2032,12 @@ class DatabaseForks(Case):
             self.assertEqual(os.waitpid(child, 0)[1], 0)
             self.assertEqual([queue.enqueue("true"), queue.counts()["pending"]], ["3", 3])
             theirs: list[sqlite3.Connection] = []
-            thread = threading.Thread(target=lambda: theirs.append(queue._db.connection))
+
+            def connect() -> None:
+                theirs.append(queue._db.connection)
+                queue.close()
+
+            thread = threading.Thread(target=connect)
             thread.start()
             thread.join()
             self.assertIsNot(theirs[0], ours)
@@ -2951,15 +2958,19 @@ class QueueWait(Live):
             self.unfinished = [job.id for job in unfinished]
             return unfinished
 
+        def wait() -> list[str]:
+            with queue:
+                return [job.state for job in queue.wait(ids.split(), 10)]
+
         command = Terminal(self, "wait", *ids.split())
         command.wait_for("/")
         looking = mock.patch.object(queuectl.JobWatch, "refresh", look)
         with looking, Queue(self.path) as queue, futures.ThreadPoolExecutor() as thread:
-            waiting = thread.submit(queue.wait, ids.split(), 10)
+            waiting = thread.submit(wait)
             wait_until(lambda: self.unfinished)
             meanwhile(queue, command)
             command.end()
-            return command.process.returncode, [job.state for job in waiting.result(10)]
+            return command.process.returncode, waiting.result(10)
 
     def finish(self, queue: Queue, job_id: str, code: int = 0) -> None:
         outcome = Outcome("exited", 1.0, 2.0, code, queuectl.explain_exit(code))

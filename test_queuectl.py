@@ -2267,6 +2267,7 @@ class TrustAttacks(Live):
         os.chmod(self.dir, 0o755)
         self.write("precious", "x")
         os.mkdir(self.file("evil"))
+        self.write("evil/new.db", "x")
         path = self.file("evil/queuectl.db")
         with Queue(path) as queue:
             queue.enqueue("echo x >> log", id="evil")
@@ -2304,8 +2305,10 @@ class TrustAttacks(Live):
                 file.write(content)
         elif what == "run directory":
             os.mkdir(path + ".run", 0o777)
+        elif what == "run link":
+            os.symlink("evil", path + ".run")
         else:
-            os.symlink("evil/queuectl.db", path + ".run" * (what == "run link"))
+            os.symlink("evil/queuectl.db", path)
 
     def plant_in_run_directory(self, what: str) -> None:
         """Put something into the run directory, as could be done before it was made private."""

@@ -610,29 +610,19 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "max_retries": Setting(
-        3, FIELDS["max_retries"], "how many times a job is tried, the first time included"
-    ),
-    "backoff_base": Setting(
-        2.0, number(1, 1000), "a retry waits this ** attempts seconds (1 to 1000)"
-    ),
+    "max_retries": Setting(3, FIELDS["max_retries"], "how often a job is tried, in all"),
+    "backoff_base": Setting(2.0, number(1, 1000), "a retry waits this ** attempts seconds"),
     "backoff_max": Setting(86400.0, parse_duration, "a retry never waits longer than this"),
     "timeout": Setting(300.0, parse_duration, "how long an attempt may take (0: no limit)"),
     "kill_grace": Setting(5.0, parse_duration, "time between TERM and KILL when a job is ended"),
     "output_limit": Setting(65536, integer(0, 1 << 28), "how many bytes of output are kept"),
-    "shell": Setting(
-        DEFAULT_SHELL, valid_prefix, "the program that runs a command, its last argument"
-    ),
+    "shell": Setting(DEFAULT_SHELL, valid_prefix, "the program and options that run a command"),
     "max_snoozes": Setting(20, integer(0, 10**6), "how many times a job may exit with 75"),
-    "no_retry_exit_codes": Setting(
-        (), valid_exit_codes, "exit codes that are never retried, such as 2,126,127"
-    ),
+    "no_retry_exit_codes": Setting((), valid_exit_codes, "never retried, such as 2,126,127"),
     "retention": Setting(
         0.0, parse_duration, "age at which completed and cancelled jobs are pruned (0: never)"
     ),
-    "synchronous": Setting(
-        "normal", valid_durability, "full: each result is synced before the next claim"
-    ),
+    "synchronous": Setting("normal", valid_durability, "full: sync a result before the next claim"),
 }
 DEFAULTS = {key: setting.default for key, setting in SETTINGS.items()}
 
@@ -708,7 +698,7 @@ def describe_blockers(parents: Sequence[Job]) -> str:
     return f"blocked by {', '.join(names)}{more}"
 
 
-# How an attempt ended, and what follows from it.
+# The end of an attempt, and the state of its job after it.
 
 
 class Outcome(NamedTuple):
@@ -999,7 +989,7 @@ GROUP BY queue"""
 NEXT_READY = f"""
 {JOB}WHERE state = 'pending' AND readiness = 1 AND queue = :queue
 ORDER BY priority DESC, run_after, seq LIMIT 1"""
-# In slices: where more than 500 jobs become ready at once, one of high priority may come late.
+# In slices: if more than 500 jobs become ready at once, one of high priority may be delayed.
 MAKE_READY = """
 UPDATE jobs SET readiness = 1, updated_at = run_after WHERE seq IN (
   SELECT seq FROM jobs WHERE state = 'pending' AND readiness = 0 AND queue = :queue
@@ -2032,7 +2022,7 @@ DAMAGE = ((11, 26), "malformed|not a database|decode")  # SQLITE_CORRUPT, SQLITE
 
 
 def is_about(error: sqlite3.Error, codes: Sequence[int], text: str) -> bool:
-    """Tell what an error is about: by its code or, before Python 3.11, by its text."""
+    """Tell whether an error has one of these codes or, before Python 3.11, this text."""
     code = getattr(error, "sqlite_errorcode", None)
     return bool(re.search(text, str(error)) if code is None else code & 0xFF in codes)
 
@@ -2144,7 +2134,7 @@ class ThreadState(threading.local):
 
 
 class Database:
-    """The SQLite file: the one way to it, and the one place that decides what its errors mean.
+    """The SQLite file: the only access to it, and the only place that interprets its errors.
 
     A connection belongs to one thread of one process, so an object may be used from threads and
     after a fork. `keep_waiting` is called with the seconds waited for a lock, and decides whether
@@ -2218,9 +2208,7 @@ class Database:
         try:
             info = os.stat(self.path)
         except FileNotFoundError:
-            raise NotFound(
-                f"there is no queue at {self.path}; enqueue a job to create one"
-            ) from None
+            raise NotFound(f"there is no queue at {self.path}; enqueue creates one") from None
         if not stat.S_ISREG(info.st_mode):
             raise Fault(f"{self.path} is not a regular file")
         if info.st_size == 0 and not guest:
@@ -2229,16 +2217,14 @@ class Database:
         if not version and not guest:
             raise Fault(f"{self.path} is another program's database, not a queue")
         if version > SCHEMA_VERSION:
-            raise Fault(
-                f"{self.path} was made by a newer queuectl (schema {version}, "
-                f"this one has {SCHEMA_VERSION}); update queuectl"
-            )
-        return int(version)
+            newer = f"schema {version}, this one has {SCHEMA_VERSION}"
+            raise Fault(f"{self.path} was made by a newer queuectl ({newer}); update queuectl")
+        return version
 
     def _read_version(self) -> tuple[int, bool]:
-        """Return what `schema_version` does; without a -wal, none is made.
+        """Return the result of `schema_version`, without creating a -wal.
 
-        Reads again where another process was about to open or close the file meanwhile.
+        Reads again if another process was opening or closing the file meanwhile.
         """
         for _ in polling(PATIENCE):
             before = self._snapshot()
@@ -2265,9 +2251,10 @@ class Database:
         if self.path in INHERITED:
             raise Fault(f"{self.path} was in use, in a transaction or a thread, before the fork")
         prepare_for_forks()
+        info = os.stat(self.path)
         db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, factory=Connection)
         db.path = self.path
-        db.info = os.stat(self.path)
+        db.info = info
         CONNECTIONS.add(db)
         return db
 
@@ -2330,10 +2317,8 @@ class Database:
                 if not is_about(error, *LOCK):
                     raise
                 if not self.keep_waiting(waited):
-                    duration = format_duration(waited)
-                    raise Locked(
-                        f"{self.path} has been locked by another program for {duration}"
-                    ) from error
+                    holder = f"another program for {format_duration(waited)}"
+                    raise Locked(f"{self.path} has been locked by {holder}") from error
         raise AssertionError("polling without a limit does not end")
 
     def execute(self, sql: str, args: Any = ()) -> sqlite3.Cursor:
@@ -2453,12 +2438,12 @@ def steps_to(path: str) -> Iterator[str]:
 def insecure_step(path: str, *, is_last: bool = False) -> str | None:
     """Return why others could redirect a directory or link that leads to a queue, or None.
 
-    Root may own it, who in a container is the owner of /. It may be sticky, since others cannot
-    rename its entries, but not if it is the last one: SQLite trusts what it finds there.
+    It may belong to root, which in a container is the owner of /. It may be sticky, since others
+    cannot rename its entries; but the last one may not, since others can add files for SQLite.
     """
     try:
         info = os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):  # whoever opens it says so
+    except (FileNotFoundError, NotADirectoryError):  # reported when it is opened
         return None
     if info.st_uid not in (0, os.stat("/").st_uid, SYSTEM.user()):
         return f"{path} belongs to another user ({info.st_uid})"
@@ -2496,14 +2481,15 @@ def insecure_file(path: str, kind: str = "regular file", twin: str = "") -> str 
 
 
 def ownership_problems(path: str) -> Iterator[str | None]:
-    """Yield why other users could put commands into a queue, and None for what is in order.
+    """Yield reasons why other users could put commands into a queue; None is not a reason.
 
     Checked before SQLite opens anything, since it replays any journal or log that it finds beside
     a database. As in OpenSSH, only modes and owners count; access control lists are not read.
     """
     real = os.path.realpath(path)
     run_dir = RunDirectory(real)
-    yield from map(insecure_step, steps_to(os.path.join(os.getcwd(), path)))
+    begin = "" if os.path.isabs(path) else os.getcwd()
+    yield from map(insecure_step, steps_to(os.path.join(begin, path)))
     yield insecure_step(os.path.dirname(real), is_last=True)
     yield insecure_file(real, twin=run_dir.file("new.db"))
     for suffix in ("-journal", "-wal", "-shm"):
@@ -2524,7 +2510,7 @@ def require_trust(path: str) -> None:
         problem = next(filter(None, ownership_problems(path)), None)
     except OSError as error:
         raise system_fault(error, path) from error
-    except ValueError:  # NUL in the path: whoever opens it says so
+    except ValueError:  # NUL in the path: reported when it is opened
         return
     if problem:
         raise Fault(
@@ -2775,7 +2761,7 @@ class Ledger:
     # Adding. A row has the columns of INSERTED and, before `add`, the fields of the job.
 
     def add(self, row: dict[str, Any], now: float) -> int:
-        """Insert a validated job, and what it waits for; return its number."""
+        """Insert a validated job and its dependencies; return its number."""
         when = row.get("run_at", now + row.get("delay", 0))
         if "every" in row:
             row["rule"] = f"every {row['every']:.15g}"
@@ -2906,9 +2892,10 @@ class Ledger:
         self.db.notify_when_stored()
 
     def correct_times(self) -> bool:
-        """Reschedule what a clock scheduled that was more than a day ahead; tell whether any was.
+        """Reschedule jobs whose times come from a clock that was more than a day ahead.
 
-        A schedule continues from now; a retry waits as long as it was meant to wait.
+        A schedule continues from now; a retry waits as long as it was meant to wait. Returns False
+        if there were none.
         """
         now = self.clock()
         jobs = self.reader.select(SCHEDULED_AHEAD, limit=now + 86400)
@@ -2958,7 +2945,7 @@ class Ledger:
 
 
 class JobWatch:
-    """Jobs that somebody waits for, as they were last seen."""
+    """Jobs that a caller waits for, as they were last seen."""
 
     def __init__(self, reader: Reader, jobs: Iterable[Job]) -> None:
         self.reader = reader

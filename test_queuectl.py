@@ -1494,7 +1494,8 @@ class DatabaseCreation(Live):
                 return result or read_version(db)
 
             with mock.patch.object(queuectl, "schema_version", read), self.subTest(error):
-                self.assertEqual(Queue(self.path, create=False).counts()["pending"], 1)
+                with Queue(self.path, create=False) as queue:
+                    self.assertEqual(queue.counts()["pending"], 1)
                 self.assertEqual(results, [])
 
     def test_invalid_batch_creates_no_queue(self) -> None:
@@ -2174,9 +2175,12 @@ class DatabaseForks(Case):
             self.assertEqual(os.waitpid(child, 0)[1], 0)
             self.assertEqual([queue.enqueue("true"), queue.counts()["pending"]], ["3", 3])
             theirs: list[sqlite3.Connection] = []
-            thread = threading.Thread(
-                target=lambda: (theirs.append(queue._db.connection), queue.close())
-            )
+
+            def connect() -> None:
+                theirs.append(queue._db.connection)
+                queue.close()
+
+            thread = threading.Thread(target=connect)
             thread.start()
             thread.join()
             self.assertIsNot(theirs[0], ours)
@@ -2406,6 +2410,7 @@ class TrustAttacks(Live):
         os.chmod(self.dir, 0o755)
         self.write("precious", "x")
         os.mkdir(self.file("evil"))
+        self.write("evil/new.db", "x")
         path = self.file("evil/queuectl.db")
         with Queue(path) as queue:
             queue.enqueue("echo x >> log", id="evil")
@@ -2443,8 +2448,10 @@ class TrustAttacks(Live):
                 file.write(content)
         elif what == "run directory":
             os.mkdir(path + ".run", 0o777)
+        elif what == "run link":
+            os.symlink("evil", path + ".run")
         else:
-            os.symlink("evil/queuectl.db", path + ".run" * (what == "run link"))
+            os.symlink("evil/queuectl.db", path)
 
     def plant_in_run_directory(self, what: str) -> None:
         """Put something into the run directory, as could be done before it was made private."""
@@ -3105,15 +3112,19 @@ class QueueWait(Live):
             self.unfinished = [job.id for job in unfinished]
             return unfinished
 
+        def wait() -> list[str]:
+            with queue:
+                return [job.state for job in queue.wait(ids.split(), 10)]
+
         command = Terminal(self, "wait", *ids.split())
         command.wait_for("/")
         looking = mock.patch.object(queuectl.JobWatch, "refresh", look)
         with looking, Queue(self.path) as queue, futures.ThreadPoolExecutor() as thread:
-            waiting = thread.submit(queue.wait, ids.split(), 10)
+            waiting = thread.submit(wait)
             wait_until(lambda: self.unfinished)
             meanwhile(queue, command)
             command.end()
-            return command.process.returncode, [job.state for job in waiting.result(10)]
+            return command.process.returncode, waiting.result(10)
 
     def finish(self, queue: Queue, job_id: str, code: int = 0) -> None:
         outcome = Outcome("exited", 1.0, 2.0, code, queuectl.explain_exit(code))

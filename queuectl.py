@@ -1425,6 +1425,14 @@ else:
             return table_from_proc()
         return table_from_ps() if sys.platform != "linux" else {}
 
+    def descendants(table: Mapping[int, Process], roots: set[int], others: set[int]) -> set[int]:
+        """Return processes and all that descend from them, except `others` and their own."""
+        found = more = roots - others
+        while more:
+            more = {pid for pid, row in table.items() if row.parent in more} - found - others
+            found = found | more
+        return found
+
     def holds_lock(pid: int, path: str) -> bool:
         """Tell whether a process holds the lock of a file; having it open is not enough."""
         with contextlib.suppress(OSError):
@@ -1644,6 +1652,8 @@ else:
             from multiprocessing.reduction import recv_handle
 
             os.chdir("/")  # no directory is kept busy
+            while os.open(os.devnull, os.O_RDWR) < 3:  # the standard streams may be closed
+                pass
             os.closerange(3, min(os.sysconf("SC_OPEN_MAX"), 65536))  # those of a host program
             link = Connection(os.dup(0))
             os.dup2(os.open(os.devnull, os.O_RDWR), 0)
@@ -1687,7 +1697,10 @@ else:
             """
             self.inherited = self.inherited or dict(os.environb)
             added = {k.encode(): v.encode(errors="surrogateescape") for k, v in launch.env.items()}
-            elders = self.children()
+            elders: set[int] = set()
+            with contextlib.suppress(ChildProcessError):  # as a rule, no earlier job left any
+                os.waitpid(-1, os.WNOHANG)
+                elders = descendants(process_table(), {os.getpid()}, set())
             os.set_inheritable(launch.out, True)  # noqa: FBT003
             os.chdir(launch.cwd)
             try:
@@ -1708,13 +1721,6 @@ else:
                     os.chdir(home)
             self.child = Child(pid, elders)
             return self.child
-
-        def children(self) -> set[int]:
-            """Return the living children of this process, which seldom has any between jobs."""
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(-1, os.WNOHANG)
-                return {pid for pid, row in process_table().items() if row.parent == os.getpid()}
-            return set()
 
         def release(self, child: Child) -> None:
             """Let the background processes of a job that has ended run on."""
@@ -1758,11 +1764,7 @@ else:
             if self.child and self.child.pid == leader:  # we adopted what its parents left behind
                 adopted = {pid for pid, row in table.items() if row.parent == os.getpid()}
                 found |= adopted - self.child.elders
-            more = found = found - others
-            while more:
-                more = {p for p, row in table.items() if row.parent in more} - found - others
-                found |= more
-            return found
+            return descendants(table, found, others)
 
         def send(self, trace: Trace, pids: Sequence[int], *numbers: int) -> None:
             """Send signals to those of the given processes that are of an attempt.
@@ -1775,7 +1777,7 @@ else:
                 fds = {pid: open_pidfd(pid) for pid in pids[:100]}  # descriptors are limited
                 for fd in filter(None, fds.values()):
                     stack.callback(os.close, fd)
-                for pid in set(self.processes(trace)).intersection(fds):
+                for pid in filter(fds.__contains__, self.processes(trace)):  # parents first
                     send_signals(pid, fds[pid], numbers)
             self.send(trace, pids[100:], *numbers)
 
@@ -3706,7 +3708,10 @@ class PoolFiles:
 
 def begin_worker(pipe: Pipe) -> None:
     """Be the worker that the process at the other end of a pipe has asked for."""
-    environ, worker, insecure = pipe.recv()
+    try:
+        environ, worker, insecure = pipe.recv()
+    except EOFError:  # the pool is gone already
+        return
     run_worker(environ, *worker, pipe, insecure=insecure)
 
 

@@ -1750,14 +1750,14 @@ else:
             later. `others` belong to other attempts.
             """
             leader, oldest = trace.leader, trace.launched - 2
-            if not leader or (leader in table and abs(table[leader].started - oldest - 2) > 2):
-                return set()
-            found = {
-                p for p, row in table.items() if row.session == leader and row.started > oldest
-            }
+            found = set()
             if self.child and self.child.pid == leader:  # this worker adopts orphaned descendants
-                adopted = {pid for pid, row in table.items() if row.parent == os.getpid()}
-                found |= adopted - self.child.elders
+                children = {pid for pid, row in table.items() if row.parent == os.getpid()}
+                found = children - self.child.elders
+            if leader and (leader not in table or abs(table[leader].started - oldest - 2) <= 2):
+                found |= {
+                    p for p, row in table.items() if row.session == leader and row.started > oldest
+                }
             return descendants(table, found, others)
 
         def send(self, trace: Trace, pids: Sequence[int], *numbers: int) -> None:

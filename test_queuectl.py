@@ -1305,6 +1305,7 @@ class SystemProcesses(Live):
         pool.terminate()
         self.assert_exits(pool, 0)
 
+    @SLOW
     @unittest.skipUnless(LINUX, "looks for the fork server in /proc")
     def test_fork_server_that_died_is_replaced(self) -> None:
         self.signal_fork_server(signal.SIGKILL)

@@ -1118,21 +1118,12 @@ def open_own(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-class Launch(NamedTuple):
-    """The arguments for starting a job; its stdout and stderr are the descriptor `out`."""
-
-    argv: Sequence[str]
-    cwd: str
-    env: Mapping[str, str]  # added to the environment of this process
-    out: int
-
-
 class Trace(NamedTuple):
     """How the processes of an attempt are recognized.
 
-    All have `token` as QUEUECTL_RUN in their environment, and hold the lock of the file
-    `lock_path`. Some programs hide both: they descend from the process `leader` (0 if unknown), or
-    are in its session. `launched` is the time of its start in Unix seconds.
+    They have `token` as QUEUECTL_RUN in their environment, and hold the lock of the file
+    `lock_path`. Where a program hides both, it descends from the job's own process, `leader` (0 if
+    unknown), or belongs to its session. `launched` is the leader's start in Unix seconds.
     """
 
     token: str
@@ -1163,8 +1154,8 @@ class Wakeup:
             os.close(fd)
 
 
-# Processes are started with this program. It loads this file by its path: a file with the name of
-# a standard module, in the current directory or beside this file, is never imported.
+# The program of workers and their server. It loads this file by its path, so that no file named
+# like a standard module, in the current directory or beside this one, can be imported instead.
 LOAD = """
 import importlib, os, sys
 from importlib import machinery, util
@@ -1289,32 +1280,34 @@ if sys.platform == "win32":
                 process.wait(limit)
 
         def serve(self, begin: Callable[[Any], None], handle: str) -> None:
-            """Be the worker at the other end of a pipe."""
+            """Run as the worker at the other end of a pipe."""
             from multiprocessing.connection import PipeConnection
 
             begin(PipeConnection(int(handle)))
 
-        def launch(self, launch: Launch, home: str) -> Any:  # noqa: ARG002
+        def launch(
+            self, argv: Sequence[str], cwd: str, env: Mapping[str, str], out: int, _home: str
+        ) -> Any:
             """Start a job in a Job Object of its own; raise OSError where it cannot be started."""
             import subprocess
 
-            *shell, command = launch.argv
-            line = subprocess.list2cmdline(launch.argv)
+            *shell, command = argv
+            line = subprocess.list2cmdline(argv)
             if re.fullmatch(r"(.*[\\/])?cmd(\.exe)?", shell[0], re.IGNORECASE):  # quotes otherwise
                 line = subprocess.list2cmdline(shell) + f' "{command}"'
             new_group, suspended = 0x200, 0x4
             child: Any = subprocess.Popen(
                 line,
-                cwd=launch.cwd,
-                env={**os.environ, **launch.env},
+                cwd=cwd,
+                env={**os.environ, **env},
                 stdin=subprocess.DEVNULL,
-                stdout=launch.out,
-                stderr=launch.out,
+                stdout=out,
+                stderr=out,
                 creationflags=new_group | suspended,
             )
             kill_on_close = 0x2000
             process = int(child._handle)
-            self.jobs[child.pid] = self.call("CreateJobObjectW", None, launch.env["QUEUECTL_RUN"])
+            self.jobs[child.pid] = self.call("CreateJobObjectW", None, env["QUEUECTL_RUN"])
             self.set_limit(child, kill_on_close)
             self.call("AssignProcessToJobObject", self.jobs[child.pid], process)
             self.call("NtResumeProcess", process, dll="ntdll")
@@ -1386,13 +1379,13 @@ else:
         return b""
 
     def has_proc() -> bool:
-        """Tell whether /proc shows processes by the numbers that they have in our namespace."""
+        """Tell whether the pids in /proc are those of this PID namespace."""
         with contextlib.suppress(OSError):
             return os.readlink("/proc/self") == str(os.getpid())
         return False
 
     def table_from_proc() -> dict[int, Process]:
-        """Return the living processes by pid, as /proc shows them to every user."""
+        """Return the living processes by pid, from files that every user may read."""
         table = {}
         since_boot = 7  # CLOCK_BOOTTIME
         booted = time.time() - time.clock_gettime(since_boot)
@@ -1425,6 +1418,14 @@ else:
         if has_proc():
             return table_from_proc()
         return table_from_ps() if sys.platform != "linux" else {}
+
+    def descendants(table: Mapping[int, Process], roots: set[int], others: set[int]) -> set[int]:
+        """Return processes and all that descend from them, except `others` and their own."""
+        found = more = roots - others
+        while more:
+            more = {pid for pid, row in table.items() if row.parent in more} - found - others
+            found = found | more
+        return found
 
     def holds_lock(pid: int, path: str) -> bool:
         """Tell whether a process holds the lock of a file; having it open is not enough."""
@@ -1463,10 +1464,9 @@ else:
         return False
 
     class Child:
-        """A job's own process, with the part of the interface of `subprocess.Popen` that is used.
+        """A job's own process, with an interface like that of `subprocess.Popen`.
 
-        The parent adopts the descendants whose parents have ended. `elders` are those of earlier
-        jobs, which run on.
+        Its worker adopts orphaned descendants; `elders` are those of earlier jobs, which run on.
         """
 
         returncode = 0  # once it has ended; minus n for signal n
@@ -1477,7 +1477,7 @@ else:
             self.elders = elders
 
         def poll(self) -> int | None:
-            """Return how it ended, or None while it runs; bury every process that has ended."""
+            """Return the exit code, None while it runs; reap every child that has ended."""
             pid = 1
             while pid:
                 try:
@@ -1491,12 +1491,12 @@ else:
             return None if self.running else self.returncode
 
     class ForkServer:
-        """A process that has loaded everything once, and forks the workers of all our pools.
+        """A process that loads the program once and forks the workers of all pools from it.
 
-        A plain fork would not do: siblings would hold each other's pipes and locks open.
+        Workers forked from the pool itself would hold each other's pipes and locks open.
         """
 
-        PATIENCE = 10.0  # seconds for an answer, which include its start
+        PATIENCE = 10.0  # seconds to wait for an answer, including the start of the server
 
         def __init__(self, python: str) -> None:
             from multiprocessing import Pipe
@@ -1585,7 +1585,7 @@ else:
                     os.fdatasync(file.fileno())
 
         def make_wakeup(self, fifo: str = "") -> Wakeup | None:
-            """Return what wakes this process: by a FIFO of that name, else by a pipe of its own."""
+            """Return the means to wake this process: a FIFO of that name, or a pipe of its own."""
             if fifo:
                 with contextlib.suppress(OSError):  # a file system without FIFOs: pools poll
                     os.mkfifo(fifo, 0o600)
@@ -1597,9 +1597,9 @@ else:
             return Wakeup(reader, writer)
 
         def wait(self, sources: Iterable[Any], child: Any, limit: float | None) -> list[Any]:  # noqa: ARG002
-            """Wait for wakeups and pipes, for `limit` seconds at most; return the readable ones.
+            """Wait for wakeups and pipes that are not None, for `limit` seconds at most.
 
-            Sources that are None are left out. A child's end is a signal, which wakes its worker.
+            Returns the readable ones. A child's end is a signal, which wakes its worker.
             """
             import select
 
@@ -1640,11 +1640,13 @@ else:
                     os.kill(process, 0)
 
         def serve(self, begin: Callable[[Any], None]) -> None:
-            """Be the fork server at the other end of stdin, until that is closed."""
+            """Run as the fork server, with requests on stdin, until that is closed."""
             from multiprocessing.connection import Connection
             from multiprocessing.reduction import recv_handle
 
             os.chdir("/")  # no directory is kept busy
+            while os.open(os.devnull, os.O_RDWR) < 3:  # the standard streams may be closed
+                pass
             os.closerange(3, min(os.sysconf("SC_OPEN_MAX"), 65536))  # those of a host program
             link = Connection(os.dup(0))
             os.dup2(os.open(os.devnull, os.O_RDWR), 0)
@@ -1678,27 +1680,32 @@ else:
                 finally:
                     os._exit(0)
 
-        def launch(self, launch: Launch, home: str) -> Child:
+        def launch(
+            self, argv: Sequence[str], cwd: str, env: Mapping[str, str], out: int, home: str
+        ) -> Child:
             """Start a job in a session of its own; raise OSError where it cannot be started.
 
-            The output file is passed on a third time, as a descriptor that no redirection closes.
-            Text is UTF-8 whatever the locale. `home` is where this process works afterwards: an
-            idle worker must not keep the job's directory busy. Popen is not used because before
-            Python 3.10 it copies the whole process, which doubles the cost of a job.
+            `env` is added to the environment of this process; text is UTF-8 whatever the locale.
+            `out` becomes stdout, stderr, and a descriptor that no redirection closes. `home` is
+            the directory of this process afterwards: an idle worker must not keep the job's busy.
+            Before Python 3.10, Popen copies the whole process, which doubles the cost of a job.
             """
             self.inherited = self.inherited or dict(os.environb)
-            added = {k.encode(): v.encode(errors="surrogateescape") for k, v in launch.env.items()}
-            elders = self.children()
-            os.set_inheritable(launch.out, True)  # noqa: FBT003
-            os.chdir(launch.cwd)
+            added = {k.encode(): v.encode(errors="surrogateescape") for k, v in env.items()}
+            elders: set[int] = set()
+            with contextlib.suppress(ChildProcessError):  # as a rule, no earlier job left any
+                os.waitpid(-1, os.WNOHANG)
+                elders = descendants(process_table(), {os.getpid()}, set())
+            os.set_inheritable(out, True)  # noqa: FBT003
+            os.chdir(cwd)
             try:
                 pid = os.posix_spawnp(
-                    launch.argv[0],
-                    [*map(os.fsencode, launch.argv[:-1]), launch.argv[-1].encode()],
+                    argv[0],
+                    [*map(os.fsencode, argv[:-1]), argv[-1].encode()],
                     {**self.inherited, **added},
                     file_actions=[
-                        (os.POSIX_SPAWN_DUP2, launch.out, 1),
-                        (os.POSIX_SPAWN_DUP2, launch.out, 2),
+                        (os.POSIX_SPAWN_DUP2, out, 1),
+                        (os.POSIX_SPAWN_DUP2, out, 2),
                         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                     ],
                     setsid=True,
@@ -1709,13 +1716,6 @@ else:
                     os.chdir(home)
             self.child = Child(pid, elders)
             return self.child
-
-        def children(self) -> set[int]:
-            """Return the living children of this process, which seldom has any between jobs."""
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(-1, os.WNOHANG)
-                return {pid for pid, row in process_table().items() if row.parent == os.getpid()}
-            return set()
 
         def release(self, child: Child) -> None:
             """Let the background processes of a job that has ended run on."""
@@ -1747,28 +1747,24 @@ else:
         def family(self, trace: Trace, table: Mapping[int, Process], others: set[int]) -> set[int]:
             """Return the descendants of an attempt's leader and the members of its session.
 
-            A leader that did not start at the given time is another process that got the pid
-            later. Processes of `others` are of another attempt.
+            A leader that did not start at the given time is an unrelated process that got its pid
+            later. `others` belong to other attempts.
             """
             leader, oldest = trace.leader, trace.launched - 2
-            if not leader or (leader in table and abs(table[leader].started - oldest - 2) > 2):
-                return set()
-            found = {
-                p for p, row in table.items() if row.session == leader and row.started > oldest
-            }
-            if self.child and self.child.pid == leader:  # we adopted what its parents left behind
-                adopted = {pid for pid, row in table.items() if row.parent == os.getpid()}
-                found |= adopted - self.child.elders
-            more = found = found - others
-            while more:
-                more = {p for p, row in table.items() if row.parent in more} - found - others
-                found |= more
-            return found
+            found = set()
+            if self.child and self.child.pid == leader:  # this worker adopts orphaned descendants
+                children = {pid for pid, row in table.items() if row.parent == os.getpid()}
+                found = children - self.child.elders
+            if leader and (leader not in table or abs(table[leader].started - oldest - 2) <= 2):
+                found |= {
+                    p for p, row in table.items() if row.session == leader and row.started > oldest
+                }
+            return descendants(table, found, others)
 
         def send(self, trace: Trace, pids: Sequence[int], *numbers: int) -> None:
-            """Send signals to those of the given processes that are of an attempt.
+            """Send signals to those of the given processes that still belong to an attempt.
 
-            An open pidfd keeps the number of a process from being used again for another one.
+            Pids are reused, so membership is checked while a pidfd pins each process.
             """
             if not pids:
                 return
@@ -1776,7 +1772,7 @@ else:
                 fds = {pid: open_pidfd(pid) for pid in pids[:100]}  # descriptors are limited
                 for fd in filter(None, fds.values()):
                     stack.callback(os.close, fd)
-                for pid in set(self.processes(trace)).intersection(fds):
+                for pid in filter(fds.__contains__, self.processes(trace)):  # parents first
                     send_signals(pid, fds[pid], numbers)
             self.send(trace, pids[100:], *numbers)
 
@@ -1795,7 +1791,7 @@ else:
 
 
 def pid_namespace() -> str:
-    """Return the name of the namespace in which this process has its number, if there are any."""
+    """Return the name of this process's PID namespace, empty if there is none."""
     with contextlib.suppress(OSError, AttributeError):
         return os.readlink("/proc/self/ns/pid")
     return ""
@@ -1910,7 +1906,6 @@ class RunDirectory:
     """The directory beside the database: locks, output of attempts, FIFOs and stop requests."""
 
     def __init__(self, db: str) -> None:
-        """Name the run directory of a database; `make` makes it."""
         self.db = db
         self.path = db + ".run"
         self.inode = 0
@@ -1963,7 +1958,7 @@ class RunDirectory:
         return SYSTEM.is_unlocked(self.file(*parts))
 
     def read_note(self, *parts: object) -> dict[str, Any]:
-        """Return what the holder of a file wrote about itself; empty where it cannot be read."""
+        """Return the facts that the holder of a file wrote; none where they cannot be read."""
         unreadable = contextlib.suppress(OSError, ValueError, TypeError)
         with unreadable, open(self.file(*parts), "rb", opener=open_own) as file:
             return dict(json.load(file))
@@ -1997,12 +1992,12 @@ class RunDirectory:
         """Remove the files of dead processes, except those about jobs that are to be recovered."""
         keep = {job.locked_by for job in claimed} | {f"{job.seq}.{job.run}" for job in claimed}
         for item in self.files():
-            attempt = re.match(r"\d+\.\d+(?=\.)", item)
-            owner = attempt or re.match("(pool|worker)-[^.]+", item)
-            lock = item if attempt else owner and owner[0]
-            if owner and owner[0] not in keep and self.is_unlocked(lock):
+            owner = re.match(r"\d+\.\d+(?=\.)|(pool|worker)-[^.]+", item)
+            if owner and owner[0] not in keep:
+                lock = owner[0] if owner[1] else item  # an output file is its own lock
                 with contextlib.suppress(OSError):
-                    self.remove(item, is_lock=item == lock)
+                    if self.is_unlocked(lock):
+                        self.remove(item, is_lock=item == lock)
 
     def remove(self, item: str, *, is_lock: bool) -> None:
         """Remove a file; a lock only if nobody has taken it meanwhile."""
@@ -3838,8 +3833,11 @@ class PoolFiles:
 
 
 def begin_worker(pipe: Pipe) -> None:
-    """Be the worker that the process at the other end of a pipe has asked for."""
-    environ, worker, insecure = pipe.recv()
+    """Run the worker that the pool at the other end of a pipe asks for."""
+    try:
+        environ, worker, insecure = pipe.recv()
+    except EOFError:  # the pool is gone already
+        return
     run_worker(environ, *worker, pipe, insecure=insecure)
 
 

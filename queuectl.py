@@ -2897,13 +2897,17 @@ class Output(LockFile):
         if SYSTEM.punch_hole(self.fd, size - limit):
             self.hole = size - limit
         else:  # a file system without holes: everything goes
-            os.ftruncate(self.fd, 0)
-            self.bytes_dropped += size
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.fd, 0)
+                self.bytes_dropped += size
         return True
 
     def tail(self, limit: int) -> tuple[int, bytes]:
         """Return how many bytes precede the last ones, and at most `limit` last bytes."""
-        dropped, output = last_bytes(self.fd, limit)
+        try:
+            dropped, output = last_bytes(self.fd, limit)
+        except OSError as error:
+            return self.bytes_dropped, f"[the output cannot be read: {error.strerror}]\n".encode()
         return self.bytes_dropped + dropped, output
 
 
@@ -2936,12 +2940,18 @@ class Termination:
     are reported, and must delay no stop: then `is_overdue` is true.
     """
 
-    def __init__(self, job: Job, run_dir: RunDirectory, grace: float, notices: Notices) -> None:
+    def __init__(
+        self,
+        job: Job,
+        run_dir: RunDirectory,
+        grace: float,
+        notices: Notices,
+        output: Output | None = None,
+    ) -> None:
         self.job = job
+        self.run_dir = run_dir
         self.notices = notices
-        self.trace = run_dir.trace(job)
-        for name in run_dir.attempt_files(job)[:1]:  # a kept result has renamed the output
-            self.trace = self.trace._replace(lock_path=run_dir.file(name))
+        self.output = output  # whose lock this process shares
         self.deadline = time.monotonic() + grace
         self.pause = 0.005
         self.asked: set[int] = set()
@@ -2950,21 +2960,32 @@ class Termination:
         """Ask or kill the remaining processes; return whether none is left and the lock is free."""
         self.pause = min(self.pause * 1.5, 1.0 if self.is_overdue else 0.05)
         try:
-            remaining = SYSTEM.processes(self.trace)
-            if time.monotonic() >= self.deadline:
-                SYSTEM.kill(self.trace, remaining)
-            else:
-                SYSTEM.terminate(self.trace, [pid for pid in remaining if pid not in self.asked])
-            self.asked.update(remaining)
-            if not remaining and SYSTEM.is_unlocked(self.trace.lock_path):
+            remaining = self.signal_processes()
+            if not remaining:
                 return True
-            reason = f"do not end ({', '.join(map(str, remaining)) or 'unknown'})"
+            reason = f"do not end ({', '.join(map(str, remaining))})"
         except OSError as error:
             reason = f"cannot be found: {error.strerror}"
         if self.is_overdue:
             name = printable(self.job.id)
             self.notices.report(f"remaining processes of job {name} {reason}", key=self.job.key)
         return False
+
+    def signal_processes(self) -> list[int | str]:
+        """Signal the remaining processes and return their pids, "unknown" where they hide."""
+        if self.output:
+            self.output.reopen()
+            self.output = None
+        trace = self.run_dir.trace(self.job)
+        for name in self.run_dir.attempt_files(self.job)[:1]:  # a kept result has renamed it
+            trace = trace._replace(lock_path=self.run_dir.file(name))
+        found = SYSTEM.processes(trace)
+        if time.monotonic() >= self.deadline:
+            SYSTEM.kill(trace, found)
+        else:
+            SYSTEM.terminate(trace, [pid for pid in found if pid not in self.asked])
+        self.asked.update(found)
+        return [*found] if found or SYSTEM.is_unlocked(trace.lock_path) else ["unknown"]
 
     @property
     def is_overdue(self) -> bool:
@@ -3181,10 +3202,7 @@ class Execution:
         code = child.poll()
         error = error or explain_exit(code)
         finished = max(self.started, self.clock())
-        tail = (0, b"")
-        if self.output:
-            with self.reporting_faults():
-                tail = self.output.tail(self.settings["output_limit"])
+        tail = self.output.tail(self.settings["output_limit"]) if self.output else (0, b"")
         self.outcome = Outcome(end, self.started, finished, code, error, *tail)
 
     def watch(self, child: Any) -> tuple[End, str | None]:
@@ -3200,41 +3218,20 @@ class Execution:
             if now >= deadline:
                 return "timed out", f"timed out after {format_duration(timeout)}"
             self.link.wait(min(deadline, now + pause), child)
-            if time.monotonic() > now + pause:
-                pause = 0.01 if self.trim() else min(pause * 2, 0.1)
+            if self.output and time.monotonic() > now + pause:
+                trimmed = self.output.trim(self.settings["output_limit"])
+                pause = 0.01 if trimmed else min(pause * 2, 0.1)
         return "exited", None
-
-    def trim(self) -> bool:
-        """Free disk space if the output is very long; return whether there was any to free."""
-        with self.reporting_faults():
-            return self.output is not None and self.output.trim(self.settings["output_limit"])
-        return False
 
     def end_processes(self, child: Any) -> bool:
         """End the remaining processes; return False where some remain and it is time to leave."""
-        while True:
-            with self.reporting_faults():
-                termination = Termination(
-                    self.job, self.run_dir, self.settings["kill_grace"], self.link.notices
-                )
-                if self.output:
-                    self.output.reopen()
-                break
-            self.link.wait(time.monotonic() + AGAIN, child)
-        while not termination.step() or child.poll() is None:
-            if termination.is_overdue and self.link.stopping:
+        grace = self.settings["kill_grace"]
+        ending = Termination(self.job, self.run_dir, grace, self.link.notices, self.output)
+        while not ending.step() or child.poll() is None:
+            if ending.is_overdue and self.link.stopping:
                 return False
-            self.link.wait(time.monotonic() + termination.pause, child)
+            self.link.wait(time.monotonic() + ending.pause, child)
         return True
-
-    @contextlib.contextmanager
-    def reporting_faults(self) -> Iterator[None]:
-        """Report an error of the file system, which must not end the worker."""
-        try:
-            yield
-        except OSError as error:
-            name = printable(self.job.id)
-            self.link.notices.report(f"job {name}: {error.strerror}", key=f"{name} {error.errno}")
 
 
 class Worker:
@@ -3595,12 +3592,6 @@ class WorkerHandle:
         with contextlib.suppress(OSError):
             write_line(self.pipe, *request)
 
-    def cancel(self, key: str) -> None:
-        """Ask once that an attempt be cancelled."""
-        if key != self.cancelled:
-            self.cancelled = key
-            self.send("cancel", key)
-
 
 class Crew:
     """The workers of a pool: start the missing ones, wake idle ones, remove dead ones."""
@@ -3627,10 +3618,6 @@ class Crew:
         self.leave_by = NEVER  # do not wait longer for the thread
         self.deaths: list[float] = []  # of workers without a job
         self.maybe_work = True  # there may be ready jobs that nobody was woken for
-
-    def names(self) -> set[str | None]:
-        """Return the names of the workers."""
-        return {worker.name for worker in self.workers}
 
     def states(self) -> list[WorkerState]:
         """Return the states of the workers."""
@@ -3691,9 +3678,9 @@ class Crew:
                     result.send(self.mode)
         return more
 
-    def is_starting(self) -> bool:
-        """Tell whether a worker may still have to be told to stop."""
-        return self.starting and time.monotonic() < self.leave_by
+    def is_alive(self) -> bool:
+        """Tell whether there are workers, or a start whose end is worth waiting for."""
+        return bool(self.workers) or (self.starting and time.monotonic() < self.leave_by)
 
     def report_failed_start(self, error: Exception) -> None:
         """Report that a worker cannot be started; without any worker, this cannot last."""
@@ -3745,10 +3732,12 @@ class Crew:
 
     def cancel(self, claimed: Iterable[Job]) -> None:
         """Ask the workers to end the jobs that the operator has cancelled."""
-        workers = {worker.name: worker for worker in self.workers}
-        for job in claimed:
-            if job.cancel_requested and job.locked_by in workers:
-                workers[job.locked_by].cancel(job.key)
+        keys = {job.locked_by: job.key for job in claimed if job.cancel_requested}
+        for worker in self.workers:
+            key = keys.get(worker.name, worker.cancelled)
+            if key != worker.cancelled:
+                worker.cancelled = key
+                worker.send("cancel", key)
 
     def stop(self, mode: Literal["stop", "now"]) -> None:
         """Ask every worker to stop, and start no more."""
@@ -3763,13 +3752,6 @@ class Crew:
         self.take_started()
         for worker in self.workers:
             worker.pipe.close()
-
-
-class Orphan(NamedTuple):
-    """The attempt of a dead worker, until its job is back in the queue."""
-
-    kept: Outcome | None
-    termination: Termination | None  # None where the job completed: its children run on
 
 
 class Recovery:
@@ -3790,7 +3772,8 @@ class Recovery:
         self.notices = notices
         self.attempt = attempt
         self.report = report
-        self.orphans: dict[str, Orphan] = {}  # by the key of the attempt
+        # By the key of the attempt. Without a Termination the job completed: its children run on.
+        self.orphans: dict[str, tuple[Outcome | None, Termination | None]] = {}
         self.has_strangers = False  # some jobs belong to workers that are not, or no longer, ours
 
     def recover(self, claimed: Sequence[Job], ours: set[str | None]) -> None:
@@ -3809,11 +3792,9 @@ class Recovery:
             return
         settings = self.ledger.reader.settings(job.queue)
         if job.key not in self.orphans:
-            termination = None
             kept = kept_result(self.run_dir, job)
-            if not kept or kept.error:
-                termination = Termination(job, self.run_dir, settings["kill_grace"], self.notices)
-            self.orphans[job.key] = Orphan(kept, termination)
+            ending = Termination(job, self.run_dir, settings["kill_grace"], self.notices)
+            self.orphans[job.key] = (kept, ending if not kept or kept.error else None)
         kept, termination = self.orphans[job.key]
         if not termination or termination.step():
             del self.orphans[job.key]  # first: a lock of another program must delay no stop
@@ -3831,8 +3812,7 @@ class Recovery:
 
     def is_ending(self) -> bool:
         """Tell whether processes of dead workers are being ended, and are not overdue."""
-        endings = [orphan.termination for orphan in self.orphans.values()]
-        return any(ending and not ending.is_overdue for ending in endings)
+        return any(ending and not ending.is_overdue for _, ending in self.orphans.values())
 
 
 class Pool:
@@ -3874,11 +3854,14 @@ class Pool:
             if self.options.signals:
                 stack.enter_context(handle_signals(self.on_signal, self.files.wakeup))
             stack.callback(self.crew.close)
-            self.announce()
+            has_jobs = any(self.reader.counts().values())
+            empty = "" if has_jobs else ", where there are no jobs yet"
+            workers = plural(self.options.size, "worker")
+            self.say(f"{workers} on {printable(self.ledger.db.path)}{empty}")
             self.attempt(self.files.run_dir.clean, self.reader.claimed())
             for step in ("poll", "prune", "start"):
                 self.agenda.set(step, 0.0)
-            while self.is_needed():
+            while not self.mode or self.crew.is_alive() or self.recovery.is_ending():
                 self.turn()
             self.events.flush()
             with self.ledger.db.translate_errors():
@@ -3886,20 +3869,6 @@ class Pool:
         if self.fault:
             raise self.fault
         return self.code
-
-    def announce(self) -> None:
-        """Report the beginning."""
-        has_jobs = any(self.reader.counts().values())
-        empty = "" if has_jobs else ", where there are no jobs yet"
-        workers = plural(self.options.size, "worker")
-        self.say(f"{workers} on {printable(self.ledger.db.path)}{empty}")
-
-    def is_needed(self) -> bool:
-        """Tell whether there is anything left to do."""
-        crew = self.crew
-        return bool(
-            not self.mode or crew.workers or crew.is_starting() or self.recovery.is_ending()
-        )
 
     def say(self, text: str) -> None:
         """Print an event line, after those that are held."""
@@ -4055,7 +4024,7 @@ class Pool:
         """Pass on cancel requests, and take a step for each job of a dead worker."""
         claimed = self.reader.claimed()
         self.crew.cancel(claimed)
-        self.recovery.recover(claimed, self.crew.names())
+        self.recovery.recover(claimed, {worker.name for worker in self.crew.workers})
         if self.recovery.is_ending():
             self.agenda.within("poll", BATCH)
 

@@ -2896,7 +2896,7 @@ class Output(LockFile):
             return False
         if SYSTEM.punch_hole(self.fd, size - limit):
             self.hole = size - limit
-        else:  # a file system without holes: everything goes
+        else:  # a file system without holes: drop the whole file
             with contextlib.suppress(OSError):
                 os.ftruncate(self.fd, 0)
                 self.bytes_dropped += size
@@ -3035,8 +3035,8 @@ def recovered_outcome(
 
 # --- worker: the process that runs one job at a time ----------------------------------------------
 
-BATCH = 0.04  # seconds for which news, syncs and polls that nobody waits for are collected
-AGAIN = 0.25  # seconds before another try of something that the machine refused, doubled each time
+BATCH = 0.04  # seconds for which news, syncs and polls are collected if they are not urgent
+AGAIN = 0.25  # seconds before the second try of something that failed, doubled each time
 LONGEST_AGAIN = 4.0
 
 Request = Literal["go", "stop", "now", "cancel"]  # of a pool to a worker
@@ -3121,7 +3121,7 @@ class PoolLink:
                 self.lose_pool()
 
     def receive(self) -> None:
-        """Take in the requests of the pool."""
+        """Read and obey the requests of the pool."""
         try:
             while not self.orphaned and self.pipe.poll():
                 for request in self.reader.read():
@@ -3130,14 +3130,14 @@ class PoolLink:
             self.lose_pool()
 
     def obey(self, request: Request, key: str = "") -> None:
-        """Take in one request; "go" only wakes the worker."""
+        """Obey one request; "go" only wakes the worker."""
         self.stopping |= request in ("stop", "now")
         self.ending |= request == "now"
         if request == "cancel":
             self.cancelled = key
 
     def lose_pool(self) -> None:
-        """Note that the pool is gone: finish the running job, and leave."""
+        """Note that the pool is gone: the worker finishes its job and leaves."""
         self.orphaned = True
         self.stopping = True
 
@@ -3147,7 +3147,7 @@ class PoolLink:
         until = min(until, self.flush_at)
         limit = None if until == NEVER else max(0.0, until - time.monotonic())
         if self.orphaned and limit is None:
-            return  # nobody is left to wait for
+            return  # it is time to leave
         pipe = None if self.orphaned else self.pipe
         if self.pipe in SYSTEM.wait((self.wakeup, pipe), child, limit):
             self.receive()
@@ -3314,7 +3314,7 @@ class Worker:
             self.link.wait(until)
 
     def note_success(self) -> None:
-        """Forget the problems: the next one is reported, and tried again, at once."""
+        """Forget the problems so far: the next one is reported at once and retried soon."""
         self.link.notices.clear()
         self.pause = AGAIN
 
@@ -3355,7 +3355,7 @@ class Worker:
         return "cancelled" if job.key == self.link.cancelled else None
 
     def poll_requests(self, job: Job) -> None:
-        """Look, without a pool, for the requests that it would have passed on."""
+        """Look for the requests that the pool, which is gone, would have passed on."""
         if self.run_dir.stop_requested(pool_of(self.name)) == "now":
             self.link.obey("now")
         with contextlib.suppress(QueueError):
@@ -3617,7 +3617,7 @@ class Crew:
         self.mode: StopMode = ""
         self.leave_by = NEVER  # do not wait longer for the thread
         self.deaths: list[float] = []  # of workers without a job
-        self.maybe_work = True  # there may be ready jobs that nobody was woken for
+        self.maybe_work = True  # there may be ready jobs for which no worker was woken
 
     def states(self) -> list[WorkerState]:
         """Return the states of the workers."""
@@ -3638,28 +3638,24 @@ class Crew:
                 self.results.put(None)
 
     def start_workers(self, slots: Iterable[int]) -> None:
-        """Start workers one after the other, and tell the pool of each."""
+        """Start workers one after the other; pass on each, or what makes it impossible."""
+        options = self.options
         for slot in slots:
-            if not self.mode:
-                self.results.put(self.start_worker(slot))
-                self.files.run_dir.notify()
+            self.started += 1
+            name = worker_name(self.files.name, self.started)
+            worker = (self.files.run_dir.db, name, slot, options.queues)
+            try:
+                process, pipe = start_worker(*worker, insecure=options.insecure)
+                self.results.put(WorkerHandle(name, slot, process, pipe))
+            except (EOFError, OSError) as error:  # its server died, or the machine is at its limit
+                self.results.put(error)
+            self.files.run_dir.notify()
+            if self.mode:
+                break
         self.results.put(None)
         self.files.run_dir.notify()
-        if self.leave_by < time.monotonic():  # nobody else will
+        if self.leave_by < time.monotonic():  # the pool has left already
             self.close()
-
-    def start_worker(self, slot: int) -> WorkerHandle | Exception:
-        """Start a worker; return what makes it impossible."""
-        self.started += 1
-        name = worker_name(self.files.name, self.started)
-        path = self.files.run_dir.db
-        try:
-            process, pipe = start_worker(
-                path, name, slot, self.options.queues, insecure=self.options.insecure
-            )
-            return WorkerHandle(name, slot, process, pipe)
-        except (EOFError, OSError) as error:  # its server died, or the machine is at its limit
-            return error
 
     def take_started(self) -> bool:
         """Take in what the thread has started; return whether it has ended, with more to do."""
@@ -3679,7 +3675,7 @@ class Crew:
         return more
 
     def is_alive(self) -> bool:
-        """Tell whether there are workers, or a start whose end is worth waiting for."""
+        """Tell whether there are workers, or may soon be."""
         return bool(self.workers) or (self.starting and time.monotonic() < self.leave_by)
 
     def report_failed_start(self, error: Exception) -> None:
@@ -3718,9 +3714,9 @@ class Crew:
             worker.send("go")
 
     def check_answers(self) -> None:
-        """Do not wait for a worker that does not answer: it may be stopped.
+        """Stop waiting for workers that do not answer; they may be stopped.
 
-        It counts as busy, since it looks for a job by itself as soon as it is continued.
+        Such a worker counts as busy: once continued, it looks for a job by itself.
         """
         now = time.monotonic()
         for worker in self.workers:
@@ -3816,7 +3812,7 @@ class Recovery:
 
 
 class Pool:
-    """The process of `worker start`. It runs no job: it watches, and wakes who is needed."""
+    """The process of `worker start`. It runs no jobs: it starts, wakes and replaces workers."""
 
     def __init__(self, ledger: Ledger, files: PoolFiles, options: PoolOptions) -> None:
         self.ledger = ledger
@@ -3836,7 +3832,6 @@ class Pool:
             "print": self.print_events,
         }
         self.signals: list[tuple[float, int]] = []
-        self.mode: StopMode = ""
         self.code: int = Exit.OK
         self.fault: Fault | None = None
         self.seen: object = None  # the data_version of the last poll, and its connection
@@ -3861,7 +3856,7 @@ class Pool:
             self.attempt(self.files.run_dir.clean, self.reader.claimed())
             for step in ("poll", "prune", "start"):
                 self.agenda.set(step, 0.0)
-            while not self.mode or self.crew.is_alive() or self.recovery.is_ending():
+            while not self.crew.mode or self.crew.is_alive() or self.recovery.is_ending():
                 self.turn()
             self.events.flush()
             with self.ledger.db.translate_errors():
@@ -3876,7 +3871,7 @@ class Pool:
         self.options.say(text)
 
     def turn(self) -> None:
-        """Wait for something to happen, take it in, and act on it."""
+        """Wait for an event, and act on it."""
         self.options.tick()
         ready = self.wait()
         if self.crew.take_started():
@@ -3933,7 +3928,7 @@ class Pool:
             self.take_news(worker, News(*item))
 
     def take_news(self, worker: WorkerHandle, news: News) -> None:
-        """Take in one item of a worker's news."""
+        """Act on one item of a worker's news."""
         if news.kind == "damaged":
             self.fail(Fault(news.text))
         elif news.kind == "event":
@@ -3945,7 +3940,7 @@ class Pool:
                 self.agenda.within("sync", BATCH)
 
     def report(self, state: str, text: str, when: float = 0.0) -> None:
-        """Report the end of an attempt, and see to its consequences."""
+        """Report the end of an attempt, and schedule the steps that follow from it."""
         self.events.held.append((when or time.monotonic(), text))
         self.agenda.within("print", 1.5 * BATCH)
         self.agenda.within("sync", BATCH)
@@ -3983,17 +3978,16 @@ class Pool:
             if when < self.signals[0][0] + 1:
                 hint = "; send it again after a second to end them"
                 self.stop("stop", signal_name(number), hint)
-            elif self.mode != "now":
+            elif self.crew.mode != "now":
                 self.code = Exit.SIGNALLED + number
                 self.stop("now", signal_name(number))
 
     def stop(self, mode: Literal["stop", "now"], reason: str = "", hint: str = "") -> None:
         """Stop, unless that has begun: claim no more jobs or, for "now", end the running ones."""
-        if self.mode in (mode, "now"):
+        if self.crew.mode in (mode, "now"):
             return
         if reason:
             self.say(f"{reason}: {STOPPING[mode]}{hint}")
-        self.mode = mode
         self.crew.stop(mode)
 
     def fail(self, fault: Fault) -> None:
@@ -4003,7 +3997,7 @@ class Pool:
             self.stop("stop", str(fault))
 
     def poll(self) -> None:
-        """Look at what notifies nobody: stop requests, the files, other writers, dead workers."""
+        """Check what causes no wakeup: stop requests, the files, other writers, dead workers."""
         self.agenda.set("poll", SYSTEM.POLL)
         requested = self.files.run_dir.stop_requested(self.files.name)
         if requested:
@@ -4035,7 +4029,7 @@ class Pool:
         if retention:
             before = self.ledger.clock() - retention
             deleted = [self.ledger.delete_slice(state, before) for state in PRUNED_BY_DEFAULT]
-            if any(deleted):  # which may allow more: a job that waits for another is deleted first
+            if any(deleted):  # there may be more, such as the jobs that these waited for
                 self.agenda.set("prune", BATCH)
 
     def sync(self) -> None:
@@ -4057,7 +4051,7 @@ class Pool:
 
     def dispatch(self) -> None:
         """Wake a worker if there may be work, or leave if a drain has nothing to wait for."""
-        if self.mode:
+        if self.crew.mode:
             return
         self.crew.dispatch()
         is_idle = set(self.crew.states()) == {"idle"} and not self.crew.maybe_work

@@ -2863,6 +2863,8 @@ def last_bytes(fd: int, limit: int) -> tuple[int, bytes]:
     """Return how many bytes of a file precede its last ones, and at most `limit` last bytes."""
     size = os.fstat(fd).st_size
     kept = min(limit, size)
+    if not kept:
+        return size, b""
     os.lseek(fd, size - kept, os.SEEK_SET)
     return size - kept, os.read(fd, kept)
 

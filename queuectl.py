@@ -3615,7 +3615,7 @@ class Crew:
         self.missing = list(range(1, options.size + 1))  # slots without a worker
         self.started = 0
         self.starting = False  # a thread starts workers
-        self.results: SimpleQueue[WorkerHandle | Exception | None] = SimpleQueue()  # of the thread
+        self.results: SimpleQueue[WorkerHandle | str | None] = SimpleQueue()  # of the thread
         self.mode: StopMode = ""
         self.leave_by = NEVER  # do not wait longer for the thread
         self.deaths: list[float] = []  # of workers without a job
@@ -3636,7 +3636,7 @@ class Crew:
             try:
                 threading.Thread(target=self.start_workers, args=(slots,), daemon=True).start()
             except RuntimeError:  # no more threads
-                self.results.put(OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
+                self.results.put(os.strerror(errno.EAGAIN))
                 self.results.put(None)
 
     def start_workers(self, slots: Iterable[int]) -> None:
@@ -3650,7 +3650,8 @@ class Crew:
                 process, pipe = start_worker(*worker, insecure=options.insecure)
                 self.results.put(WorkerHandle(name, slot, process, pipe))
             except (EOFError, OSError) as error:  # its server died, or the machine is at its limit
-                self.results.put(error)
+                # Not the error: its traceback would keep descriptors open.
+                self.results.put(getattr(error, "strerror", None) or "its fork server died")
             self.files.run_dir.notify()
             if self.mode:
                 break
@@ -3667,7 +3668,7 @@ class Crew:
             if result is None:
                 self.starting = False
                 more = bool(self.missing) or self.started > self.options.size
-            elif isinstance(result, Exception):
+            elif isinstance(result, str):
                 self.report_failed_start(result)
             else:
                 self.workers.append(result)
@@ -3680,9 +3681,8 @@ class Crew:
         """Tell whether there are workers, or may soon be."""
         return bool(self.workers) or (self.starting and time.monotonic() < self.leave_by)
 
-    def report_failed_start(self, error: Exception) -> None:
+    def report_failed_start(self, reason: str) -> None:
         """Report that a worker cannot be started; without any worker, this cannot last."""
-        reason = getattr(error, "strerror", None) or "its fork server died"
         trouble = f"a worker cannot be started: {reason}"
         self.notices.report(f"{trouble}; trying again")
         if not self.workers:

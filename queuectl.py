@@ -51,9 +51,9 @@ The sections of this file, in order. Each one uses only the sections above it.
     command line    the commands, their arguments, and main
 
 To follow a job: cmd_enqueue, Queue.enqueue_many, RunDirectory.notify, Pool.turn, Crew.dispatch,
-Worker.main, Ledger.claim, Execution.run, Ledger.finish, after_attempt. To follow a killed worker:
+Worker.main, Ledger.claim, Worker.run, Ledger.finish, after_attempt. To follow a killed worker:
 Pool.reap, Recovery.recover, Termination, Ledger.finish. To follow a signal: Pool.on_signal,
-Pool.obey_signals, Pool.stop, Worker.receive, Execution.watch.
+Pool.obey_signals, Pool.stop, PoolLink.receive, Execution.watch.
 """
 
 from __future__ import annotations
@@ -3770,8 +3770,7 @@ class Recovery:
         self.notices = notices
         self.attempt = attempt
         self.report = report
-        # By the key of the attempt. Without a Termination the job completed: its children run on.
-        self.orphans: dict[str, tuple[Outcome | None, Termination | None]] = {}
+        self.orphans: dict[str, Termination] = {}  # by the key of the attempt
         self.has_strangers = False  # some jobs belong to workers that are not, or no longer, ours
 
     def recover(self, claimed: Sequence[Job], ours: set[str | None]) -> None:
@@ -3790,11 +3789,11 @@ class Recovery:
             return
         settings = self.ledger.reader.settings(job.queue)
         if job.key not in self.orphans:
-            kept = kept_result(self.run_dir, job)
-            ending = Termination(job, self.run_dir, settings["kill_grace"], self.notices)
-            self.orphans[job.key] = (kept, ending if not kept or kept.error else None)
-        kept, termination = self.orphans[job.key]
-        if not termination or termination.step():
+            grace = settings["kill_grace"]
+            self.orphans[job.key] = Termination(job, self.run_dir, grace, self.notices)
+        kept = kept_result(self.run_dir, job)
+        completed = kept and not kept.error  # then its background processes run on
+        if completed or self.orphans[job.key].step():
             del self.orphans[job.key]  # first: a lock of another program must delay no stop
             self.requeue(job, kept, settings["output_limit"])
 
@@ -3810,7 +3809,7 @@ class Recovery:
 
     def is_ending(self) -> bool:
         """Tell whether processes of dead workers are being ended, and are not overdue."""
-        return any(ending and not ending.is_overdue for _, ending in self.orphans.values())
+        return not all(orphan.is_overdue for orphan in self.orphans.values())
 
 
 class Pool:

@@ -3183,6 +3183,8 @@ def last_bytes(fd: int, limit: int) -> tuple[int, bytes]:
     """Return how many bytes of a file precede its last ones, and at most `limit` last bytes."""
     size = os.fstat(fd).st_size
     kept = min(limit, size)
+    if not kept:
+        return size, b""
     os.lseek(fd, size - kept, os.SEEK_SET)
     return size - kept, os.read(fd, kept)
 
@@ -3216,14 +3218,18 @@ class Output(LockFile):
             return False
         if SYSTEM.punch_hole(self.fd, size - limit):
             self.hole = size - limit
-        else:  # a file system without holes: everything goes
-            os.ftruncate(self.fd, 0)
-            self.bytes_dropped += size
+        else:  # a file system without holes: drop the whole file
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.fd, 0)
+                self.bytes_dropped += size
         return True
 
     def tail(self, limit: int) -> tuple[int, bytes]:
         """Return how many bytes precede the last ones, and at most `limit` last bytes."""
-        dropped, output = last_bytes(self.fd, limit)
+        try:
+            dropped, output = last_bytes(self.fd, limit)
+        except OSError as error:
+            return self.bytes_dropped, f"[the output cannot be read: {error.strerror}]\n".encode()
         return self.bytes_dropped + dropped, output
 
 
@@ -3256,12 +3262,18 @@ class Termination:
     are reported, and must delay no stop: then `is_overdue` is true.
     """
 
-    def __init__(self, job: Job, run_dir: RunDirectory, grace: float, notices: Notices) -> None:
+    def __init__(
+        self,
+        job: Job,
+        run_dir: RunDirectory,
+        grace: float,
+        notices: Notices,
+        output: Output | None = None,
+    ) -> None:
         self.job = job
+        self.run_dir = run_dir
         self.notices = notices
-        self.trace = run_dir.trace(job)
-        for name in run_dir.attempt_files(job)[:1]:  # a kept result has renamed the output
-            self.trace = self.trace._replace(lock_path=run_dir.file(name))
+        self.output = output  # whose lock this process shares
         self.deadline = time.monotonic() + grace
         self.pause = 0.005
         self.asked: set[int] = set()
@@ -3270,21 +3282,32 @@ class Termination:
         """Ask or kill the remaining processes; return whether none is left and the lock is free."""
         self.pause = min(self.pause * 1.5, 1.0 if self.is_overdue else 0.05)
         try:
-            remaining = SYSTEM.processes(self.trace)
-            if time.monotonic() >= self.deadline:
-                SYSTEM.kill(self.trace, remaining)
-            else:
-                SYSTEM.terminate(self.trace, [pid for pid in remaining if pid not in self.asked])
-            self.asked.update(remaining)
-            if not remaining and SYSTEM.is_unlocked(self.trace.lock_path):
+            remaining = self.signal_processes()
+            if not remaining:
                 return True
-            reason = f"do not end ({', '.join(map(str, remaining)) or 'unknown'})"
+            reason = f"do not end ({', '.join(map(str, remaining))})"
         except OSError as error:
             reason = f"cannot be found: {error.strerror}"
         if self.is_overdue:
             name = printable(self.job.id)
             self.notices.report(f"remaining processes of job {name} {reason}", key=self.job.key)
         return False
+
+    def signal_processes(self) -> list[int | str]:
+        """Signal the remaining processes and return their pids, "unknown" where they hide."""
+        if self.output:
+            self.output.reopen()
+            self.output = None
+        trace = self.run_dir.trace(self.job)
+        for name in self.run_dir.attempt_files(self.job)[:1]:  # a kept result has renamed it
+            trace = trace._replace(lock_path=self.run_dir.file(name))
+        found = SYSTEM.processes(trace)
+        if time.monotonic() >= self.deadline:
+            SYSTEM.kill(trace, found)
+        else:
+            SYSTEM.terminate(trace, [pid for pid in found if pid not in self.asked])
+        self.asked.update(found)
+        return [*found] if found or SYSTEM.is_unlocked(trace.lock_path) else ["unknown"]
 
     @property
     def is_overdue(self) -> bool:
@@ -3334,8 +3357,8 @@ def recovered_outcome(
 
 # --- worker: the process that runs one job at a time ----------------------------------------------
 
-BATCH = 0.04  # seconds for which news, syncs and polls that nobody waits for are collected
-AGAIN = 0.25  # seconds before another try of something that the machine refused, doubled each time
+BATCH = 0.04  # seconds for which news, syncs and polls are collected if they are not urgent
+AGAIN = 0.25  # seconds before the second try of something that failed, doubled each time
 LONGEST_AGAIN = 4.0
 
 Request = Literal["go", "stop", "now", "cancel"]  # of a pool to a worker
@@ -3420,7 +3443,7 @@ class PoolLink:
                 self.lose_pool()
 
     def receive(self) -> None:
-        """Take in the requests of the pool."""
+        """Read and obey the requests of the pool."""
         try:
             while not self.orphaned and self.pipe.poll():
                 for request in self.reader.read():
@@ -3429,14 +3452,14 @@ class PoolLink:
             self.lose_pool()
 
     def obey(self, request: Request, key: str = "") -> None:
-        """Take in one request; "go" only wakes the worker."""
+        """Obey one request; "go" only wakes the worker."""
         self.stopping |= request in ("stop", "now")
         self.ending |= request == "now"
         if request == "cancel":
             self.cancelled = key
 
     def lose_pool(self) -> None:
-        """Note that the pool is gone: finish the running job, and leave."""
+        """Note that the pool is gone: the worker finishes its job and leaves."""
         self.orphaned = True
         self.stopping = True
 
@@ -3446,7 +3469,7 @@ class PoolLink:
         until = min(until, self.flush_at)
         limit = None if until == NEVER else max(0.0, until - time.monotonic())
         if self.orphaned and limit is None:
-            return  # nobody is left to wait for
+            return  # it is time to leave
         pipe = None if self.orphaned else self.pipe
         if self.pipe in SYSTEM.wait((self.wakeup, pipe), child, limit):
             self.receive()
@@ -3501,10 +3524,7 @@ class Execution:
         code = child.poll()
         error = error or explain_exit(code)
         finished = max(self.started, self.clock())
-        tail = (0, b"")
-        if self.output:
-            with self.reporting_faults():
-                tail = self.output.tail(self.settings["output_limit"])
+        tail = self.output.tail(self.settings["output_limit"]) if self.output else (0, b"")
         self.outcome = Outcome(end, self.started, finished, code, error, *tail)
 
     def watch(self, child: Any) -> tuple[End, str | None]:
@@ -3520,41 +3540,20 @@ class Execution:
             if now >= deadline:
                 return "timed out", f"timed out after {format_duration(timeout)}"
             self.link.wait(min(deadline, now + pause), child)
-            if time.monotonic() > now + pause:
-                pause = 0.01 if self.trim() else min(pause * 2, 0.1)
+            if self.output and time.monotonic() > now + pause:
+                trimmed = self.output.trim(self.settings["output_limit"])
+                pause = 0.01 if trimmed else min(pause * 2, 0.1)
         return "exited", None
-
-    def trim(self) -> bool:
-        """Free disk space if the output is very long; return whether there was any to free."""
-        with self.reporting_faults():
-            return self.output is not None and self.output.trim(self.settings["output_limit"])
-        return False
 
     def end_processes(self, child: Any) -> bool:
         """End the remaining processes; return False where some remain and it is time to leave."""
-        while True:
-            with self.reporting_faults():
-                termination = Termination(
-                    self.job, self.run_dir, self.settings["kill_grace"], self.link.notices
-                )
-                if self.output:
-                    self.output.reopen()
-                break
-            self.link.wait(time.monotonic() + AGAIN, child)
-        while not termination.step() or child.poll() is None:
-            if termination.is_overdue and self.link.stopping:
+        grace = self.settings["kill_grace"]
+        ending = Termination(self.job, self.run_dir, grace, self.link.notices, self.output)
+        while not ending.step() or child.poll() is None:
+            if ending.is_overdue and self.link.stopping:
                 return False
-            self.link.wait(time.monotonic() + termination.pause, child)
+            self.link.wait(time.monotonic() + ending.pause, child)
         return True
-
-    @contextlib.contextmanager
-    def reporting_faults(self) -> Iterator[None]:
-        """Report an error of the file system, which must not end the worker."""
-        try:
-            yield
-        except OSError as error:
-            name = printable(self.job.id)
-            self.link.notices.report(f"job {name}: {error.strerror}", key=f"{name} {error.errno}")
 
 
 class Worker:
@@ -3637,7 +3636,7 @@ class Worker:
             self.link.wait(until)
 
     def note_success(self) -> None:
-        """Forget the problems: the next one is reported, and tried again, at once."""
+        """Forget the problems so far: the next one is reported at once and retried soon."""
         self.link.notices.clear()
         self.pause = AGAIN
 
@@ -3678,7 +3677,7 @@ class Worker:
         return "cancelled" if job.key == self.link.cancelled else None
 
     def poll_requests(self, job: Job) -> None:
-        """Look, without a pool, for the requests that it would have passed on."""
+        """Look for the requests that the pool, which is gone, would have passed on."""
         if self.run_dir.stop_requested(pool_of(self.name)) == "now":
             self.link.obey("now")
         with contextlib.suppress(QueueError):
@@ -3878,12 +3877,6 @@ class WorkerHandle:
         with contextlib.suppress(OSError):
             write_line(self.pipe, *request)
 
-    def cancel(self, key: str) -> None:
-        """Ask once that an attempt be cancelled."""
-        if key != self.cancelled:
-            self.cancelled = key
-            self.send("cancel", key)
-
 
 class Crew:
     """The workers of a pool: start the missing ones, wake idle ones, remove dead ones."""
@@ -3905,15 +3898,11 @@ class Crew:
         self.missing = list(range(1, options.size + 1))  # slots without a worker
         self.started = 0
         self.starting = False  # a thread starts workers
-        self.results: SimpleQueue[WorkerHandle | Exception | None] = SimpleQueue()  # of the thread
+        self.results: SimpleQueue[WorkerHandle | str | None] = SimpleQueue()  # of the thread
         self.mode: StopMode = ""
         self.leave_by = NEVER  # do not wait longer for the thread
         self.deaths: list[float] = []  # of workers without a job
-        self.maybe_work = True  # there may be ready jobs that nobody was woken for
-
-    def names(self) -> set[str | None]:
-        """Return the names of the workers."""
-        return {worker.name for worker in self.workers}
+        self.maybe_work = True  # there may be ready jobs for which no worker was woken
 
     def states(self) -> list[WorkerState]:
         """Return the states of the workers."""
@@ -3930,32 +3919,29 @@ class Crew:
             try:
                 threading.Thread(target=self.start_workers, args=(slots,), daemon=True).start()
             except RuntimeError:  # no more threads
-                self.results.put(OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
+                self.results.put(os.strerror(errno.EAGAIN))
                 self.results.put(None)
 
     def start_workers(self, slots: Iterable[int]) -> None:
-        """Start workers one after the other, and tell the pool of each."""
+        """Start workers one after the other; pass on each, or what makes it impossible."""
+        options = self.options
         for slot in slots:
-            if not self.mode:
-                self.results.put(self.start_worker(slot))
-                self.files.run_dir.notify()
+            self.started += 1
+            name = worker_name(self.files.name, self.started)
+            worker = (self.files.run_dir.db, name, slot, options.queues)
+            try:
+                process, pipe = start_worker(*worker, insecure=options.insecure)
+                self.results.put(WorkerHandle(name, slot, process, pipe))
+            except (EOFError, OSError) as error:  # its server died, or the machine is at its limit
+                # Not the error: its traceback would keep descriptors open.
+                self.results.put(getattr(error, "strerror", None) or "its fork server died")
+            self.files.run_dir.notify()
+            if self.mode:
+                break
         self.results.put(None)
         self.files.run_dir.notify()
-        if self.leave_by < time.monotonic():  # nobody else will
+        if self.leave_by < time.monotonic():  # the pool has left already
             self.close()
-
-    def start_worker(self, slot: int) -> WorkerHandle | Exception:
-        """Start a worker; return what makes it impossible."""
-        self.started += 1
-        name = worker_name(self.files.name, self.started)
-        path = self.files.run_dir.db
-        try:
-            process, pipe = start_worker(
-                path, name, slot, self.options.queues, insecure=self.options.insecure
-            )
-            return WorkerHandle(name, slot, process, pipe)
-        except (EOFError, OSError) as error:  # its server died, or the machine is at its limit
-            return error
 
     def take_started(self) -> bool:
         """Take in what the thread has started; return whether it has ended, with more to do."""
@@ -3965,7 +3951,7 @@ class Crew:
             if result is None:
                 self.starting = False
                 more = bool(self.missing) or self.started > self.options.size
-            elif isinstance(result, Exception):
+            elif isinstance(result, str):
                 self.report_failed_start(result)
             else:
                 self.workers.append(result)
@@ -3974,13 +3960,12 @@ class Crew:
                     result.send(self.mode)
         return more
 
-    def is_starting(self) -> bool:
-        """Tell whether a worker may still have to be told to stop."""
-        return self.starting and time.monotonic() < self.leave_by
+    def is_alive(self) -> bool:
+        """Tell whether there are workers, or may soon be."""
+        return bool(self.workers) or (self.starting and time.monotonic() < self.leave_by)
 
-    def report_failed_start(self, error: Exception) -> None:
+    def report_failed_start(self, reason: str) -> None:
         """Report that a worker cannot be started; without any worker, this cannot last."""
-        reason = getattr(error, "strerror", None) or "its fork server died"
         trouble = f"a worker cannot be started: {reason}"
         self.notices.report(f"{trouble}; trying again")
         if not self.workers:
@@ -4014,9 +3999,9 @@ class Crew:
             worker.send("go")
 
     def check_answers(self) -> None:
-        """Do not wait for a worker that does not answer: it may be stopped.
+        """Stop waiting for workers that do not answer; they may be stopped.
 
-        It counts as busy, since it looks for a job by itself as soon as it is continued.
+        Such a worker counts as busy: once continued, it looks for a job by itself.
         """
         now = time.monotonic()
         for worker in self.workers:
@@ -4028,10 +4013,12 @@ class Crew:
 
     def cancel(self, claimed: Iterable[Job]) -> None:
         """Ask the workers to end the jobs that the operator has cancelled."""
-        workers = {worker.name: worker for worker in self.workers}
-        for job in claimed:
-            if job.cancel_requested and job.locked_by in workers:
-                workers[job.locked_by].cancel(job.key)
+        keys = {job.locked_by: job.key for job in claimed if job.cancel_requested}
+        for worker in self.workers:
+            key = keys.get(worker.name, worker.cancelled)
+            if key != worker.cancelled:
+                worker.cancelled = key
+                worker.send("cancel", key)
 
     def stop(self, mode: Literal["stop", "now"]) -> None:
         """Ask every worker to stop, and start no more."""
@@ -4046,13 +4033,6 @@ class Crew:
         self.take_started()
         for worker in self.workers:
             worker.pipe.close()
-
-
-class Orphan(NamedTuple):
-    """The attempt of a dead worker, until its job is back in the queue."""
-
-    kept: Outcome | None
-    termination: Termination | None  # None where the job completed: its children run on
 
 
 class Recovery:
@@ -4073,7 +4053,7 @@ class Recovery:
         self.notices = notices
         self.attempt = attempt
         self.report = report
-        self.orphans: dict[str, Orphan] = {}  # by the key of the attempt
+        self.orphans: dict[str, Termination] = {}  # by the key of the attempt
         self.has_strangers = False  # some jobs belong to workers that are not, or no longer, ours
 
     def recover(self, claimed: Sequence[Job], ours: set[str | None]) -> None:
@@ -4092,13 +4072,11 @@ class Recovery:
             return
         settings = self.ledger.reader.settings(job.queue)
         if job.key not in self.orphans:
-            termination = None
-            kept = kept_result(self.run_dir, job)
-            if not kept or kept.error:
-                termination = Termination(job, self.run_dir, settings["kill_grace"], self.notices)
-            self.orphans[job.key] = Orphan(kept, termination)
-        kept, termination = self.orphans[job.key]
-        if not termination or termination.step():
+            grace = settings["kill_grace"]
+            self.orphans[job.key] = Termination(job, self.run_dir, grace, self.notices)
+        kept = kept_result(self.run_dir, job)
+        completed = kept and not kept.error  # then its background processes run on
+        if completed or self.orphans[job.key].step():
             del self.orphans[job.key]  # first: a lock of another program must delay no stop
             self.requeue(job, kept, settings["output_limit"])
 
@@ -4114,12 +4092,11 @@ class Recovery:
 
     def is_ending(self) -> bool:
         """Tell whether processes of dead workers are being ended, and are not overdue."""
-        endings = [orphan.termination for orphan in self.orphans.values()]
-        return any(ending and not ending.is_overdue for ending in endings)
+        return not all(orphan.is_overdue for orphan in self.orphans.values())
 
 
 class Pool:
-    """The process of `worker start`. It runs no job: it watches, and wakes who is needed."""
+    """The process of `worker start`. It runs no jobs: it starts, wakes and replaces workers."""
 
     def __init__(self, ledger: Ledger, files: PoolFiles, options: PoolOptions) -> None:
         self.ledger = ledger
@@ -4139,7 +4116,6 @@ class Pool:
             "print": self.print_events,
         }
         self.signals: list[tuple[float, int]] = []
-        self.mode: StopMode = ""
         self.code: int = Exit.OK
         self.fault: Fault | None = None
         self.seen: object = None  # the data_version of the last poll, and its connection
@@ -4157,11 +4133,14 @@ class Pool:
             if self.options.signals:
                 stack.enter_context(handle_signals(self.on_signal, self.files.wakeup))
             stack.callback(self.crew.close)
-            self.announce()
+            has_jobs = any(self.reader.counts().values())
+            empty = "" if has_jobs else ", where there are no jobs yet"
+            workers = plural(self.options.size, "worker")
+            self.say(f"{workers} on {printable(self.ledger.db.path)}{empty}")
             self.attempt(self.files.run_dir.clean, self.reader.claimed())
             for step in ("poll", "prune", "start"):
                 self.agenda.set(step, 0.0)
-            while self.is_needed():
+            while not self.crew.mode or self.crew.is_alive() or self.recovery.is_ending():
                 self.turn()
             self.events.flush()
             with self.ledger.db.translate_errors():
@@ -4170,27 +4149,13 @@ class Pool:
             raise self.fault
         return self.code
 
-    def announce(self) -> None:
-        """Report the beginning."""
-        has_jobs = any(self.reader.counts().values())
-        empty = "" if has_jobs else ", where there are no jobs yet"
-        workers = plural(self.options.size, "worker")
-        self.say(f"{workers} on {printable(self.ledger.db.path)}{empty}")
-
-    def is_needed(self) -> bool:
-        """Tell whether there is anything left to do."""
-        crew = self.crew
-        return bool(
-            not self.mode or crew.workers or crew.is_starting() or self.recovery.is_ending()
-        )
-
     def say(self, text: str) -> None:
         """Print an event line, after those that are held."""
         self.events.flush()
         self.options.say(text)
 
     def turn(self) -> None:
-        """Wait for something to happen, take it in, and act on it."""
+        """Wait for an event, and act on it."""
         self.options.tick()
         ready = self.wait()
         if self.crew.take_started():
@@ -4247,7 +4212,7 @@ class Pool:
             self.take_news(worker, News(*item))
 
     def take_news(self, worker: WorkerHandle, news: News) -> None:
-        """Take in one item of a worker's news."""
+        """Act on one item of a worker's news."""
         if news.kind == "damaged":
             self.fail(Fault(news.text))
         elif news.kind == "event":
@@ -4259,7 +4224,7 @@ class Pool:
                 self.agenda.within("sync", BATCH)
 
     def report(self, state: str, text: str, when: float = 0.0) -> None:
-        """Report the end of an attempt, and see to its consequences."""
+        """Report the end of an attempt, and schedule the steps that follow from it."""
         self.events.held.append((when or time.monotonic(), text))
         self.agenda.within("print", 1.5 * BATCH)
         self.agenda.within("sync", BATCH)
@@ -4297,17 +4262,16 @@ class Pool:
             if when < self.signals[0][0] + 1:
                 hint = "; send it again after a second to end them"
                 self.stop("stop", signal_name(number), hint)
-            elif self.mode != "now":
+            elif self.crew.mode != "now":
                 self.code = Exit.SIGNALLED + number
                 self.stop("now", signal_name(number))
 
     def stop(self, mode: Literal["stop", "now"], reason: str = "", hint: str = "") -> None:
         """Stop, unless that has begun: claim no more jobs or, for "now", end the running ones."""
-        if self.mode in (mode, "now"):
+        if self.crew.mode in (mode, "now"):
             return
         if reason:
             self.say(f"{reason}: {STOPPING[mode]}{hint}")
-        self.mode = mode
         self.crew.stop(mode)
 
     def fail(self, fault: Fault) -> None:
@@ -4317,7 +4281,7 @@ class Pool:
             self.stop("stop", str(fault))
 
     def poll(self) -> None:
-        """Look at what notifies nobody: stop requests, the files, other writers, dead workers."""
+        """Check what causes no wakeup: stop requests, the files, other writers, dead workers."""
         self.agenda.set("poll", SYSTEM.POLL)
         requested = self.files.run_dir.stop_requested(self.files.name)
         if requested:
@@ -4338,7 +4302,7 @@ class Pool:
         """Pass on cancel requests, and take a step for each job of a dead worker."""
         claimed = self.reader.claimed()
         self.crew.cancel(claimed)
-        self.recovery.recover(claimed, self.crew.names())
+        self.recovery.recover(claimed, {worker.name for worker in self.crew.workers})
         if self.recovery.is_ending():
             self.agenda.within("poll", BATCH)
 
@@ -4351,7 +4315,7 @@ class Pool:
         if retention:
             before = self.ledger.clock() - retention
             deleted = [self.ledger.delete_slice(state, before) for state in PRUNED_BY_DEFAULT]
-            if any(deleted):  # which may allow more: a job that waits for another is deleted first
+            if any(deleted):  # there may be more, such as the jobs that these waited for
                 self.agenda.set("prune", BATCH)
 
     def sync(self) -> None:
@@ -4373,7 +4337,7 @@ class Pool:
 
     def dispatch(self) -> None:
         """Wake a worker if there may be work, or leave if a drain has nothing to wait for."""
-        if self.mode:
+        if self.crew.mode:
             return
         self.crew.dispatch()
         is_idle = set(self.crew.states()) == {"idle"} and not self.crew.maybe_work

@@ -3500,10 +3500,9 @@ class Execution:
         """Start the job and return its process; None if that was impossible."""
         try:
             self.output = Output(self.run_dir.output_file(self.job))
-            launch = Launch(
-                (*self.settings["shell"], self.job.command), self.job.cwd, env, self.output.fd
-            )
-            return SYSTEM.launch(launch, self.run_dir.path)
+            argv = (*self.settings["shell"], self.job.command)
+            home = self.run_dir.path
+            return SYSTEM.launch(argv, self.job.cwd, env, self.output.fd, home)
         except OSError as error:
             reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
             blameless = self.output is None or error.errno in EXHAUSTED

@@ -1334,14 +1334,17 @@ class SystemProcesses(Live):
         self.drain(prefix=prefix)
         (run,) = self.attempts(job)
         self.assertEqual(run.output[-4:], b"end\n")
-        self.assertEqual(run.bytes_dropped + len(run.output), 20000004)
+        total = run.bytes_dropped + len(run.output)  # what came during a truncation is not counted
+        self.assertTrue(16 << 20 < total <= 20000004, total)
 
     @unittest.skipUnless(hasattr(signal, "SIGUSR1"), "there is no SIGUSR1")
     def test_sigusr1_writes_the_stacks_of_pool_and_worker(self) -> None:
-        job = self.enqueue(RUN_UNTIL_GO)
+        job = self.enqueue(f"touch started; {RUN_UNTIL_GO}")
         pool = self.pool()
-        self.wait_for_state(job, "processing")
+        self.wait_for_file("started")
         (worker,) = self.workers().values()
+        before = count_sleeps(worker["pid"])
+        wait_until(lambda: count_sleeps(worker["pid"]) > before)  # it watches its job
         for pid, function in ((pool.pid, "in turn"), (worker["pid"], "in watch")):
             os.kill(pid, signal.SIGUSR1)
             self.wait_for_output(pool, function)

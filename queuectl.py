@@ -880,35 +880,42 @@ CREATE TABLE queues (                   -- queue '': paused stands for all queue
   refilled_at REAL
 ) WITHOUT ROWID;
 
-CREATE TABLE counts (                   -- kept by triggers; readiness 2: of all attempts ever
-  state TEXT NOT NULL,                  -- of the jobs; of attempts, the outcome
+CREATE TABLE counts (                   -- the number of jobs, kept by triggers
+  state TEXT NOT NULL,
   queue TEXT NOT NULL,
   readiness INTEGER NOT NULL,
-  number INTEGER NOT NULL DEFAULT 1,
-  running REAL NOT NULL DEFAULT 0,      -- seconds; attempts only
-  waiting REAL NOT NULL DEFAULT 0,
+  number INTEGER NOT NULL,
   PRIMARY KEY (state, queue, readiness)
 ) WITHOUT ROWID;
 CREATE TRIGGER counts_insert AFTER INSERT ON jobs BEGIN
-  INSERT INTO counts (state, queue, readiness) VALUES (new.state, new.queue, new.readiness)
+  INSERT INTO counts VALUES (new.state, new.queue, new.readiness, 1)
     ON CONFLICT (state, queue, readiness) DO UPDATE SET number = number + 1;
 END;
 CREATE TRIGGER counts_update AFTER UPDATE OF queue, state, readiness ON jobs
   WHEN old.state <> new.state OR old.readiness <> new.readiness OR old.queue <> new.queue BEGIN
   UPDATE counts SET number = number - 1
     WHERE state = old.state AND queue = old.queue AND readiness = old.readiness;
-  INSERT INTO counts (state, queue, readiness) VALUES (new.state, new.queue, new.readiness)
+  INSERT INTO counts VALUES (new.state, new.queue, new.readiness, 1)
     ON CONFLICT (state, queue, readiness) DO UPDATE SET number = number + 1;
 END;
 CREATE TRIGGER counts_delete AFTER DELETE ON jobs BEGIN
   UPDATE counts SET number = number - 1
     WHERE state = old.state AND queue = old.queue AND readiness = old.readiness;
 END;
-CREATE TRIGGER counts_attempt AFTER INSERT ON attempts BEGIN
-  INSERT INTO counts
-    SELECT new.outcome, queue, 2, 1, new.finished - new.started, new.waited
+
+CREATE TABLE totals (                   -- of all attempts ever, kept by a trigger
+  queue TEXT NOT NULL,
+  outcome TEXT NOT NULL,
+  number INTEGER NOT NULL,
+  running REAL NOT NULL,                -- seconds
+  waiting REAL NOT NULL,
+  PRIMARY KEY (queue, outcome)
+) WITHOUT ROWID;
+CREATE TRIGGER totals_insert AFTER INSERT ON attempts BEGIN
+  INSERT INTO totals
+    SELECT queue, new.outcome, 1, new.finished - new.started, new.waited
     FROM jobs WHERE seq = new.job
-    ON CONFLICT (state, queue, readiness) DO UPDATE SET number = number + 1,
+    ON CONFLICT (queue, outcome) DO UPDATE SET number = number + 1,
       running = running + excluded.running, waiting = waiting + excluded.waiting;
 END;
 """
@@ -944,7 +951,7 @@ SELECT count(*), min(updated_at) FROM (
   ORDER BY updated_at DESC LIMIT {RECENT_LIMIT})"""
 COUNTS = """
 SELECT queue, state, readiness, number FROM counts
-WHERE readiness < 2 AND number > 0 ORDER BY queue, state, readiness"""
+WHERE number > 0 ORDER BY queue, state, readiness"""
 ATTEMPTS = ATTEMPT + "WHERE job = :seq ORDER BY run"
 POSITION = """
 SELECT count(*) FROM (
@@ -1067,7 +1074,7 @@ INSERT INTO settings VALUES (:queue, :key, :value)
 ON CONFLICT (queue, key) DO UPDATE SET value = :value"""
 UNSET = "DELETE FROM settings WHERE queue = :queue AND key = :key"
 
-TABLES = "jobs|attempts|needs|settings|queues|counts"
+TABLES = "jobs|attempts|needs|settings|queues|counts|totals"
 REFERENCE = "FROM|JOIN|INTO|UPDATE|TABLE|INDEX|TRIGGER|ON|BY"  # precedes a table or an index
 GUEST_NAME = re.compile(rf"\b((?:{REFERENCE}) )?({TABLES})(?(1)(?=\b|_)|(?=\.))")
 
@@ -1696,20 +1703,16 @@ else:
             with contextlib.suppress(ChildProcessError):  # as a rule, no earlier job left any
                 os.waitpid(-1, os.WNOHANG)
                 elders = descendants(process_table(), {os.getpid()}, set())
+            environ = {**self.inherited, **added}
+            words = [*map(os.fsencode, argv[:-1]), argv[-1].encode()]
+            null = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+            streams = [(os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, out, 2), null]
+            ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by Python
             os.set_inheritable(out, True)  # noqa: FBT003
             os.chdir(cwd)
             try:
                 pid = os.posix_spawnp(
-                    argv[0],
-                    [*map(os.fsencode, argv[:-1]), argv[-1].encode()],
-                    {**self.inherited, **added},
-                    file_actions=[
-                        (os.POSIX_SPAWN_DUP2, out, 1),
-                        (os.POSIX_SPAWN_DUP2, out, 2),
-                        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                    ],
-                    setsid=True,
-                    setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
+                    argv[0], words, environ, file_actions=streams, setsid=True, setsigdef=ignored
                 )
             finally:
                 with contextlib.suppress(OSError):

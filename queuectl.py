@@ -301,12 +301,10 @@ def quoted(value: str, limit: int = QUOTED_LIMIT) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """Return `1 job` or `2 jobs`."""
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return the known word that a mistyped one is closest to, if any is close."""
     import difflib
 
     return next(iter(difflib.get_close_matches(word[:QUOTED_LIMIT], list(known), 1, 0.7)), None)
@@ -335,8 +333,6 @@ def in_range(low: float, value: Any, high: float, expectation: str) -> Any:
 
 
 def integer(low: int, high: int) -> Validator:
-    """Return a validator for a whole number within a range."""
-
     def validator(value: Any) -> int:
         if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,18}\s*", value):
             value = int(value)
@@ -348,8 +344,6 @@ def integer(low: int, high: int) -> Validator:
 
 
 def number(low: float, high: float) -> Validator:
-    """Return a validator for a number within a range."""
-
     def validator(value: Any) -> float:
         if isinstance(value, str):
             with contextlib.suppress(ValueError):
@@ -383,7 +377,6 @@ def parse_time(value: Any) -> float:
 
 
 def valid_text(value: Any) -> str:
-    """Validate text for the operating system: Unicode without NUL."""
     require(isinstance(value, str), "be a string")
     require(value == value.encode(errors="ignore").decode(), "be valid Unicode")
     require("\0" not in value, "not contain NUL")
@@ -391,7 +384,6 @@ def valid_text(value: Any) -> str:
 
 
 def valid_command(value: object) -> str:
-    """Validate a shell line: not blank, and short enough to be started."""
     line = valid_text(value)
     require(line.strip(), "not be blank")
     fits = len(line.encode()) <= COMMAND_LIMIT
@@ -400,7 +392,6 @@ def valid_command(value: object) -> str:
 
 
 def valid_name(value: object) -> str:
-    """Validate the name of a job or a queue: it can be typed, seen and told apart."""
     name = valid_text(value)
     fits = re.fullmatch(r"[^\s,-][^\s,]{0,199}", name) and name.isprintable()
     require(fits, "be 1 to 200 printable characters, without blanks, commas or a leading '-'")
@@ -425,7 +416,6 @@ def valid_directory(value: object) -> str:
 
 
 def valid_environment(value: Any) -> dict[str, str]:
-    """Validate a mapping from names of environment variables to their values."""
     strings = isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())
     require(strings, 'be an object of strings such as {"NAME": "value"}')
     for key, item in value.items():
@@ -436,7 +426,6 @@ def valid_environment(value: Any) -> dict[str, str]:
 
 
 def valid_interval(value: object) -> float:
-    """Validate the interval of a schedule."""
     return float(in_range(1, parse_duration(value), LONGEST, "be at least 1 second"))
 
 
@@ -506,7 +495,6 @@ def cron_next(rule: str, after: float) -> float:
 
 
 def valid_cron(value: object) -> str:
-    """Validate a cron rule."""
     rule = valid_text(value)
     cron_next(rule, time.time())
     return rule
@@ -560,7 +548,6 @@ def validate_fields(fields: Mapping[str, object]) -> dict[str, Any]:
 
 
 def split_words(line: str) -> list[str]:
-    """Split a command line into words, by the rules of the platform."""
     if WINDOWS:  # a backslash is part of a path
         return [word.strip('"') for word in shlex.split(line, posix=False)]
     return shlex.split(line)
@@ -587,7 +574,6 @@ def valid_prefix(value: Any) -> tuple[str, ...]:
 
 
 def valid_exit_codes(value: Any) -> tuple[int, ...]:
-    """Validate a list of exit codes, separated by commas; it may be empty."""
     codes = valid_text(value).split(",") if value.strip() else []
     try:
         return tuple(integer(1, 255)(code) for code in codes)
@@ -596,7 +582,6 @@ def valid_exit_codes(value: Any) -> tuple[int, ...]:
 
 
 def valid_durability(value: object) -> str:
-    """Validate the setting `synchronous`."""
     require(value in ("normal", "full"), "be normal or full")
     return str(value)
 
@@ -641,7 +626,6 @@ def validate_setting(key: str, value: str | None = None) -> str:
 
 
 def signal_name(number: int) -> str:
-    """Return SIGKILL for 9, or `signal 99` where a number has no name."""
     with contextlib.suppress(ValueError):
         return signal.Signals(number).name
     return f"signal {number}"
@@ -692,7 +676,6 @@ def format_distance(when: float, now: float) -> str:
 
 
 def describe_blockers(parents: Sequence[Job]) -> str:
-    """Return which jobs a blocked job waits for."""
     names = [f"{printable(job.id)} ({job.state})" for job in parents[:3]]
     more = f" and {len(parents) - 3} more" if len(parents) > 3 else ""
     return f"blocked by {', '.join(names)}{more}"
@@ -1104,7 +1087,7 @@ EXHAUSTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # the mach
 def polling(limit: float = NEVER, first: float = 0.0005, longest: float = 0.05) -> Iterator[float]:
     """Yield the seconds waited so far: at once, then after growing pauses, until the limit is over.
 
-    This is the one loop that waits for facts which notify nobody, such as the locks of others.
+    It is for facts that notify nobody, such as the locks of others.
     """
     began = time.monotonic()
     pause = first
@@ -1147,16 +1130,13 @@ class Wakeup:
         self.writer = writer
 
     def fileno(self) -> int:
-        """Return the descriptor that is readable once somebody has written."""
         return self.reader
 
     def clear(self) -> None:
-        """Read everything that was written."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.reader, 65536)
 
     def close(self) -> None:
-        """Close the descriptors."""
         for fd in {self.reader, self.writer}:
             os.close(fd)
 
@@ -1215,11 +1195,9 @@ if sys.platform == "win32":
             return function(*wide) or 0
 
         def user(self) -> int | None:
-            """Return None: ownership works differently here."""
             return None
 
         def lock(self, fd: int, *, shared: bool = False) -> bool:  # noqa: ARG002
-            """Lock an open file without waiting; return False where another process has it."""
             import msvcrt
 
             os.lseek(fd, self.LOCKED_BYTE, os.SEEK_SET)
@@ -1233,14 +1211,10 @@ if sys.platform == "win32":
 
         def is_unlocked(self, path: str) -> bool:
             """Tell whether nobody holds the lock of a file; one that does not exist is unlocked."""
-            try:
-                fd = open_own(path, os.O_RDWR)
-            except (FileNotFoundError, PermissionError):  # the latter while it is being removed
-                return True
-            try:
-                return self.lock(fd)
-            finally:
-                os.close(fd)
+            gone = contextlib.suppress(FileNotFoundError, PermissionError)  # or being removed
+            with gone, open(path, "r+b", buffering=0, opener=open_own) as file:
+                return self.lock(file.fileno())
+            return True
 
         def remove_locked(self, fd: int, path: str) -> None:
             """Close and remove a file that is locked here; an open file cannot be removed."""
@@ -1249,7 +1223,6 @@ if sys.platform == "win32":
                 os.unlink(path)
 
         def punch_hole(self, fd: int, length: int) -> bool:  # noqa: ARG002
-            """Return False: the whole file is truncated instead."""
             return False
 
         def sync(self, path: str) -> None:
@@ -1258,11 +1231,9 @@ if sys.platform == "win32":
                 os.fsync(file.fileno())
 
         def make_wakeup(self, fifo: str = "") -> Wakeup | None:  # noqa: ARG002
-            """Return None: there are no FIFOs."""
             return None
 
         def wait(self, sources: Iterable[Any], child: Any, limit: float | None) -> list[Any]:
-            """Wait for pipes and a child's end, for `limit` seconds at most; return ready ones."""
             from multiprocessing.connection import wait
 
             things = [thing for thing in (*sources, child and int(child._handle)) if thing]
@@ -1271,7 +1242,6 @@ if sys.platform == "win32":
             return wait(things, limit)
 
         def start_worker(self, pipe: Any) -> Any:
-            """Start a worker that inherits a pipe, and return its process."""
             import subprocess
 
             handle = pipe.fileno()
@@ -1280,14 +1250,12 @@ if sys.platform == "win32":
             return subprocess.Popen(python_command(self.PYTHON, str(handle)), startupinfo=info)
 
         def join(self, process: Any, limit: float) -> None:
-            """Wait for the end of a worker, for `limit` seconds at most."""
             import subprocess
 
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(limit)
 
         def serve(self, begin: Callable[[Any], None], handle: str) -> None:
-            """Run as the worker at the other end of a pipe."""
             from multiprocessing.connection import PipeConnection
 
             begin(PipeConnection(int(handle)))
@@ -1295,7 +1263,6 @@ if sys.platform == "win32":
         def launch(
             self, argv: Sequence[str], cwd: str, env: Mapping[str, str], out: int, _home: str
         ) -> Any:
-            """Start a job in a Job Object of its own; raise OSError where it cannot be started."""
             import subprocess
 
             *shell, command = argv
@@ -1303,14 +1270,10 @@ if sys.platform == "win32":
             if re.fullmatch(r"(.*[\\/])?cmd(\.exe)?", shell[0], re.IGNORECASE):  # quotes otherwise
                 line = subprocess.list2cmdline(shell) + f' "{command}"'
             new_group, suspended = 0x200, 0x4
+            flags = new_group | suspended
+            streams: Any = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
             child: Any = subprocess.Popen(
-                line,
-                cwd=cwd,
-                env={**os.environ, **env},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                creationflags=new_group | suspended,
+                line, cwd=cwd, env={**os.environ, **env}, creationflags=flags, **streams
             )
             kill_on_close = 0x2000
             process = int(child._handle)
@@ -1321,10 +1284,7 @@ if sys.platform == "win32":
             return child
 
         def set_limit(self, child: Any, flags: int) -> None:
-            """Set the flags of a JOBOBJECT_EXTENDED_LIMIT_INFORMATION, which begins with two times.
-
-            A handle is as wide as a pointer, and so are some of its fields.
-            """
+            """Set the flags of a JOBOBJECT_EXTENDED_LIMIT_INFORMATION, after two times."""
             import ctypes
 
             limits = (ctypes.c_uint32 * (36 if ctypes.sizeof(ctypes.c_void_p) == 8 else 28))()
@@ -1333,7 +1293,6 @@ if sys.platform == "win32":
             self.call("SetInformationJobObject", self.jobs[child.pid], 9, limits, size)
 
         def release(self, child: Any) -> None:
-            """Let the background processes of a job that has ended run on."""
             self.set_limit(child, 0)
             self.call("CloseHandle", self.jobs.pop(child.pid))
 
@@ -1357,14 +1316,12 @@ if sys.platform == "win32":
                     os.kill(pid, signal.CTRL_BREAK_EVENT)
 
         def kill(self, trace: Trace, pids: Iterable[int]) -> None:  # noqa: ARG002
-            """End all processes of the attempt."""
             terminate = 8
             handle = self.call("OpenJobObjectW", terminate, 0, trace.token)
             self.call("TerminateJobObject", handle, 1)
             self.call("CloseHandle", handle)
 
         def enable_escapes(self) -> None:
-            """Let the terminal interpret escape sequences."""
             for output in (-11, -12):
                 self.call("SetConsoleMode", self.call("GetStdHandle", output), 7)
 
@@ -1392,7 +1349,6 @@ else:
         return False
 
     def table_from_proc() -> dict[int, Process]:
-        """Return the living processes by pid, from files that every user may read."""
         table = {}
         since_boot = 7  # CLOCK_BOOTTIME
         booted = time.time() - time.clock_gettime(since_boot)
@@ -1476,8 +1432,7 @@ else:
         Its worker adopts orphaned descendants; `elders` are those of earlier jobs, which run on.
         """
 
-        returncode = 0  # once it has ended; minus n for signal n
-        running = True
+        returncode: int | None = None  # None while it runs; minus n for signal n
 
         def __init__(self, pid: int, elders: set[int]) -> None:
             self.pid = pid
@@ -1486,16 +1441,14 @@ else:
         def poll(self) -> int | None:
             """Return the exit code, None while it runs; reap every child that has ended."""
             pid = 1
-            while pid:
-                try:
+            with contextlib.suppress(ChildProcessError):
+                while pid:
                     pid, status = os.waitpid(-1, os.WNOHANG)
-                except ChildProcessError:
-                    break
-                if pid == self.pid:
-                    by_signal = os.WIFSIGNALED(status)
-                    self.returncode = -os.WTERMSIG(status) if by_signal else os.WEXITSTATUS(status)
-                    self.running = False
-            return None if self.running else self.returncode
+                    if pid == self.pid:
+                        signalled = os.WIFSIGNALED(status)
+                        code = -os.WTERMSIG(status) if signalled else os.WEXITSTATUS(status)
+                        self.returncode = code
+            return self.returncode
 
     class ForkServer:
         """A process that loads the program once and forks the workers of all pools from it.
@@ -1510,13 +1463,11 @@ else:
 
             self.owner = os.getpid()
             self.link, theirs = Pipe()
+            command = python_command(python)
             with theirs:
-                self.pid = os.posix_spawn(
-                    python,
-                    python_command(python),
-                    os.environ,
-                    file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), 0)],
-                    setsigmask=STOP_SIGNALS,  # until a worker handles them
+                stdin = [(os.POSIX_SPAWN_DUP2, theirs.fileno(), 0)]
+                self.pid = os.posix_spawn(  # signals to stop wait until a worker handles them
+                    python, command, os.environ, file_actions=stdin, setsigmask=STOP_SIGNALS
                 )
 
         def fork(self, fd: int) -> int:
@@ -1546,29 +1497,23 @@ else:
         child: Child | None = None  # the latest job of this worker
 
         def user(self) -> int | None:
-            """Return the user id of this process."""
             return os.geteuid()
 
         def lock(self, fd: int, *, shared: bool = False) -> bool:
             """Lock an open file without waiting; return False where another process has it."""
             import fcntl
 
-            try:
+            with contextlib.suppress(BlockingIOError):
                 fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            return True
+                return True
+            return False
 
         def is_unlocked(self, path: str) -> bool:
             """Tell whether nobody holds the lock of a file; one that does not exist is unlocked."""
-            try:
-                fd = open_own(path, os.O_RDWR)
-            except FileNotFoundError:
-                return True
-            try:
-                return self.lock(fd, shared=True)
-            finally:
-                os.close(fd)
+            gone = contextlib.suppress(FileNotFoundError)
+            with gone, open(path, "r+b", buffering=0, opener=open_own) as file:
+                return self.lock(file.fileno(), shared=True)
+            return True
 
         def remove_locked(self, fd: int, path: str) -> None:
             """Remove and close a file that is locked here; the lock outlives the name."""
@@ -1611,11 +1556,9 @@ else:
             import select
 
             poll = select.poll()
-            found = {}
-            for source in sources:
-                if source is not None:
-                    found[source.fileno()] = source
-                    poll.register(source.fileno(), select.POLLIN)
+            found = {source.fileno(): source for source in sources if source is not None}
+            for fd in found:
+                poll.register(fd, select.POLLIN)
             ready = [found[fd] for fd, _ in poll.poll(limit and limit * 1000)]
             for source in ready:
                 if isinstance(source, Wakeup):
@@ -1625,8 +1568,7 @@ else:
         def start_worker(self, pipe: Any) -> int:
             """Start a worker at the other end of a pipe; return its pid.
 
-            Raises OSError where the machine is at its limit, EOFError where the server has died;
-            another try starts another server.
+            Raises OSError at the machine's limit, EOFError where the server died; try again then.
             """
             if not self.server or self.server.owner != os.getpid():
                 self.server = ForkServer(self.PYTHON)
@@ -1641,7 +1583,6 @@ else:
             return pid
 
         def join(self, process: int, limit: float) -> None:
-            """Wait for the end of a worker, for `limit` seconds at most."""
             with contextlib.suppress(ProcessLookupError):
                 for _ in polling(limit):
                     os.kill(process, 0)
@@ -1692,10 +1633,10 @@ else:
         ) -> Child:
             """Start a job in a session of its own; raise OSError where it cannot be started.
 
-            `env` is added to the environment of this process; text is UTF-8 whatever the locale.
-            `out` becomes stdout, stderr, and a descriptor that no redirection closes. `home` is
-            the directory of this process afterwards: an idle worker must not keep the job's busy.
-            Before Python 3.10, Popen copies the whole process, which doubles the cost of a job.
+            `env` is added to the environment of this process, as UTF-8 whatever the locale. `out`
+            becomes stdout, stderr, and a descriptor that no redirection closes. `home` is this
+            process's directory afterwards: an idle worker must not keep the job's busy. Before
+            Python 3.10, Popen copies the whole process, which doubles the cost of a job.
             """
             self.inherited = self.inherited or dict(os.environb)
             added = {k.encode(): v.encode(errors="surrogateescape") for k, v in env.items()}
@@ -1728,7 +1669,6 @@ else:
 
             Where there is no table of processes, -n is the process group of our child n.
             """
-            is_ours = self.child is not None and self.child.pid == trace.leader
             if self.child:
                 self.child.poll()
             table = process_table()
@@ -1741,7 +1681,7 @@ else:
             found = own | self.family(trace, table, others)
             if not found and (not table or not self.is_unlocked(trace.lock_path)):
                 found = {pid for pid in environs if holds_lock(pid, trace.lock_path)}
-            if not found and not table and is_ours:
+            if not found and not table and self.child and self.child.pid == trace.leader:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(-trace.leader, 0)
                     found = {-trace.leader}
@@ -1753,15 +1693,14 @@ else:
             A leader that did not start at the given time is an unrelated process that got its pid
             later. `others` belong to other attempts.
             """
-            leader, oldest = trace.leader, trace.launched - 2
+            leader = trace.leader
             found = set()
             if self.child and self.child.pid == leader:  # this worker adopts orphaned descendants
                 children = {pid for pid, row in table.items() if row.parent == os.getpid()}
                 found = children - self.child.elders
-            if leader and (leader not in table or abs(table[leader].started - oldest - 2) <= 2):
-                found |= {
-                    p for p, row in table.items() if row.session == leader and row.started > oldest
-                }
+            if leader and (leader not in table or abs(table[leader].started - trace.launched) <= 2):
+                session = {pid: row for pid, row in table.items() if row.session == leader}
+                found |= {pid for pid in session if session[pid].started > trace.launched - 2}
             return descendants(table, found, others)
 
         def send(self, trace: Trace, pids: Sequence[int], *numbers: int) -> None:
@@ -1779,13 +1718,12 @@ else:
                     send_signals(pid, fds[pid], numbers)
             self.send(trace, pids[100:], *numbers)
 
-        def terminate(self, trace: Trace, pids: Iterable[int]) -> None:
+        def terminate(self, trace: Trace, pids: Sequence[int]) -> None:
             """Ask processes to end; a stopped one is continued, to receive it."""
-            self.send(trace, list(pids), signal.SIGTERM, signal.SIGCONT)
+            self.send(trace, pids, signal.SIGTERM, signal.SIGCONT)
 
-        def kill(self, trace: Trace, pids: Iterable[int]) -> None:
-            """Kill processes."""
-            self.send(trace, list(pids), signal.SIGKILL)
+        def kill(self, trace: Trace, pids: Sequence[int]) -> None:
+            self.send(trace, pids, signal.SIGKILL)
 
         def enable_escapes(self) -> None:
             """Let the terminal interpret escape sequences; here it does."""
@@ -1809,9 +1747,8 @@ def handle_signals(
 ) -> contextlib.ExitStack:
     """Handle the signals that ask to stop; every signal also wakes this process.
 
-    SIGHUP stays ignored under nohup. SIGUSR1 writes the stack of every thread to stderr. A worker
-    also wakes when a child ends, and adopts the descendants of its jobs. Closing the returned stack
-    restores everything.
+    SIGHUP stays ignored under nohup. SIGUSR1 writes all stacks to stderr. A worker also wakes when
+    a child ends, and adopts the descendants of its jobs. Closing the result restores everything.
     """
     import faulthandler
 
@@ -1855,7 +1792,6 @@ def end_by_signal(number: int) -> None:
 
 
 def is_foreground(fd: int) -> bool:
-    """Tell whether this process is in the foreground of a terminal."""
     if sys.platform != "win32":
         with contextlib.suppress(OSError):  # not our terminal
             return os.tcgetpgrp(fd) == os.getpgrp()
@@ -1871,10 +1807,7 @@ class LockFile:
     """A file of the run directory that this process has made and locked."""
 
     def __init__(self, path: str) -> None:
-        """Make and lock the file; make it again if it was removed meanwhile.
-
-        Raises Locked where another process holds the lock for longer than PATIENCE.
-        """
+        """Make and lock it, again if it was removed meanwhile; raise Locked after PATIENCE."""
         self.path = path
         for _ in polling(PATIENCE, longest=0.02):
             self.fd = open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
@@ -1891,17 +1824,14 @@ class LockFile:
             os.write(self.fd, json.dumps(facts).encode())
 
     def close(self) -> None:
-        """Release this process's share of the lock, and remove the file."""
         SYSTEM.remove_locked(self.fd, self.path)
 
 
 def worker_name(pool: str, number: int) -> str:
-    """Return the name of a pool's worker: worker-ID-NUMBER for pool-ID."""
     return f"worker-{pool.split('-')[1]}-{number}"
 
 
 def pool_of(worker: str) -> str:
-    """Return the name of a worker's pool."""
     return f"pool-{worker.split('-')[1]}"
 
 
@@ -1922,14 +1852,12 @@ class RunDirectory:
     def run_token(self, job: Job) -> str:
         """Return the value of QUEUECTL_RUN in every process of a job's current attempt.
 
-        The inode distinguishes them from those of a copy of the queue; it stays when the queue is
-        moved.
+        The inode tells the queue from its copies, and stays when it is moved.
         """
         self.inode = self.inode or os.stat(self.db).st_ino
         return f"{job.key}.{self.inode}"
 
     def trace(self, job: Job) -> Trace:
-        """Return how the processes of a job's current attempt are recognized."""
         note = self.read_note(job.locked_by)
         is_known = note.get("key") == job.key and note.get("namespace") == pid_namespace()
         leader = int(note["leader"]) if is_known else 0
@@ -1941,23 +1869,19 @@ class RunDirectory:
         return os.path.join(self.path, ".".join(str(part) for part in parts))
 
     def output_file(self, job: Job) -> str:
-        """Return the path of the output of a job's current attempt."""
         return self.file(job.seq, job.run, "out")
 
     def files(self, start: str = "", end: str = "") -> list[str]:
         """Return the sorted names that start and end so; none where there is no directory."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             found = os.listdir(self.path)
-        except FileNotFoundError:
-            return []
-        return sorted(item for item in found if item.startswith(start) and item.endswith(end))
+            return sorted(item for item in found if item.startswith(start) and item.endswith(end))
+        return []
 
     def attempt_files(self, job: Job) -> list[str]:
-        """Return the names of the files of a job's current attempt."""
         return self.files(f"{job.seq}.{job.run}.")
 
     def is_unlocked(self, *parts: object) -> bool:
-        """Tell whether nobody holds the lock of a file; one that does not exist is unlocked."""
         return SYSTEM.is_unlocked(self.file(*parts))
 
     def read_note(self, *parts: object) -> dict[str, Any]:
@@ -2029,20 +1953,19 @@ def schema_version(db: sqlite3.Connection) -> tuple[int, bool]:
     """Return the version of the queue's tables, 0 for none, and whether the file is a host's."""
     if db.execute(GET_APPLICATION_ID).fetchone()[0] == APPLICATION_ID:
         return int(db.execute(GET_VERSION).fetchone()[0]), False
+    row = None
     try:
         row = db.execute(for_guest(GET_GUEST_VERSION)).fetchone()
     except sqlite3.OperationalError as error:
         if "no such" not in str(error):  # table, or column of another program's table
             raise
-        row = None
     return int(row[0]) if row else 0, True
 
 
 def create_tables(db: sqlite3.Connection, *, guest: bool) -> None:
     """Make the tables, and record the version of the schema in the same transaction.
 
-    The numbers that SQLite keeps in a file belong to its owner. In another program's database the
-    queue keeps its version among its settings.
+    A guest keeps it among its settings: the numbers that SQLite keeps in a file are the host's.
     """
     if db.in_transaction:  # a reader refused the COMMIT of the last try
         db.execute(ROLLBACK)
@@ -2109,7 +2032,6 @@ def after_fork_in_child() -> None:
 
 @lru_cache(maxsize=None)
 def prepare_for_forks() -> None:
-    """Take care of forks from now on."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(
             before=before_fork,
@@ -2134,9 +2056,8 @@ class ThreadState(threading.local):
 class Database:
     """The SQLite file: the only access to it, and the only place that interprets its errors.
 
-    A connection belongs to one thread of one process, so an object may be used from threads and
-    after a fork. `keep_waiting` is called with the seconds waited for a lock, and decides whether
-    to wait longer.
+    Each thread of each process has its own connection. `keep_waiting` is called with the seconds
+    waited for a lock, and decides whether to wait longer.
     """
 
     def __init__(
@@ -2189,9 +2110,7 @@ class Database:
         """Give the complete file its name, unless another program made one meanwhile."""
         try:
             os.link(new, self.path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
+        except OSError:  # there is one, or the file system has no links
             if not os.path.lexists(self.path):
                 os.rename(new, self.path)
         with contextlib.suppress(FileNotFoundError):
@@ -2230,12 +2149,11 @@ class Database:
             try:
                 with contextlib.closing(self._open("ro" if has_wal else IMMUTABLE)) as db:
                     found: tuple[int, bool] = self._retry(partial(schema_version, db))
+                if has_wal or self._snapshot() == before:
+                    return found
             except sqlite3.DatabaseError:
                 if self._snapshot() == before:
                     raise
-            else:
-                if has_wal or self._snapshot() == before:
-                    return found
         raise Locked(f"{self.path} has been in use for {format_duration(PATIENCE)}")
 
     def _snapshot(self) -> tuple[Any, ...]:
@@ -2257,10 +2175,9 @@ class Database:
         return db
 
     def _is_on_read_only_medium(self) -> bool:
-        """Tell whether a reader cannot make the -wal that it needs, nor anybody else."""
-        has_wal = os.path.exists(self.path + "-wal")
+        """Tell whether neither a reader nor anybody else can make the -wal that it needs."""
         writable = os.access(os.path.dirname(self.path), os.W_OK)
-        return self.mode == "ro" and not has_wal and not writable
+        return not writable and not os.path.exists(self.path + "-wal")
 
     def require_in_place(self) -> None:
         """Raise Damaged where the file was moved away or replaced since it was opened."""
@@ -2271,11 +2188,11 @@ class Database:
 
     @property
     def connection(self) -> Connection:
-        """The connection of this thread."""
         db = self._thread.connection
         if db is None or db.unusable:
             with self.translate_errors():
-                db = self._open(IMMUTABLE if self._is_on_read_only_medium() else self.mode)
+                is_immutable = self.mode == "ro" and self._is_on_read_only_medium()
+                db = self._open(IMMUTABLE if is_immutable else self.mode)
                 self._thread.connection = db
                 try:
                     for pragma in (*CONNECTION_PRAGMAS, SET_SYNCHRONOUS[self.synchronous]):
@@ -2287,26 +2204,22 @@ class Database:
             self._thread.notify = False
         return db
 
-    def fault(self, error: sqlite3.Error) -> Fault:
-        """Return our error for one of SQLite's."""
-        if is_about(error, *DAMAGE):
-            return Damaged(f"{self.path} is damaged, or not a queue: {error}")
-        return Fault(f"{self.path}: {error}")
-
     @contextlib.contextmanager
     def translate_errors(self) -> Iterator[None]:
         """Turn the errors of SQLite and the file system into ours."""
         try:
             yield
         except sqlite3.Error as error:
-            raise self.fault(error) from error
+            if is_about(error, *DAMAGE):
+                raise Damaged(f"{self.path} is damaged, or not a queue: {error}") from error
+            raise Fault(f"{self.path}: {error}") from error
         except OSError as error:
             raise system_fault(error, self.path) from error
 
     def _retry(self, act: Callable[[], Any]) -> Any:
         """Repeat an action while another connection has the lock, as long as `keep_waiting` says.
 
-        SQLite would wait by itself, but signal handlers do not run during its wait.
+        SQLite could wait by itself, but signal handlers would not run during its wait.
         """
         for waited in polling(longest=0.004):
             try:
@@ -2315,8 +2228,8 @@ class Database:
                 if not is_about(error, *LOCK):
                     raise
                 if not self.keep_waiting(waited):
-                    holder = f"another program for {format_duration(waited)}"
-                    raise Locked(f"{self.path} has been locked by {holder}") from error
+                    locked = f"has been locked by another program for {format_duration(waited)}"
+                    raise Locked(f"{self.path} {locked}") from error
         raise AssertionError("polling without a limit does not end")
 
     def execute(self, sql: str, args: Any = ()) -> sqlite3.Cursor:
@@ -2325,11 +2238,10 @@ class Database:
         if self._in_host:
             sql = for_guest(sql)
         try:
-            if db.in_transaction:
-                return db.execute(sql, args)
-            return self._retry(lambda: db.execute(sql, args))  # type: ignore[no-any-return]
-        except sqlite3.Error as error:
-            raise self.fault(error) from error
+            with self.translate_errors():
+                if db.in_transaction:
+                    return db.execute(sql, args)
+                return self._retry(lambda: db.execute(sql, args))  # type: ignore[no-any-return]
         except UnicodeEncodeError as error:  # an id or a directory that is not UTF-8
             raise BadInput(f"{error.object!a} is not valid Unicode") from None
 
@@ -2339,17 +2251,15 @@ class Database:
 
     def rows(self, sql: str, args: Any = ()) -> list[Any]:
         """Return all rows of a query: reading them slowly would keep the -wal from being reset."""
-        try:
+        with self.translate_errors():  # damage is noticed while reading
             return self.execute(sql, args).fetchall()
-        except sqlite3.Error as error:  # damage is noticed while reading
-            raise self.fault(error) from error
 
     @contextlib.contextmanager
     def transaction(self, *, notify: bool = False) -> Iterator[sqlite3.Connection]:
-        """Write everything within the block or, on any exception, nothing.
+        """Write everything within the block or, on any exception, nothing. Nothing else begins one.
 
-        The only place that begins a transaction. Within another one it is a part, which may fail
-        alone. `notify` wakes the pools when all of it is stored.
+        Within another one it is a part, which may fail alone. `notify` wakes the pools when all of
+        it is stored.
         """
         db = self.connection
         thread = self._thread
@@ -2409,16 +2319,14 @@ def is_shared_group(gid: int) -> bool:
     import grp
     import pwd
 
-    try:
-        user = pwd.getpwuid(SYSTEM.user() or 0)
+    with contextlib.suppress(KeyError):
+        user = pwd.getpwuid(SYSTEM.user() or 0).pw_name
         group = grp.getgrgid(gid)
-    except KeyError:
-        return True
-    return group.gr_name != user.pw_name or any(name != user.pw_name for name in group.gr_mem)
+        return {group.gr_name, *group.gr_mem} != {user}
+    return True
 
 
 def others_may_write(info: os.stat_result) -> bool:
-    """Tell whether the mode of a file or directory lets other users write to it."""
     by_group = info.st_mode & stat.S_IWGRP and is_shared_group(info.st_gid)
     return bool(info.st_mode & stat.S_IWOTH or by_group)
 
@@ -2436,8 +2344,8 @@ def steps_to(path: str) -> Iterator[str]:
 def insecure_step(path: str, *, is_last: bool = False) -> str | None:
     """Return why others could redirect a directory or link that leads to a queue, or None.
 
-    It may belong to root, which in a container is the owner of /. It may be sticky, since others
-    cannot rename its entries; but the last one may not, since others can add files for SQLite.
+    It may belong to root, in a container the owner of /. It may be sticky, since others cannot
+    rename its entries; but not if it is the last one, since others can add files for SQLite.
     """
     try:
         info = os.lstat(path)

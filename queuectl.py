@@ -474,10 +474,9 @@ def cron_next(rule: str, after: float) -> float:
     unless the rule is for every hour.
     """
     fields = CRON_WORDS.get(rule.strip().lower(), rule).lower().split()
-    words = " ".join(CRON_WORDS)
-    five = len(fields) == len(CRON_FIELDS)
-    require(five, f"have five fields: minute hour day month weekday, or be one of {words}")
-    sets = [cron_field(field, *limits) for field, limits in zip(fields, CRON_FIELDS)]
+    expectation = "have five fields: minute hour day month weekday, or be one of "
+    require(len(fields) == len(CRON_FIELDS), expectation + " ".join(CRON_WORDS))
+    sets = (cron_field(field, *limits) for field, limits in zip(fields, CRON_FIELDS))
     minutes, hours, days, months, weekdays = sets
     matches = all if "*" in (fields[2][0], fields[4][0]) else any
     folds = (0, 1) if len(hours) == 24 else (0,)
@@ -501,10 +500,7 @@ def valid_cron(value: object) -> str:
 
 
 def next_occurrence(rule: str, scheduled_for: float, now: float) -> float:
-    """Return when the next job of a schedule is due; occurrences that were missed are left out.
-
-    A rule is "every SECONDS" or "cron FIELDS".
-    """
+    """Return when the next job of a rule, "every SECONDS" or "cron FIELDS", is due after now."""
     kind, _, text = rule.partition(" ")
     if kind == "cron":
         return cron_next(text, max(scheduled_for, now))
@@ -547,12 +543,6 @@ def validate_fields(fields: Mapping[str, object]) -> dict[str, Any]:
     return job
 
 
-def split_words(line: str) -> list[str]:
-    if WINDOWS:  # a backslash is part of a path
-        return [word.strip('"') for word in shlex.split(line, posix=False)]
-    return shlex.split(line)
-
-
 def join_words(words: Sequence[str]) -> str:
     """Quote words so that the shell passes them on unchanged."""
     if not WINDOWS:
@@ -568,9 +558,10 @@ def valid_prefix(value: Any) -> tuple[str, ...]:
     """Validate a command prefix: the words before a job's command."""
     line = valid_command(value)
     try:
-        return tuple(split_words(line))
+        words = shlex.split(line, posix=not WINDOWS)  # there, a backslash is part of a path
     except ValueError as error:
         raise ValueError(f"must be a command prefix: {error}") from None
+    return tuple(word.strip('"') if WINDOWS else word for word in words)
 
 
 def valid_exit_codes(value: Any) -> tuple[int, ...]:
@@ -639,9 +630,7 @@ def explain_exit(code: int) -> str | None:
         return f"killed by {signal_name(-code)}"
     not_found = "command not found"
     meanings = {TRY_LATER: "try later", 126: "not executable", 127: not_found, 9009: not_found}
-    meaning = meanings.get(code)
-    if 128 < code <= 128 + 64:
-        meaning = f"128 + {signal_name(code - 128)}"
+    meaning = f"128 + {signal_name(code - 128)}" if 128 < code <= 128 + 64 else meanings.get(code)
     return f"exit code {code} ({meaning})" if meaning else f"exit code {code}"
 
 
@@ -660,18 +649,17 @@ def format_duration(seconds: float) -> str:
     parts = []
     rest = round(seconds)
     for unit, size in UNIT_SECONDS.items():
-        if rest >= size:
-            parts.append(f"{rest // size}{unit}")
-            rest %= size
+        count, rest = divmod(rest, size)
+        if count:
+            parts.append(f"{count}{unit}")
     return "".join(parts[:2])
 
 
 def format_distance(when: float, now: float) -> str:
     """Return a time relative to now: `3m ago`, `in 2h`."""
-    distance = abs(when - now)
-    if distance < 1:
+    if abs(when - now) < 1:
         return "now"
-    text = format_duration(round(distance))
+    text = format_duration(round(abs(when - now)))
     return f"in {text}" if when > now else f"{text} ago"
 
 
@@ -687,8 +675,7 @@ def describe_blockers(parents: Sequence[Job]) -> str:
 class Outcome(NamedTuple):
     """How an attempt ended, as seen by the process that watched it.
 
-    `end` is "exited" where the job ended by itself, and "unstarted" where the machine could not
-    start it. `error` is None if it completed.
+    `end` is "unstarted" where the machine could not start it; `error` is None if it completed.
     """
 
     end: End
@@ -952,9 +939,8 @@ WITH RECURSIVE ancestors (parent) AS (
 COUNT_CHILDREN = """
 SELECT count(*) FROM needs JOIN jobs ON seq = child
 WHERE parent = :seq AND met = 0 AND state = 'pending'"""
-BLOCKED_CHILDREN = (
-    JOB + "JOIN needs ON child = seq WHERE parent = :seq AND met = 0 AND state = 'pending'"
-)
+BLOCKED_CHILDREN = f"""
+{JOB}JOIN needs ON child = seq WHERE parent = :seq AND met = 0 AND state = 'pending'"""
 DESCENDANTS = f"""
 WITH RECURSIVE descendants (child) AS (
   SELECT child FROM needs WHERE parent = :seq AND met = 0
@@ -968,8 +954,7 @@ run_after readiness rule schedule_id scheduled_for""".split()
 INSERT = f"""
 INSERT OR IGNORE INTO jobs ({", ".join(INSERTED)})
 VALUES ({", ".join(":" + column for column in INSERTED)})"""
-ADD_NEED = """
-INSERT OR IGNORE INTO needs (parent, child, met) VALUES (:parent, :child, :met)"""
+ADD_NEED = "INSERT OR IGNORE INTO needs (parent, child, met) VALUES (:parent, :child, :met)"
 WAITING_QUEUES = """
 SELECT queue, min(readiness) FROM counts
 WHERE state = 'pending' AND readiness >= 0 AND number > 0
@@ -1020,14 +1005,10 @@ CANCEL_WAITING = """
 UPDATE jobs SET state = 'cancelled', readiness = 1, updated_at = :now,
   last_error = 'cancelled by the operator'
 WHERE seq = :seq AND state = 'pending'"""
-CANCEL_RUNNING = """
-UPDATE jobs SET cancel_requested = 1 WHERE seq = :seq AND state = 'processing'"""
-SCHEDULED_AHEAD = (
-    JOB
-    + """
-WHERE state = 'pending' AND readiness = 0 AND updated_at > :limit AND (run > 0 OR rule IS NOT NULL)
-LIMIT 500"""
-)
+CANCEL_RUNNING = "UPDATE jobs SET cancel_requested = 1 WHERE seq = :seq AND state = 'processing'"
+SCHEDULED_AHEAD = f"""
+{JOB}WHERE state = 'pending' AND readiness = 0 AND updated_at > :limit
+  AND (run > 0 OR rule IS NOT NULL) LIMIT 500"""
 RESCHEDULE = """
 UPDATE jobs SET run_after = :when, scheduled_for = :scheduled_for, updated_at = :now
 WHERE seq = :seq AND state = 'pending' AND readiness = 0 AND updated_at > :now"""

@@ -1049,16 +1049,6 @@ def for_guest(sql: str) -> str:
     return GUEST_NAME.sub(rf"\1{GUEST_PREFIX}\2", sql)
 
 
-def statements(script: str) -> Iterator[str]:
-    """Split a script into its statements."""
-    pending = ""
-    for line in script.splitlines(keepends=True):
-        pending += line
-        if sqlite3.complete_statement(pending):
-            yield pending
-            pending = ""
-
-
 # --- system: what differs between POSIX and Windows; the only place with signals and kills --------
 
 STOP_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")]
@@ -1089,12 +1079,28 @@ def open_own(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
+def sync_file(path: str) -> None:
+    """Sync a file; on macOS, down to the medium."""
+    with open(path, "r+b", buffering=0) as file:
+        if sys.platform == "darwin":
+            from fcntl import F_FULLFSYNC, fcntl
+
+            fcntl(file, F_FULLFSYNC)
+        else:
+            getattr(os, "fdatasync", os.fsync)(file.fileno())
+
+
+def user_id() -> int | None:
+    """Return the user id of this process, None on Windows: ownership works differently there."""
+    return None if sys.platform == "win32" else os.geteuid()
+
+
 class Trace(NamedTuple):
     """How the processes of an attempt are recognized.
 
-    They have `token` as QUEUECTL_RUN in their environment, and hold the lock of the file
-    `lock_path`. Where a program hides both, it descends from the job's own process, `leader` (0 if
-    unknown), or belongs to its session. `launched` is the leader's start in Unix seconds.
+    They have `token` as QUEUECTL_RUN in their environment, and the lock of the file `lock_path`.
+    Where a program hides both, it descends from the job's own process, `leader` (0 if unknown,
+    else started at `launched`, in Unix seconds), or belongs to its session.
     """
 
     token: str
@@ -1103,12 +1109,11 @@ class Trace(NamedTuple):
     launched: float
 
 
-class Wakeup:
+class Wakeup(NamedTuple):
     """Descriptors by which other processes and signals wake this one."""
 
-    def __init__(self, reader: int, writer: int) -> None:
-        self.reader = reader
-        self.writer = writer
+    reader: int
+    writer: int
 
     def fileno(self) -> int:
         return self.reader
@@ -1175,9 +1180,6 @@ if sys.platform == "win32":
             wide = (ctypes.c_void_p(arg) if isinstance(arg, int) else arg for arg in args)
             return function(*wide) or 0
 
-        def user(self) -> int | None:
-            return None
-
         def lock(self, fd: int, *, shared: bool = False) -> bool:  # noqa: ARG002
             import msvcrt
 
@@ -1205,11 +1207,6 @@ if sys.platform == "win32":
 
         def punch_hole(self, fd: int, length: int) -> bool:  # noqa: ARG002
             return False
-
-        def sync(self, path: str) -> None:
-            """Sync a file, which must be open for writing."""
-            with open(path, "r+b", buffering=0) as file:
-                os.fsync(file.fileno())
 
         def make_wakeup(self, fifo: str = "") -> Wakeup | None:  # noqa: ARG002
             return None
@@ -1477,9 +1474,6 @@ else:
         server: ForkServer | None = None
         child: Child | None = None  # the latest job of this worker
 
-        def user(self) -> int | None:
-            return os.geteuid()
-
         def lock(self, fd: int, *, shared: bool = False) -> bool:
             """Lock an open file without waiting; return False where another process has it."""
             import fcntl
@@ -1506,16 +1500,6 @@ else:
             """Free the disk space of the beginning of a file; return False if unsupported."""
             keep_size, punch_hole = 1, 2
             return c_function("fallocate64", fd, keep_size | punch_hole, wide=(0, length))
-
-        def sync(self, path: str) -> None:
-            """Sync a file; on macOS, down to the medium."""
-            with open(path, "r+b", buffering=0) as file:
-                if sys.platform == "darwin":
-                    from fcntl import F_FULLFSYNC, fcntl
-
-                    fcntl(file, F_FULLFSYNC)
-                else:
-                    os.fdatasync(file.fileno())
 
         def make_wakeup(self, fifo: str = "") -> Wakeup | None:
             """Return the means to wake this process: a FIFO of that name, or a pipe of its own."""
@@ -1671,8 +1655,8 @@ else:
         def family(self, trace: Trace, table: Mapping[int, Process], others: set[int]) -> set[int]:
             """Return the descendants of an attempt's leader and the members of its session.
 
-            A leader that did not start at the given time is an unrelated process that got its pid
-            later. `others` belong to other attempts.
+            A leader that started at another time is an unrelated process that got its pid later.
+            `others` belong to other attempts.
             """
             leader = trace.leader
             found = set()
@@ -1952,7 +1936,7 @@ def create_tables(db: sqlite3.Connection, *, guest: bool) -> None:
         db.execute(ROLLBACK)
     db.execute(BEGIN)
     if not schema_version(db)[0]:  # else another process was faster
-        for statement in statements(SCHEMA):
+        for statement in re.split("(?m)^(?=CREATE )", SCHEMA)[1:]:
             db.execute(for_guest(statement) if guest else statement)
         if guest:
             version = {"queue": "", "key": GUEST_KEY, "value": str(SCHEMA_VERSION)}
@@ -1972,6 +1956,8 @@ class Connection(sqlite3.Connection):
     path = ""
     info: os.stat_result  # of the file when it was opened
     unusable = False  # closed, or inherited through a fork
+    in_block = False  # of Database.transaction
+    notify = False  # wake the pools when the transaction has been stored
 
     def close(self) -> None:
         """Close it; only its own thread may."""
@@ -2026,14 +2012,6 @@ def system_fault(error: OSError, path: str) -> Fault:
     return Fault(f"{quoted(str(error.filename or path), 4096)}: {error.strerror}")
 
 
-class ThreadState(threading.local):
-    """What a Database knows about the current thread."""
-
-    connection: Connection | None = None
-    in_transaction = False
-    notify = False  # wake the pools when the transaction has been stored
-
-
 class Database:
     """The SQLite file: the only access to it, and the only place that interprets its errors.
 
@@ -2053,7 +2031,7 @@ class Database:
         self.run_dir = RunDirectory(self.path)
         self.synchronous = "full"
         self.keep_waiting: Callable[[float], bool] = lambda waited: waited < PATIENCE
-        self._thread = ThreadState()
+        self._thread = threading.local()  # has the connection
         self._in_host = False  # the tables have a prefix
         with self.translate_errors():
             if os.path.lexists(path) and not os.path.exists(path):
@@ -2169,7 +2147,7 @@ class Database:
 
     @property
     def connection(self) -> Connection:
-        db = self._thread.connection
+        db: Connection | None = getattr(self._thread, "connection", None)
         if db is None or db.unusable:
             with self.translate_errors():
                 is_immutable = self.mode == "ro" and self._is_on_read_only_medium()
@@ -2181,8 +2159,6 @@ class Database:
                 except BaseException:
                     db.close()
                     raise
-            self._thread.in_transaction = False
-            self._thread.notify = False
         return db
 
     @contextlib.contextmanager
@@ -2243,18 +2219,17 @@ class Database:
         it is stored.
         """
         db = self.connection
-        thread = self._thread
-        is_part = thread.in_transaction
+        is_part = db.in_block
         if is_part and not db.in_transaction:
             raise Fault(f"{self.path}: a statement has ended the transaction")
         begin, end, *undo = PART if is_part else WHOLE
         try:
             self.execute(begin)
-            thread.in_transaction = True
-            thread.notify = thread.notify or notify
+            db.in_block = True
+            db.notify = db.notify or notify
             yield db
             self.execute(end)
-            notify = thread.notify and not is_part
+            notify = db.notify and not is_part
         except BaseException:
             with contextlib.suppress(sqlite3.Error):  # SQLite has undone it already
                 for sql in undo if not db.unusable and db.in_transaction else ():
@@ -2262,14 +2237,14 @@ class Database:
             raise
         finally:
             if not is_part:
-                thread.in_transaction = False
-                thread.notify = False
+                db.in_block = False
+                db.notify = False
         if notify:
             self.run_dir.notify()
 
     def notify_when_stored(self) -> None:
         """Wake the pools as soon as the open transaction is stored."""
-        self._thread.notify = True
+        self.connection.notify = True
 
     def set_synchronous(self, synchronous: str) -> None:
         """Choose whether each commit is synced ("full"), or the caller syncs ("normal")."""
@@ -2287,7 +2262,7 @@ class Database:
 
     def close(self) -> None:
         """Close this thread's connection."""
-        db = self._thread.connection
+        db = getattr(self._thread, "connection", None)
         if db and not db.unusable:
             db.close()
 
@@ -2301,7 +2276,7 @@ def is_shared_group(gid: int) -> bool:
     import pwd
 
     with contextlib.suppress(KeyError):
-        user = pwd.getpwuid(SYSTEM.user() or 0).pw_name
+        user = pwd.getpwuid(user_id() or 0).pw_name
         group = grp.getgrgid(gid)
         return {group.gr_name, *group.gr_mem} != {user}
     return True
@@ -2332,7 +2307,7 @@ def insecure_step(path: str, *, is_last: bool = False) -> str | None:
         info = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):  # reported when it is opened
         return None
-    if info.st_uid not in (0, os.stat("/").st_uid, SYSTEM.user()):
+    if info.st_uid not in (0, os.stat("/").st_uid, user_id()):
         return f"{path} belongs to another user ({info.st_uid})"
     is_fixed = stat.S_ISLNK(info.st_mode) or (info.st_mode & stat.S_ISVTX and not is_last)
     return None if is_fixed or not others_may_write(info) else f"other users may write to {path}"
@@ -2356,7 +2331,7 @@ def insecure_file(path: str, kind: str = "regular file", twin: str = "") -> str 
         info = os.lstat(path)
         if not KINDS[kind](info.st_mode):
             return f"{path} is not a {kind}"
-        if info.st_uid != SYSTEM.user():
+        if info.st_uid != user_id():
             return f"{path} belongs to another user ({info.st_uid})"
         if others_may_write(info):
             return f"other users may write to {path}"
@@ -2389,7 +2364,7 @@ def ownership_problems(path: str) -> Iterator[str | None]:
 
 def require_trust(path: str) -> None:
     """Raise Fault where other users could have put commands into a queue."""
-    if SYSTEM.user() is None:
+    if user_id() is None:
         return
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -4217,7 +4192,7 @@ class Pool:
         self.agenda.set("sync", AGAIN)
         wal = self.ledger.db.path + "-wal"
         with contextlib.suppress(FileNotFoundError):
-            SYSTEM.sync(wal)
+            sync_file(wal)
             began = time.monotonic()
             if os.stat(wal).st_size > LARGEST_WAL and began >= self.truncate_at:
                 with contextlib.suppress(Fault):

@@ -4624,10 +4624,10 @@ class PoolTroubleLive(Live):
         before = [signal.getsignal(number) for number in STOP_SIGNALS]
         descriptors = len(os.listdir("/dev/fd"))
         fault = OSError(5, os.strerror(5))
-        for name in ("sync", "make_wakeup"):
-            with self.subTest(name), mock.patch.object(
-                queuectl.SYSTEM, name, side_effect=fault
-            ), self.assertRaisesRegex(queuectl.Fault, "Input/output"):
+        for owner, name in ((queuectl, "sync_file"), (queuectl.SYSTEM, "make_wakeup")):
+            failing = mock.patch.object(owner, name, side_effect=fault)
+            refused = self.assertRaisesRegex(queuectl.Fault, "Input/output")
+            with self.subTest(name), failing, refused:
                 queuectl.work(self.path, drain=True, signals=True)
             self.assertEqual([signal.getsignal(number) for number in STOP_SIGNALS], before)
             wait_until(lambda: not queuectl.RunDirectory(self.path).files())

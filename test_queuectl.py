@@ -4626,8 +4626,7 @@ class PoolTroubleLive(Live):
         fault = OSError(5, os.strerror(5))
         for owner, name in ((queuectl, "sync_file"), (queuectl.SYSTEM, "make_wakeup")):
             failing = mock.patch.object(owner, name, side_effect=fault)
-            refused = self.assertRaisesRegex(queuectl.Fault, "Input/output")
-            with self.subTest(name), failing, refused:
+            with self.subTest(name), failing, self.assertRaisesRegex(queuectl.Fault, "Input/out"):
                 queuectl.work(self.path, drain=True, signals=True)
             self.assertEqual([signal.getsignal(number) for number in STOP_SIGNALS], before)
             wait_until(lambda: not queuectl.RunDirectory(self.path).files())

@@ -1247,16 +1247,14 @@ if sys.platform == "win32":
             line = subprocess.list2cmdline(argv)
             if re.fullmatch(r"(.*[\\/])?cmd(\.exe)?", shell[0], re.IGNORECASE):  # quotes otherwise
                 line = subprocess.list2cmdline(shell) + f' "{command}"'
-            new_group, suspended = 0x200, 0x4
-            flags = new_group | suspended
+            flags = 0x200 | 0x4  # in a new group, suspended
             streams: Any = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
             child: Any = subprocess.Popen(
                 line, cwd=cwd, env={**os.environ, **env}, creationflags=flags, **streams
             )
-            kill_on_close = 0x2000
             process = int(child._handle)
             self.jobs[child.pid] = self.call("CreateJobObjectW", None, env["QUEUECTL_RUN"])
-            self.set_limit(child, kill_on_close)
+            self.set_limit(child, 0x2000)  # kill on close
             self.call("AssignProcessToJobObject", self.jobs[child.pid], process)
             self.call("NtResumeProcess", process, dll="ntdll")
             return child
@@ -1294,8 +1292,7 @@ if sys.platform == "win32":
                     os.kill(pid, signal.CTRL_BREAK_EVENT)
 
         def kill(self, trace: Trace, pids: Iterable[int]) -> None:  # noqa: ARG002
-            terminate = 8
-            handle = self.call("OpenJobObjectW", terminate, 0, trace.token)
+            handle = self.call("OpenJobObjectW", 8, 0, trace.token)  # 8: to terminate
             self.call("TerminateJobObject", handle, 1)
             self.call("CloseHandle", handle)
 
@@ -1328,8 +1325,7 @@ else:
 
     def table_from_proc() -> dict[int, Process]:
         table = {}
-        since_boot = 7  # CLOCK_BOOTTIME
-        booted = time.time() - time.clock_gettime(since_boot)
+        booted = time.time() - time.clock_gettime(7)  # CLOCK_BOOTTIME
         for pid in filter(str.isdigit, os.listdir("/proc")):
             state, *fields = read_proc(f"{pid}/stat").rpartition(b")")[2].split() or [b"Z"]
             if state not in (b"Z", b"X"):
@@ -1372,10 +1368,9 @@ else:
         """Tell whether a process holds the lock of a file; having it open is not enough."""
         with contextlib.suppress(OSError):
             for fd in os.listdir(f"/proc/{pid}/fd"):
+                locks = re.search(rb"FLOCK +ADVISORY +WRITE", read_proc(f"{pid}/fdinfo/{fd}"))
                 with contextlib.suppress(OSError):
-                    if os.path.samefile(f"/proc/{pid}/fd/{fd}", path) and re.search(
-                        rb"FLOCK +ADVISORY +WRITE", read_proc(f"{pid}/fdinfo/{fd}")
-                    ):
+                    if locks and os.path.samefile(f"/proc/{pid}/fd/{fd}", path):
                         return True
         return False
 
@@ -1405,10 +1400,7 @@ else:
         return False
 
     class Child:
-        """A job's own process, with an interface like that of `subprocess.Popen`.
-
-        Its worker adopts orphaned descendants; `elders` are those of earlier jobs, which run on.
-        """
+        """A job's process, as Popen shows it; `elders` are earlier jobs' processes that run on."""
 
         returncode: int | None = None  # None while it runs; minus n for signal n
 
@@ -1429,12 +1421,10 @@ else:
             return self.returncode
 
     class ForkServer:
-        """A process that loads the program once and forks the workers of all pools from it.
+        """A process that loads the program once and forks the workers of all pools.
 
         Workers forked from the pool itself would hold each other's pipes and locks open.
         """
-
-        PATIENCE = 10.0  # seconds to wait for an answer, including the start of the server
 
         def __init__(self, python: str) -> None:
             from multiprocessing import Pipe
@@ -1453,7 +1443,7 @@ else:
             from multiprocessing.reduction import send_handle
 
             send_handle(self.link, fd, self.pid)
-            if self.link.poll(self.PATIENCE):
+            if self.link.poll(10.0):  # includes the start of the server
                 return int(self.link.recv())
             raise TimeoutError(errno.ETIMEDOUT, "its fork server does not answer")
 
@@ -1498,8 +1488,7 @@ else:
 
         def punch_hole(self, fd: int, length: int) -> bool:
             """Free the disk space of the beginning of a file; return False if unsupported."""
-            keep_size, punch_hole = 1, 2
-            return c_function("fallocate64", fd, keep_size | punch_hole, wide=(0, length))
+            return c_function("fallocate64", fd, 1 | 2, wide=(0, length))  # keep size, punch hole
 
         def make_wakeup(self, fifo: str = "") -> Wakeup | None:
             """Return the means to wake this process: a FIFO of that name, or a pipe of its own."""
@@ -1514,10 +1503,7 @@ else:
             return Wakeup(reader, writer)
 
         def wait(self, sources: Iterable[Any], child: Any, limit: float | None) -> list[Any]:  # noqa: ARG002
-            """Wait for wakeups and pipes that are not None, for `limit` seconds at most.
-
-            Returns the readable ones. A child's end is a signal, which wakes its worker.
-            """
+            """Wait up to `limit` seconds; return the readable ones of wakeups, pipes and Nones."""
             import select
 
             poll = select.poll()
@@ -1533,7 +1519,7 @@ else:
         def start_worker(self, pipe: Any) -> int:
             """Start a worker at the other end of a pipe; return its pid.
 
-            Raises OSError at the machine's limit, EOFError where the server died; try again then.
+            Raises OSError at the machine's limit, EOFError where the server died: try again.
             """
             if not self.server or self.server.owner != os.getpid():
                 self.server = ForkServer(self.PYTHON)
@@ -1982,12 +1968,11 @@ def before_fork() -> None:
 
     if len(CONNECTIONS) > 1:
         gc.collect()  # the connections of threads that have ended
-    connections = [db for db in list(CONNECTIONS) if not db.unusable]
-    for db in connections:
+    for db in list(CONNECTIONS):
         with contextlib.suppress(sqlite3.ProgrammingError):  # it belongs to another thread
-            if not db.in_transaction:
+            if not db.unusable and not db.in_transaction:
                 db.close()
-    IN_USE[threading.get_ident()] = [db for db in connections if not db.unusable]
+    IN_USE[threading.get_ident()] = [db for db in list(CONNECTIONS) if not db.unusable]
 
 
 def after_fork_in_child() -> None:
@@ -2136,7 +2121,7 @@ class Database:
     def _is_on_read_only_medium(self) -> bool:
         """Tell whether neither a reader nor anybody else can make the -wal that it needs."""
         writable = os.access(os.path.dirname(self.path), os.W_OK)
-        return not writable and not os.path.exists(self.path + "-wal")
+        return not (writable or os.path.exists(self.path + "-wal"))
 
     def require_in_place(self) -> None:
         """Raise Damaged where the file was moved away or replaced since it was opened."""
@@ -2345,8 +2330,8 @@ def insecure_file(path: str, kind: str = "regular file", twin: str = "") -> str 
 def ownership_problems(path: str) -> Iterator[str | None]:
     """Yield reasons why other users could put commands into a queue; None is not a reason.
 
-    Checked before SQLite opens anything, since it replays any journal or log that it finds beside
-    a database. As in OpenSSH, only modes and owners count; access control lists are not read.
+    Checked before SQLite opens anything, since it replays any journal beside a database. As in
+    OpenSSH, only modes and owners count; access control lists are not read.
     """
     real = os.path.realpath(path)
     run_dir = RunDirectory(real)

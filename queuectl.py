@@ -343,14 +343,11 @@ def integer(low: int, high: int) -> Validator:
     return validator
 
 
-def number(low: float, high: float) -> Validator:
-    def validator(value: Any) -> float:
-        if isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                value = float(value)
-        return float(in_range(low, value, high, f"be a number from {low:g} to {high:g}"))
-
-    return validator
+def valid_backoff_base(value: Any) -> float:
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    return float(in_range(1, value, 1000, "be a number from 1 to 1000"))
 
 
 def parse_duration(value: Any) -> float:
@@ -419,8 +416,7 @@ def valid_environment(value: Any) -> dict[str, str]:
     strings = isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())
     require(strings, 'be an object of strings such as {"NAME": "value"}')
     for key, item in value.items():
-        named = valid_text(key) and "=" not in key
-        require(named, "have names that are not empty and without '='")
+        require(valid_text(key) and "=" not in key, "have names that are not empty and without '='")
         valid_text(item)
     return dict(value)
 
@@ -587,7 +583,7 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "max_retries": Setting(3, FIELDS["max_retries"], "how often a job is tried, in all"),
-    "backoff_base": Setting(2.0, number(1, 1000), "a retry waits this ** attempts seconds"),
+    "backoff_base": Setting(2.0, valid_backoff_base, "a retry waits this ** attempts seconds"),
     "backoff_max": Setting(86400.0, parse_duration, "a retry never waits longer than this"),
     "timeout": Setting(300.0, parse_duration, "how long an attempt may take (0: no limit)"),
     "kill_grace": Setting(5.0, parse_duration, "time between TERM and KILL when a job is ended"),
@@ -1021,8 +1017,7 @@ SELECT seq FROM jobs WHERE state = :state AND readiness = 1 AND updated_at <= :b
 ORDER BY updated_at LIMIT {SLICE}"""
 DELETE_JOB = (
     "DELETE FROM attempts WHERE job = :seq",
-    "DELETE FROM needs WHERE parent = :seq",
-    "DELETE FROM needs WHERE child = :seq",
+    "DELETE FROM needs WHERE parent = :seq OR child = :seq",
     "DELETE FROM jobs WHERE seq = :seq",
 )
 PAUSED = "SELECT queue FROM queues WHERE paused = 1"
@@ -1888,7 +1883,6 @@ class RunDirectory:
 
 
 # --- database: connections, transactions, errors, creating the file -------------------------------
-
 
 LOCK = ((5, 6, 15), "locked|locking protocol")  # SQLITE_BUSY, SQLITE_LOCKED, SQLITE_PROTOCOL
 DAMAGE = ((11, 26), "malformed|not a database|decode")  # SQLITE_CORRUPT, SQLITE_NOTADB; not UTF-8

@@ -496,7 +496,7 @@ def valid_cron(value: object) -> str:
 
 
 def next_occurrence(rule: str, scheduled_for: float, now: float) -> float:
-    """Return when the next job of a rule, "every SECONDS" or "cron FIELDS", is due after now."""
+    """Return when a rule, "every SECONDS" or "cron FIELDS", is next due, skipping missed times."""
     kind, _, text = rule.partition(" ")
     if kind == "cron":
         return cron_next(text, max(scheduled_for, now))
@@ -551,7 +551,6 @@ def join_words(words: Sequence[str]) -> str:
 
 
 def valid_prefix(value: Any) -> tuple[str, ...]:
-    """Validate a command prefix: the words before a job's command."""
     line = valid_command(value)
     try:
         words = shlex.split(line, posix=not WINDOWS)  # there, a backslash is part of a path
@@ -1188,7 +1187,6 @@ if sys.platform == "win32":
             return True
 
         def is_unlocked(self, path: str) -> bool:
-            """Tell whether nobody holds the lock of a file; one that does not exist is unlocked."""
             gone = contextlib.suppress(FileNotFoundError, PermissionError)  # or being removed
             with gone, open(path, "r+b", buffering=0, opener=open_own) as file:
                 return self.lock(file.fileno())
@@ -1330,7 +1328,6 @@ else:
         return table
 
     def table_from_ps() -> dict[int, Process]:
-        """Return the living processes by pid, as `ps` shows them."""
         import subprocess
 
         table = {}
@@ -1395,7 +1392,7 @@ else:
         return False
 
     class Child:
-        """A job's process, as Popen shows it; `elders` are earlier jobs' processes that run on."""
+        """A job's own process, like a Popen; `elders` are processes of earlier jobs that run on."""
 
         returncode: int | None = None  # None while it runs; minus n for signal n
 
@@ -1498,7 +1495,7 @@ else:
             return Wakeup(reader, writer)
 
         def wait(self, sources: Iterable[Any], child: Any, limit: float | None) -> list[Any]:  # noqa: ARG002
-            """Wait up to `limit` seconds; return the readable ones of wakeups, pipes and Nones."""
+            """Wait up to `limit` seconds; return readable sources. A child's end is a signal."""
             import select
 
             poll = select.poll()
@@ -1731,7 +1728,6 @@ def interrupts_raised() -> Iterator[None]:
 
 
 def end_by_signal(number: int) -> None:
-    """End this process by a signal, where the system has signals."""
     if sys.platform != "win32":
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
@@ -2142,7 +2138,6 @@ class Database:
 
     @contextlib.contextmanager
     def translate_errors(self) -> Iterator[None]:
-        """Turn the errors of SQLite and the file system into ours."""
         try:
             yield
         except sqlite3.Error as error:
@@ -2182,7 +2177,6 @@ class Database:
             raise BadInput(f"{error.object!a} is not valid Unicode") from None
 
     def table(self, name: str) -> str:
-        """Return the name that a table has in this file."""
         return GUEST_PREFIX + name if self._in_host else name
 
     def rows(self, sql: str, args: Any = ()) -> list[Any]:
@@ -2222,7 +2216,6 @@ class Database:
             self.run_dir.notify()
 
     def notify_when_stored(self) -> None:
-        """Wake the pools as soon as the open transaction is stored."""
         self.connection.notify = True
 
     def set_synchronous(self, synchronous: str) -> None:
@@ -2240,7 +2233,6 @@ class Database:
             self.execute(SET_NO_WAIT)
 
     def close(self) -> None:
-        """Close this thread's connection."""
         db = getattr(self._thread, "connection", None)
         if db and not db.unusable:
             db.close()
@@ -2354,10 +2346,9 @@ def require_trust(path: str) -> None:
     except ValueError:  # NUL in the path: reported when it is opened
         return
     if problem:
-        raise Fault(
-            f"{problem}, so others could run commands as you; use a directory of your own "
-            '(mkdir -m 700 q && cd q, or cd "$(mktemp -d)"), or --insecure if you trust them'
-        )
+        remedy = '(mkdir -m 700 q && cd q, or cd "$(mktemp -d)"), or --insecure if you trust them'
+        own = "so others could run commands as you; use a directory of your own"
+        raise Fault(f"{problem}, {own} {remedy}")
 
 
 def network_file_system(path: str) -> str | None:

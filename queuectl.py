@@ -301,12 +301,10 @@ def quoted(value: str, limit: int = QUOTED_LIMIT) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """Return `1 job` or `2 jobs`."""
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return the known word that a mistyped one is closest to, if any is close."""
     import difflib
 
     return next(iter(difflib.get_close_matches(word[:QUOTED_LIMIT], list(known), 1, 0.7)), None)
@@ -335,8 +333,6 @@ def in_range(low: float, value: Any, high: float, expectation: str) -> Any:
 
 
 def integer(low: int, high: int) -> Validator:
-    """Return a validator for a whole number within a range."""
-
     def validator(value: Any) -> int:
         if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,18}\s*", value):
             value = int(value)
@@ -347,16 +343,11 @@ def integer(low: int, high: int) -> Validator:
     return validator
 
 
-def number(low: float, high: float) -> Validator:
-    """Return a validator for a number within a range."""
-
-    def validator(value: Any) -> float:
-        if isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                value = float(value)
-        return float(in_range(low, value, high, f"be a number from {low:g} to {high:g}"))
-
-    return validator
+def valid_backoff_base(value: Any) -> float:
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    return float(in_range(1, value, 1000, "be a number from 1 to 1000"))
 
 
 def parse_duration(value: Any) -> float:
@@ -383,7 +374,6 @@ def parse_time(value: Any) -> float:
 
 
 def valid_text(value: Any) -> str:
-    """Validate text for the operating system: Unicode without NUL."""
     require(isinstance(value, str), "be a string")
     require(value == value.encode(errors="ignore").decode(), "be valid Unicode")
     require("\0" not in value, "not contain NUL")
@@ -391,7 +381,6 @@ def valid_text(value: Any) -> str:
 
 
 def valid_command(value: object) -> str:
-    """Validate a shell line: not blank, and short enough to be started."""
     line = valid_text(value)
     require(line.strip(), "not be blank")
     fits = len(line.encode()) <= COMMAND_LIMIT
@@ -400,7 +389,6 @@ def valid_command(value: object) -> str:
 
 
 def valid_name(value: object) -> str:
-    """Validate the name of a job or a queue: it can be typed, seen and told apart."""
     name = valid_text(value)
     fits = re.fullmatch(r"[^\s,-][^\s,]{0,199}", name) and name.isprintable()
     require(fits, "be 1 to 200 printable characters, without blanks, commas or a leading '-'")
@@ -425,18 +413,15 @@ def valid_directory(value: object) -> str:
 
 
 def valid_environment(value: Any) -> dict[str, str]:
-    """Validate a mapping from names of environment variables to their values."""
     strings = isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())
     require(strings, 'be an object of strings such as {"NAME": "value"}')
     for key, item in value.items():
-        named = valid_text(key) and "=" not in key
-        require(named, "have names that are not empty and without '='")
+        require(valid_text(key) and "=" not in key, "have names that are not empty and without '='")
         valid_text(item)
     return dict(value)
 
 
 def valid_interval(value: object) -> float:
-    """Validate the interval of a schedule."""
     return float(in_range(1, parse_duration(value), LONGEST, "be at least 1 second"))
 
 
@@ -485,10 +470,9 @@ def cron_next(rule: str, after: float) -> float:
     unless the rule is for every hour.
     """
     fields = CRON_WORDS.get(rule.strip().lower(), rule).lower().split()
-    words = " ".join(CRON_WORDS)
-    five = len(fields) == len(CRON_FIELDS)
-    require(five, f"have five fields: minute hour day month weekday, or be one of {words}")
-    sets = [cron_field(field, *limits) for field, limits in zip(fields, CRON_FIELDS)]
+    expectation = "have five fields: minute hour day month weekday, or be one of "
+    require(len(fields) == len(CRON_FIELDS), expectation + " ".join(CRON_WORDS))
+    sets = (cron_field(field, *limits) for field, limits in zip(fields, CRON_FIELDS))
     minutes, hours, days, months, weekdays = sets
     matches = all if "*" in (fields[2][0], fields[4][0]) else any
     folds = (0, 1) if len(hours) == 24 else (0,)
@@ -506,17 +490,13 @@ def cron_next(rule: str, after: float) -> float:
 
 
 def valid_cron(value: object) -> str:
-    """Validate a cron rule."""
     rule = valid_text(value)
     cron_next(rule, time.time())
     return rule
 
 
 def next_occurrence(rule: str, scheduled_for: float, now: float) -> float:
-    """Return when the next job of a schedule is due; occurrences that were missed are left out.
-
-    A rule is "every SECONDS" or "cron FIELDS".
-    """
+    """Return when a rule, "every SECONDS" or "cron FIELDS", is next due, skipping missed times."""
     kind, _, text = rule.partition(" ")
     if kind == "cron":
         return cron_next(text, max(scheduled_for, now))
@@ -559,13 +539,6 @@ def validate_fields(fields: Mapping[str, object]) -> dict[str, Any]:
     return job
 
 
-def split_words(line: str) -> list[str]:
-    """Split a command line into words, by the rules of the platform."""
-    if WINDOWS:  # a backslash is part of a path
-        return [word.strip('"') for word in shlex.split(line, posix=False)]
-    return shlex.split(line)
-
-
 def join_words(words: Sequence[str]) -> str:
     """Quote words so that the shell passes them on unchanged."""
     if not WINDOWS:
@@ -578,16 +551,15 @@ def join_words(words: Sequence[str]) -> str:
 
 
 def valid_prefix(value: Any) -> tuple[str, ...]:
-    """Validate a command prefix: the words before a job's command."""
     line = valid_command(value)
     try:
-        return tuple(split_words(line))
+        words = shlex.split(line, posix=not WINDOWS)  # there, a backslash is part of a path
     except ValueError as error:
         raise ValueError(f"must be a command prefix: {error}") from None
+    return tuple(word.strip('"') if WINDOWS else word for word in words)
 
 
 def valid_exit_codes(value: Any) -> tuple[int, ...]:
-    """Validate a list of exit codes, separated by commas; it may be empty."""
     codes = valid_text(value).split(",") if value.strip() else []
     try:
         return tuple(integer(1, 255)(code) for code in codes)
@@ -596,7 +568,6 @@ def valid_exit_codes(value: Any) -> tuple[int, ...]:
 
 
 def valid_durability(value: object) -> str:
-    """Validate the setting `synchronous`."""
     require(value in ("normal", "full"), "be normal or full")
     return str(value)
 
@@ -611,7 +582,7 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "max_retries": Setting(3, FIELDS["max_retries"], "how often a job is tried, in all"),
-    "backoff_base": Setting(2.0, number(1, 1000), "a retry waits this ** attempts seconds"),
+    "backoff_base": Setting(2.0, valid_backoff_base, "a retry waits this ** attempts seconds"),
     "backoff_max": Setting(86400.0, parse_duration, "a retry never waits longer than this"),
     "timeout": Setting(300.0, parse_duration, "how long an attempt may take (0: no limit)"),
     "kill_grace": Setting(5.0, parse_duration, "time between TERM and KILL when a job is ended"),
@@ -641,7 +612,6 @@ def validate_setting(key: str, value: str | None = None) -> str:
 
 
 def signal_name(number: int) -> str:
-    """Return SIGKILL for 9, or `signal 99` where a number has no name."""
     with contextlib.suppress(ValueError):
         return signal.Signals(number).name
     return f"signal {number}"
@@ -655,9 +625,7 @@ def explain_exit(code: int) -> str | None:
         return f"killed by {signal_name(-code)}"
     not_found = "command not found"
     meanings = {TRY_LATER: "try later", 126: "not executable", 127: not_found, 9009: not_found}
-    meaning = meanings.get(code)
-    if 128 < code <= 128 + 64:
-        meaning = f"128 + {signal_name(code - 128)}"
+    meaning = f"128 + {signal_name(code - 128)}" if 128 < code <= 128 + 64 else meanings.get(code)
     return f"exit code {code} ({meaning})" if meaning else f"exit code {code}"
 
 
@@ -676,23 +644,21 @@ def format_duration(seconds: float) -> str:
     parts = []
     rest = round(seconds)
     for unit, size in UNIT_SECONDS.items():
-        if rest >= size:
-            parts.append(f"{rest // size}{unit}")
-            rest %= size
+        count, rest = divmod(rest, size)
+        if count:
+            parts.append(f"{count}{unit}")
     return "".join(parts[:2])
 
 
 def format_distance(when: float, now: float) -> str:
     """Return a time relative to now: `3m ago`, `in 2h`."""
-    distance = abs(when - now)
-    if distance < 1:
+    if abs(when - now) < 1:
         return "now"
-    text = format_duration(round(distance))
+    text = format_duration(round(abs(when - now)))
     return f"in {text}" if when > now else f"{text} ago"
 
 
 def describe_blockers(parents: Sequence[Job]) -> str:
-    """Return which jobs a blocked job waits for."""
     names = [f"{printable(job.id)} ({job.state})" for job in parents[:3]]
     more = f" and {len(parents) - 3} more" if len(parents) > 3 else ""
     return f"blocked by {', '.join(names)}{more}"
@@ -704,8 +670,7 @@ def describe_blockers(parents: Sequence[Job]) -> str:
 class Outcome(NamedTuple):
     """How an attempt ended, as seen by the process that watched it.
 
-    `end` is "exited" where the job ended by itself, and "unstarted" where the machine could not
-    start it. `error` is None if it completed.
+    `end` is "unstarted" where the machine could not start it; `error` is None if it completed.
     """
 
     end: End
@@ -880,35 +845,42 @@ CREATE TABLE queues (                   -- queue '': paused stands for all queue
   refilled_at REAL
 ) WITHOUT ROWID;
 
-CREATE TABLE counts (                   -- kept by triggers; readiness 2: of all attempts ever
-  state TEXT NOT NULL,                  -- of the jobs; of attempts, the outcome
+CREATE TABLE counts (                   -- the number of jobs, kept by triggers
+  state TEXT NOT NULL,
   queue TEXT NOT NULL,
   readiness INTEGER NOT NULL,
-  number INTEGER NOT NULL DEFAULT 1,
-  running REAL NOT NULL DEFAULT 0,      -- seconds; attempts only
-  waiting REAL NOT NULL DEFAULT 0,
+  number INTEGER NOT NULL,
   PRIMARY KEY (state, queue, readiness)
 ) WITHOUT ROWID;
 CREATE TRIGGER counts_insert AFTER INSERT ON jobs BEGIN
-  INSERT INTO counts (state, queue, readiness) VALUES (new.state, new.queue, new.readiness)
+  INSERT INTO counts VALUES (new.state, new.queue, new.readiness, 1)
     ON CONFLICT (state, queue, readiness) DO UPDATE SET number = number + 1;
 END;
 CREATE TRIGGER counts_update AFTER UPDATE OF queue, state, readiness ON jobs
   WHEN old.state <> new.state OR old.readiness <> new.readiness OR old.queue <> new.queue BEGIN
   UPDATE counts SET number = number - 1
     WHERE state = old.state AND queue = old.queue AND readiness = old.readiness;
-  INSERT INTO counts (state, queue, readiness) VALUES (new.state, new.queue, new.readiness)
+  INSERT INTO counts VALUES (new.state, new.queue, new.readiness, 1)
     ON CONFLICT (state, queue, readiness) DO UPDATE SET number = number + 1;
 END;
 CREATE TRIGGER counts_delete AFTER DELETE ON jobs BEGIN
   UPDATE counts SET number = number - 1
     WHERE state = old.state AND queue = old.queue AND readiness = old.readiness;
 END;
-CREATE TRIGGER counts_attempt AFTER INSERT ON attempts BEGIN
-  INSERT INTO counts
-    SELECT new.outcome, queue, 2, 1, new.finished - new.started, new.waited
+
+CREATE TABLE totals (                   -- of all attempts ever, kept by a trigger
+  queue TEXT NOT NULL,
+  outcome TEXT NOT NULL,
+  number INTEGER NOT NULL,
+  running REAL NOT NULL,                -- seconds
+  waiting REAL NOT NULL,
+  PRIMARY KEY (queue, outcome)
+) WITHOUT ROWID;
+CREATE TRIGGER totals_insert AFTER INSERT ON attempts BEGIN
+  INSERT INTO totals
+    SELECT queue, new.outcome, 1, new.finished - new.started, new.waited
     FROM jobs WHERE seq = new.job
-    ON CONFLICT (state, queue, readiness) DO UPDATE SET number = number + 1,
+    ON CONFLICT (queue, outcome) DO UPDATE SET number = number + 1,
       running = running + excluded.running, waiting = waiting + excluded.waiting;
 END;
 """
@@ -944,7 +916,7 @@ SELECT count(*), min(updated_at) FROM (
   ORDER BY updated_at DESC LIMIT {RECENT_LIMIT})"""
 COUNTS = """
 SELECT queue, state, readiness, number FROM counts
-WHERE readiness < 2 AND number > 0 ORDER BY queue, state, readiness"""
+WHERE number > 0 ORDER BY queue, state, readiness"""
 ATTEMPTS = ATTEMPT + "WHERE job = :seq ORDER BY run"
 POSITION = """
 SELECT count(*) FROM (
@@ -962,9 +934,8 @@ WITH RECURSIVE ancestors (parent) AS (
 COUNT_CHILDREN = """
 SELECT count(*) FROM needs JOIN jobs ON seq = child
 WHERE parent = :seq AND met = 0 AND state = 'pending'"""
-BLOCKED_CHILDREN = (
-    JOB + "JOIN needs ON child = seq WHERE parent = :seq AND met = 0 AND state = 'pending'"
-)
+BLOCKED_CHILDREN = f"""
+{JOB}JOIN needs ON child = seq WHERE parent = :seq AND met = 0 AND state = 'pending'"""
 DESCENDANTS = f"""
 WITH RECURSIVE descendants (child) AS (
   SELECT child FROM needs WHERE parent = :seq AND met = 0
@@ -978,8 +949,7 @@ run_after readiness rule schedule_id scheduled_for""".split()
 INSERT = f"""
 INSERT OR IGNORE INTO jobs ({", ".join(INSERTED)})
 VALUES ({", ".join(":" + column for column in INSERTED)})"""
-ADD_NEED = """
-INSERT OR IGNORE INTO needs (parent, child, met) VALUES (:parent, :child, :met)"""
+ADD_NEED = "INSERT OR IGNORE INTO needs (parent, child, met) VALUES (:parent, :child, :met)"
 WAITING_QUEUES = """
 SELECT queue, min(readiness) FROM counts
 WHERE state = 'pending' AND readiness >= 0 AND number > 0
@@ -1030,14 +1000,10 @@ CANCEL_WAITING = """
 UPDATE jobs SET state = 'cancelled', readiness = 1, updated_at = :now,
   last_error = 'cancelled by the operator'
 WHERE seq = :seq AND state = 'pending'"""
-CANCEL_RUNNING = """
-UPDATE jobs SET cancel_requested = 1 WHERE seq = :seq AND state = 'processing'"""
-SCHEDULED_AHEAD = (
-    JOB
-    + """
-WHERE state = 'pending' AND readiness = 0 AND updated_at > :limit AND (run > 0 OR rule IS NOT NULL)
-LIMIT 500"""
-)
+CANCEL_RUNNING = "UPDATE jobs SET cancel_requested = 1 WHERE seq = :seq AND state = 'processing'"
+SCHEDULED_AHEAD = f"""
+{JOB}WHERE state = 'pending' AND readiness = 0 AND updated_at > :limit
+  AND (run > 0 OR rule IS NOT NULL) LIMIT 500"""
 RESCHEDULE = """
 UPDATE jobs SET run_after = :when, scheduled_for = :scheduled_for, updated_at = :now
 WHERE seq = :seq AND state = 'pending' AND readiness = 0 AND updated_at > :now"""
@@ -1050,8 +1016,7 @@ SELECT seq FROM jobs WHERE state = :state AND readiness = 1 AND updated_at <= :b
 ORDER BY updated_at LIMIT {SLICE}"""
 DELETE_JOB = (
     "DELETE FROM attempts WHERE job = :seq",
-    "DELETE FROM needs WHERE parent = :seq",
-    "DELETE FROM needs WHERE child = :seq",
+    "DELETE FROM needs WHERE parent = :seq OR child = :seq",
     "DELETE FROM jobs WHERE seq = :seq",
 )
 PAUSED = "SELECT queue FROM queues WHERE paused = 1"
@@ -1067,7 +1032,7 @@ INSERT INTO settings VALUES (:queue, :key, :value)
 ON CONFLICT (queue, key) DO UPDATE SET value = :value"""
 UNSET = "DELETE FROM settings WHERE queue = :queue AND key = :key"
 
-TABLES = "jobs|attempts|needs|settings|queues|counts"
+TABLES = "jobs|attempts|needs|settings|queues|counts|totals"
 REFERENCE = "FROM|JOIN|INTO|UPDATE|TABLE|INDEX|TRIGGER|ON|BY"  # precedes a table or an index
 GUEST_NAME = re.compile(rf"\b((?:{REFERENCE}) )?({TABLES})(?(1)(?=\b|_)|(?=\.))")
 
@@ -1076,16 +1041,6 @@ GUEST_NAME = re.compile(rf"\b((?:{REFERENCE}) )?({TABLES})(?(1)(?=\b|_)|(?=\.))"
 def for_guest(sql: str) -> str:
     """Return a statement for the tables in another program's database, which have a prefix."""
     return GUEST_NAME.sub(rf"\1{GUEST_PREFIX}\2", sql)
-
-
-def statements(script: str) -> Iterator[str]:
-    """Split a script into its statements."""
-    pending = ""
-    for line in script.splitlines(keepends=True):
-        pending += line
-        if sqlite3.complete_statement(pending):
-            yield pending
-            pending = ""
 
 
 # --- system: what differs between POSIX and Windows; the only place with signals and kills --------
@@ -1097,7 +1052,7 @@ EXHAUSTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # the mach
 def polling(limit: float = NEVER, first: float = 0.0005, longest: float = 0.05) -> Iterator[float]:
     """Yield the seconds waited so far: at once, then after growing pauses, until the limit is over.
 
-    This is the one loop that waits for facts which notify nobody, such as the locks of others.
+    It is for facts that notify nobody, such as the locks of others.
     """
     began = time.monotonic()
     pause = first
@@ -1118,12 +1073,28 @@ def open_own(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
+def sync_file(path: str) -> None:
+    """Sync a file; on macOS, down to the medium."""
+    with open(path, "r+b", buffering=0) as file:
+        if sys.platform == "darwin":
+            from fcntl import F_FULLFSYNC, fcntl
+
+            fcntl(file, F_FULLFSYNC)
+        else:
+            getattr(os, "fdatasync", os.fsync)(file.fileno())
+
+
+def user_id() -> int | None:
+    """Return the user id of this process, None on Windows: ownership works differently there."""
+    return None if sys.platform == "win32" else os.geteuid()
+
+
 class Trace(NamedTuple):
     """How the processes of an attempt are recognized.
 
-    They have `token` as QUEUECTL_RUN in their environment, and hold the lock of the file
-    `lock_path`. Where a program hides both, it descends from the job's own process, `leader` (0 if
-    unknown), or belongs to its session. `launched` is the leader's start in Unix seconds.
+    They have `token` as QUEUECTL_RUN in their environment, and the lock of the file `lock_path`.
+    Where a program hides both, it descends from the job's own process, `leader` (0 if unknown,
+    else started at `launched`, in Unix seconds), or belongs to its session.
     """
 
     token: str
@@ -1132,24 +1103,20 @@ class Trace(NamedTuple):
     launched: float
 
 
-class Wakeup:
+class Wakeup(NamedTuple):
     """Descriptors by which other processes and signals wake this one."""
 
-    def __init__(self, reader: int, writer: int) -> None:
-        self.reader = reader
-        self.writer = writer
+    reader: int
+    writer: int
 
     def fileno(self) -> int:
-        """Return the descriptor that is readable once somebody has written."""
         return self.reader
 
     def clear(self) -> None:
-        """Read everything that was written."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.reader, 65536)
 
     def close(self) -> None:
-        """Close the descriptors."""
         for fd in {self.reader, self.writer}:
             os.close(fd)
 
@@ -1207,12 +1174,7 @@ if sys.platform == "win32":
             wide = (ctypes.c_void_p(arg) if isinstance(arg, int) else arg for arg in args)
             return function(*wide) or 0
 
-        def user(self) -> int | None:
-            """Return None: ownership works differently here."""
-            return None
-
         def lock(self, fd: int, *, shared: bool = False) -> bool:  # noqa: ARG002
-            """Lock an open file without waiting; return False where another process has it."""
             import msvcrt
 
             os.lseek(fd, self.LOCKED_BYTE, os.SEEK_SET)
@@ -1225,15 +1187,10 @@ if sys.platform == "win32":
             return True
 
         def is_unlocked(self, path: str) -> bool:
-            """Tell whether nobody holds the lock of a file; one that does not exist is unlocked."""
-            try:
-                fd = open_own(path, os.O_RDWR)
-            except (FileNotFoundError, PermissionError):  # the latter while it is being removed
-                return True
-            try:
-                return self.lock(fd)
-            finally:
-                os.close(fd)
+            gone = contextlib.suppress(FileNotFoundError, PermissionError)  # or being removed
+            with gone, open(path, "r+b", buffering=0, opener=open_own) as file:
+                return self.lock(file.fileno())
+            return True
 
         def remove_locked(self, fd: int, path: str) -> None:
             """Close and remove a file that is locked here; an open file cannot be removed."""
@@ -1242,20 +1199,12 @@ if sys.platform == "win32":
                 os.unlink(path)
 
         def punch_hole(self, fd: int, length: int) -> bool:  # noqa: ARG002
-            """Return False: the whole file is truncated instead."""
             return False
 
-        def sync(self, path: str) -> None:
-            """Sync a file, which must be open for writing."""
-            with open(path, "r+b", buffering=0) as file:
-                os.fsync(file.fileno())
-
         def make_wakeup(self, fifo: str = "") -> Wakeup | None:  # noqa: ARG002
-            """Return None: there are no FIFOs."""
             return None
 
         def wait(self, sources: Iterable[Any], child: Any, limit: float | None) -> list[Any]:
-            """Wait for pipes and a child's end, for `limit` seconds at most; return ready ones."""
             from multiprocessing.connection import wait
 
             things = [thing for thing in (*sources, child and int(child._handle)) if thing]
@@ -1264,7 +1213,6 @@ if sys.platform == "win32":
             return wait(things, limit)
 
         def start_worker(self, pipe: Any) -> Any:
-            """Start a worker that inherits a pipe, and return its process."""
             import subprocess
 
             handle = pipe.fileno()
@@ -1273,14 +1221,12 @@ if sys.platform == "win32":
             return subprocess.Popen(python_command(self.PYTHON, str(handle)), startupinfo=info)
 
         def join(self, process: Any, limit: float) -> None:
-            """Wait for the end of a worker, for `limit` seconds at most."""
             import subprocess
 
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(limit)
 
         def serve(self, begin: Callable[[Any], None], handle: str) -> None:
-            """Run as the worker at the other end of a pipe."""
             from multiprocessing.connection import PipeConnection
 
             begin(PipeConnection(int(handle)))
@@ -1288,36 +1234,26 @@ if sys.platform == "win32":
         def launch(
             self, argv: Sequence[str], cwd: str, env: Mapping[str, str], out: int, _home: str
         ) -> Any:
-            """Start a job in a Job Object of its own; raise OSError where it cannot be started."""
             import subprocess
 
             *shell, command = argv
             line = subprocess.list2cmdline(argv)
             if re.fullmatch(r"(.*[\\/])?cmd(\.exe)?", shell[0], re.IGNORECASE):  # quotes otherwise
                 line = subprocess.list2cmdline(shell) + f' "{command}"'
-            new_group, suspended = 0x200, 0x4
+            flags = 0x200 | 0x4  # in a new group, suspended
+            streams: Any = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
             child: Any = subprocess.Popen(
-                line,
-                cwd=cwd,
-                env={**os.environ, **env},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                creationflags=new_group | suspended,
+                line, cwd=cwd, env={**os.environ, **env}, creationflags=flags, **streams
             )
-            kill_on_close = 0x2000
             process = int(child._handle)
             self.jobs[child.pid] = self.call("CreateJobObjectW", None, env["QUEUECTL_RUN"])
-            self.set_limit(child, kill_on_close)
+            self.set_limit(child, 0x2000)  # kill on close
             self.call("AssignProcessToJobObject", self.jobs[child.pid], process)
             self.call("NtResumeProcess", process, dll="ntdll")
             return child
 
         def set_limit(self, child: Any, flags: int) -> None:
-            """Set the flags of a JOBOBJECT_EXTENDED_LIMIT_INFORMATION, which begins with two times.
-
-            A handle is as wide as a pointer, and so are some of its fields.
-            """
+            """Set the flags of a JOBOBJECT_EXTENDED_LIMIT_INFORMATION, after two times."""
             import ctypes
 
             limits = (ctypes.c_uint32 * (36 if ctypes.sizeof(ctypes.c_void_p) == 8 else 28))()
@@ -1326,7 +1262,6 @@ if sys.platform == "win32":
             self.call("SetInformationJobObject", self.jobs[child.pid], 9, limits, size)
 
         def release(self, child: Any) -> None:
-            """Let the background processes of a job that has ended run on."""
             self.set_limit(child, 0)
             self.call("CloseHandle", self.jobs.pop(child.pid))
 
@@ -1350,14 +1285,11 @@ if sys.platform == "win32":
                     os.kill(pid, signal.CTRL_BREAK_EVENT)
 
         def kill(self, trace: Trace, pids: Iterable[int]) -> None:  # noqa: ARG002
-            """End all processes of the attempt."""
-            terminate = 8
-            handle = self.call("OpenJobObjectW", terminate, 0, trace.token)
+            handle = self.call("OpenJobObjectW", 8, 0, trace.token)  # 8: to terminate
             self.call("TerminateJobObject", handle, 1)
             self.call("CloseHandle", handle)
 
         def enable_escapes(self) -> None:
-            """Let the terminal interpret escape sequences."""
             for output in (-11, -12):
                 self.call("SetConsoleMode", self.call("GetStdHandle", output), 7)
 
@@ -1385,10 +1317,8 @@ else:
         return False
 
     def table_from_proc() -> dict[int, Process]:
-        """Return the living processes by pid, from files that every user may read."""
         table = {}
-        since_boot = 7  # CLOCK_BOOTTIME
-        booted = time.time() - time.clock_gettime(since_boot)
+        booted = time.time() - time.clock_gettime(7)  # CLOCK_BOOTTIME
         for pid in filter(str.isdigit, os.listdir("/proc")):
             state, *fields = read_proc(f"{pid}/stat").rpartition(b")")[2].split() or [b"Z"]
             if state not in (b"Z", b"X"):
@@ -1398,7 +1328,6 @@ else:
         return table
 
     def table_from_ps() -> dict[int, Process]:
-        """Return the living processes by pid, as `ps` shows them."""
         import subprocess
 
         table = {}
@@ -1431,10 +1360,9 @@ else:
         """Tell whether a process holds the lock of a file; having it open is not enough."""
         with contextlib.suppress(OSError):
             for fd in os.listdir(f"/proc/{pid}/fd"):
+                locks = re.search(rb"FLOCK +ADVISORY +WRITE", read_proc(f"{pid}/fdinfo/{fd}"))
                 with contextlib.suppress(OSError):
-                    if os.path.samefile(f"/proc/{pid}/fd/{fd}", path) and re.search(
-                        rb"FLOCK +ADVISORY +WRITE", read_proc(f"{pid}/fdinfo/{fd}")
-                    ):
+                    if locks and os.path.samefile(f"/proc/{pid}/fd/{fd}", path):
                         return True
         return False
 
@@ -1464,13 +1392,9 @@ else:
         return False
 
     class Child:
-        """A job's own process, with an interface like that of `subprocess.Popen`.
+        """A job's own process, like a Popen; `elders` are processes of earlier jobs that run on."""
 
-        Its worker adopts orphaned descendants; `elders` are those of earlier jobs, which run on.
-        """
-
-        returncode = 0  # once it has ended; minus n for signal n
-        running = True
+        returncode: int | None = None  # None while it runs; minus n for signal n
 
         def __init__(self, pid: int, elders: set[int]) -> None:
             self.pid = pid
@@ -1479,37 +1403,31 @@ else:
         def poll(self) -> int | None:
             """Return the exit code, None while it runs; reap every child that has ended."""
             pid = 1
-            while pid:
-                try:
+            with contextlib.suppress(ChildProcessError):
+                while pid:
                     pid, status = os.waitpid(-1, os.WNOHANG)
-                except ChildProcessError:
-                    break
-                if pid == self.pid:
-                    by_signal = os.WIFSIGNALED(status)
-                    self.returncode = -os.WTERMSIG(status) if by_signal else os.WEXITSTATUS(status)
-                    self.running = False
-            return None if self.running else self.returncode
+                    if pid == self.pid:
+                        signalled = os.WIFSIGNALED(status)
+                        code = -os.WTERMSIG(status) if signalled else os.WEXITSTATUS(status)
+                        self.returncode = code
+            return self.returncode
 
     class ForkServer:
-        """A process that loads the program once and forks the workers of all pools from it.
+        """A process that loads the program once and forks the workers of all pools.
 
         Workers forked from the pool itself would hold each other's pipes and locks open.
         """
-
-        PATIENCE = 10.0  # seconds to wait for an answer, including the start of the server
 
         def __init__(self, python: str) -> None:
             from multiprocessing import Pipe
 
             self.owner = os.getpid()
             self.link, theirs = Pipe()
+            command = python_command(python)
             with theirs:
-                self.pid = os.posix_spawn(
-                    python,
-                    python_command(python),
-                    os.environ,
-                    file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), 0)],
-                    setsigmask=STOP_SIGNALS,  # until a worker handles them
+                stdin = [(os.POSIX_SPAWN_DUP2, theirs.fileno(), 0)]
+                self.pid = os.posix_spawn(  # signals to stop wait until a worker handles them
+                    python, command, os.environ, file_actions=stdin, setsigmask=STOP_SIGNALS
                 )
 
         def fork(self, fd: int) -> int:
@@ -1517,7 +1435,7 @@ else:
             from multiprocessing.reduction import send_handle
 
             send_handle(self.link, fd, self.pid)
-            if self.link.poll(self.PATIENCE):
+            if self.link.poll(10.0):  # includes the start of the server
                 return int(self.link.recv())
             raise TimeoutError(errno.ETIMEDOUT, "its fork server does not answer")
 
@@ -1538,30 +1456,21 @@ else:
         server: ForkServer | None = None
         child: Child | None = None  # the latest job of this worker
 
-        def user(self) -> int | None:
-            """Return the user id of this process."""
-            return os.geteuid()
-
         def lock(self, fd: int, *, shared: bool = False) -> bool:
             """Lock an open file without waiting; return False where another process has it."""
             import fcntl
 
-            try:
+            with contextlib.suppress(BlockingIOError):
                 fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            return True
+                return True
+            return False
 
         def is_unlocked(self, path: str) -> bool:
             """Tell whether nobody holds the lock of a file; one that does not exist is unlocked."""
-            try:
-                fd = open_own(path, os.O_RDWR)
-            except FileNotFoundError:
-                return True
-            try:
-                return self.lock(fd, shared=True)
-            finally:
-                os.close(fd)
+            gone = contextlib.suppress(FileNotFoundError)
+            with gone, open(path, "r+b", buffering=0, opener=open_own) as file:
+                return self.lock(file.fileno(), shared=True)
+            return True
 
         def remove_locked(self, fd: int, path: str) -> None:
             """Remove and close a file that is locked here; the lock outlives the name."""
@@ -1571,18 +1480,7 @@ else:
 
         def punch_hole(self, fd: int, length: int) -> bool:
             """Free the disk space of the beginning of a file; return False if unsupported."""
-            keep_size, punch_hole = 1, 2
-            return c_function("fallocate64", fd, keep_size | punch_hole, wide=(0, length))
-
-        def sync(self, path: str) -> None:
-            """Sync a file; on macOS, down to the medium."""
-            with open(path, "r+b", buffering=0) as file:
-                if sys.platform == "darwin":
-                    from fcntl import F_FULLFSYNC, fcntl
-
-                    fcntl(file, F_FULLFSYNC)
-                else:
-                    os.fdatasync(file.fileno())
+            return c_function("fallocate64", fd, 1 | 2, wide=(0, length))  # keep size, punch hole
 
         def make_wakeup(self, fifo: str = "") -> Wakeup | None:
             """Return the means to wake this process: a FIFO of that name, or a pipe of its own."""
@@ -1597,18 +1495,13 @@ else:
             return Wakeup(reader, writer)
 
         def wait(self, sources: Iterable[Any], child: Any, limit: float | None) -> list[Any]:  # noqa: ARG002
-            """Wait for wakeups and pipes that are not None, for `limit` seconds at most.
-
-            Returns the readable ones. A child's end is a signal, which wakes its worker.
-            """
+            """Wait up to `limit` seconds; return readable sources. A child's end is a signal."""
             import select
 
             poll = select.poll()
-            found = {}
-            for source in sources:
-                if source is not None:
-                    found[source.fileno()] = source
-                    poll.register(source.fileno(), select.POLLIN)
+            found = {source.fileno(): source for source in sources if source is not None}
+            for fd in found:
+                poll.register(fd, select.POLLIN)
             ready = [found[fd] for fd, _ in poll.poll(limit and limit * 1000)]
             for source in ready:
                 if isinstance(source, Wakeup):
@@ -1618,8 +1511,7 @@ else:
         def start_worker(self, pipe: Any) -> int:
             """Start a worker at the other end of a pipe; return its pid.
 
-            Raises OSError where the machine is at its limit, EOFError where the server has died;
-            another try starts another server.
+            Raises OSError at the machine's limit, EOFError where the server died: try again.
             """
             if not self.server or self.server.owner != os.getpid():
                 self.server = ForkServer(self.PYTHON)
@@ -1634,7 +1526,6 @@ else:
             return pid
 
         def join(self, process: int, limit: float) -> None:
-            """Wait for the end of a worker, for `limit` seconds at most."""
             with contextlib.suppress(ProcessLookupError):
                 for _ in polling(limit):
                     os.kill(process, 0)
@@ -1685,10 +1576,10 @@ else:
         ) -> Child:
             """Start a job in a session of its own; raise OSError where it cannot be started.
 
-            `env` is added to the environment of this process; text is UTF-8 whatever the locale.
-            `out` becomes stdout, stderr, and a descriptor that no redirection closes. `home` is
-            the directory of this process afterwards: an idle worker must not keep the job's busy.
-            Before Python 3.10, Popen copies the whole process, which doubles the cost of a job.
+            `env` is added to the environment of this process, as UTF-8 whatever the locale. `out`
+            becomes stdout, stderr, and a descriptor that no redirection closes. `home` is this
+            process's directory afterwards: an idle worker must not keep the job's busy. Before
+            Python 3.10, Popen copies the whole process, which doubles the cost of a job.
             """
             self.inherited = self.inherited or dict(os.environb)
             added = {k.encode(): v.encode(errors="surrogateescape") for k, v in env.items()}
@@ -1696,20 +1587,16 @@ else:
             with contextlib.suppress(ChildProcessError):  # as a rule, no earlier job left any
                 os.waitpid(-1, os.WNOHANG)
                 elders = descendants(process_table(), {os.getpid()}, set())
+            environ = {**self.inherited, **added}
+            words = [*map(os.fsencode, argv[:-1]), argv[-1].encode()]
+            null = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+            streams = [(os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, out, 2), null]
+            ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by Python
             os.set_inheritable(out, True)  # noqa: FBT003
             os.chdir(cwd)
             try:
                 pid = os.posix_spawnp(
-                    argv[0],
-                    [*map(os.fsencode, argv[:-1]), argv[-1].encode()],
-                    {**self.inherited, **added},
-                    file_actions=[
-                        (os.POSIX_SPAWN_DUP2, out, 1),
-                        (os.POSIX_SPAWN_DUP2, out, 2),
-                        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                    ],
-                    setsid=True,
-                    setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
+                    argv[0], words, environ, file_actions=streams, setsid=True, setsigdef=ignored
                 )
             finally:
                 with contextlib.suppress(OSError):
@@ -1725,7 +1612,6 @@ else:
 
             Where there is no table of processes, -n is the process group of our child n.
             """
-            is_ours = self.child is not None and self.child.pid == trace.leader
             if self.child:
                 self.child.poll()
             table = process_table()
@@ -1738,7 +1624,7 @@ else:
             found = own | self.family(trace, table, others)
             if not found and (not table or not self.is_unlocked(trace.lock_path)):
                 found = {pid for pid in environs if holds_lock(pid, trace.lock_path)}
-            if not found and not table and is_ours:
+            if not found and not table and self.child and self.child.pid == trace.leader:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(-trace.leader, 0)
                     found = {-trace.leader}
@@ -1747,18 +1633,17 @@ else:
         def family(self, trace: Trace, table: Mapping[int, Process], others: set[int]) -> set[int]:
             """Return the descendants of an attempt's leader and the members of its session.
 
-            A leader that did not start at the given time is an unrelated process that got its pid
-            later. `others` belong to other attempts.
+            A leader that started at another time is an unrelated process that got its pid later.
+            `others` belong to other attempts.
             """
-            leader, oldest = trace.leader, trace.launched - 2
+            leader = trace.leader
             found = set()
             if self.child and self.child.pid == leader:  # this worker adopts orphaned descendants
                 children = {pid for pid, row in table.items() if row.parent == os.getpid()}
                 found = children - self.child.elders
-            if leader and (leader not in table or abs(table[leader].started - oldest - 2) <= 2):
-                found |= {
-                    p for p, row in table.items() if row.session == leader and row.started > oldest
-                }
+            if leader and (leader not in table or abs(table[leader].started - trace.launched) <= 2):
+                session = {pid: row for pid, row in table.items() if row.session == leader}
+                found |= {pid for pid in session if session[pid].started > trace.launched - 2}
             return descendants(table, found, others)
 
         def send(self, trace: Trace, pids: Sequence[int], *numbers: int) -> None:
@@ -1776,13 +1661,12 @@ else:
                     send_signals(pid, fds[pid], numbers)
             self.send(trace, pids[100:], *numbers)
 
-        def terminate(self, trace: Trace, pids: Iterable[int]) -> None:
+        def terminate(self, trace: Trace, pids: Sequence[int]) -> None:
             """Ask processes to end; a stopped one is continued, to receive it."""
-            self.send(trace, list(pids), signal.SIGTERM, signal.SIGCONT)
+            self.send(trace, pids, signal.SIGTERM, signal.SIGCONT)
 
-        def kill(self, trace: Trace, pids: Iterable[int]) -> None:
-            """Kill processes."""
-            self.send(trace, list(pids), signal.SIGKILL)
+        def kill(self, trace: Trace, pids: Sequence[int]) -> None:
+            self.send(trace, pids, signal.SIGKILL)
 
         def enable_escapes(self) -> None:
             """Let the terminal interpret escape sequences; here it does."""
@@ -1806,9 +1690,8 @@ def handle_signals(
 ) -> contextlib.ExitStack:
     """Handle the signals that ask to stop; every signal also wakes this process.
 
-    SIGHUP stays ignored under nohup. SIGUSR1 writes the stack of every thread to stderr. A worker
-    also wakes when a child ends, and adopts the descendants of its jobs. Closing the returned stack
-    restores everything.
+    SIGHUP stays ignored under nohup. SIGUSR1 writes all stacks to stderr. A worker also wakes when
+    a child ends, and adopts the descendants of its jobs. Closing the result restores everything.
     """
     import faulthandler
 
@@ -1845,14 +1728,12 @@ def interrupts_raised() -> Iterator[None]:
 
 
 def end_by_signal(number: int) -> None:
-    """End this process by a signal, where the system has signals."""
     if sys.platform != "win32":
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
 
 def is_foreground(fd: int) -> bool:
-    """Tell whether this process is in the foreground of a terminal."""
     if sys.platform != "win32":
         with contextlib.suppress(OSError):  # not our terminal
             return os.tcgetpgrp(fd) == os.getpgrp()
@@ -1868,10 +1749,7 @@ class LockFile:
     """A file of the run directory that this process has made and locked."""
 
     def __init__(self, path: str) -> None:
-        """Make and lock the file; make it again if it was removed meanwhile.
-
-        Raises Locked where another process holds the lock for longer than PATIENCE.
-        """
+        """Make and lock it, again if it was removed meanwhile; raise Locked after PATIENCE."""
         self.path = path
         for _ in polling(PATIENCE, longest=0.02):
             self.fd = open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
@@ -1888,17 +1766,14 @@ class LockFile:
             os.write(self.fd, json.dumps(facts).encode())
 
     def close(self) -> None:
-        """Release this process's share of the lock, and remove the file."""
         SYSTEM.remove_locked(self.fd, self.path)
 
 
 def worker_name(pool: str, number: int) -> str:
-    """Return the name of a pool's worker: worker-ID-NUMBER for pool-ID."""
     return f"worker-{pool.split('-')[1]}-{number}"
 
 
 def pool_of(worker: str) -> str:
-    """Return the name of a worker's pool."""
     return f"pool-{worker.split('-')[1]}"
 
 
@@ -1919,14 +1794,12 @@ class RunDirectory:
     def run_token(self, job: Job) -> str:
         """Return the value of QUEUECTL_RUN in every process of a job's current attempt.
 
-        The inode distinguishes them from those of a copy of the queue; it stays when the queue is
-        moved.
+        The inode tells the queue from its copies, and stays when it is moved.
         """
         self.inode = self.inode or os.stat(self.db).st_ino
         return f"{job.key}.{self.inode}"
 
     def trace(self, job: Job) -> Trace:
-        """Return how the processes of a job's current attempt are recognized."""
         note = self.read_note(job.locked_by)
         is_known = note.get("key") == job.key and note.get("namespace") == pid_namespace()
         leader = int(note["leader"]) if is_known else 0
@@ -1938,23 +1811,19 @@ class RunDirectory:
         return os.path.join(self.path, ".".join(str(part) for part in parts))
 
     def output_file(self, job: Job) -> str:
-        """Return the path of the output of a job's current attempt."""
         return self.file(job.seq, job.run, "out")
 
     def files(self, start: str = "", end: str = "") -> list[str]:
         """Return the sorted names that start and end so; none where there is no directory."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             found = os.listdir(self.path)
-        except FileNotFoundError:
-            return []
-        return sorted(item for item in found if item.startswith(start) and item.endswith(end))
+            return sorted(item for item in found if item.startswith(start) and item.endswith(end))
+        return []
 
     def attempt_files(self, job: Job) -> list[str]:
-        """Return the names of the files of a job's current attempt."""
         return self.files(f"{job.seq}.{job.run}.")
 
     def is_unlocked(self, *parts: object) -> bool:
-        """Tell whether nobody holds the lock of a file; one that does not exist is unlocked."""
         return SYSTEM.is_unlocked(self.file(*parts))
 
     def read_note(self, *parts: object) -> dict[str, Any]:
@@ -2011,7 +1880,6 @@ class RunDirectory:
 
 # --- database: connections, transactions, errors, creating the file -------------------------------
 
-
 LOCK = ((5, 6, 15), "locked|locking protocol")  # SQLITE_BUSY, SQLITE_LOCKED, SQLITE_PROTOCOL
 DAMAGE = ((11, 26), "malformed|not a database|decode")  # SQLITE_CORRUPT, SQLITE_NOTADB; not UTF-8
 
@@ -2026,26 +1894,25 @@ def schema_version(db: sqlite3.Connection) -> tuple[int, bool]:
     """Return the version of the queue's tables, 0 for none, and whether the file is a host's."""
     if db.execute(GET_APPLICATION_ID).fetchone()[0] == APPLICATION_ID:
         return int(db.execute(GET_VERSION).fetchone()[0]), False
+    row = None
     try:
         row = db.execute(for_guest(GET_GUEST_VERSION)).fetchone()
     except sqlite3.OperationalError as error:
         if "no such" not in str(error):  # table, or column of another program's table
             raise
-        row = None
     return int(row[0]) if row else 0, True
 
 
 def create_tables(db: sqlite3.Connection, *, guest: bool) -> None:
     """Make the tables, and record the version of the schema in the same transaction.
 
-    The numbers that SQLite keeps in a file belong to its owner. In another program's database the
-    queue keeps its version among its settings.
+    A guest keeps it among its settings: the numbers that SQLite keeps in a file are the host's.
     """
     if db.in_transaction:  # a reader refused the COMMIT of the last try
         db.execute(ROLLBACK)
     db.execute(BEGIN)
     if not schema_version(db)[0]:  # else another process was faster
-        for statement in statements(SCHEMA):
+        for statement in re.split("(?m)^(?=CREATE )", SCHEMA)[1:]:
             db.execute(for_guest(statement) if guest else statement)
         if guest:
             version = {"queue": "", "key": GUEST_KEY, "value": str(SCHEMA_VERSION)}
@@ -2065,6 +1932,8 @@ class Connection(sqlite3.Connection):
     path = ""
     info: os.stat_result  # of the file when it was opened
     unusable = False  # closed, or inherited through a fork
+    in_block = False  # of Database.transaction
+    notify = False  # wake the pools when the transaction has been stored
 
     def close(self) -> None:
         """Close it; only its own thread may."""
@@ -2089,12 +1958,11 @@ def before_fork() -> None:
 
     if len(CONNECTIONS) > 1:
         gc.collect()  # the connections of threads that have ended
-    connections = [db for db in list(CONNECTIONS) if not db.unusable]
-    for db in connections:
+    for db in list(CONNECTIONS):
         with contextlib.suppress(sqlite3.ProgrammingError):  # it belongs to another thread
-            if not db.in_transaction:
+            if not db.unusable and not db.in_transaction:
                 db.close()
-    IN_USE[threading.get_ident()] = [db for db in connections if not db.unusable]
+    IN_USE[threading.get_ident()] = [db for db in list(CONNECTIONS) if not db.unusable]
 
 
 def after_fork_in_child() -> None:
@@ -2106,7 +1974,6 @@ def after_fork_in_child() -> None:
 
 @lru_cache(maxsize=None)
 def prepare_for_forks() -> None:
-    """Take care of forks from now on."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(
             before=before_fork,
@@ -2120,20 +1987,11 @@ def system_fault(error: OSError, path: str) -> Fault:
     return Fault(f"{quoted(str(error.filename or path), 4096)}: {error.strerror}")
 
 
-class ThreadState(threading.local):
-    """What a Database knows about the current thread."""
-
-    connection: Connection | None = None
-    in_transaction = False
-    notify = False  # wake the pools when the transaction has been stored
-
-
 class Database:
     """The SQLite file: the only access to it, and the only place that interprets its errors.
 
-    A connection belongs to one thread of one process, so an object may be used from threads and
-    after a fork. `keep_waiting` is called with the seconds waited for a lock, and decides whether
-    to wait longer.
+    Each thread of each process has its own connection. `keep_waiting` is called with the seconds
+    waited for a lock, and decides whether to wait longer.
     """
 
     def __init__(
@@ -2148,7 +2006,7 @@ class Database:
         self.run_dir = RunDirectory(self.path)
         self.synchronous = "full"
         self.keep_waiting: Callable[[float], bool] = lambda waited: waited < PATIENCE
-        self._thread = ThreadState()
+        self._thread = threading.local()  # has the connection
         self._in_host = False  # the tables have a prefix
         with self.translate_errors():
             if os.path.lexists(path) and not os.path.exists(path):
@@ -2186,9 +2044,7 @@ class Database:
         """Give the complete file its name, unless another program made one meanwhile."""
         try:
             os.link(new, self.path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
+        except OSError:  # there is one, or the file system has no links
             if not os.path.lexists(self.path):
                 os.rename(new, self.path)
         with contextlib.suppress(FileNotFoundError):
@@ -2227,12 +2083,11 @@ class Database:
             try:
                 with contextlib.closing(self._open("ro" if has_wal else IMMUTABLE)) as db:
                     found: tuple[int, bool] = self._retry(partial(schema_version, db))
+                if has_wal or self._snapshot() == before:
+                    return found
             except sqlite3.DatabaseError:
                 if self._snapshot() == before:
                     raise
-            else:
-                if has_wal or self._snapshot() == before:
-                    return found
         raise Locked(f"{self.path} has been in use for {format_duration(PATIENCE)}")
 
     def _snapshot(self) -> tuple[Any, ...]:
@@ -2254,10 +2109,9 @@ class Database:
         return db
 
     def _is_on_read_only_medium(self) -> bool:
-        """Tell whether a reader cannot make the -wal that it needs, nor anybody else."""
-        has_wal = os.path.exists(self.path + "-wal")
+        """Tell whether neither a reader nor anybody else can make the -wal that it needs."""
         writable = os.access(os.path.dirname(self.path), os.W_OK)
-        return self.mode == "ro" and not has_wal and not writable
+        return not (writable or os.path.exists(self.path + "-wal"))
 
     def require_in_place(self) -> None:
         """Raise Damaged where the file was moved away or replaced since it was opened."""
@@ -2268,11 +2122,11 @@ class Database:
 
     @property
     def connection(self) -> Connection:
-        """The connection of this thread."""
-        db = self._thread.connection
+        db: Connection | None = getattr(self._thread, "connection", None)
         if db is None or db.unusable:
             with self.translate_errors():
-                db = self._open(IMMUTABLE if self._is_on_read_only_medium() else self.mode)
+                is_immutable = self.mode == "ro" and self._is_on_read_only_medium()
+                db = self._open(IMMUTABLE if is_immutable else self.mode)
                 self._thread.connection = db
                 try:
                     for pragma in (*CONNECTION_PRAGMAS, SET_SYNCHRONOUS[self.synchronous]):
@@ -2280,30 +2134,23 @@ class Database:
                 except BaseException:
                     db.close()
                     raise
-            self._thread.in_transaction = False
-            self._thread.notify = False
         return db
-
-    def fault(self, error: sqlite3.Error) -> Fault:
-        """Return our error for one of SQLite's."""
-        if is_about(error, *DAMAGE):
-            return Damaged(f"{self.path} is damaged, or not a queue: {error}")
-        return Fault(f"{self.path}: {error}")
 
     @contextlib.contextmanager
     def translate_errors(self) -> Iterator[None]:
-        """Turn the errors of SQLite and the file system into ours."""
         try:
             yield
         except sqlite3.Error as error:
-            raise self.fault(error) from error
+            if is_about(error, *DAMAGE):
+                raise Damaged(f"{self.path} is damaged, or not a queue: {error}") from error
+            raise Fault(f"{self.path}: {error}") from error
         except OSError as error:
             raise system_fault(error, self.path) from error
 
     def _retry(self, act: Callable[[], Any]) -> Any:
         """Repeat an action while another connection has the lock, as long as `keep_waiting` says.
 
-        SQLite would wait by itself, but signal handlers do not run during its wait.
+        SQLite could wait by itself, but signal handlers would not run during its wait.
         """
         for waited in polling(longest=0.004):
             try:
@@ -2312,8 +2159,8 @@ class Database:
                 if not is_about(error, *LOCK):
                     raise
                 if not self.keep_waiting(waited):
-                    holder = f"another program for {format_duration(waited)}"
-                    raise Locked(f"{self.path} has been locked by {holder}") from error
+                    locked = f"has been locked by another program for {format_duration(waited)}"
+                    raise Locked(f"{self.path} {locked}") from error
         raise AssertionError("polling without a limit does not end")
 
     def execute(self, sql: str, args: Any = ()) -> sqlite3.Cursor:
@@ -2322,45 +2169,40 @@ class Database:
         if self._in_host:
             sql = for_guest(sql)
         try:
-            if db.in_transaction:
-                return db.execute(sql, args)
-            return self._retry(lambda: db.execute(sql, args))  # type: ignore[no-any-return]
-        except sqlite3.Error as error:
-            raise self.fault(error) from error
+            with self.translate_errors():
+                if db.in_transaction:
+                    return db.execute(sql, args)
+                return self._retry(lambda: db.execute(sql, args))  # type: ignore[no-any-return]
         except UnicodeEncodeError as error:  # an id or a directory that is not UTF-8
             raise BadInput(f"{error.object!a} is not valid Unicode") from None
 
     def table(self, name: str) -> str:
-        """Return the name that a table has in this file."""
         return GUEST_PREFIX + name if self._in_host else name
 
     def rows(self, sql: str, args: Any = ()) -> list[Any]:
         """Return all rows of a query: reading them slowly would keep the -wal from being reset."""
-        try:
+        with self.translate_errors():  # damage is noticed while reading
             return self.execute(sql, args).fetchall()
-        except sqlite3.Error as error:  # damage is noticed while reading
-            raise self.fault(error) from error
 
     @contextlib.contextmanager
     def transaction(self, *, notify: bool = False) -> Iterator[sqlite3.Connection]:
-        """Write everything within the block or, on any exception, nothing.
+        """Write everything within the block or, on any exception, nothing. Nothing else begins one.
 
-        The only place that begins a transaction. Within another one it is a part, which may fail
-        alone. `notify` wakes the pools when all of it is stored.
+        Within another one it is a part, which may fail alone. `notify` wakes the pools when all of
+        it is stored.
         """
         db = self.connection
-        thread = self._thread
-        is_part = thread.in_transaction
+        is_part = db.in_block
         if is_part and not db.in_transaction:
             raise Fault(f"{self.path}: a statement has ended the transaction")
         begin, end, *undo = PART if is_part else WHOLE
         try:
             self.execute(begin)
-            thread.in_transaction = True
-            thread.notify = thread.notify or notify
+            db.in_block = True
+            db.notify = db.notify or notify
             yield db
             self.execute(end)
-            notify = thread.notify and not is_part
+            notify = db.notify and not is_part
         except BaseException:
             with contextlib.suppress(sqlite3.Error):  # SQLite has undone it already
                 for sql in undo if not db.unusable and db.in_transaction else ():
@@ -2368,14 +2210,13 @@ class Database:
             raise
         finally:
             if not is_part:
-                thread.in_transaction = False
-                thread.notify = False
+                db.in_block = False
+                db.notify = False
         if notify:
             self.run_dir.notify()
 
     def notify_when_stored(self) -> None:
-        """Wake the pools as soon as the open transaction is stored."""
-        self._thread.notify = True
+        self.connection.notify = True
 
     def set_synchronous(self, synchronous: str) -> None:
         """Choose whether each commit is synced ("full"), or the caller syncs ("normal")."""
@@ -2392,8 +2233,7 @@ class Database:
             self.execute(SET_NO_WAIT)
 
     def close(self) -> None:
-        """Close this thread's connection."""
-        db = self._thread.connection
+        db = getattr(self._thread, "connection", None)
         if db and not db.unusable:
             db.close()
 
@@ -2406,16 +2246,14 @@ def is_shared_group(gid: int) -> bool:
     import grp
     import pwd
 
-    try:
-        user = pwd.getpwuid(SYSTEM.user() or 0)
+    with contextlib.suppress(KeyError):
+        user = pwd.getpwuid(user_id() or 0).pw_name
         group = grp.getgrgid(gid)
-    except KeyError:
-        return True
-    return group.gr_name != user.pw_name or any(name != user.pw_name for name in group.gr_mem)
+        return {group.gr_name, *group.gr_mem} != {user}
+    return True
 
 
 def others_may_write(info: os.stat_result) -> bool:
-    """Tell whether the mode of a file or directory lets other users write to it."""
     by_group = info.st_mode & stat.S_IWGRP and is_shared_group(info.st_gid)
     return bool(info.st_mode & stat.S_IWOTH or by_group)
 
@@ -2433,14 +2271,14 @@ def steps_to(path: str) -> Iterator[str]:
 def insecure_step(path: str, *, is_last: bool = False) -> str | None:
     """Return why others could redirect a directory or link that leads to a queue, or None.
 
-    It may belong to root, which in a container is the owner of /. It may be sticky, since others
-    cannot rename its entries; but the last one may not, since others can add files for SQLite.
+    It may belong to root, in a container the owner of /. It may be sticky, since others cannot
+    rename its entries; but not if it is the last one, since others can add files for SQLite.
     """
     try:
         info = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):  # reported when it is opened
         return None
-    if info.st_uid not in (0, os.stat("/").st_uid, SYSTEM.user()):
+    if info.st_uid not in (0, os.stat("/").st_uid, user_id()):
         return f"{path} belongs to another user ({info.st_uid})"
     is_fixed = stat.S_ISLNK(info.st_mode) or (info.st_mode & stat.S_ISVTX and not is_last)
     return None if is_fixed or not others_may_write(info) else f"other users may write to {path}"
@@ -2464,7 +2302,7 @@ def insecure_file(path: str, kind: str = "regular file", twin: str = "") -> str 
         info = os.lstat(path)
         if not KINDS[kind](info.st_mode):
             return f"{path} is not a {kind}"
-        if info.st_uid != SYSTEM.user():
+        if info.st_uid != user_id():
             return f"{path} belongs to another user ({info.st_uid})"
         if others_may_write(info):
             return f"other users may write to {path}"
@@ -2478,8 +2316,8 @@ def insecure_file(path: str, kind: str = "regular file", twin: str = "") -> str 
 def ownership_problems(path: str) -> Iterator[str | None]:
     """Yield reasons why other users could put commands into a queue; None is not a reason.
 
-    Checked before SQLite opens anything, since it replays any journal or log that it finds beside
-    a database. As in OpenSSH, only modes and owners count; access control lists are not read.
+    Checked before SQLite opens anything, since it replays any journal beside a database. As in
+    OpenSSH, only modes and owners count; access control lists are not read.
     """
     real = os.path.realpath(path)
     run_dir = RunDirectory(real)
@@ -2497,7 +2335,7 @@ def ownership_problems(path: str) -> Iterator[str | None]:
 
 def require_trust(path: str) -> None:
     """Raise Fault where other users could have put commands into a queue."""
-    if SYSTEM.user() is None:
+    if user_id() is None:
         return
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -2508,10 +2346,9 @@ def require_trust(path: str) -> None:
     except ValueError:  # NUL in the path: reported when it is opened
         return
     if problem:
-        raise Fault(
-            f"{problem}, so others could run commands as you; use a directory of your own "
-            '(mkdir -m 700 q && cd q, or cd "$(mktemp -d)"), or --insecure if you trust them'
-        )
+        remedy = '(mkdir -m 700 q && cd q, or cd "$(mktemp -d)"), or --insecure if you trust them'
+        own = "so others could run commands as you; use a directory of your own"
+        raise Fault(f"{problem}, {own} {remedy}")
 
 
 def network_file_system(path: str) -> str | None:
@@ -4325,7 +4162,7 @@ class Pool:
         self.agenda.set("sync", AGAIN)
         wal = self.ledger.db.path + "-wal"
         with contextlib.suppress(FileNotFoundError):
-            SYSTEM.sync(wal)
+            sync_file(wal)
             began = time.monotonic()
             if os.stat(wal).st_size > LARGEST_WAL and began >= self.truncate_at:
                 with contextlib.suppress(Fault):

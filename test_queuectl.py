@@ -3218,6 +3218,19 @@ class QueuePrune(Clocked):
         self.assertEqual(self.queue._db.execute("SELECT count(*) FROM attempts").fetchone(), (0,))
         self.assertEqual(sum(self.queue.counts().values()), 1)
 
+    @internal
+    def test_totals_of_all_attempts_survive_prune(self) -> None:
+        for started, code in ((1e6 + 3, 0), (1e6 + 3, 0), (1e6 + 5, 1)):
+            self.queue.enqueue("true", queue="gpu", max_retries=1)
+            error = queuectl.explain_exit(code)
+            job = claim(self.queue, "worker-1")._replace(waited=0.5)
+            outcome = Outcome("exited", started, 1e6 + 10, code, error)
+            self.queue._ledger.finish(job, outcome)
+        totals = [("gpu", "completed", 2, 14.0, 1.0), ("gpu", "failed", 1, 5.0, 0.5)]
+        self.assertEqual(self.queue._db.rows("SELECT * FROM totals"), totals)
+        self.assertEqual(self.queue.prune(0, ["completed", "dead"]), 3)
+        self.assertEqual(self.queue._db.rows("SELECT * FROM totals"), totals)
+
     def test_parents_of_blocked_jobs_are_neither_pruned_nor_purged(self) -> None:
         self.add_finished("dead", 1)
         self.queue.enqueue("true", id="cancelled")
@@ -4614,10 +4627,9 @@ class PoolTroubleLive(Live):
         before = [signal.getsignal(number) for number in STOP_SIGNALS]
         descriptors = len(os.listdir("/dev/fd"))
         fault = OSError(5, os.strerror(5))
-        for name in ("sync", "make_wakeup"):
-            with self.subTest(name), mock.patch.object(
-                queuectl.SYSTEM, name, side_effect=fault
-            ), self.assertRaisesRegex(queuectl.Fault, "Input/output"):
+        for owner, name in ((queuectl, "sync_file"), (queuectl.SYSTEM, "make_wakeup")):
+            failing = mock.patch.object(owner, name, side_effect=fault)
+            with self.subTest(name), failing, self.assertRaisesRegex(queuectl.Fault, "Input/out"):
                 queuectl.work(self.path, drain=True, signals=True)
             self.assertEqual([signal.getsignal(number) for number in STOP_SIGNALS], before)
             wait_until(lambda: not queuectl.RunDirectory(self.path).files())

@@ -4463,7 +4463,6 @@ def section(headings: Sequence[str], rows: Rows) -> Iterator[str]:
 
 
 def job_facts(job: Job, settings: Settings) -> dict[str, Any]:
-    """Return a job as JSON shows it: the columns, with times in ISO 8601."""
     facts: dict[str, Any] = job._asdict()
     for key in ("created_at", "updated_at", "run_after", "locked_at", "scheduled_for"):
         facts[key] = format_time(facts[key])
@@ -4530,13 +4529,11 @@ def reason_to_wait(reader: Reader, job: Job) -> str:
 
 
 def rule_text(job: Job) -> str:
-    """Return the rule of a schedule as a person writes it."""
     kind, _, rule = (job.rule or "").partition(" ")
     return f"every {format_duration(float(rule))}" if kind == "every" else rule
 
 
 def job_row(reader: Reader, job: Job, settings: Settings) -> tuple[object, ...]:
-    """Return a job as a row of a list."""
     queue = "" if job.queue == "default" else job.queue
     tries = f"{job.attempts}/{job.max_retries or settings['max_retries']}"
     when = job.run_after if job.state == PENDING else job.updated_at
@@ -4548,7 +4545,6 @@ def job_row(reader: Reader, job: Job, settings: Settings) -> tuple[object, ...]:
 
 
 def job_text(reader: Reader, job: Job) -> Iterator[str]:
-    """Yield everything about a job for people."""
     hidden = "seq run cancel_requested blocked rule scheduled_for snoozes waited".split()
     facts = job_facts(job, reader.settings(job.queue))
     facts = {key: value for key, value in facts.items() if key not in hidden}
@@ -4568,7 +4564,6 @@ def job_text(reader: Reader, job: Job) -> Iterator[str]:
 
 
 def worker_facts(reader: Reader) -> Iterator[dict[str, Any]]:
-    """Yield each living worker as JSON shows it."""
     running = {job.locked_by: job for job in reader.claimed()}
     for name, note in reader.db.run_dir.alive("worker").items():
         job = running.get(name)
@@ -4584,7 +4579,6 @@ def worker_facts(reader: Reader) -> Iterator[dict[str, Any]]:
 
 
 def worker_rows(workers: Iterable[Facts], now: float) -> Iterator[tuple[object, ...]]:
-    """Yield workers as rows of a list."""
     for worker in workers:
         since = worker["since"] and format_distance(parse_time(worker["since"]), now)
         job = worker["job"] or "idle"
@@ -4610,7 +4604,6 @@ def recent_rate(reader: Reader, only: str | None) -> float:
 
 
 def status_facts(reader: Reader, only: str | None = None) -> dict[str, Any]:
-    """Return the state of everything, or of one queue, as JSON shows it."""
     counts = [row for row in reader.counts_by_queue() if only in (None, row[0])]
     facts: dict[str, Any] = tally(row[1:] for row in counts)
     queues: dict[str, dict[str, int]] = {}
@@ -4628,7 +4621,6 @@ def status_facts(reader: Reader, only: str | None = None) -> dict[str, Any]:
 
 
 def status_counts(reader: Reader, facts: Facts, only: str | None, *, full: bool) -> Iterator[str]:
-    """Yield the counts of a status."""
     kinds = ", ".join(f"{facts[kind]} {kind}" for kind in READINESS_WORDS.values())
     for state in STATES:
         note = f"  ({kinds})" if state == PENDING and facts["ready"] < facts[PENDING] else ""
@@ -4681,7 +4673,6 @@ def survey_queues(reader: Reader, queues: Sequence[str] = ()) -> tuple[dict[str,
 
 
 def survey_jobs(watch: JobWatch) -> tuple[dict[str, int], float]:
-    """Return a tally of some jobs, and when the next of them is due."""
     jobs = watch.jobs()
     times = [job.run_after for job in jobs if job.readiness == SCHEDULED]
     return tally((job.state, job.readiness, 1) for job in jobs), min(times, default=0)
@@ -4752,7 +4743,6 @@ def arg(*names: str, check: Validator = str, **options: Any) -> Argument:
 
 
 def flag(names: str, meaning: str) -> Argument:
-    """Describe an option without a value."""
     return tuple(names.split()), {"action": "store_true", "help": meaning}
 
 
@@ -4799,7 +4789,6 @@ class Screen:
             self.write("\r\x1b[K" + self.progress)
 
     def clear(self) -> None:
-        """Remove the progress line."""
         if self.progress:
             self.write("\r\x1b[K")
         self.progress = ""
@@ -4895,7 +4884,6 @@ def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict
 
 
 def cmd_enqueue(args: argparse.Namespace) -> None:
-    """Add jobs; print their ids."""
     import shutil
     import tempfile
 
@@ -4949,7 +4937,6 @@ def detach(args: argparse.Namespace) -> int:
 
 
 def cmd_worker_start(args: argparse.Namespace) -> int:
-    """Run a pool, here or in the background."""
     if args.horizon < LONGEST and not args.drain:
         raise BadInput("--horizon requires --drain")
     if args.detach:
@@ -4971,7 +4958,6 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
-    """Ask every pool to stop, and wait until they are gone."""
     run_dir = queue._db.run_dir
     alive = [*run_dir.alive("pool"), *run_dir.alive("worker")]  # a worker may have lost its pool
     for pool in set(map(pool_of, alive)):
@@ -4991,7 +4977,6 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
 
 
 def cmd_worker_list(args: argparse.Namespace, queue: Queue) -> None:
-    """List the living workers."""
     workers = list(worker_facts(queue._reader))
     show_list(args, workers, WORKER_HEADINGS, worker_rows(workers, queue._reader.clock()))
 
@@ -5000,7 +4985,6 @@ def cmd_worker_list(args: argparse.Namespace, queue: Queue) -> None:
 
 
 def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
-    """Show the counts and the living workers, once or every second."""
     for _ in polling(first=1.0, longest=1.0):
         if args.json:
             print(json.dumps(status_facts(queue._reader, args.queue)))
@@ -5016,7 +5000,6 @@ def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
 
 
 def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str]) -> None:
-    """Print jobs, and report if some were left out."""
     settings = queue.config()
     name = getattr(args, "queue", None)
     limit = args.limit if args.limit is not None or args.json else 100
@@ -5031,7 +5014,6 @@ def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str]) -> 
 
 
 def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
-    """List jobs, or schedules."""
     if not args.recurring:
         show_jobs(args, queue, args.state or ())
         return
@@ -5048,7 +5030,6 @@ def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
 
 
 def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
-    """Show everything about one job."""
     job = queue.get(args.id)
     reader = queue._reader
     if not args.json:
@@ -5120,7 +5101,6 @@ def await_all(args: argparse.Namespace, reader: Reader) -> int:
 
 
 def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
-    """Wait until jobs have ended; return the exit code of the first that failed."""
     ids = require_ids(args)
     reader = queue._reader
     if not ids:
@@ -5247,7 +5227,6 @@ def report_cancelled(args: argparse.Namespace, queue: Queue, job: Job) -> int:
 
 
 def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
-    """Cancel jobs; return once the running ones have been ended."""
     jobs = queue.cancel(args.ids, cascade=args.cascade)
     run_dir = queue._db.run_dir
     for _ in queue._reader.changes():
@@ -5260,13 +5239,11 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
 
 
 def cmd_pause(args: argparse.Namespace, queue: Queue) -> None:
-    """Pause some queues, or all."""
     for name in args.queues or [""]:
         queue.pause(name)
 
 
 def cmd_resume(args: argparse.Namespace, queue: Queue) -> None:
-    """Resume some queues, or all."""
     for name in args.queues or [""]:
         queue.resume(name)
     if "" in queue._reader.paused():
@@ -5274,7 +5251,6 @@ def cmd_resume(args: argparse.Namespace, queue: Queue) -> None:
 
 
 def cmd_dlq_retry(args: argparse.Namespace, queue: Queue) -> None:
-    """Return dead or cancelled jobs to the queue; print their ids."""
     ids = queue.retry(require_ids(args) or None)
     show(ids)
     cancelled = queue.counts()[CANCELLED]
@@ -5283,13 +5259,11 @@ def cmd_dlq_retry(args: argparse.Namespace, queue: Queue) -> None:
 
 
 def cmd_dlq_purge(args: argparse.Namespace, queue: Queue) -> None:
-    """Delete dead or cancelled jobs."""
     ids = require_ids(args, selected=args.older_than is not None)
     print(queue.purge(ids) if ids else queue.prune(args.older_than or 0, (DEAD,)), "purged")
 
 
 def cmd_prune(args: argparse.Namespace, queue: Queue) -> None:
-    """Delete jobs that have ended."""
     print(queue.prune(args.older_than, args.state or PRUNED_BY_DEFAULT), "pruned")
 
 
@@ -5305,19 +5279,16 @@ def setting_text(value: object) -> str:
 
 
 def cmd_config_get(args: argparse.Namespace, queue: Queue) -> None:
-    """Print one setting."""
     show([setting_text(queue.config()[args.key])], whole=True)
 
 
 def cmd_config_set(args: argparse.Namespace) -> None:
-    """Store one setting."""
     validate_setting(args.key, args.value)  # before a queue is created for it
     with Queue(args.db, insecure=args.insecure) as queue:
         queue.configure(args.key, args.value)
 
 
 def cmd_config_list(args: argparse.Namespace, queue: Queue) -> None:
-    """List every setting."""
     settings = queue.config().items()
     facts = ({"key": k, "value": value, "default": SETTINGS[k].default} for k, value in settings)
     rows = ((key, setting_text(value), SETTINGS[key].meaning) for key, value in settings)
@@ -5451,7 +5422,6 @@ complete -c queuectl -c queuectl.py -a '(__queuectl)'""",
 
 
 def cmd_completion(args: argparse.Namespace) -> None:
-    """Print a shell's script or, when that script asks, the completions of the last word."""
     if not args.typed:
         program = " ".join(map(shlex.quote, (sys.executable, os.path.abspath(__file__))))
         print(COMPLETIONS[args.shell].replace("PROGRAM", program))
@@ -5487,7 +5457,6 @@ examples:
 
 
 def usage_hint(prog: str, message: str, options: Iterable[str]) -> str:
-    """Return a hint for a usage error."""
     wrong = re.match("unrecognized arguments: (-[^ =]+)", message)
     if not wrong:
         return ""
@@ -5562,7 +5531,6 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Run a command with the access to the queue that it needs."""
     act, access = args.chosen.act, args.chosen.access
     if access == "none":
         return act(args) or Exit.OK

@@ -104,19 +104,8 @@ if TYPE_CHECKING:
     Validator = Callable[[Any], Any]  # returns the value as it is stored, or raises ValueError
 
 __version__ = "1.0.0"
-__all__ = [
-    "Attempt",
-    "BadInput",
-    "Damaged",
-    "Fault",
-    "Job",
-    "Locked",
-    "NotFound",
-    "Queue",
-    "QueueError",
-    "TimedOut",
-    "work",
-]
+__all__ = ["Attempt", "Job", "Queue", "work"]
+__all__ += ["BadInput", "Damaged", "Fault", "Locked", "NotFound", "QueueError", "TimedOut"]
 
 # --- vocabulary ----------------------------------------------------------------------------------
 
@@ -129,22 +118,13 @@ CANCELLED: State = "cancelled"
 STATES = (PENDING, PROCESSING, COMPLETED, DEAD, CANCELLED)
 FINISHED = (COMPLETED, DEAD, CANCELLED)
 PRUNED_BY_DEFAULT = (COMPLETED, CANCELLED)  # dead letters stay until they are purged
-MOVES: Mapping[State, tuple[State, ...]] = {  # every legal change of state
-    PENDING: (PROCESSING, CANCELLED),
-    PROCESSING: (COMPLETED, PENDING, DEAD, CANCELLED),
-    DEAD: (PENDING,),
-    CANCELLED: (PENDING,),
-    COMPLETED: (),
-}
 
 READY, SCHEDULED, BLOCKED = 1, 0, -1  # the readiness of a pending job; all others are READY
 
 End = Literal["exited", "timed out", "crashed", "released", "cancelled", "unstarted"]
 StopMode = Literal["", "stop", "now"]  # "stop": claim no more jobs; "now": also end running ones
 WorkerState = Literal["idle", "notified", "busy", "left"]
-TRY_LATER = (
-    75  # a job's exit code (EX_TEMPFAIL of sysexits.h): "not now"; not counted as an attempt
-)
+TRY_LATER = 75  # a job's exit code (EX_TEMPFAIL): "not now"; it does not count as an attempt
 NEVER = float("inf")
 
 
@@ -4424,17 +4404,6 @@ def shorten(text: str, width: int) -> str:
     return text + "…"
 
 
-def column_gaps(widths: Sequence[int], screen: int) -> list[str]:
-    """Return the gap before each column of a table: blanks or, beyond the screen, a new line."""
-    gaps = [""]
-    at = widths[0]
-    for width in widths[1:]:
-        fits = at + 2 + width <= screen
-        gaps.append("  " if fits else "\n  ")
-        at = at + 2 + width if fits else 2 + width
-    return gaps
-
-
 def table(headings: Sequence[str], rows: Rows) -> Iterator[str]:
     """Yield aligned lines; a column that is empty in every row is left out.
 
@@ -4448,12 +4417,14 @@ def table(headings: Sequence[str], rows: Rows) -> Iterator[str]:
     screen = terminal_width(sys.stdout) or sum(widths) + 2 * len(widths)
     while sum(widths) + 2 * len(widths) - 2 > screen and max(widths[1:]) > 14:
         widths[widths.index(max(widths[1:]), 1)] -= 1
-    gaps = column_gaps(widths, screen)
     for line in lines:
-        cells = [shorten(cell, width) for cell, width in zip(line, widths)]
-        pads = [" " * (width - display_width(cell)) for cell, width in zip(cells, widths)]
-        text = "".join(map("".join, zip(gaps, cells, pads)))
-        yield from (part.rstrip() for part in text.split("\n") if part.strip())
+        parts = [""]
+        for cell, width in zip(line, widths):
+            if parts[-1] and display_width(parts[-1]) + width > screen:
+                parts.append("  ")
+            text = shorten(cell, width)
+            parts[-1] += text + " " * (width - display_width(text) + 2)
+        yield from (part.rstrip() for part in parts if part.strip())
 
 
 def section(headings: Sequence[str], rows: Rows) -> Iterator[str]:
@@ -4477,24 +4448,18 @@ def job_facts(job: Job, settings: Settings) -> dict[str, Any]:
 
 def attempt_facts(attempt: Attempt) -> dict[str, Any]:
     """Return an attempt as JSON shows it; output that is not UTF-8 has replacement characters."""
-    return {
-        **attempt._asdict(),
-        "started": format_time(attempt.started),
-        "finished": format_time(attempt.finished),
-        "waited": round(attempt.waited, 3),
-        "output": attempt.output.decode(errors="replace"),
-    }
+    times = {"started": format_time(attempt.started), "finished": format_time(attempt.finished)}
+    output = attempt.output.decode(errors="replace")
+    return {**attempt._asdict(), **times, "waited": round(attempt.waited, 3), "output": output}
 
 
 def unserved(run_dir: RunDirectory, queue: str) -> str:
     """Return the reason that no worker would claim a job of a queue; empty if one would."""
     pools = run_dir.alive("pool")
-    served = [
-        note.get("queues") for pool, note in pools.items() if not run_dir.stop_requested(pool)
-    ]
-    if not served:
+    claiming = [note for pool, note in pools.items() if not run_dir.stop_requested(pool)]
+    if not claiming:
         return "all workers are stopping" if pools else "no worker is running"
-    is_served = any(not queues or queue in queues for queues in served)
+    is_served = any(queue in (note.get("queues") or [queue]) for note in claiming)
     return "" if is_served else f"no worker serves queue {queue}"
 
 
@@ -4567,15 +4532,10 @@ def worker_facts(reader: Reader) -> Iterator[dict[str, Any]]:
     running = {job.locked_by: job for job in reader.claimed()}
     for name, note in reader.db.run_dir.alive("worker").items():
         job = running.get(name)
-        yield {
-            "worker": name,
-            "pool": pool_of(name),
-            "pid": note.get("pid"),
-            "slot": note.get("slot"),
-            "job": job and job.id,
-            "since": job and format_time(job.locked_at),
-            "command": job and job.command,
-        }
+        facts = {"worker": name, "pool": pool_of(name), "pid": note.get("pid")}
+        since = job and format_time(job.locked_at)
+        claim = {"job": job and job.id, "since": since, "command": job and job.command}
+        yield {**facts, "slot": note.get("slot"), **claim}
 
 
 def worker_rows(workers: Iterable[Facts], now: float) -> Iterator[tuple[object, ...]]:
@@ -4597,9 +4557,9 @@ def tally(counts: Iterable[tuple[State, int, int]]) -> dict[str, int]:
 
 def recent_rate(reader: Reader, only: str | None) -> float:
     """Return the jobs/s over the last minute or, if that is less, since there are pools."""
-    notes = reader.db.run_dir.alive("pool").values()
     now = reader.clock()
-    age = now - min((note.get("started", now) for note in notes), default=0)
+    pools = reader.db.run_dir.alive("pool").values()
+    age = now - min((note.get("started", now) for note in pools), default=0)
     return round(reader.rate(only, min(60.0, max(1.0, age))), 3)
 
 
@@ -4666,10 +4626,9 @@ def status_text(reader: Reader, only: str | None = None, *, full: bool = False) 
 
 def survey_queues(reader: Reader, queues: Sequence[str] = ()) -> tuple[dict[str, int], float]:
     """Return a tally of the jobs in these queues, or in all, and when the next one is due."""
-    rows = (row[1:] for row in reader.counts_by_queue() if not queues or row[0] in queues)
-    counts = tally(rows)
-    next_time = reader.next_ready_time(queues) if counts["scheduled"] else None
-    return counts, next_time or 0
+    rows = reader.counts_by_queue()
+    counts = tally(row[1:] for row in rows if not queues or row[0] in queues)
+    return counts, (counts["scheduled"] and reader.next_ready_time(queues)) or 0
 
 
 def survey_jobs(watch: JobWatch) -> tuple[dict[str, int], float]:
@@ -4687,19 +4646,14 @@ class Progress:
         self.first = survey()[0]
         self.samples = collections.deque([(time.monotonic(), 0)], 50)
 
-    def rate(self, done: int) -> float:
-        """Return the jobs/s over the last samples."""
-        now = time.monotonic()
-        began, before = self.samples[0]
-        self.samples.append((now, done))
-        return (done - before) / max(now - began, 0.001)
-
     def line(self) -> str:
         """Describe how many of the jobs that can run are done, and how many others wait."""
         now, next_time = self.survey()
         done = sum(max(0, now[state] - self.first[state]) for state in FINISHED)
         left = now["ready"] + now[PROCESSING]
-        rate = self.rate(done)
+        began, before = self.samples[0]
+        self.samples.append((time.monotonic(), done))
+        rate = (done - before) / max(time.monotonic() - began, 0.001)  # of the last samples
         failed = now[DEAD] - self.first[DEAD]
         due = format_distance(next_time, self.clock())
         parts = {
@@ -4737,9 +4691,12 @@ class EndedBySignal(Exception):
     """
 
 
-def arg(*names: str, check: Validator = str, **options: Any) -> Argument:
+def arg(
+    name: str, metavar: str | None, meaning: str = "", check: Validator = str, **options: Any
+) -> Argument:
     """Describe an argument of a command as argparse takes it, with a validator of its value."""
-    return names, {"type": partial(validate, names[-1], check), **options}
+    options.update(type=partial(validate, name, check), metavar=metavar, help=meaning)
+    return (name,), options
 
 
 def flag(names: str, meaning: str) -> Argument:
@@ -4748,9 +4705,8 @@ def flag(names: str, meaning: str) -> Argument:
 
 def field(key: str, metavar: str, meaning: str, name: str = "", **options: Any) -> Argument:
     """Describe an option of `enqueue` that gives a field of a job."""
-    name = name or "--" + key.replace("_", "-")
-    given = {"dest": key, "check": FIELDS[key], "metavar": metavar, "help": meaning}
-    return arg(name, **{**given, **options})
+    options.setdefault("check", FIELDS[key])
+    return arg(name or "--" + key.replace("_", "-"), metavar, meaning, dest=key, **options)
 
 
 def parse_variable(text: str) -> Iterable[tuple[str, str]]:
@@ -4823,8 +4779,6 @@ def show_list(args: Any, facts: Iterable[Facts], headings: Sequence[str], rows: 
         show(table(headings, rows))
 
 
-# enqueue
-
 # How JSON begins, and no shell line does.
 JSON_START = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""
 
@@ -4871,16 +4825,14 @@ def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) ->
 def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict[str, Any]]:
     """Yield jobs with the fields that the options of `enqueue` give."""
     given = {key: value for key, value in vars(args).items() if key in FIELDS and value is not None}
+    added = dict(chain(*given.pop("env", ())))
     replaced = {key for pair in CONFLICTS if given.keys() & set(pair) for key in pair}
     for job in jobs:
         fields = {key: value for key, value in job.items() if key not in replaced}
         env = fields.get("env", {})
-        fields.update(given)
-        if "env" in given:  # the options add to the job's own; a bad one is refused later
-            fields["env"] = (
-                dict(chain(env.items(), *given["env"])) if isinstance(env, dict) else env
-            )
-        yield fields
+        if added and isinstance(env, dict):  # a bad one is refused later
+            fields["env"] = {**env, **added}
+        yield {**fields, **given}
 
 
 def cmd_enqueue(args: argparse.Namespace) -> None:
@@ -4903,9 +4855,6 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
             raise BadInput(f"line {at[0]}: {error}" if at[0] else str(error)) from None
 
 
-# workers
-
-
 def detach(args: argparse.Namespace) -> int:
     """Start a pool in a session of its own; report its log or, if it ends at once, the reason."""
     import subprocess
@@ -4913,14 +4862,14 @@ def detach(args: argparse.Namespace) -> int:
     with Queue(args.db, insecure=args.insecure) as queue:
         run_dir = queue._db.run_dir
     run_dir.make()  # the database may have been copied here
-    program = [SYSTEM.PYTHON, os.path.abspath(__file__), f"--db={args.db}"]
     insecure = ["--insecure"] * args.insecure
     options = [word for word in args.rest if word != "--detach"]
+    command = [SYSTEM.PYTHON, os.path.abspath(__file__), f"--db={args.db}", *insecure]
+    command += ["worker", "start", *options]
     log = run_dir.file("workers.log")
     with open(log, "a+", errors="replace", opener=open_own) as file:
         size = file.tell()
         streams: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-        command = [*program, *insecure, "worker", "start", *options]
         pool = subprocess.Popen(command, **streams, **SYSTEM.BACKGROUND)
         for _ in polling(longest=0.02):
             for name, note in run_dir.alive("pool").items():
@@ -4981,9 +4930,6 @@ def cmd_worker_list(args: argparse.Namespace, queue: Queue) -> None:
     show_list(args, workers, WORKER_HEADINGS, worker_rows(workers, queue._reader.clock()))
 
 
-# reading
-
-
 def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
     for _ in polling(first=1.0, longest=1.0):
         if args.json:
@@ -5040,9 +4986,6 @@ def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
     facts["after"] = [parent.id for parent in reader.parents(job)]
     facts["runs"] = [attempt_facts(attempt) for attempt in reader.attempts(job)]
     print(json.dumps(facts))
-
-
-# waiting
 
 
 def exit_code_of(job: Job) -> int:
@@ -5112,9 +5055,6 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
         return watch.jobs() if all(map(reader.failed_ancestor, watch.refresh())) else None
 
     return await_jobs(args, reader, partial(survey_jobs, watch), end)
-
-
-# output
 
 
 def write_output(chunks: Iterable[bytes]) -> None:
@@ -5205,9 +5145,6 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
         write_output(chunks)
 
 
-# changing
-
-
 def report_cancelled(args: argparse.Namespace, queue: Queue, job: Job) -> int:
     """Print the id of a cancelled job, and report the consequences; return the exit code."""
     if job.state != CANCELLED and not job.cancel_requested:
@@ -5267,9 +5204,6 @@ def cmd_prune(args: argparse.Namespace, queue: Queue) -> None:
     print(queue.prune(args.older_than, args.state or PRUNED_BY_DEFAULT), "pruned")
 
 
-# settings
-
-
 def setting_text(value: object) -> str:
     """Return the value of a setting as `config set` takes it."""
     if isinstance(value, tuple):
@@ -5295,29 +5229,24 @@ def cmd_config_list(args: argparse.Namespace, queue: Queue) -> None:
     show_list(args, facts, ("KEY", "VALUE", "MEANING"), rows)
 
 
-# The table of commands.
-
 # fmt: off
-DURATION: Any = {"check": parse_duration, "metavar": "DURATION"}
-NUMBER: Any = {"metavar": "N"}
 JSON = flag("--json", "print JSON; the README documents the fields")
-LIMIT = arg("--limit", check=integer(0, 10**9), help="show the N that changed last (0: all)",
-            **NUMBER)
-STATE = arg("--state", action="append", choices=STATES, help="only this state; repeatable")
-TIMEOUT = arg("--timeout", help="stop waiting after this time, and exit with 124", **DURATION)
-QUEUE = arg("--queue", check=valid_name, metavar="QUEUE", help="only this queue")
-QUEUES = arg("--queue", dest="queues", action="append", check=valid_name, metavar="QUEUE",
-             default=[], help="only this queue; repeatable")
-ID = arg("id", metavar="ID")
-IDS = arg("ids", nargs="*", metavar="ID")
+LIMIT = arg("--limit", "N", "show the N that changed last (0: all)", integer(0, 10**9))
+STATE = arg("--state", None, "only this state; repeatable", action="append", choices=STATES)
+TIMEOUT = arg("--timeout", "DURATION", "stop waiting after this time, and exit with 124",
+              parse_duration)
+QUEUE = arg("--queue", "QUEUE", "only this queue", valid_name)
+QUEUES = arg("--queue", "QUEUE", "only this queue; repeatable", valid_name, dest="queues",
+             action="append", default=[])
+ID = arg("id", "ID")
+IDS = arg("ids", "ID", nargs="*")
 ALL_DEAD = flag("--all", "all dead jobs")
-KEY = arg("key", metavar="KEY", check=validate_setting, help="one of: " + ", ".join(SETTINGS))
+KEY = arg("key", "KEY", "one of: " + ", ".join(SETTINGS), validate_setting)
 
 COMMANDS = {
     "enqueue": Command(cmd_enqueue, "none", "add a job and print its id", "enqueue 'make all'", (
-        arg("words", nargs="+", metavar="JOB",
-            help="a quoted shell line; JSON (an object or an array); - for JSON lines "
-            "on stdin; or -- followed by the words of a command"),
+        arg("words", "JOB", "a quoted shell line; JSON (an object or an array); - for JSON lines "
+            "on stdin; or -- followed by the words of a command", nargs="+"),
         field("id", "ID", "the name of the job (default: a number)"),
         field("priority", "N", "higher numbers run first (default: 0)"),
         field("delay", "DURATION", "start it after this time"),
@@ -5335,12 +5264,12 @@ COMMANDS = {
         flag("--if-absent", "do nothing if there is a job with that id"))),
     "worker start": Command(
         cmd_worker_start, "none", "run jobs until stopped", "worker start --count 4", (
-            arg("--count", check=integer(1, 1000), default=1,
-                help="how many jobs to run at a time (default: 1)", **NUMBER),
+            arg("--count", "N", "how many jobs to run at a time (default: 1)", integer(1, 1000),
+                default=1),
             QUEUES,
             flag("--drain", "exit when nothing is left to run; with 1 if a job died or is blocked"),
-            arg("--horizon", default=LONGEST, **DURATION,
-                help="with --drain: do not wait for jobs that are due later than this"),
+            arg("--horizon", "DURATION", "with --drain: do not wait for jobs that are due later "
+                "than this", parse_duration, default=LONGEST),
             flag("--detach", "run in the background; the log is in the queue's .run directory"),
             flag("--quiet", "print no event lines"))),
     "worker stop": Command(
@@ -5354,14 +5283,12 @@ COMMANDS = {
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
     "logs": Command(cmd_logs, "read", "print the output of a job", "logs 7 -f", (
         ID, flag("-f --follow", "continue until the attempt ends"),
-        arg("--run", check=integer(1, 10**9), help="print attempt N instead of the last",
-            **NUMBER))),
+        arg("--run", "N", "print attempt N instead of the last", integer(1, 10**9)))),
     "wait": Command(
         cmd_wait, "read", "wait for jobs; exit with the code of the first that failed", "wait 7 8",
         (IDS, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
     "cancel": Command(cmd_cancel, "write", "cancel waiting or running jobs", "cancel 7", (
-        arg("ids", nargs="+", metavar="ID"),
-        flag("--cascade", "also cancel the jobs that wait for them"))),
+        arg("ids", "ID", nargs="+"), flag("--cascade", "also cancel the jobs that wait for them"))),
     "pause": Command(
         cmd_pause, "create", "start no new jobs until resume", "pause --queue gpu", (QUEUES,)),
     "resume": Command(cmd_resume, "write", "start jobs again after pause", "resume", (QUEUES,)),
@@ -5372,19 +5299,20 @@ COMMANDS = {
         cmd_dlq_retry, "write", "return dead or cancelled jobs to the queue", "dlq retry 7",
         (IDS, ALL_DEAD)),
     "dlq purge": Command(
-        cmd_dlq_purge, "write", "delete dead or cancelled jobs", "dlq purge --older-than 30d",
-        (IDS, ALL_DEAD,
-         arg("--older-than", help="only dead jobs that died this long ago", **DURATION))),
+        cmd_dlq_purge, "write", "delete dead or cancelled jobs", "dlq purge --older-than 30d", (
+            IDS, ALL_DEAD,
+            arg("--older-than", "DURATION", "only dead jobs that died this long ago",
+                parse_duration))),
     "prune": Command(
         cmd_prune, "write", "delete completed and cancelled jobs", "prune --older-than 7d", (
-            arg("--older-than", default=0.0, help="only jobs that ended this long ago",
-                **DURATION),
-            arg("--state", action="append", choices=FINISHED,
-                help="only this state (default: completed and cancelled); repeatable"))),
+            arg("--older-than", "DURATION", "only jobs that ended this long ago", parse_duration,
+                default=0.0),
+            arg("--state", None, "only this state (default: completed and cancelled); repeatable",
+                action="append", choices=FINISHED))),
     "config get": Command(cmd_config_get, "read", "print a setting", "config get timeout", (KEY,)),
     "config set": Command(
         cmd_config_set, "none", "change a setting", "config set backoff_base 3",
-        (KEY, arg("value", metavar="VALUE"))),
+        (KEY, arg("value", "VALUE"))),
     "config unset": Command(
         lambda args, queue: queue.configure(args.key, None),
         "write", "restore the default of a setting", "config unset timeout", (KEY,)),
@@ -5439,8 +5367,8 @@ def cmd_completion(args: argparse.Namespace) -> None:
             print(word)
 
 
-SHELL = arg("shell", choices=tuple(COMPLETIONS), metavar="SHELL", help="bash, zsh or fish")
-TYPED = arg("typed", nargs="...", metavar="...", help="the words typed so far")
+SHELL = arg("shell", "SHELL", "bash, zsh or fish", choices=tuple(COMPLETIONS))
+TYPED = arg("typed", "...", "the words typed so far", nargs="...")
 COMMANDS["completion"] = Command(
     cmd_completion, "none", "print a script for completion", "completion bash", (SHELL, TYPED)
 )

@@ -4486,8 +4486,7 @@ def obstacle(reader: Reader, job: Job) -> str:
 
 def reason_to_wait(reader: Reader, job: Job) -> str:
     """Return the reason that a job waits, in one phrase; empty if it runs or has ended."""
-    reason = obstacle(reader, job)
-    if reason or job.state != PENDING:
+    if (reason := obstacle(reader, job)) or job.state != PENDING:
         return reason
     position = reader.position(job)
     return f"{plural(position, 'job')} before it" if position else "next to run"
@@ -4555,28 +4554,21 @@ def tally(counts: Iterable[tuple[State, int, int]]) -> dict[str, int]:
     return found
 
 
-def recent_rate(reader: Reader, only: str | None) -> float:
-    """Return the jobs/s over the last minute or, if that is less, since there are pools."""
-    now = reader.clock()
-    pools = reader.db.run_dir.alive("pool").values()
-    age = now - min((note.get("started", now) for note in pools), default=0)
-    return round(reader.rate(only, min(60.0, max(1.0, age))), 3)
-
-
 def status_facts(reader: Reader, only: str | None = None) -> dict[str, Any]:
     counts = [row for row in reader.counts_by_queue() if only in (None, row[0])]
     facts: dict[str, Any] = tally(row[1:] for row in counts)
     queues: dict[str, dict[str, int]] = {}
     for name, state, _, number in counts:
         queues.setdefault(name, dict.fromkeys(STATES, 0))[state] += number
+    facts["queues"] = queues
+    facts["paused"] = [name for name in reader.paused() if only in (None, name) or not name]
+    now = reader.clock()
+    pools = reader.db.run_dir.alive("pool").values()
+    age = now - min((note.get("started", now) for note in pools), default=0)
+    facts["rate"] = round(reader.rate(only, min(60.0, max(1.0, age))), 3)  # jobs/s since then
     oldest = reader.oldest(only)
-    facts.update(
-        queues=queues,
-        paused=[name for name in reader.paused() if only in (None, name) or not name],
-        rate=recent_rate(reader, only),
-        oldest=oldest and job_facts(oldest, reader.settings(oldest.queue)),
-        workers=list(worker_facts(reader)),
-    )
+    facts["oldest"] = oldest and job_facts(oldest, reader.settings(oldest.queue))
+    facts["workers"] = list(worker_facts(reader))
     return facts
 
 
@@ -4588,17 +4580,14 @@ def status_counts(reader: Reader, facts: Facts, only: str | None, *, full: bool)
     yield f"{'workers':<10} {len(facts['workers']):>8}"
     if full:
         yield f"{'rate':<10} {facts['rate']:>8.1f}  jobs/s recently"
-    when = facts["scheduled"] and reader.next_ready_time([only] if only else ())
-    if when:
+    if facts["scheduled"] and (when := reader.next_ready_time([only] if only else ())):
         yield f"next       due {format_distance(when, reader.clock())}"
     if facts["paused"]:
         yield "paused     " + ", ".join(name or "all queues" for name in facts["paused"])
 
 
 def status_obstacles(reader: Reader, only: str | None) -> Iterator[str]:
-    """Yield a line about the oldest ready job, a lost one, and a blocked one."""
-    oldest = reader.oldest(only)
-    if oldest:
+    if oldest := reader.oldest(only):
         since = format_distance(oldest.run_after, reader.clock())
         yield f"oldest     job {oldest.id}, due {since}; {reason_to_wait(reader, oldest)}"
     claimed = ((job, obstacle(reader, job)) for job in reader.claimed())
@@ -4684,11 +4673,9 @@ class Command(NamedTuple):
     arguments: tuple[Argument, ...] = ()
 
 
-class EndedBySignal(Exception):
-    """A signal ended the command, and ends the process in the same way; the argument is its number.
-
-    So a shell loop around queuectl stops when Ctrl-C is pressed.
-    """
+def shell_code(code: int) -> int:
+    """Return an exit code, or minus the number of a signal, as a shell has it."""
+    return Exit.SIGNALLED - code if code < 0 else int(code)
 
 
 def arg(
@@ -4710,7 +4697,6 @@ def field(key: str, metavar: str, meaning: str, name: str = "", **options: Any) 
 
 
 def parse_variable(text: str) -> Iterable[tuple[str, str]]:
-    """Parse NAME=VALUE into the items of an environment."""
     name, equals, value = text.partition("=")
     require(equals, "be NAME=VALUE")
     return valid_environment({name: value}).items()
@@ -4784,7 +4770,6 @@ JSON_START = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""
 
 
 def parse_json_jobs(source: str) -> list[dict[str, object]]:
-    """Return the jobs that a JSON object, or an array of objects, describes."""
     try:
         value = json.loads(source.lstrip("\ufeff"))  # PowerShell puts it before the text of a file
     except (ValueError, RecursionError) as error:
@@ -4882,7 +4867,7 @@ def detach(args: argparse.Namespace) -> int:
         file.seek(size)
         for line in file:
             SCREEN.line(line.rstrip("\n"))
-    return pool.returncode
+    return shell_code(pool.returncode)
 
 
 def cmd_worker_start(args: argparse.Namespace) -> int:
@@ -4901,9 +4886,7 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
             progress = Progress(partial(survey_queues, reader, args.queues), reader.clock)
             options["tick"] = lambda: SCREEN.draw(progress.line)
         code = work(args.db, args.count, **options, signals=True)
-    if code > Exit.SIGNALLED:
-        raise EndedBySignal(code - Exit.SIGNALLED)
-    return code
+    return Exit.SIGNALLED - code if code > Exit.SIGNALLED else code
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
@@ -4990,8 +4973,7 @@ def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
 
 def exit_code_of(job: Job) -> int:
     """Return a job's exit code as a shell has it; a failed job without one has 1."""
-    code = Exit.OK if job.state == COMPLETED else job.exit_code or Exit.NO
-    return Exit.SIGNALLED - code if code < 0 else code
+    return Exit.OK if job.state == COMPLETED else shell_code(job.exit_code or Exit.NO)
 
 
 def require_ids(args: argparse.Namespace, *, selected: bool = False) -> list[str]:
@@ -5017,8 +4999,7 @@ def await_jobs(
     """Wait until `end` returns jobs; return the exit code of the first that failed."""
     progress = Progress(survey, reader.clock)
     for _ in reader.changes(args.timeout):
-        jobs = end()
-        if jobs is not None:
+        if (jobs := end()) is not None:
             for job in [job for job in jobs if job.state == PENDING]:
                 cause = reader.failed_ancestor(job)
                 reason = f"job {cause.id} is {cause.state}" if cause else obstacle(reader, job)
@@ -5155,8 +5136,7 @@ def report_cancelled(args: argparse.Namespace, queue: Queue, job: Job) -> int:
         say(f"job {job.id} is being cancelled: {obstacle(queue._reader, job)}")
     if job.rule and queue.get(job.schedule_id or "").seq == job.seq:
         say(f"schedule {job.schedule_id} has ended with it; dlq retry {job.id} resumes it")
-    children = queue._reader.number(COUNT_CHILDREN, seq=job.seq)
-    if children:
+    if children := queue._reader.number(COUNT_CHILDREN, seq=job.seq):
         stay = "stays" if children == 1 else "stay"
         jobs = plural(children, "job")
         say(f"{jobs} waiting for {job.id} {stay} blocked; --cascade cancels these too")
@@ -5210,10 +5190,6 @@ def setting_text(value: object) -> str:
         numbers = all(isinstance(item, int) for item in value)
         return ",".join(map(str, value)) if numbers else join_words(value)
     return f"{value:.15g}" if isinstance(value, float) else str(value)
-
-
-def cmd_config_get(args: argparse.Namespace, queue: Queue) -> None:
-    show([setting_text(queue.config()[args.key])], whole=True)
 
 
 def cmd_config_set(args: argparse.Namespace) -> None:
@@ -5309,7 +5285,9 @@ COMMANDS = {
                 default=0.0),
             arg("--state", None, "only this state (default: completed and cancelled); repeatable",
                 action="append", choices=FINISHED))),
-    "config get": Command(cmd_config_get, "read", "print a setting", "config get timeout", (KEY,)),
+    "config get": Command(
+        lambda args, queue: show([setting_text(queue.config()[args.key])], whole=True),
+        "read", "print a setting", "config get timeout", (KEY,)),
     "config set": Command(
         cmd_config_set, "none", "change a setting", "config set backoff_base 3",
         (KEY, arg("value", "VALUE"))),
@@ -5462,9 +5440,8 @@ def execute(args: argparse.Namespace) -> int:
     act, access = args.chosen.act, args.chosen.access
     if access == "none":
         return act(args) or Exit.OK
-    readonly = access == "read"
-    create = access == "create"
-    with Queue(args.db, readonly=readonly, create=create, insecure=args.insecure) as queue:
+    mode = {"readonly": access == "read", "create": access == "create"}
+    with Queue(args.db, **mode, insecure=args.insecure) as queue:
         return act(args, queue) or Exit.OK
 
 
@@ -5481,10 +5458,7 @@ def discard_output() -> None:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; the one place that reports errors.
-
-    Raises EndedBySignal where a signal ended it.
-    """
+    """Run one command; return its exit code, or -n where signal n ended it. All errors end here."""
     if not sys.stdout:  # it was closed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # any name of a job can be printed
@@ -5501,7 +5475,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         return error.code
     except BrokenPipeError:
         discard_output()
-        raise EndedBySignal(getattr(signal, "SIGPIPE", 13)) from None
+        return -getattr(signal, "SIGPIPE", 13)
     except (OSError, sqlite3.Error, ImportError) as error:  # the machine is at fault
         discard_output()
         where = getattr(error, "filename", None)
@@ -5509,31 +5483,30 @@ def run(argv: Sequence[str] | None = None) -> int:
         say(f"{where}: {reason}" if where else str(reason))
         return Exit.FAULT
     except KeyboardInterrupt:  # the shell begins a new line for its prompt
-        raise EndedBySignal(signal.SIGINT) from None
+        return -signal.SIGINT
     finally:
         SCREEN.clear()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code, 128+n where signal n ended it."""
-    try:
-        return int(run(argv))
-    except EndedBySignal as end:
-        return int(Exit.SIGNALLED + end.args[0])
+    return shell_code(run(argv))
 
 
 def main_program() -> NoReturn:
-    """Run the command of this process; end by the same signal as the command, if any did."""
+    """Run the command of this process, and end by the signal that ended it, if any.
+
+    So a shell loop around queuectl stops when Ctrl-C is pressed.
+    """
     try:
         with interrupts_raised():
             code = run()
-    except (EndedBySignal, KeyboardInterrupt) as end:
-        number = end.args[0] if end.args else signal.SIGINT
-        discard_output()
-        end_by_signal(number)
-        code = Exit.SIGNALLED + number
+    except KeyboardInterrupt:
+        code = -signal.SIGINT
     discard_output()
-    sys.exit(code)
+    if code < 0:
+        end_by_signal(-code)
+    sys.exit(shell_code(code))
 
 
 if __name__ == "__main__":

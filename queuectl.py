@@ -2,9 +2,6 @@
 # queuectl 1.0.0 (https://github.com/OWNER/queuectl), MIT license
 """queuectl: a durable background job queue for shell commands, in one file.
 
-    queuectl enqueue 'make all'          add a job to ./queuectl.db; prints its id
-    queuectl worker start --count 4      run jobs until stopped
-
 The life of a job:
 
     pending -> processing -> completed          exit code 0
@@ -13,11 +10,10 @@ The life of a job:
                           -> cancelled          by the operator, while waiting or running
     dead, cancelled -> pending                  `dlq retry`, with attempts reset to 0
 
-`worker start` is a pool with N worker processes; each worker runs one job at a time.
-
-The database (SQLite, WAL mode) holds everything that must survive a crash. The directory beside
-it, `queuectl.db.run`, shows which processes are alive, by locked files. The kernel drops a lock
-when its last holder dies, so liveness is a fact: there are no heartbeats, leases or clocks.
+A pool (`worker start`) has N worker processes; each of them runs one job at a time. The database
+(SQLite, WAL mode) holds everything that must survive a crash. The directory beside it,
+`queuectl.db.run`, shows which processes are alive, by locked files. The kernel drops a lock when
+its last holder dies, so liveness is a fact: there are no heartbeats, leases or clocks.
 
     pool-ID         locked by one pool. Beside it are pool-ID.fifo, to which every command that
                     makes work writes a byte, and pool-ID.stop or .now, which ask the pool to stop
@@ -4512,9 +4508,7 @@ def job_text(reader: Reader, job: Job) -> Iterator[str]:
     hidden = "seq run cancel_requested blocked rule scheduled_for snoozes waited".split()
     facts = job_facts(job, reader.settings(job.queue))
     facts = {key: value for key, value in facts.items() if key not in hidden}
-    facts["why"] = reason_to_wait(reader, job)
-    facts["schedule"] = rule_text(job)
-    facts["snoozes"] = job.snoozes
+    facts.update(why=reason_to_wait(reader, job), schedule=rule_text(job), snoozes=job.snoozes)
     if job.cancel_requested:
         facts["state"] += " (being cancelled)"
     for key, value in facts.items():
@@ -4565,7 +4559,7 @@ def status_facts(reader: Reader, only: str | None = None) -> dict[str, Any]:
     now = reader.clock()
     pools = reader.db.run_dir.alive("pool").values()
     age = now - min((note.get("started", now) for note in pools), default=0)
-    facts["rate"] = round(reader.rate(only, min(60.0, max(1.0, age))), 3)  # jobs/s since then
+    facts["rate"] = round(reader.rate(only, min(60.0, max(1.0, age))), 3)  # over a minute, or less
     oldest = reader.oldest(only)
     facts["oldest"] = oldest and job_facts(oldest, reader.settings(oldest.queue))
     facts["workers"] = list(worker_facts(reader))
@@ -4716,7 +4710,6 @@ class Screen:
                 print(text, end="", file=sys.stderr, flush=True)
 
     def line(self, text: str) -> None:
-        """Print a line, above the progress line."""
         start = "\r\x1b[K" if self.progress else ""
         self.write(start + printable(text) + "\n" + self.progress)
 
@@ -4740,7 +4733,6 @@ SCREEN = Screen()
 
 
 def say(text: str) -> None:
-    """Print a message for people, on stderr."""
     SCREEN.line(f"queuectl: {text}")
 
 
@@ -4972,7 +4964,6 @@ def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
 
 
 def exit_code_of(job: Job) -> int:
-    """Return a job's exit code as a shell has it; a failed job without one has 1."""
     return Exit.OK if job.state == COMPLETED else shell_code(job.exit_code or Exit.NO)
 
 
@@ -4984,7 +4975,6 @@ def require_ids(args: argparse.Namespace, *, selected: bool = False) -> list[str
 
 
 def report_obstacles(reader: Reader, jobs: Iterable[Job]) -> None:
-    """Report why jobs wait, once for each reason."""
     reasons: set[str] = set()
     for job in jobs:
         reason = obstacle(reader, job)
@@ -5382,9 +5372,8 @@ def new_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
             if message.endswith("required: COMMAND"):
                 message = f"which command? {', '.join(menu(self.prog[9:]))}"
             hint = usage_hint(self.prog, message, self._option_string_actions)
-            limit = 4 * QUOTED_LIMIT  # it may repeat a long command line
-            cut = "..." * (len(message) > limit)
-            raise BadInput(f"{message[:limit]}{cut}{hint} (see {self.prog} --help)")
+            cut = quoted(message, 4 * QUOTED_LIMIT)  # it may repeat a long command line
+            raise BadInput(f"{cut}{hint} (see {self.prog} --help)")
 
     style = argparse.RawDescriptionHelpFormatter
     return Parser(prog, formatter_class=style, allow_abbrev=False, **options)

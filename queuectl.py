@@ -5250,25 +5250,20 @@ COMMANDS = {
     "logs": Command(cmd_logs, "read", "print the output of a job", "logs 7 -f", (
         ID, flag("-f --follow", "continue until the attempt ends"),
         arg("--run", "N", "print attempt N instead of the last", integer(1, 10**9)))),
-    "wait": Command(
-        cmd_wait, "read", "wait for jobs; exit with the code of the first that failed", "wait 7 8",
-        (IDS, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
+    "wait": Command(cmd_wait, "read", "wait for jobs; exit with the code of the first that failed",
+        "wait 7 8", (IDS, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
     "cancel": Command(cmd_cancel, "write", "cancel waiting or running jobs", "cancel 7", (
         arg("ids", "ID", nargs="+"), flag("--cascade", "also cancel the jobs that wait for them"))),
-    "pause": Command(
-        cmd_pause, "create", "start no new jobs until resume", "pause --queue gpu", (QUEUES,)),
+    "pause": Command(cmd_pause, "create", "start no new jobs until resume",
+        "pause --queue gpu", (QUEUES,)),
     "resume": Command(cmd_resume, "write", "start jobs again after pause", "resume", (QUEUES,)),
-    "dlq list": Command(
-        lambda args, queue: show_jobs(args, queue, (DEAD,)),
-        "read", "list the dead letter queue", "dlq list", (LIMIT, JSON)),
-    "dlq retry": Command(
-        cmd_dlq_retry, "write", "return dead or cancelled jobs to the queue", "dlq retry 7",
-        (IDS, ALL_DEAD)),
-    "dlq purge": Command(
-        cmd_dlq_purge, "write", "delete dead or cancelled jobs", "dlq purge --older-than 30d", (
-            IDS, ALL_DEAD,
-            arg("--older-than", "DURATION", "only dead jobs that died this long ago",
-                parse_duration))),
+    "dlq list": Command(lambda args, queue: show_jobs(args, queue, (DEAD,)), "read",
+        "list the dead letter queue", "dlq list", (LIMIT, JSON)),
+    "dlq retry": Command(cmd_dlq_retry, "write", "return dead or cancelled jobs to the queue",
+        "dlq retry 7", (IDS, ALL_DEAD)),
+    "dlq purge": Command(cmd_dlq_purge, "write", "delete dead or cancelled jobs",
+        "dlq purge --older-than 30d", (IDS, ALL_DEAD, arg(
+            "--older-than", "DURATION", "only dead jobs that died this long ago", parse_duration))),
     "prune": Command(
         cmd_prune, "write", "delete completed and cancelled jobs", "prune --older-than 7d", (
             arg("--older-than", "DURATION", "only jobs that ended this long ago", parse_duration,
@@ -5278,12 +5273,10 @@ COMMANDS = {
     "config get": Command(
         lambda args, queue: show([setting_text(queue.config()[args.key])], whole=True),
         "read", "print a setting", "config get timeout", (KEY,)),
-    "config set": Command(
-        cmd_config_set, "none", "change a setting", "config set backoff_base 3",
+    "config set": Command(cmd_config_set, "none", "change a setting", "config set backoff_base 3",
         (KEY, arg("value", "VALUE"))),
-    "config unset": Command(
-        lambda args, queue: queue.configure(args.key, None),
-        "write", "restore the default of a setting", "config unset timeout", (KEY,)),
+    "config unset": Command(lambda args, queue: queue.configure(args.key, None), "write",
+        "restore the default of a setting", "config unset timeout", (KEY,)),
     "config list": Command(cmd_config_list, "read", "list the settings", "config list", (JSON,)),
 }
 # fmt: on

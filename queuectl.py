@@ -4963,10 +4963,6 @@ def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
     print(json.dumps(facts))
 
 
-def exit_code_of(job: Job) -> int:
-    return Exit.OK if job.state == COMPLETED else shell_code(job.exit_code or Exit.NO)
-
-
 def require_ids(args: argparse.Namespace, *, selected: bool = False) -> list[str]:
     """Return the ids that a command names; none where --all or another selection is given."""
     if bool(args.ids) == (args.all or selected):
@@ -4983,49 +4979,40 @@ def report_obstacles(reader: Reader, jobs: Iterable[Job]) -> None:
         reasons.add(reason)
 
 
-def await_jobs(
-    args: argparse.Namespace, reader: Reader, survey: Survey, end: Callable[[], list[Job] | None]
-) -> int:
-    """Wait until `end` returns jobs; return the exit code of the first that failed."""
-    progress = Progress(survey, reader.clock)
-    for _ in reader.changes(args.timeout):
-        if (jobs := end()) is not None:
-            for job in [job for job in jobs if job.state == PENDING]:
-                cause = reader.failed_ancestor(job)
-                reason = f"job {cause.id} is {cause.state}" if cause else obstacle(reader, job)
-                say(f"job {job.id} cannot run: {reason}")
-            return next(filter(None, map(exit_code_of, jobs)), Exit.OK)
-        SCREEN.draw(progress.line)
-    say(f"timed out after {format_duration(args.timeout)}: {progress.line()}")
-    return Exit.TIMED_OUT
-
-
-def await_all(args: argparse.Namespace, reader: Reader) -> int:
-    """Wait until nothing is left to run; return the exit code of the first job that died."""
-    old = set(reader.dead())
-    report_obstacles(reader, chain(reader.claimed(), filter(None, [reader.oldest()])))
-
-    def end() -> list[Job] | None:
-        if reader.drain_blockers():
-            return None
-        died = (row[0] for row in reader.dead() if row not in old)
-        return [*map(reader.get, islice(died, 1)), *reader.blocked(limit=1)]
-
-    return await_jobs(args, reader, partial(survey_queues, reader), end)
+def wait_result(reader: Reader, jobs: Sequence[Job]) -> int:
+    """Report which jobs cannot run; return the exit code of the first that failed."""
+    for job in [job for job in jobs if job.state == PENDING]:
+        cause = reader.failed_ancestor(job)
+        reason = f"job {cause.id} is {cause.state}" if cause else obstacle(reader, job)
+        say(f"job {job.id} cannot run: {reason}")
+    failed = (job for job in jobs if job.state != COMPLETED)
+    return next((shell_code(job.exit_code or Exit.NO) for job in failed), Exit.OK)
 
 
 def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     ids = require_ids(args)
     reader = queue._reader
-    if not ids:
-        return await_all(args, reader)
     watch = JobWatch(reader, reader.named(ids))
-    report_obstacles(reader, watch.jobs())
+    old = () if ids else set(reader.dead())
 
-    def end() -> list[Job] | None:
-        return watch.jobs() if all(map(reader.failed_ancestor, watch.refresh())) else None
+    def result() -> list[Job] | None:
+        """Return the jobs that decide the exit code, once the wait is over."""
+        if ids:
+            return watch.jobs() if all(map(reader.failed_ancestor, watch.refresh())) else None
+        if reader.drain_blockers():
+            return None
+        died = (row[0] for row in reader.dead() if row not in old)
+        return [*map(reader.get, islice(died, 1)), *reader.blocked(limit=1)]
 
-    return await_jobs(args, reader, partial(survey_jobs, watch), end)
+    report_obstacles(reader, watch.jobs() or filter(None, [*reader.claimed(), reader.oldest()]))
+    survey = partial(survey_jobs, watch) if ids else partial(survey_queues, reader)
+    progress = Progress(survey, reader.clock)
+    for _ in reader.changes(args.timeout):
+        if (jobs := result()) is not None:
+            return wait_result(reader, jobs)
+        SCREEN.draw(progress.line)
+    say(f"timed out after {format_duration(args.timeout)}: {progress.line()}")
+    return Exit.TIMED_OUT
 
 
 def write_output(chunks: Iterable[bytes]) -> None:

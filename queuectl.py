@@ -4791,12 +4791,11 @@ def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) ->
                 SCREEN.draw(lambda: f"{at[0]} lines")
             if line.strip():
                 yield from parse_json_jobs(line.decode(errors="surrogateescape"))
-    elif exact or (len(words) > 1 and not re.match(JSON_START, words[0])):
-        yield {"command": join_words(words)}
-    elif re.match(JSON_START, words[0]):
+    elif re.match(JSON_START, words[0]) and not exact:
         yield from parse_json_jobs(" ".join(words))
     else:
-        yield {"command": words[0]}
+        is_line = len(words) == 1 and not exact
+        yield {"command": words[0] if is_line else join_words(words)}
 
 
 def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict[str, Any]]:
@@ -4970,15 +4969,6 @@ def require_ids(args: argparse.Namespace, *, selected: bool = False) -> list[str
     return list(args.ids)
 
 
-def report_obstacles(reader: Reader, jobs: Iterable[Job]) -> None:
-    reasons: set[str] = set()
-    for job in jobs:
-        reason = obstacle(reader, job)
-        if reason not in reasons | {""}:
-            say(f"job {job.id} waits: {reason}")
-        reasons.add(reason)
-
-
 def wait_result(reader: Reader, jobs: Sequence[Job]) -> int:
     """Report which jobs cannot run; return the exit code of the first that failed."""
     for job in [job for job in jobs if job.state == PENDING]:
@@ -5004,7 +4994,10 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
         died = (row[0] for row in reader.dead() if row not in old)
         return [*map(reader.get, islice(died, 1)), *reader.blocked(limit=1)]
 
-    report_obstacles(reader, watch.jobs() or filter(None, [*reader.claimed(), reader.oldest()]))
+    notices = Notices(say, NEVER)
+    for job in watch.jobs() or filter(None, [*reader.claimed(), reader.oldest()]):
+        if reason := obstacle(reader, job):
+            notices.report(f"job {job.id} waits: {reason}", key=reason)
     survey = partial(survey_jobs, watch) if ids else partial(survey_queues, reader)
     progress = Progress(survey, reader.clock)
     for _ in reader.changes(args.timeout):
@@ -5147,8 +5140,7 @@ def cmd_resume(args: argparse.Namespace, queue: Queue) -> None:
 def cmd_dlq_retry(args: argparse.Namespace, queue: Queue) -> None:
     ids = queue.retry(require_ids(args) or None)
     show(ids)
-    cancelled = queue.counts()[CANCELLED]
-    if not ids and cancelled:
+    if not ids and (cancelled := queue.counts()[CANCELLED]):
         say(f"no job is dead; {plural(cancelled, 'cancelled job')} can be retried by id")
 
 
@@ -5308,8 +5300,7 @@ def cmd_completion(args: argparse.Namespace) -> None:
     command = COMMANDS.get(" ".join(given[:2])) or COMMANDS.get(" ".join(given[:1]))
     words: Iterable[str] = menu(" ".join(given))
     if command:
-        options = (option for names, _ in command.arguments for option in names)
-        words = (option for option in options if option[0] == "-")
+        words = (name for names, _ in command.arguments for name in names if name[0] == "-")
     for word in words:
         if word.startswith(last):
             print(word)
@@ -5333,8 +5324,7 @@ examples:
 
 
 def usage_hint(prog: str, message: str, options: Iterable[str]) -> str:
-    wrong = re.match("unrecognized arguments: (-[^ =]+)", message)
-    if not wrong:
+    if not (wrong := re.match("unrecognized arguments: (-[^ =]+)", message)):
         return ""
     if wrong[1] in ("--db", "--insecure"):
         return f": {wrong[1]} goes before the command"
@@ -5420,10 +5410,8 @@ def discard_output() -> None:
         try:
             stream.flush()
         except (OSError, AttributeError, ValueError):
-            with contextlib.suppress(OSError):
-                fd = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(fd, number)
-                os.close(fd)
+            with contextlib.suppress(OSError), open(os.devnull, "wb") as null:
+                os.dup2(null.fileno(), number)
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -4580,7 +4580,11 @@ def status_counts(reader: Reader, facts: Facts, only: str | None, *, full: bool)
         yield "paused     " + ", ".join(name or "all queues" for name in facts["paused"])
 
 
-def status_obstacles(reader: Reader, only: str | None) -> Iterator[str]:
+def status_text(reader: Reader, only: str | None = None, *, full: bool = False) -> Iterator[str]:
+    """Yield the state of everything, or of one queue; the full view is the one to watch."""
+    facts = status_facts(reader, only)
+    now = reader.clock()
+    yield from status_counts(reader, facts, only, full=full)
     if oldest := reader.oldest(only):
         since = format_distance(oldest.run_after, reader.clock())
         yield f"oldest     job {oldest.id}, due {since}; {reason_to_wait(reader, oldest)}"
@@ -4590,14 +4594,6 @@ def status_obstacles(reader: Reader, only: str | None) -> Iterator[str]:
         yield f"lost       job {job.id}: {reason}"
     for job in reader.blocked([only] if only else (), limit=1):
         yield f"blocked    job {job.id} is {describe_blockers(reader.parents(job))}"
-
-
-def status_text(reader: Reader, only: str | None = None, *, full: bool = False) -> Iterator[str]:
-    """Yield the state of everything, or of one queue; the full view is the one to watch."""
-    facts = status_facts(reader, only)
-    now = reader.clock()
-    yield from status_counts(reader, facts, only, full=full)
-    yield from status_obstacles(reader, only)
     if set(facts["queues"]) - {"default"}:
         rows = ((name, *states.values()) for name, states in facts["queues"].items())
         yield from section(("QUEUE", *map(str.upper, STATES)), rows)
@@ -4757,10 +4753,6 @@ def show_list(args: Any, facts: Iterable[Facts], headings: Sequence[str], rows: 
         show(table(headings, rows))
 
 
-# How JSON begins, and no shell line does.
-JSON_START = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""
-
-
 def parse_json_jobs(source: str) -> list[dict[str, object]]:
     try:
         value = json.loads(source.lstrip("\ufeff"))  # PowerShell puts it before the text of a file
@@ -4777,6 +4769,7 @@ def parse_json_jobs(source: str) -> list[dict[str, object]]:
 def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) -> Iterator[Any]:
     """Yield the jobs of JSON lines, JSON, a shell line or words; `at` holds the line's number."""
     words: list[str] = args.words
+    json_start = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""  # unlike a shell line
     exact = args.rest[-len(words) - 1 :] == ["--", *words]
     if "--" in args.rest and not exact:
         raise BadInput("all words of the command go after --, as in: enqueue -- git log -- README")
@@ -4791,7 +4784,7 @@ def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) ->
                 SCREEN.draw(lambda: f"{at[0]} lines")
             if line.strip():
                 yield from parse_json_jobs(line.decode(errors="surrogateescape"))
-    elif re.match(JSON_START, words[0]) and not exact:
+    elif re.match(json_start, words[0]) and not exact:
         yield from parse_json_jobs(" ".join(words))
     else:
         is_line = len(words) == 1 and not exact

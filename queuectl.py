@@ -2,9 +2,6 @@
 # queuectl 1.0.0 (https://github.com/OWNER/queuectl), MIT license
 """queuectl: a durable background job queue for shell commands, in one file.
 
-    queuectl enqueue 'make all'          add a job to ./queuectl.db; prints its id
-    queuectl worker start --count 4      run jobs until stopped
-
 The life of a job:
 
     pending -> processing -> completed          exit code 0
@@ -13,11 +10,10 @@ The life of a job:
                           -> cancelled          by the operator, while waiting or running
     dead, cancelled -> pending                  `dlq retry`, with attempts reset to 0
 
-`worker start` is a pool with N worker processes; each worker runs one job at a time.
-
-The database (SQLite, WAL mode) holds everything that must survive a crash. The directory beside
-it, `queuectl.db.run`, shows which processes are alive, by locked files. The kernel drops a lock
-when its last holder dies, so liveness is a fact: there are no heartbeats, leases or clocks.
+A pool (`worker start`) has N worker processes; each of them runs one job at a time. The database
+(SQLite, WAL mode) holds everything that must survive a crash. The directory beside it,
+`queuectl.db.run`, shows which processes are alive, by locked files. The kernel drops a lock when
+its last holder dies, so liveness is a fact: there are no heartbeats, leases or clocks.
 
     pool-ID         locked by one pool. Beside it are pool-ID.fifo, to which every command that
                     makes work writes a byte, and pool-ID.stop or .now, which ask the pool to stop
@@ -104,19 +100,8 @@ if TYPE_CHECKING:
     Validator = Callable[[Any], Any]  # returns the value as it is stored, or raises ValueError
 
 __version__ = "1.0.0"
-__all__ = [
-    "Attempt",
-    "BadInput",
-    "Damaged",
-    "Fault",
-    "Job",
-    "Locked",
-    "NotFound",
-    "Queue",
-    "QueueError",
-    "TimedOut",
-    "work",
-]
+__all__ = ["Attempt", "Job", "Queue", "work"]
+__all__ += ["BadInput", "Damaged", "Fault", "Locked", "NotFound", "QueueError", "TimedOut"]
 
 # --- vocabulary ----------------------------------------------------------------------------------
 
@@ -129,22 +114,13 @@ CANCELLED: State = "cancelled"
 STATES = (PENDING, PROCESSING, COMPLETED, DEAD, CANCELLED)
 FINISHED = (COMPLETED, DEAD, CANCELLED)
 PRUNED_BY_DEFAULT = (COMPLETED, CANCELLED)  # dead letters stay until they are purged
-MOVES: Mapping[State, tuple[State, ...]] = {  # every legal change of state
-    PENDING: (PROCESSING, CANCELLED),
-    PROCESSING: (COMPLETED, PENDING, DEAD, CANCELLED),
-    DEAD: (PENDING,),
-    CANCELLED: (PENDING,),
-    COMPLETED: (),
-}
 
 READY, SCHEDULED, BLOCKED = 1, 0, -1  # the readiness of a pending job; all others are READY
 
 End = Literal["exited", "timed out", "crashed", "released", "cancelled", "unstarted"]
 StopMode = Literal["", "stop", "now"]  # "stop": claim no more jobs; "now": also end running ones
 WorkerState = Literal["idle", "notified", "busy", "left"]
-TRY_LATER = (
-    75  # a job's exit code (EX_TEMPFAIL of sysexits.h): "not now"; not counted as an attempt
-)
+TRY_LATER = 75  # a job's exit code (EX_TEMPFAIL): "not now"; it does not count as an attempt
 NEVER = float("inf")
 
 
@@ -4261,17 +4237,6 @@ def shorten(text: str, width: int) -> str:
     return text + "…"
 
 
-def column_gaps(widths: Sequence[int], screen: int) -> list[str]:
-    """Return the gap before each column of a table: blanks or, beyond the screen, a new line."""
-    gaps = [""]
-    at = widths[0]
-    for width in widths[1:]:
-        fits = at + 2 + width <= screen
-        gaps.append("  " if fits else "\n  ")
-        at = at + 2 + width if fits else 2 + width
-    return gaps
-
-
 def table(headings: Sequence[str], rows: Rows) -> Iterator[str]:
     """Yield aligned lines; a column that is empty in every row is left out.
 
@@ -4285,12 +4250,14 @@ def table(headings: Sequence[str], rows: Rows) -> Iterator[str]:
     screen = terminal_width(sys.stdout) or sum(widths) + 2 * len(widths)
     while sum(widths) + 2 * len(widths) - 2 > screen and max(widths[1:]) > 14:
         widths[widths.index(max(widths[1:]), 1)] -= 1
-    gaps = column_gaps(widths, screen)
     for line in lines:
-        cells = [shorten(cell, width) for cell, width in zip(line, widths)]
-        pads = [" " * (width - display_width(cell)) for cell, width in zip(cells, widths)]
-        text = "".join(map("".join, zip(gaps, cells, pads)))
-        yield from (part.rstrip() for part in text.split("\n") if part.strip())
+        parts = [""]
+        for cell, width in zip(line, widths):
+            if parts[-1] and display_width(parts[-1]) + width > screen:
+                parts.append("  ")
+            text = shorten(cell, width)
+            parts[-1] += text + " " * (width - display_width(text) + 2)
+        yield from (part.rstrip() for part in parts if part.strip())
 
 
 def section(headings: Sequence[str], rows: Rows) -> Iterator[str]:
@@ -4300,7 +4267,6 @@ def section(headings: Sequence[str], rows: Rows) -> Iterator[str]:
 
 
 def job_facts(job: Job, settings: Settings) -> dict[str, Any]:
-    """Return a job as JSON shows it: the columns, with times in ISO 8601."""
     facts: dict[str, Any] = job._asdict()
     for key in ("created_at", "updated_at", "run_after", "locked_at", "scheduled_for"):
         facts[key] = format_time(facts[key])
@@ -4315,24 +4281,18 @@ def job_facts(job: Job, settings: Settings) -> dict[str, Any]:
 
 def attempt_facts(attempt: Attempt) -> dict[str, Any]:
     """Return an attempt as JSON shows it; output that is not UTF-8 has replacement characters."""
-    return {
-        **attempt._asdict(),
-        "started": format_time(attempt.started),
-        "finished": format_time(attempt.finished),
-        "waited": round(attempt.waited, 3),
-        "output": attempt.output.decode(errors="replace"),
-    }
+    times = {"started": format_time(attempt.started), "finished": format_time(attempt.finished)}
+    output = attempt.output.decode(errors="replace")
+    return {**attempt._asdict(), **times, "waited": round(attempt.waited, 3), "output": output}
 
 
 def unserved(run_dir: RunDirectory, queue: str) -> str:
     """Return the reason that no worker would claim a job of a queue; empty if one would."""
     pools = run_dir.alive("pool")
-    served = [
-        note.get("queues") for pool, note in pools.items() if not run_dir.stop_requested(pool)
-    ]
-    if not served:
+    claiming = [note for pool, note in pools.items() if not run_dir.stop_requested(pool)]
+    if not claiming:
         return "all workers are stopping" if pools else "no worker is running"
-    is_served = any(not queues or queue in queues for queues in served)
+    is_served = any(queue in (note.get("queues") or [queue]) for note in claiming)
     return "" if is_served else f"no worker serves queue {queue}"
 
 
@@ -4359,21 +4319,18 @@ def obstacle(reader: Reader, job: Job) -> str:
 
 def reason_to_wait(reader: Reader, job: Job) -> str:
     """Return the reason that a job waits, in one phrase; empty if it runs or has ended."""
-    reason = obstacle(reader, job)
-    if reason or job.state != PENDING:
+    if (reason := obstacle(reader, job)) or job.state != PENDING:
         return reason
     position = reader.position(job)
     return f"{plural(position, 'job')} before it" if position else "next to run"
 
 
 def rule_text(job: Job) -> str:
-    """Return the rule of a schedule as a person writes it."""
     kind, _, rule = (job.rule or "").partition(" ")
     return f"every {format_duration(float(rule))}" if kind == "every" else rule
 
 
 def job_row(reader: Reader, job: Job, settings: Settings) -> tuple[object, ...]:
-    """Return a job as a row of a list."""
     queue = "" if job.queue == "default" else job.queue
     tries = f"{job.attempts}/{job.max_retries or settings['max_retries']}"
     when = job.run_after if job.state == PENDING else job.updated_at
@@ -4385,13 +4342,10 @@ def job_row(reader: Reader, job: Job, settings: Settings) -> tuple[object, ...]:
 
 
 def job_text(reader: Reader, job: Job) -> Iterator[str]:
-    """Yield everything about a job for people."""
     hidden = "seq run cancel_requested blocked rule scheduled_for snoozes waited".split()
     facts = job_facts(job, reader.settings(job.queue))
     facts = {key: value for key, value in facts.items() if key not in hidden}
-    facts["why"] = reason_to_wait(reader, job)
-    facts["schedule"] = rule_text(job)
-    facts["snoozes"] = job.snoozes
+    facts.update(why=reason_to_wait(reader, job), schedule=rule_text(job), snoozes=job.snoozes)
     if job.cancel_requested:
         facts["state"] += " (being cancelled)"
     for key, value in facts.items():
@@ -4405,23 +4359,16 @@ def job_text(reader: Reader, job: Job) -> Iterator[str]:
 
 
 def worker_facts(reader: Reader) -> Iterator[dict[str, Any]]:
-    """Yield each living worker as JSON shows it."""
     running = {job.locked_by: job for job in reader.claimed()}
     for name, note in reader.db.run_dir.alive("worker").items():
         job = running.get(name)
-        yield {
-            "worker": name,
-            "pool": pool_of(name),
-            "pid": note.get("pid"),
-            "slot": note.get("slot"),
-            "job": job and job.id,
-            "since": job and format_time(job.locked_at),
-            "command": job and job.command,
-        }
+        facts = {"worker": name, "pool": pool_of(name), "pid": note.get("pid")}
+        since = job and format_time(job.locked_at)
+        claim = {"job": job and job.id, "since": since, "command": job and job.command}
+        yield {**facts, "slot": note.get("slot"), **claim}
 
 
 def worker_rows(workers: Iterable[Facts], now: float) -> Iterator[tuple[object, ...]]:
-    """Yield workers as rows of a list."""
     for worker in workers:
         since = worker["since"] and format_distance(parse_time(worker["since"]), now)
         job = worker["job"] or "idle"
@@ -4438,34 +4385,25 @@ def tally(counts: Iterable[tuple[State, int, int]]) -> dict[str, int]:
     return found
 
 
-def recent_rate(reader: Reader, only: str | None) -> float:
-    """Return the jobs/s over the last minute or, if that is less, since there are pools."""
-    notes = reader.db.run_dir.alive("pool").values()
-    now = reader.clock()
-    age = now - min((note.get("started", now) for note in notes), default=0)
-    return round(reader.rate(only, min(60.0, max(1.0, age))), 3)
-
-
 def status_facts(reader: Reader, only: str | None = None) -> dict[str, Any]:
-    """Return the state of everything, or of one queue, as JSON shows it."""
     counts = [row for row in reader.counts_by_queue() if only in (None, row[0])]
     facts: dict[str, Any] = tally(row[1:] for row in counts)
     queues: dict[str, dict[str, int]] = {}
     for name, state, _, number in counts:
         queues.setdefault(name, dict.fromkeys(STATES, 0))[state] += number
+    facts["queues"] = queues
+    facts["paused"] = [name for name in reader.paused() if only in (None, name) or not name]
+    now = reader.clock()
+    pools = reader.db.run_dir.alive("pool").values()
+    age = now - min((note.get("started", now) for note in pools), default=0)
+    facts["rate"] = round(reader.rate(only, min(60.0, max(1.0, age))), 3)  # over a minute, or less
     oldest = reader.oldest(only)
-    facts.update(
-        queues=queues,
-        paused=[name for name in reader.paused() if only in (None, name) or not name],
-        rate=recent_rate(reader, only),
-        oldest=oldest and job_facts(oldest, reader.settings(oldest.queue)),
-        workers=list(worker_facts(reader)),
-    )
+    facts["oldest"] = oldest and job_facts(oldest, reader.settings(oldest.queue))
+    facts["workers"] = list(worker_facts(reader))
     return facts
 
 
 def status_counts(reader: Reader, facts: Facts, only: str | None, *, full: bool) -> Iterator[str]:
-    """Yield the counts of a status."""
     kinds = ", ".join(f"{facts[kind]} {kind}" for kind in READINESS_WORDS.values())
     for state in STATES:
         note = f"  ({kinds})" if state == PENDING and facts["ready"] < facts[PENDING] else ""
@@ -4473,17 +4411,18 @@ def status_counts(reader: Reader, facts: Facts, only: str | None, *, full: bool)
     yield f"{'workers':<10} {len(facts['workers']):>8}"
     if full:
         yield f"{'rate':<10} {facts['rate']:>8.1f}  jobs/s recently"
-    when = facts["scheduled"] and reader.next_ready_time([only] if only else ())
-    if when:
+    if facts["scheduled"] and (when := reader.next_ready_time([only] if only else ())):
         yield f"next       due {format_distance(when, reader.clock())}"
     if facts["paused"]:
         yield "paused     " + ", ".join(name or "all queues" for name in facts["paused"])
 
 
-def status_obstacles(reader: Reader, only: str | None) -> Iterator[str]:
-    """Yield a line about the oldest ready job, a lost one, and a blocked one."""
-    oldest = reader.oldest(only)
-    if oldest:
+def status_text(reader: Reader, only: str | None = None, *, full: bool = False) -> Iterator[str]:
+    """Yield the state of everything, or of one queue; the full view is the one to watch."""
+    facts = status_facts(reader, only)
+    now = reader.clock()
+    yield from status_counts(reader, facts, only, full=full)
+    if oldest := reader.oldest(only):
         since = format_distance(oldest.run_after, reader.clock())
         yield f"oldest     job {oldest.id}, due {since}; {reason_to_wait(reader, oldest)}"
     claimed = ((job, obstacle(reader, job)) for job in reader.claimed())
@@ -4492,14 +4431,6 @@ def status_obstacles(reader: Reader, only: str | None) -> Iterator[str]:
         yield f"lost       job {job.id}: {reason}"
     for job in reader.blocked([only] if only else (), limit=1):
         yield f"blocked    job {job.id} is {describe_blockers(reader.parents(job))}"
-
-
-def status_text(reader: Reader, only: str | None = None, *, full: bool = False) -> Iterator[str]:
-    """Yield the state of everything, or of one queue; the full view is the one to watch."""
-    facts = status_facts(reader, only)
-    now = reader.clock()
-    yield from status_counts(reader, facts, only, full=full)
-    yield from status_obstacles(reader, only)
     if set(facts["queues"]) - {"default"}:
         rows = ((name, *states.values()) for name, states in facts["queues"].items())
         yield from section(("QUEUE", *map(str.upper, STATES)), rows)
@@ -4511,14 +4442,12 @@ def status_text(reader: Reader, only: str | None = None, *, full: bool = False) 
 
 def survey_queues(reader: Reader, queues: Sequence[str] = ()) -> tuple[dict[str, int], float]:
     """Return a tally of the jobs in these queues, or in all, and when the next one is due."""
-    rows = (row[1:] for row in reader.counts_by_queue() if not queues or row[0] in queues)
-    counts = tally(rows)
-    next_time = reader.next_ready_time(queues) if counts["scheduled"] else None
-    return counts, next_time or 0
+    rows = reader.counts_by_queue()
+    counts = tally(row[1:] for row in rows if not queues or row[0] in queues)
+    return counts, (counts["scheduled"] and reader.next_ready_time(queues)) or 0
 
 
 def survey_jobs(watch: JobWatch) -> tuple[dict[str, int], float]:
-    """Return a tally of some jobs, and when the next of them is due."""
     jobs = watch.jobs()
     times = [job.run_after for job in jobs if job.readiness == SCHEDULED]
     return tally((job.state, job.readiness, 1) for job in jobs), min(times, default=0)
@@ -4533,19 +4462,14 @@ class Progress:
         self.first = survey()[0]
         self.samples = collections.deque([(time.monotonic(), 0)], 50)
 
-    def rate(self, done: int) -> float:
-        """Return the jobs/s over the last samples."""
-        now = time.monotonic()
-        began, before = self.samples[0]
-        self.samples.append((now, done))
-        return (done - before) / max(now - began, 0.001)
-
     def line(self) -> str:
         """Describe how many of the jobs that can run are done, and how many others wait."""
         now, next_time = self.survey()
         done = sum(max(0, now[state] - self.first[state]) for state in FINISHED)
         left = now["ready"] + now[PROCESSING]
-        rate = self.rate(done)
+        began, before = self.samples[0]
+        self.samples.append((time.monotonic(), done))
+        rate = (done - before) / max(time.monotonic() - began, 0.001)  # of the last samples
         failed = now[DEAD] - self.first[DEAD]
         due = format_distance(next_time, self.clock())
         parts = {
@@ -4576,32 +4500,30 @@ class Command(NamedTuple):
     arguments: tuple[Argument, ...] = ()
 
 
-class EndedBySignal(Exception):
-    """A signal ended the command, and ends the process in the same way; the argument is its number.
-
-    So a shell loop around queuectl stops when Ctrl-C is pressed.
-    """
+def shell_code(code: int) -> int:
+    """Return an exit code, or minus the number of a signal, as a shell has it."""
+    return Exit.SIGNALLED - code if code < 0 else int(code)
 
 
-def arg(*names: str, check: Validator = str, **options: Any) -> Argument:
+def arg(
+    name: str, metavar: str | None, meaning: str = "", check: Validator = str, **options: Any
+) -> Argument:
     """Describe an argument of a command as argparse takes it, with a validator of its value."""
-    return names, {"type": partial(validate, names[-1], check), **options}
+    options.update(type=partial(validate, name, check), metavar=metavar, help=meaning)
+    return (name,), options
 
 
 def flag(names: str, meaning: str) -> Argument:
-    """Describe an option without a value."""
     return tuple(names.split()), {"action": "store_true", "help": meaning}
 
 
 def field(key: str, metavar: str, meaning: str, name: str = "", **options: Any) -> Argument:
     """Describe an option of `enqueue` that gives a field of a job."""
-    name = name or "--" + key.replace("_", "-")
-    given = {"dest": key, "check": FIELDS[key], "metavar": metavar, "help": meaning}
-    return arg(name, **{**given, **options})
+    options.setdefault("check", FIELDS[key])
+    return arg(name or "--" + key.replace("_", "-"), metavar, meaning, dest=key, **options)
 
 
 def parse_variable(text: str) -> Iterable[tuple[str, str]]:
-    """Parse NAME=VALUE into the items of an environment."""
     name, equals, value = text.partition("=")
     require(equals, "be NAME=VALUE")
     return valid_environment({name: value}).items()
@@ -4621,7 +4543,6 @@ class Screen:
                 print(text, end="", file=sys.stderr, flush=True)
 
     def line(self, text: str) -> None:
-        """Print a line, above the progress line."""
         start = "\r\x1b[K" if self.progress else ""
         self.write(start + printable(text) + "\n" + self.progress)
 
@@ -4636,7 +4557,6 @@ class Screen:
             self.write("\r\x1b[K" + self.progress)
 
     def clear(self) -> None:
-        """Remove the progress line."""
         if self.progress:
             self.write("\r\x1b[K")
         self.progress = ""
@@ -4646,7 +4566,6 @@ SCREEN = Screen()
 
 
 def say(text: str) -> None:
-    """Print a message for people, on stderr."""
     SCREEN.line(f"queuectl: {text}")
 
 
@@ -4671,14 +4590,7 @@ def show_list(args: Any, facts: Iterable[Facts], headings: Sequence[str], rows: 
         show(table(headings, rows))
 
 
-# enqueue
-
-# How JSON begins, and no shell line does.
-JSON_START = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""
-
-
 def parse_json_jobs(source: str) -> list[dict[str, object]]:
-    """Return the jobs that a JSON object, or an array of objects, describes."""
     try:
         value = json.loads(source.lstrip("\ufeff"))  # PowerShell puts it before the text of a file
     except (ValueError, RecursionError) as error:
@@ -4694,6 +4606,7 @@ def parse_json_jobs(source: str) -> list[dict[str, object]]:
 def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) -> Iterator[Any]:
     """Yield the jobs of JSON lines, JSON, a shell line or words; `at` holds the line's number."""
     words: list[str] = args.words
+    json_start = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""  # unlike a shell line
     exact = args.rest[-len(words) - 1 :] == ["--", *words]
     if "--" in args.rest and not exact:
         raise BadInput("all words of the command go after --, as in: enqueue -- git log -- README")
@@ -4708,31 +4621,27 @@ def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) ->
                 SCREEN.draw(lambda: f"{at[0]} lines")
             if line.strip():
                 yield from parse_json_jobs(line.decode(errors="surrogateescape"))
-    elif exact or (len(words) > 1 and not re.match(JSON_START, words[0])):
-        yield {"command": join_words(words)}
-    elif re.match(JSON_START, words[0]):
+    elif re.match(json_start, words[0]) and not exact:
         yield from parse_json_jobs(" ".join(words))
     else:
-        yield {"command": words[0]}
+        is_line = len(words) == 1 and not exact
+        yield {"command": words[0] if is_line else join_words(words)}
 
 
 def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict[str, Any]]:
     """Yield jobs with the fields that the options of `enqueue` give."""
     given = {key: value for key, value in vars(args).items() if key in FIELDS and value is not None}
+    added = dict(chain(*given.pop("env", ())))
     replaced = {key for pair in CONFLICTS if given.keys() & set(pair) for key in pair}
     for job in jobs:
         fields = {key: value for key, value in job.items() if key not in replaced}
         env = fields.get("env", {})
-        fields.update(given)
-        if "env" in given:  # the options add to the job's own; a bad one is refused later
-            fields["env"] = (
-                dict(chain(env.items(), *given["env"])) if isinstance(env, dict) else env
-            )
-        yield fields
+        if added and isinstance(env, dict):  # a bad one is refused later
+            fields["env"] = {**env, **added}
+        yield {**fields, **given}
 
 
 def cmd_enqueue(args: argparse.Namespace) -> None:
-    """Add jobs; print their ids."""
     import shutil
     import tempfile
 
@@ -4752,9 +4661,6 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
             raise BadInput(f"line {at[0]}: {error}" if at[0] else str(error)) from None
 
 
-# workers
-
-
 def detach(args: argparse.Namespace) -> int:
     """Start a pool in a session of its own; report its log or, if it ends at once, the reason."""
     import subprocess
@@ -4762,14 +4668,14 @@ def detach(args: argparse.Namespace) -> int:
     with Queue(args.db, insecure=args.insecure) as queue:
         run_dir = queue._db.run_dir
     run_dir.make()  # the database may have been copied here
-    program = [SYSTEM.PYTHON, os.path.abspath(__file__), f"--db={args.db}"]
     insecure = ["--insecure"] * args.insecure
     options = [word for word in args.rest if word != "--detach"]
+    command = [SYSTEM.PYTHON, os.path.abspath(__file__), f"--db={args.db}", *insecure]
+    command += ["worker", "start", *options]
     log = run_dir.file("workers.log")
     with open(log, "a+", errors="replace", opener=open_own) as file:
         size = file.tell()
         streams: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-        command = [*program, *insecure, "worker", "start", *options]
         pool = subprocess.Popen(command, **streams, **SYSTEM.BACKGROUND)
         for _ in polling(longest=0.02):
             for name, note in run_dir.alive("pool").items():
@@ -4782,11 +4688,10 @@ def detach(args: argparse.Namespace) -> int:
         file.seek(size)
         for line in file:
             SCREEN.line(line.rstrip("\n"))
-    return pool.returncode
+    return shell_code(pool.returncode)
 
 
 def cmd_worker_start(args: argparse.Namespace) -> int:
-    """Run a pool, here or in the background."""
     if args.horizon < LONGEST and not args.drain:
         raise BadInput("--horizon requires --drain")
     if args.detach:
@@ -4802,13 +4707,10 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
             progress = Progress(partial(survey_queues, reader, args.queues), reader.clock)
             options["tick"] = lambda: SCREEN.draw(progress.line)
         code = work(args.db, args.count, **options, signals=True)
-    if code > Exit.SIGNALLED:
-        raise EndedBySignal(code - Exit.SIGNALLED)
-    return code
+    return Exit.SIGNALLED - code if code > Exit.SIGNALLED else code
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
-    """Ask every pool to stop, and wait until they are gone."""
     run_dir = queue._db.run_dir
     alive = [*run_dir.alive("pool"), *run_dir.alive("worker")]  # a worker may have lost its pool
     for pool in set(map(pool_of, alive)):
@@ -4828,16 +4730,11 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
 
 
 def cmd_worker_list(args: argparse.Namespace, queue: Queue) -> None:
-    """List the living workers."""
     workers = list(worker_facts(queue._reader))
     show_list(args, workers, WORKER_HEADINGS, worker_rows(workers, queue._reader.clock()))
 
 
-# reading
-
-
 def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
-    """Show the counts and the living workers, once or every second."""
     for _ in polling(first=1.0, longest=1.0):
         if args.json:
             print(json.dumps(status_facts(queue._reader, args.queue)))
@@ -4853,7 +4750,6 @@ def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
 
 
 def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str]) -> None:
-    """Print jobs, and report if some were left out."""
     settings = queue.config()
     name = getattr(args, "queue", None)
     limit = args.limit if args.limit is not None or args.json else 100
@@ -4868,7 +4764,6 @@ def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str]) -> 
 
 
 def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
-    """List jobs, or schedules."""
     if not args.recurring:
         show_jobs(args, queue, args.state or ())
         return
@@ -4885,7 +4780,6 @@ def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
 
 
 def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
-    """Show everything about one job."""
     job = queue.get(args.id)
     reader = queue._reader
     if not args.json:
@@ -4898,15 +4792,6 @@ def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
     print(json.dumps(facts))
 
 
-# waiting
-
-
-def exit_code_of(job: Job) -> int:
-    """Return a job's exit code as a shell has it; a failed job without one has 1."""
-    code = Exit.OK if job.state == COMPLETED else job.exit_code or Exit.NO
-    return Exit.SIGNALLED - code if code < 0 else code
-
-
 def require_ids(args: argparse.Namespace, *, selected: bool = False) -> list[str]:
     """Return the ids that a command names; none where --all or another selection is given."""
     if bool(args.ids) == (args.all or selected):
@@ -4914,64 +4799,43 @@ def require_ids(args: argparse.Namespace, *, selected: bool = False) -> list[str
     return list(args.ids)
 
 
-def report_obstacles(reader: Reader, jobs: Iterable[Job]) -> None:
-    """Report why jobs wait, once for each reason."""
-    reasons: set[str] = set()
-    for job in jobs:
-        reason = obstacle(reader, job)
-        if reason not in reasons | {""}:
-            say(f"job {job.id} waits: {reason}")
-        reasons.add(reason)
+def wait_result(reader: Reader, jobs: Sequence[Job]) -> int:
+    """Report which jobs cannot run; return the exit code of the first that failed."""
+    for job in [job for job in jobs if job.state == PENDING]:
+        cause = reader.failed_ancestor(job)
+        reason = f"job {cause.id} is {cause.state}" if cause else obstacle(reader, job)
+        say(f"job {job.id} cannot run: {reason}")
+    failed = (job for job in jobs if job.state != COMPLETED)
+    return next((shell_code(job.exit_code or Exit.NO) for job in failed), Exit.OK)
 
 
-def await_jobs(
-    args: argparse.Namespace, reader: Reader, survey: Survey, end: Callable[[], list[Job] | None]
-) -> int:
-    """Wait until `end` returns jobs; return the exit code of the first that failed."""
-    progress = Progress(survey, reader.clock)
-    for _ in reader.changes(args.timeout):
-        jobs = end()
-        if jobs is not None:
-            for job in [job for job in jobs if job.state == PENDING]:
-                cause = reader.failed_ancestor(job)
-                reason = f"job {cause.id} is {cause.state}" if cause else obstacle(reader, job)
-                say(f"job {job.id} cannot run: {reason}")
-            return next(filter(None, map(exit_code_of, jobs)), Exit.OK)
-        SCREEN.draw(progress.line)
-    say(f"timed out after {format_duration(args.timeout)}: {progress.line()}")
-    return Exit.TIMED_OUT
+def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
+    ids = require_ids(args)
+    reader = queue._reader
+    watch = JobWatch(reader, reader.named(ids))
+    old = () if ids else set(reader.dead())
 
-
-def await_all(args: argparse.Namespace, reader: Reader) -> int:
-    """Wait until nothing is left to run; return the exit code of the first job that died."""
-    old = set(reader.dead())
-    report_obstacles(reader, chain(reader.claimed(), filter(None, [reader.oldest()])))
-
-    def end() -> list[Job] | None:
+    def result() -> list[Job] | None:
+        """Return the jobs that decide the exit code, once the wait is over."""
+        if ids:
+            return watch.jobs() if all(map(reader.failed_ancestor, watch.refresh())) else None
         if reader.drain_blockers():
             return None
         died = (row[0] for row in reader.dead() if row not in old)
         return [*map(reader.get, islice(died, 1)), *reader.blocked(limit=1)]
 
-    return await_jobs(args, reader, partial(survey_queues, reader), end)
-
-
-def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
-    """Wait until jobs have ended; return the exit code of the first that failed."""
-    ids = require_ids(args)
-    reader = queue._reader
-    if not ids:
-        return await_all(args, reader)
-    watch = JobWatch(reader, reader.named(ids))
-    report_obstacles(reader, watch.jobs())
-
-    def end() -> list[Job] | None:
-        return watch.jobs() if all(map(reader.failed_ancestor, watch.refresh())) else None
-
-    return await_jobs(args, reader, partial(survey_jobs, watch), end)
-
-
-# output
+    notices = Notices(say, NEVER)
+    for job in watch.jobs() or filter(None, [*reader.claimed(), reader.oldest()]):
+        if reason := obstacle(reader, job):
+            notices.report(f"job {job.id} waits: {reason}", key=reason)
+    survey = partial(survey_jobs, watch) if ids else partial(survey_queues, reader)
+    progress = Progress(survey, reader.clock)
+    for _ in reader.changes(args.timeout):
+        if (jobs := result()) is not None:
+            return wait_result(reader, jobs)
+        SCREEN.draw(progress.line)
+    say(f"timed out after {format_duration(args.timeout)}: {progress.line()}")
+    return Exit.TIMED_OUT
 
 
 def write_output(chunks: Iterable[bytes]) -> None:
@@ -5062,9 +4926,6 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
         write_output(chunks)
 
 
-# changing
-
-
 def report_cancelled(args: argparse.Namespace, queue: Queue, job: Job) -> int:
     """Print the id of a cancelled job, and report the consequences; return the exit code."""
     if job.state != CANCELLED and not job.cancel_requested:
@@ -5075,8 +4936,7 @@ def report_cancelled(args: argparse.Namespace, queue: Queue, job: Job) -> int:
         say(f"job {job.id} is being cancelled: {obstacle(queue._reader, job)}")
     if job.rule and queue.get(job.schedule_id or "").seq == job.seq:
         say(f"schedule {job.schedule_id} has ended with it; dlq retry {job.id} resumes it")
-    children = queue._reader.number(COUNT_CHILDREN, seq=job.seq)
-    if children:
+    if children := queue._reader.number(COUNT_CHILDREN, seq=job.seq):
         stay = "stays" if children == 1 else "stay"
         jobs = plural(children, "job")
         say(f"{jobs} waiting for {job.id} {stay} blocked; --cascade cancels these too")
@@ -5084,7 +4944,6 @@ def report_cancelled(args: argparse.Namespace, queue: Queue, job: Job) -> int:
 
 
 def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
-    """Cancel jobs; return once the running ones have been ended."""
     jobs = queue.cancel(args.ids, cascade=args.cascade)
     run_dir = queue._db.run_dir
     for _ in queue._reader.changes():
@@ -5097,13 +4956,11 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
 
 
 def cmd_pause(args: argparse.Namespace, queue: Queue) -> None:
-    """Pause some queues, or all."""
     for name in args.queues or [""]:
         queue.pause(name)
 
 
 def cmd_resume(args: argparse.Namespace, queue: Queue) -> None:
-    """Resume some queues, or all."""
     for name in args.queues or [""]:
         queue.resume(name)
     if "" in queue._reader.paused():
@@ -5111,26 +4968,19 @@ def cmd_resume(args: argparse.Namespace, queue: Queue) -> None:
 
 
 def cmd_dlq_retry(args: argparse.Namespace, queue: Queue) -> None:
-    """Return dead or cancelled jobs to the queue; print their ids."""
     ids = queue.retry(require_ids(args) or None)
     show(ids)
-    cancelled = queue.counts()[CANCELLED]
-    if not ids and cancelled:
+    if not ids and (cancelled := queue.counts()[CANCELLED]):
         say(f"no job is dead; {plural(cancelled, 'cancelled job')} can be retried by id")
 
 
 def cmd_dlq_purge(args: argparse.Namespace, queue: Queue) -> None:
-    """Delete dead or cancelled jobs."""
     ids = require_ids(args, selected=args.older_than is not None)
     print(queue.purge(ids) if ids else queue.prune(args.older_than or 0, (DEAD,)), "purged")
 
 
 def cmd_prune(args: argparse.Namespace, queue: Queue) -> None:
-    """Delete jobs that have ended."""
     print(queue.prune(args.older_than, args.state or PRUNED_BY_DEFAULT), "pruned")
-
-
-# settings
 
 
 def setting_text(value: object) -> str:
@@ -5141,49 +4991,37 @@ def setting_text(value: object) -> str:
     return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
-def cmd_config_get(args: argparse.Namespace, queue: Queue) -> None:
-    """Print one setting."""
-    show([setting_text(queue.config()[args.key])], whole=True)
-
-
 def cmd_config_set(args: argparse.Namespace) -> None:
-    """Store one setting."""
     validate_setting(args.key, args.value)  # before a queue is created for it
     with Queue(args.db, insecure=args.insecure) as queue:
         queue.configure(args.key, args.value)
 
 
 def cmd_config_list(args: argparse.Namespace, queue: Queue) -> None:
-    """List every setting."""
     settings = queue.config().items()
     facts = ({"key": k, "value": value, "default": SETTINGS[k].default} for k, value in settings)
     rows = ((key, setting_text(value), SETTINGS[key].meaning) for key, value in settings)
     show_list(args, facts, ("KEY", "VALUE", "MEANING"), rows)
 
 
-# The table of commands.
-
 # fmt: off
-DURATION: Any = {"check": parse_duration, "metavar": "DURATION"}
-NUMBER: Any = {"metavar": "N"}
 JSON = flag("--json", "print JSON; the README documents the fields")
-LIMIT = arg("--limit", check=integer(0, 10**9), help="show the N that changed last (0: all)",
-            **NUMBER)
-STATE = arg("--state", action="append", choices=STATES, help="only this state; repeatable")
-TIMEOUT = arg("--timeout", help="stop waiting after this time, and exit with 124", **DURATION)
-QUEUE = arg("--queue", check=valid_name, metavar="QUEUE", help="only this queue")
-QUEUES = arg("--queue", dest="queues", action="append", check=valid_name, metavar="QUEUE",
-             default=[], help="only this queue; repeatable")
-ID = arg("id", metavar="ID")
-IDS = arg("ids", nargs="*", metavar="ID")
+LIMIT = arg("--limit", "N", "show the N that changed last (0: all)", integer(0, 10**9))
+STATE = arg("--state", None, "only this state; repeatable", action="append", choices=STATES)
+TIMEOUT = arg("--timeout", "DURATION", "stop waiting after this time, and exit with 124",
+              parse_duration)
+QUEUE = arg("--queue", "QUEUE", "only this queue", valid_name)
+QUEUES = arg("--queue", "QUEUE", "only this queue; repeatable", valid_name, dest="queues",
+             action="append", default=[])
+ID = arg("id", "ID")
+IDS = arg("ids", "ID", nargs="*")
 ALL_DEAD = flag("--all", "all dead jobs")
-KEY = arg("key", metavar="KEY", check=validate_setting, help="one of: " + ", ".join(SETTINGS))
+KEY = arg("key", "KEY", "one of: " + ", ".join(SETTINGS), validate_setting)
 
 COMMANDS = {
     "enqueue": Command(cmd_enqueue, "none", "add a job and print its id", "enqueue 'make all'", (
-        arg("words", nargs="+", metavar="JOB",
-            help="a quoted shell line; JSON (an object or an array); - for JSON lines "
-            "on stdin; or -- followed by the words of a command"),
+        arg("words", "JOB", "a quoted shell line; JSON (an object or an array); - for JSON lines "
+            "on stdin; or -- followed by the words of a command", nargs="+"),
         field("id", "ID", "the name of the job (default: a number)"),
         field("priority", "N", "higher numbers run first (default: 0)"),
         field("delay", "DURATION", "start it after this time"),
@@ -5201,12 +5039,12 @@ COMMANDS = {
         flag("--if-absent", "do nothing if there is a job with that id"))),
     "worker start": Command(
         cmd_worker_start, "none", "run jobs until stopped", "worker start --count 4", (
-            arg("--count", check=integer(1, 1000), default=1,
-                help="how many jobs to run at a time (default: 1)", **NUMBER),
+            arg("--count", "N", "how many jobs to run at a time (default: 1)", integer(1, 1000),
+                default=1),
             QUEUES,
             flag("--drain", "exit when nothing is left to run; with 1 if a job died or is blocked"),
-            arg("--horizon", default=LONGEST, **DURATION,
-                help="with --drain: do not wait for jobs that are due later than this"),
+            arg("--horizon", "DURATION", "with --drain: do not wait for jobs that are due later "
+                "than this", parse_duration, default=LONGEST),
             flag("--detach", "run in the background; the log is in the queue's .run directory"),
             flag("--quiet", "print no event lines"))),
     "worker stop": Command(
@@ -5220,40 +5058,34 @@ COMMANDS = {
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
     "logs": Command(cmd_logs, "read", "print the output of a job", "logs 7 -f", (
         ID, flag("-f --follow", "continue until the attempt ends"),
-        arg("--run", check=integer(1, 10**9), help="print attempt N instead of the last",
-            **NUMBER))),
-    "wait": Command(
-        cmd_wait, "read", "wait for jobs; exit with the code of the first that failed", "wait 7 8",
-        (IDS, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
+        arg("--run", "N", "print attempt N instead of the last", integer(1, 10**9)))),
+    "wait": Command(cmd_wait, "read", "wait for jobs; exit with the code of the first that failed",
+        "wait 7 8", (IDS, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
     "cancel": Command(cmd_cancel, "write", "cancel waiting or running jobs", "cancel 7", (
-        arg("ids", nargs="+", metavar="ID"),
-        flag("--cascade", "also cancel the jobs that wait for them"))),
-    "pause": Command(
-        cmd_pause, "create", "start no new jobs until resume", "pause --queue gpu", (QUEUES,)),
+        arg("ids", "ID", nargs="+"), flag("--cascade", "also cancel the jobs that wait for them"))),
+    "pause": Command(cmd_pause, "create", "start no new jobs until resume",
+        "pause --queue gpu", (QUEUES,)),
     "resume": Command(cmd_resume, "write", "start jobs again after pause", "resume", (QUEUES,)),
-    "dlq list": Command(
-        lambda args, queue: show_jobs(args, queue, (DEAD,)),
-        "read", "list the dead letter queue", "dlq list", (LIMIT, JSON)),
-    "dlq retry": Command(
-        cmd_dlq_retry, "write", "return dead or cancelled jobs to the queue", "dlq retry 7",
-        (IDS, ALL_DEAD)),
-    "dlq purge": Command(
-        cmd_dlq_purge, "write", "delete dead or cancelled jobs", "dlq purge --older-than 30d",
-        (IDS, ALL_DEAD,
-         arg("--older-than", help="only dead jobs that died this long ago", **DURATION))),
+    "dlq list": Command(lambda args, queue: show_jobs(args, queue, (DEAD,)), "read",
+        "list the dead letter queue", "dlq list", (LIMIT, JSON)),
+    "dlq retry": Command(cmd_dlq_retry, "write", "return dead or cancelled jobs to the queue",
+        "dlq retry 7", (IDS, ALL_DEAD)),
+    "dlq purge": Command(cmd_dlq_purge, "write", "delete dead or cancelled jobs",
+        "dlq purge --older-than 30d", (IDS, ALL_DEAD, arg(
+            "--older-than", "DURATION", "only dead jobs that died this long ago", parse_duration))),
     "prune": Command(
         cmd_prune, "write", "delete completed and cancelled jobs", "prune --older-than 7d", (
-            arg("--older-than", default=0.0, help="only jobs that ended this long ago",
-                **DURATION),
-            arg("--state", action="append", choices=FINISHED,
-                help="only this state (default: completed and cancelled); repeatable"))),
-    "config get": Command(cmd_config_get, "read", "print a setting", "config get timeout", (KEY,)),
-    "config set": Command(
-        cmd_config_set, "none", "change a setting", "config set backoff_base 3",
-        (KEY, arg("value", metavar="VALUE"))),
-    "config unset": Command(
-        lambda args, queue: queue.configure(args.key, None),
-        "write", "restore the default of a setting", "config unset timeout", (KEY,)),
+            arg("--older-than", "DURATION", "only jobs that ended this long ago", parse_duration,
+                default=0.0),
+            arg("--state", None, "only this state (default: completed and cancelled); repeatable",
+                action="append", choices=FINISHED))),
+    "config get": Command(
+        lambda args, queue: show([setting_text(queue.config()[args.key])], whole=True),
+        "read", "print a setting", "config get timeout", (KEY,)),
+    "config set": Command(cmd_config_set, "none", "change a setting", "config set backoff_base 3",
+        (KEY, arg("value", "VALUE"))),
+    "config unset": Command(lambda args, queue: queue.configure(args.key, None), "write",
+        "restore the default of a setting", "config unset timeout", (KEY,)),
     "config list": Command(cmd_config_list, "read", "list the settings", "config list", (JSON,)),
 }
 # fmt: on
@@ -5288,7 +5120,6 @@ complete -c queuectl -c queuectl.py -a '(__queuectl)'""",
 
 
 def cmd_completion(args: argparse.Namespace) -> None:
-    """Print a shell's script or, when that script asks, the completions of the last word."""
     if not args.typed:
         program = " ".join(map(shlex.quote, (sys.executable, os.path.abspath(__file__))))
         print(COMPLETIONS[args.shell].replace("PROGRAM", program))
@@ -5299,15 +5130,14 @@ def cmd_completion(args: argparse.Namespace) -> None:
     command = COMMANDS.get(" ".join(given[:2])) or COMMANDS.get(" ".join(given[:1]))
     words: Iterable[str] = menu(" ".join(given))
     if command:
-        options = (option for names, _ in command.arguments for option in names)
-        words = (option for option in options if option[0] == "-")
+        words = (name for names, _ in command.arguments for name in names if name[0] == "-")
     for word in words:
         if word.startswith(last):
             print(word)
 
 
-SHELL = arg("shell", choices=tuple(COMPLETIONS), metavar="SHELL", help="bash, zsh or fish")
-TYPED = arg("typed", nargs="...", metavar="...", help="the words typed so far")
+SHELL = arg("shell", "SHELL", "bash, zsh or fish", choices=tuple(COMPLETIONS))
+TYPED = arg("typed", "...", "the words typed so far", nargs="...")
 COMMANDS["completion"] = Command(
     cmd_completion, "none", "print a script for completion", "completion bash", (SHELL, TYPED)
 )
@@ -5324,9 +5154,7 @@ examples:
 
 
 def usage_hint(prog: str, message: str, options: Iterable[str]) -> str:
-    """Return a hint for a usage error."""
-    wrong = re.match("unrecognized arguments: (-[^ =]+)", message)
-    if not wrong:
+    if not (wrong := re.match("unrecognized arguments: (-[^ =]+)", message)):
         return ""
     if wrong[1] in ("--db", "--insecure"):
         return f": {wrong[1]} goes before the command"
@@ -5344,9 +5172,8 @@ def new_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
             if message.endswith("required: COMMAND"):
                 message = f"which command? {', '.join(menu(self.prog[9:]))}"
             hint = usage_hint(self.prog, message, self._option_string_actions)
-            limit = 4 * QUOTED_LIMIT  # it may repeat a long command line
-            cut = "..." * (len(message) > limit)
-            raise BadInput(f"{message[:limit]}{cut}{hint} (see {self.prog} --help)")
+            cut = quoted(message, 4 * QUOTED_LIMIT)  # it may repeat a long command line
+            raise BadInput(f"{cut}{hint} (see {self.prog} --help)")
 
     style = argparse.RawDescriptionHelpFormatter
     return Parser(prog, formatter_class=style, allow_abbrev=False, **options)
@@ -5399,13 +5226,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Run a command with the access to the queue that it needs."""
     act, access = args.chosen.act, args.chosen.access
     if access == "none":
         return act(args) or Exit.OK
-    readonly = access == "read"
-    create = access == "create"
-    with Queue(args.db, readonly=readonly, create=create, insecure=args.insecure) as queue:
+    mode = {"readonly": access == "read", "create": access == "create"}
+    with Queue(args.db, **mode, insecure=args.insecure) as queue:
         return act(args, queue) or Exit.OK
 
 
@@ -5415,17 +5240,12 @@ def discard_output() -> None:
         try:
             stream.flush()
         except (OSError, AttributeError, ValueError):
-            with contextlib.suppress(OSError):
-                fd = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(fd, number)
-                os.close(fd)
+            with contextlib.suppress(OSError), open(os.devnull, "wb") as null:
+                os.dup2(null.fileno(), number)
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; the one place that reports errors.
-
-    Raises EndedBySignal where a signal ended it.
-    """
+    """Run one command; return its exit code, or -n where signal n ended it. All errors end here."""
     if not sys.stdout:  # it was closed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # any name of a job can be printed
@@ -5442,7 +5262,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         return error.code
     except BrokenPipeError:
         discard_output()
-        raise EndedBySignal(getattr(signal, "SIGPIPE", 13)) from None
+        return -getattr(signal, "SIGPIPE", 13)
     except (OSError, sqlite3.Error, ImportError) as error:  # the machine is at fault
         discard_output()
         where = getattr(error, "filename", None)
@@ -5450,31 +5270,30 @@ def run(argv: Sequence[str] | None = None) -> int:
         say(f"{where}: {reason}" if where else str(reason))
         return Exit.FAULT
     except KeyboardInterrupt:  # the shell begins a new line for its prompt
-        raise EndedBySignal(signal.SIGINT) from None
+        return -signal.SIGINT
     finally:
         SCREEN.clear()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code, 128+n where signal n ended it."""
-    try:
-        return int(run(argv))
-    except EndedBySignal as end:
-        return int(Exit.SIGNALLED + end.args[0])
+    return shell_code(run(argv))
 
 
 def main_program() -> NoReturn:
-    """Run the command of this process; end by the same signal as the command, if any did."""
+    """Run the command of this process, and end by the signal that ended it, if any.
+
+    So a shell loop around queuectl stops when Ctrl-C is pressed.
+    """
     try:
         with interrupts_raised():
             code = run()
-    except (EndedBySignal, KeyboardInterrupt) as end:
-        number = end.args[0] if end.args else signal.SIGINT
-        discard_output()
-        end_by_signal(number)
-        code = Exit.SIGNALLED + number
+    except KeyboardInterrupt:
+        code = -signal.SIGINT
     discard_output()
-    sys.exit(code)
+    if code < 0:
+        end_by_signal(-code)
+    sys.exit(shell_code(code))
 
 
 if __name__ == "__main__":

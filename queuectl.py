@@ -33,18 +33,23 @@ database or the machine is at fault; 124 timed out; 128+n ended by signal n.
 The sections of this file, in order. Each one uses only the sections above it.
 
     vocabulary      states, exit codes, errors, the records Job and Attempt
-    rules           pure functions: validation, times, cron, settings, backoff and retries
+    rules           pure functions: validation, times, cron, settings, backoff, the retry rule
+                    (after_attempt), and the event line about an attempt (describe_end)
     SQL             the schema and every statement
     system          POSIX and Windows: locks, signals, starting and killing processes
     run directory   locked files, notes, stop requests, notifying pools
     database        connections, transactions, errors, forks, creating the file
     trust           whether other users can put commands into the queue
     queue           reading jobs, changing their state, and the public Queue
-    attempt         keeping its output, ending its processes, keeping its result
-    worker          the process that runs one job at a time: launching and watching it
+    attempt         launching a job, watching it, ending its processes (TERM, then KILL after
+                    kill_grace), keeping its output and its result
+    worker          the process that runs one job at a time
     pool            the process that starts workers and recovers the jobs of dead ones
-    words           jobs, workers and counts as text and as JSON
+    words           jobs, workers and counts as text and as JSON; not the event lines
     command line    the commands, their arguments, and main
+
+To add a setting: SETTINGS. A field of a job: Job, FIELDS, SCHEMA, INSERTED, the options of enqueue
+in COMMANDS, job_facts. A column of `list`: job_row and show_jobs.
 
 To follow a job: cmd_enqueue, Queue.enqueue_many, RunDirectory.notify, Pool.turn, Crew.dispatch,
 Worker.main, Ledger.claim, Worker.run, Ledger.finish, after_attempt. To follow a killed worker:
@@ -2036,6 +2041,8 @@ class Database:
             info = os.stat(self.path)
         except FileNotFoundError:
             raise NotFound(f"there is no queue at {self.path}; enqueue creates one") from None
+        except ValueError as error:  # too long for Windows, or with NUL
+            raise Fault(f"{quoted(self.path)}: {error}") from None
         if not stat.S_ISREG(info.st_mode):
             raise Fault(f"{self.path} is not a regular file")
         if info.st_size == 0 and not guest:
@@ -4878,8 +4885,11 @@ def follow(queue: Queue, job: Job, fd: int, at: int) -> Iterator[bytes]:
 def await_attempt(queue: Queue, job: Job) -> Job:
     """Wait until an attempt of a job has begun or the job has ended; return the job."""
     last = job.run if job.state == PENDING else job.run - 1  # the last attempt that has ended
+    notices = Notices(say, NEVER)
     for _ in queue._reader.changes():
         job = queue.get(job.id)
+        if job.state == PROCESSING and (reason := obstacle(queue._reader, job)):
+            notices.report(f"job {job.id} waits: {reason}")
         begun = os.path.exists(queue._db.run_dir.output_file(job))  # a moment after the claim
         if job.state in FINISHED or (begun if job.state == PROCESSING else job.run > last):
             break
@@ -4946,9 +4956,13 @@ def report_cancelled(args: argparse.Namespace, queue: Queue, job: Job) -> int:
 def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
     jobs = queue.cancel(args.ids, cascade=args.cascade)
     run_dir = queue._db.run_dir
+    notices = Notices(say, NEVER)
+    report_at = time.monotonic() + 1
     for _ in queue._reader.changes():
         jobs = [queue._reader.by_seq(job.seq) or job for job in jobs]
         ending = [job for job in jobs if job.cancel_requested]
+        if ending and time.monotonic() > report_at:
+            notices.report(f"waiting for {', '.join(job.id for job in ending)} to end")
         has_worker = not all(run_dir.is_unlocked(job.locked_by) for job in ending)
         if not has_worker and not (ending and run_dir.alive("pool")):
             break

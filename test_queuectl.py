@@ -4631,6 +4631,7 @@ class PoolTroubleLive(Live):
     @internal
     def test_pool_that_fails_leaves_no_handler_and_no_lock_behind(self) -> None:
         Queue(self.path).close()
+        queuectl.work(self.path, drain=True)  # starts the fork server, which stays
         before = [signal.getsignal(number) for number in STOP_SIGNALS]
         descriptors = len(os.listdir("/dev/fd"))
         fault = OSError(5, os.strerror(5))
@@ -5477,6 +5478,8 @@ class CliLogsLive(Live):
         with Queue(self.path) as queue:
             queue.enqueue("true", id="x")
             job: Any = claim(queue, "worker-1")
+            worker = queuectl.LockFile(queue._db.run_dir.file("worker-1"))
+            self.addCleanup(worker.close)
             logs = self.start("logs", "x", "-f")
             wait_until(lambda: os.path.exists(self.path + "-shm"))
             readable = select.select([logs.stdout], [], [], 0.5)[0]

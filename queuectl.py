@@ -2537,15 +2537,12 @@ class Reader:
         self.clock = clock
 
     def select(self, sql: str, **args: object) -> list[Job]:
-        """Return the jobs that a statement selects."""
         return [Job(*row) for row in self.db.rows(sql, args)]
 
     def first(self, sql: str, **args: object) -> Job | None:
-        """Return the first job that a statement selects, None if there is none."""
         return next(iter(self.select(sql, **args)), None)
 
     def number(self, sql: str, **args: object) -> int:
-        """Return the one number that a statement selects."""
         return int(self.db.rows(sql, args)[0][0])
 
     def get(self, job_id: str) -> Job:
@@ -2558,7 +2555,6 @@ class Reader:
         raise NotFound(f"there is no job {quoted(job_id)} in {self.db.path}{hint}")
 
     def by_seq(self, seq: int) -> Job | None:
-        """Return a job by its number, None if it has been deleted."""
         return self.first(BY_SEQ, seq=seq)
 
     def named(self, ids: Iterable[str]) -> list[Job]:
@@ -2569,7 +2565,7 @@ class Reader:
         """Tell whether a job or an active schedule has an id."""
         return any(self.db.rows(sql, {"id": job_id}) for sql in (BY_ID, ACTIVE_OF_SCHEDULE))
 
-    def all(self, queue: str | None = None) -> Iterator[Job]:
+    def all(self, queue: str | None) -> Iterator[Job]:
         """Yield every job by arrival, in slices: a slow reader must not hold up the -wal."""
         seq = 0
         while jobs := self.select(ALL_JOBS, queue=queue, seq=seq):
@@ -2587,7 +2583,6 @@ class Reader:
         return sorted(found[-limit:])
 
     def attempts(self, job: Job) -> list[Attempt]:
-        """Return the attempts of a job that have ended, oldest first."""
         return [Attempt(*row) for row in self.db.rows(ATTEMPTS, {"seq": job.seq})]
 
     def schedules(self) -> list[Job]:
@@ -2613,7 +2608,6 @@ class Reader:
         return self.db.rows(DEAD_JOBS)
 
     def claimed(self) -> list[Job]:
-        """Return the jobs that a worker, living or dead, has claimed."""
         return self.select(CLAIMED)
 
     def oldest(self, queue: str | None = None) -> Job | None:
@@ -2630,17 +2624,15 @@ class Reader:
         """Return how many ready jobs of its queue precede a ready job, counted up to 100,000."""
         return self.number(POSITION, **job._asdict())
 
-    def counts_by_queue(self) -> list[tuple[str, State, int, int]]:
-        """Return the number of jobs by queue, state and readiness."""
-        return self.db.rows(COUNTS)
+    def counts_by_queue(self, queues: Sequence[str] = ()) -> list[tuple[str, State, int, int]]:
+        """Return the number of jobs by queue, state and readiness, in these queues or in all."""
+        names = as_list(queues)
+        return [row for row in self.db.rows(COUNTS) if not names or row[0] in names]
 
     def counts(self, queues: Sequence[str] = ()) -> dict[str, int]:
-        """Return the number of jobs in each state, in these queues or in all."""
         counts: dict[str, int] = dict.fromkeys(STATES, 0)
-        names = as_list(queues)
-        for queue, state, _, number in self.counts_by_queue():
-            if not names or queue in names:
-                counts[state] += number
+        for _, state, _, number in self.counts_by_queue(queues):
+            counts[state] += number
         return counts
 
     def rate(self, queue: str | None = None, seconds: float = 60) -> float:
@@ -2654,7 +2646,6 @@ class Reader:
         return rate
 
     def settings(self, queue: str = "") -> dict[str, Any]:
-        """Return the value of every setting as it applies to a queue."""
         settings = DEFAULTS.copy()
         for key, value in self.db.rows(STORED_SETTINGS, {"queue": queue}):
             try:
@@ -2669,16 +2660,12 @@ class Reader:
         return [row[0] for row in self.db.rows(PAUSED)]
 
     def waiting_queues(self, queues: Sequence[str]) -> dict[str, int]:
-        """Return the queues, all or of these, with jobs that wait for a time or for a worker.
-
-        Paused queues are left out. The value is SCHEDULED if some of the jobs are.
-        """
+        """Return the unpaused queues with waiting jobs, as SCHEDULED where some are scheduled."""
         names = as_list(queues)
         found = self.db.rows(WAITING_QUEUES)
         return {queue: readiness for queue, readiness in found if not names or queue in names}
 
     def next_ready_time(self, queues: Sequence[str] = ()) -> float | None:
-        """Return when the next scheduled job becomes ready."""
         waiting = self.waiting_queues(queues)
         times = [self.db.rows(NEXT_SCHEDULED, {"queue": queue})[0][0] for queue in waiting]
         return min((when for when in times if when is not None), default=None)
@@ -2686,19 +2673,15 @@ class Reader:
     def drain_blockers(
         self, queues: Sequence[str] = (), horizon: float = LONGEST
     ) -> dict[str, bool]:
-        """Return the queues, all or of these, that a drain waits for; True where they are paused.
+        """Return the queues that a drain waits for; True where they are paused.
 
-        A job runs there, or is ready, or becomes ready within `horizon` seconds. Blocked jobs and
-        the next job of a schedule do not count.
+        Blocked jobs, jobs due later than `horizon` seconds and a schedule's next do not count.
         """
         found: dict[str, bool] = {}
         paused = self.paused()
-        names = as_list(queues)
         until = self.clock() + horizon
-        for queue, state, readiness, _ in self.counts_by_queue():
-            if state not in (PENDING, PROCESSING) or readiness == BLOCKED:
-                continue
-            if names and queue not in names:
+        for queue, state, readiness, _ in self.counts_by_queue(queues):
+            if state in FINISHED or readiness == BLOCKED:
                 continue
             if readiness == SCHEDULED:
                 when = self.db.rows(NEXT_SCHEDULED_FOR_DRAIN, {"queue": queue})[0][0]
@@ -2709,14 +2692,10 @@ class Reader:
         return found
 
     def data_version(self) -> int:
-        """Return a number that changes when another connection has changed anything."""
         return self.number(GET_DATA_VERSION)
 
     def changes(self, timeout: float | None = None) -> Iterator[None]:
-        """Yield at once, at every change, and twice a second; end after `timeout` seconds.
-
-        Raises Damaged where the database was moved away or replaced.
-        """
+        """Yield at once, at every change, and twice a second; end after `timeout` seconds."""
         seen = None
         again = 0.0
         for waited in polling(NEVER if timeout is None else timeout, 0.01, 0.01):
@@ -2775,8 +2754,7 @@ class Ledger:
         except NotFound as error:
             raise BadInput(f"after: {error}") from None
         blocked = any(parent.state != COMPLETED for parent in parents)
-        row["run_after"] = when
-        row["readiness"] = BLOCKED if blocked else when <= now
+        row.update(run_after=when, readiness=BLOCKED if blocked else when <= now)
         seq = self.insert(row)
         for parent in parents:
             met = parent.state == COMPLETED
@@ -2798,7 +2776,6 @@ class Ledger:
             row["seq"] += 1
 
     def next_id_of_schedule(self, schedule_id: str) -> str:
-        """Return the id of the next job of a schedule: its name and a number."""
         newest = self.reader.first(NEWEST_OF_SCHEDULE, id=schedule_id)
         number = int(newest.id.rpartition(".")[2]) + 1 if newest else 1
         while self.reader.is_taken(f"{schedule_id}.{number}"):
@@ -2806,7 +2783,6 @@ class Ledger:
         return f"{schedule_id}.{number}"
 
     def last_seq(self) -> int:
-        """Return the highest number that a job ever had."""
         return self.reader.number(LAST_SEQ, table=self.db.table("jobs"))
 
     # Claiming and finishing.
@@ -2828,15 +2804,8 @@ class Ledger:
         job = min(found, key=lambda j: (-j.priority, j.run_after, j.seq))
         waited = max(0.0, now - job.updated_at)
         self.change(CLAIM, seq=job.seq, worker=worker, now=now, waited=waited)
-        job = job._replace(
-            state=PROCESSING,
-            attempts=job.attempts + 1,
-            run=job.run + 1,
-            waited=waited,
-            locked_by=worker,
-            locked_at=now,
-            updated_at=now,
-        )
+        job = job._replace(state=PROCESSING, attempts=job.attempts + 1, run=job.run + 1)
+        job = job._replace(waited=waited, locked_by=worker, locked_at=now, updated_at=now)
         return Claim(job, self.reader.settings(job.queue))
 
     def finish(
@@ -2844,15 +2813,13 @@ class Ledger:
     ) -> tuple[Job | None, Claim | None]:
         """Record how an attempt ended, and claim the next job in the same transaction.
 
-        `next_from` names the queues to claim from (empty: all of them); None claims nothing.
-        Returns the job as it is now, None if its claim was lost and nothing changed, and the next
-        claim.
+        `next_from` names the queues to claim from (empty: all); None claims nothing. Returns the
+        job as it is now, None if its claim was lost and nothing changed, and the next claim.
         """
         with self.db.transaction():
             after = self._finish(job, outcome)
-            if next_from is None:
-                return after, None
-            return after, self._claim(job.locked_by or "", next_from)
+            worker = job.locked_by or ""
+            return after, None if next_from is None else self._claim(worker, next_from)
 
     def _finish(self, job: Job, outcome: Outcome) -> Job | None:
         if outcome.error is not None or job.rule:  # a completed job completes, cancelled or not
@@ -2862,10 +2829,8 @@ class Ledger:
         settings = self.reader.settings(job.queue) if outcome.error else {}  # they say how to retry
         after = after_attempt(job, outcome, settings, now)
         is_over = after.state in (COMPLETED, DEAD)
-        after = after._replace(
-            readiness=after.state != PENDING or after.run_after <= now,
-            rule=None if is_over else job.rule,
-        )
+        is_ready = after.state != PENDING or after.run_after <= now
+        after = after._replace(readiness=is_ready, rule=None if is_over else job.rule)
         if not self.db.execute(FINISH, after._asdict()).rowcount:
             return None
         if outcome.end != "unstarted":
@@ -2887,18 +2852,14 @@ class Ledger:
         self.db.notify_when_stored()
 
     def correct_times(self) -> bool:
-        """Reschedule jobs whose times come from a clock that was more than a day ahead.
-
-        A schedule continues from now; a retry waits as long as it was meant to wait. Returns False
-        if there were none.
-        """
+        """Reschedule jobs whose times come from a clock that was more than a day ahead, if any."""
         now = self.clock()
         jobs = self.reader.select(SCHEDULED_AHEAD, limit=now + 86400)
         if not jobs:
             return False
         with self.db.transaction():
             for job in jobs:
-                when = now + job.run_after - job.updated_at
+                when = now + job.run_after - job.updated_at  # a retry waits as long as it was to
                 if job.rule and not job.run:
                     when = next_occurrence(job.rule, now, now)
                 planned = job.scheduled_for if job.run else when
@@ -2923,19 +2884,15 @@ class Ledger:
             self.change(CANCEL_RUNNING, seq=seq)
 
     def delete(self, seq: int) -> None:
-        """Delete a job and everything about it."""
         for sql in DELETE_JOB:
             self.db.execute(sql, {"seq": seq})
 
     def delete_slice(self, state: str, before: float) -> int:
-        """Delete some jobs that ended in a state before a time; return how many.
-
-        A job that a blocked job waits for is kept.
-        """
+        """Delete some jobs that ended in a state before a time, unless needed; return how many."""
         with self.db.transaction():
             rows = self.db.rows(PRUNABLE, {"state": state, "before": before})
-            for row in rows:
-                self.delete(row[0])
+            for (seq,) in rows:
+                self.delete(seq)
         return len(rows)
 
 
@@ -2947,17 +2904,13 @@ class JobWatch:
         self.seen = {job.seq: job for job in jobs}
 
     def jobs(self) -> list[Job]:
-        """Return the jobs as they were last seen."""
         return list(self.seen.values())
 
     def refresh(self) -> list[Job]:
-        """Read the unfinished jobs again; return those that are still unfinished.
-
-        A job that was deleted meanwhile must have ended; it counts as completed.
-        """
+        """Read the unfinished jobs again; return those that are still unfinished."""
         for seq, job in self.seen.items():
             if job.state not in FINISHED:
-                deleted = job._replace(state=COMPLETED, exit_code=0)
+                deleted = job._replace(state=COMPLETED, exit_code=0)  # it must have ended
                 self.seen[seq] = self.reader.by_seq(seq) or deleted
         return [job for job in self.seen.values() if job.state not in FINISHED]
 

@@ -3162,10 +3162,7 @@ class Output(LockFile):
             self.fd = fd
 
     def trim(self, limit: int) -> bool:
-        """Free the disk space of a very long output, except the last `limit` bytes.
-
-        Returns whether there was anything to free.
-        """
+        """Free the space of a very long output but its last bytes; return whether it was long."""
         size = os.fstat(self.fd).st_size
         if size - self.hole <= self.LARGEST + limit:
             return False
@@ -3204,7 +3201,6 @@ class Notices:
         self.reported = recent
 
     def clear(self) -> None:
-        """Forget everything: the next problem is a new one."""
         self.reported.clear()
 
 
@@ -3216,12 +3212,7 @@ class Termination:
     """
 
     def __init__(
-        self,
-        job: Job,
-        run_dir: RunDirectory,
-        grace: float,
-        notices: Notices,
-        output: Output | None = None,
+        self, job: Job, run_dir: RunDirectory, grace: float, notices: Notices, output: Output | None
     ) -> None:
         self.job = job
         self.run_dir = run_dir
@@ -3293,41 +3284,19 @@ def kept_result(run_dir: RunDirectory, job: Job) -> Outcome | None:
     return None
 
 
-def recovered_outcome(
-    run_dir: RunDirectory, job: Job, kept: Outcome | None, now: float, limit: int
-) -> Outcome:
-    """Return how a dead worker's attempt ended: as in the kept result, else in a crash."""
-    then = job.locked_at or 0.0
-    outcome = kept or Outcome("crashed", then, max(then, now), None, "its worker died")
-    for name in run_dir.attempt_files(job):
-        with contextlib.suppress(FileNotFoundError):  # another pool was faster
-            with open(run_dir.file(name), "rb", opener=open_own) as file:
-                dropped, output = last_bytes(file.fileno(), limit)
-            dropped += outcome.bytes_dropped
-            outcome = outcome._replace(bytes_dropped=dropped, output=output)
-    return outcome
-
-
 # --- worker: the process that runs one job at a time ----------------------------------------------
 
 BATCH = 0.04  # seconds for which news, syncs and polls are collected if they are not urgent
-AGAIN = 0.25  # seconds before the second try of something that failed, doubled each time
-LONGEST_AGAIN = 4.0
-
-Request = Literal["go", "stop", "now", "cancel"]  # of a pool to a worker
+AGAIN = 0.25  # seconds before the second try of something that failed, doubled each time up to 4
 
 
 class News(NamedTuple):
-    """What a worker tells its pool: its state, or an event.
-
-    An "event" has a line of text for people, the job's state, if any, and the time on the
-    monotonic clock. "damaged" has the reason why no worker can continue.
-    """
+    """What a worker tells its pool: its state, or an event. "damaged" ends the pool."""
 
     kind: Literal["idle", "busy", "left", "damaged", "event"]
-    text: str = ""
-    state: str = ""
-    when: float = 0.0
+    text: str = ""  # a line for people
+    state: str = ""  # of the job that an event is about
+    when: float = 0.0  # on the monotonic clock
 
 
 # Pool and worker send each other JSON lists, one a line. The pool's end of the pipe never blocks:
@@ -3361,10 +3330,7 @@ class LineReader:
 
 
 class PoolLink:
-    """A worker's side of the pipe to its pool, and the one place where the worker waits.
-
-    The end of the pipe means that the pool is gone.
-    """
+    """A worker's side of the pipe to its pool, and the one place where the worker waits."""
 
     def __init__(self, pipe: Pipe) -> None:
         self.pipe = pipe
@@ -3373,7 +3339,7 @@ class PoolLink:
         self.notices = Notices(lambda text: self.send(News("event", text)))
         self.stopping = False  # claim no more jobs
         self.ending = False  # end the running job too
-        self.orphaned = False  # the pool is gone
+        self.orphaned = False  # the pool is gone: its end of the pipe is closed
         self.cancelled = ""  # the key of the attempt to cancel
         self.outbox: list[News] = []
         self.flush_at = NEVER
@@ -3385,15 +3351,13 @@ class PoolLink:
         self.flush()
 
     def flush(self) -> None:
-        """Send the collected news if it is time to."""
-        if self.outbox and time.monotonic() >= self.flush_at:
-            news = self.outbox
-            self.outbox = []
+        if time.monotonic() >= self.flush_at:
             self.flush_at = NEVER
             try:
-                write_line(self.pipe, *news)
+                write_line(self.pipe, *self.outbox)
             except OSError:
                 self.lose_pool()
+            self.outbox.clear()
 
     def receive(self) -> None:
         """Read and obey the requests of the pool."""
@@ -3404,7 +3368,7 @@ class PoolLink:
         except (EOFError, OSError):
             self.lose_pool()
 
-    def obey(self, request: Request, key: str = "") -> None:
+    def obey(self, request: Literal["go", "stop", "now", "cancel"], key: str = "") -> None:
         """Obey one request; "go" only wakes the worker."""
         self.stopping |= request in ("stop", "now")
         self.ending |= request == "now"
@@ -3429,23 +3393,19 @@ class PoolLink:
 
 
 class Execution:
-    """One attempt of a job. `interruption` returns how the operator wants it to end, if so."""
+    """One attempt of a job. `wanted_end` returns how the operator wants it to end, if so."""
 
     outcome: Outcome  # once it has ended
     is_over = True  # False where the worker had to leave before all processes had ended
 
     def __init__(
-        self,
-        claim: Claim,
-        ledger: Ledger,
-        link: PoolLink,
-        interruption: Callable[[Job], End | None],
+        self, claim: Claim, ledger: Ledger, link: PoolLink, wanted_end: Callable[[Job], End | None]
     ) -> None:
         self.job, self.settings = claim
         self.run_dir = ledger.db.run_dir
         self.clock = ledger.clock
         self.link = link
-        self.interruption = interruption
+        self.wanted_end = wanted_end
         self.output: Output | None = None
         self.started = self.clock()
 
@@ -3454,8 +3414,7 @@ class Execution:
         try:
             self.output = Output(self.run_dir.output_file(self.job))
             argv = (*self.settings["shell"], self.job.command)
-            home = self.run_dir.path
-            return SYSTEM.launch(argv, self.job.cwd, env, self.output.fd, home)
+            return SYSTEM.launch(argv, self.job.cwd, env, self.output.fd, self.run_dir.path)
         except OSError as error:
             reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
             blameless = self.output is None or error.errno in EXHAUSTED
@@ -3486,8 +3445,7 @@ class Execution:
         pause = 0.01
         while child.poll() is None:
             now = time.monotonic()
-            end = self.interruption(self.job)
-            if end:
+            if end := self.wanted_end(self.job):
                 return end, f"{'stopped' if end == 'released' else end} by the operator"
             if now >= deadline:
                 return "timed out", f"timed out after {format_duration(timeout)}"
@@ -3535,22 +3493,20 @@ class Worker:
         return waited <= 0.3 or not self.link.stopping
 
     def main(self) -> None:
-        """Claim a job, run it, record how it ended and claim the next one, until told to stop.
-
-        While a result cannot be recorded, nothing is claimed. When it is time to leave, the result
-        stays in the run directory for the pool that recovers the job.
-        """
-        ended: Execution | None = None
+        """Claim a job, run it, record how it ended and claim the next one, until told to stop."""
+        ended: Execution | None = None  # while its result cannot be recorded, nothing is claimed
         self.link.receive()  # it may be time to leave already
         while ended.is_over if ended else not self.link.stopping:
             try:
                 claim = self.record(ended) if ended else self.claim()
             except Fault as error:
-                if self.must_leave(error):
+                if isinstance(error, Damaged):  # no retry cures it
+                    self.link.send(News("damaged", str(error)))
+                    self.link.stopping = True
+                if self.link.stopping:
                     break
                 task = f"record how job {ended.job.id} ended" if ended else "claim a job"
-                trouble = f"cannot {task}"
-                self.link.notices.report(f"{trouble}: {error}; trying again", key=trouble)
+                self.link.notices.report(f"cannot {task}: {error}; trying again", key=task)
                 self.back_off()
                 continue
             unstarted = ended and ended.outcome.end == "unstarted"
@@ -3561,20 +3517,12 @@ class Worker:
                 self.note_success()
                 self.link.send(News("idle"))
                 self.link.wait()
-        if ended:
+        if ended:  # for the pool that recovers the job
             keep_result(self.run_dir, ended.job, ended.outcome, ended.output)
         self.link.send(News("left"))
         self.lock_file.close()
 
-    def must_leave(self, fault: Fault) -> bool:
-        """Tell whether a fault ends this worker, and tell the pool of one that no retry cures."""
-        if isinstance(fault, Damaged):
-            self.link.send(News("damaged", str(fault)))
-            self.link.stopping = True
-        return self.link.stopping
-
     def claim(self) -> Claim | None:
-        """Claim a job, and tell the pool."""
         claim = self.ledger.claim(self.name, self.queues)
         if claim:
             self.link.send(News("busy"))
@@ -3583,7 +3531,7 @@ class Worker:
     def back_off(self) -> None:
         """Wait before the next try, longer each time, unless it is time to leave."""
         until = time.monotonic() + self.pause
-        self.pause = min(self.pause * 2, LONGEST_AGAIN)
+        self.pause = min(self.pause * 2, 4.0)
         while time.monotonic() < until and not self.link.stopping:
             self.link.wait(until)
 
@@ -3593,9 +3541,8 @@ class Worker:
         self.pause = AGAIN
 
     def run(self, claim: Claim) -> Execution:
-        """Run one attempt of a job to its end."""
         job = claim.job
-        execution = Execution(claim, self.ledger, self.link, self.interruption)
+        execution = Execution(claim, self.ledger, self.link, self.wanted_end)
         child = execution.launch(self.environment(job))
         if child:
             self.note_success()
@@ -3604,9 +3551,8 @@ class Worker:
             self.lock_file.write_note(pid=os.getpid(), slot=self.slot, **note)
             execution.finish(child)
         elif execution.outcome.end == "unstarted":
-            name = printable(job.id)
-            text = f"job {name} {execution.outcome.error}; trying again"
-            self.link.notices.report(text, key=f"{name} unstarted")
+            text = f"job {printable(job.id)} {execution.outcome.error}; trying again"
+            self.link.notices.report(text, key=f"{job.id} unstarted")
         return execution
 
     def environment(self, job: Job) -> dict[str, str]:
@@ -3620,22 +3566,18 @@ class Worker:
             "QUEUECTL_RUN": self.run_dir.run_token(job),
         }
 
-    def interruption(self, job: Job) -> End | None:
+    def wanted_end(self, job: Job) -> End | None:
         """Return how the operator wants the running attempt to end, if so."""
-        if self.link.orphaned:
-            self.poll_requests(job)
+        if self.link.orphaned:  # look for the requests that the pool would have passed on
+            if self.run_dir.stop_requested(pool_of(self.name)) == "now":
+                self.link.obey("now")
+            with contextlib.suppress(QueueError):
+                stored = self.ledger.reader.by_seq(job.seq)
+                if stored and stored.cancel_requested:
+                    self.link.obey("cancel", job.key)
         if self.link.ending:
             return "released"
         return "cancelled" if job.key == self.link.cancelled else None
-
-    def poll_requests(self, job: Job) -> None:
-        """Look for the requests that the pool, which is gone, would have passed on."""
-        if self.run_dir.stop_requested(pool_of(self.name)) == "now":
-            self.link.obey("now")
-        with contextlib.suppress(QueueError):
-            stored = self.ledger.reader.by_seq(job.seq)
-            if stored and stored.cancel_requested:
-                self.link.obey("cancel", job.key)
 
     def record(self, ended: Execution) -> Claim | None:
         """Record how an attempt ended and claim the next job, in one transaction."""
@@ -3674,10 +3616,6 @@ def run_worker(environ: dict[str, str], *worker: Any, insecure: bool) -> None:
 LARGEST_WAL = 16 << 20  # bytes; SQLite lets the -wal grow as long as there is always a reader
 MAX_DEATHS = 5  # of workers without a job, in a minute: then something is wrong with the machine
 PROMPT = 0.25  # seconds in which an idle worker answers a request, unless it is stopped
-STOPPING: Mapping[StopMode, str] = {
-    "stop": "no new jobs; finishing the running ones",
-    "now": "ending the running jobs; they return to the queue",
-}
 STARTING = threading.Lock()  # all pools of a process share a fork server
 
 
@@ -3699,36 +3637,31 @@ class PoolOptions(NamedTuple):
 
 
 class Agenda:
-    """When each step of a pool is due, on the monotonic clock."""
+    """When each step of a pool is due, on the monotonic clock. The steps keep their order."""
 
-    def __init__(self) -> None:
-        self.due: dict[str, float] = {}
+    def __init__(self, *steps: Callable[[], None]) -> None:
+        self.due = dict.fromkeys(steps, NEVER)
 
-    def set(self, step: str, seconds: float) -> None:
-        """Make a step due in so many seconds, whenever it was due before."""
+    def set(self, step: Callable[[], None], seconds: float) -> None:
         self.due[step] = time.monotonic() + seconds
 
-    def within(self, step: str, seconds: float) -> None:
+    def within(self, step: Callable[[], None], seconds: float) -> None:
         """Make a step due within so many seconds, or earlier if it is due earlier."""
-        self.due[step] = min(self.due.get(step, NEVER), time.monotonic() + seconds)
+        self.due[step] = min(self.due[step], time.monotonic() + seconds)
 
-    def take(self, step: str) -> bool:
-        """Return whether a step is due, and drop it if so."""
-        is_due = self.due.get(step, NEVER) <= time.monotonic()
-        if is_due:
-            del self.due[step]
-        return is_due
+    def take(self) -> Iterator[Callable[[], None]]:
+        """Yield each step that is due, and drop it."""
+        for step in self.due:
+            if self.due[step] <= time.monotonic():
+                self.due[step] = NEVER
+                yield step
 
     def pause(self) -> float:
-        """Return the seconds until the first step is due."""
         return max(0.0, min(self.due.values()) - time.monotonic())
 
 
 class Events:
-    """Event lines of several workers, printed in the order in which things happened.
-
-    Workers send their news up to BATCH seconds late, so a line is held for that long.
-    """
+    """Event lines of several workers, held for BATCH seconds to print them in their order."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
@@ -3753,13 +3686,8 @@ class PoolFiles:
             self.lock_file = LockFile(self.run_dir.file(self.name))  # says: this pool is alive
             stack.callback(self.lock_file.close)
             stack.callback(self.remove_requests)
-            self.lock_file.write_note(
-                pid=os.getpid(),
-                host=socket.gethostname(),
-                started=clock(),
-                count=options.size,
-                queues=list(options.queues),
-            )
+            facts = {"pid": os.getpid(), "host": socket.gethostname(), "started": clock()}
+            self.lock_file.write_note(**facts, count=options.size, queues=list(options.queues))
             lock = os.fstat(self.lock_file.fd)
             self.watched = {db.path: os.stat(db.path), self.lock_file.path: lock}
             self.wakeup = SYSTEM.make_wakeup(self.run_dir.file(self.name, "fifo"))
@@ -3768,7 +3696,6 @@ class PoolFiles:
             self.close = stack.pop_all().close
 
     def remove_requests(self) -> None:
-        """Remove the FIFO and the stop requests."""
         for item in self.run_dir.files(self.name + "."):
             with contextlib.suppress(OSError):
                 os.unlink(self.run_dir.file(item))
@@ -3776,11 +3703,10 @@ class PoolFiles:
     def require_in_place(self) -> None:
         """Raise Damaged where the database or the run directory was moved away or replaced."""
         for path, info in self.watched.items():
-            in_place = False
             with contextlib.suppress(FileNotFoundError):
-                in_place = os.path.samestat(os.stat(path), info)
-            if not in_place:
-                raise Damaged(f"{path} was moved away or replaced")
+                if os.path.samestat(os.stat(path), info):
+                    continue
+            raise Damaged(f"{path} was moved away or replaced")
 
 
 def begin_worker(pipe: Pipe) -> None:
@@ -3857,15 +3783,11 @@ class Crew:
         self.maybe_work = True  # there may be ready jobs for which no worker was woken
 
     def states(self) -> list[WorkerState]:
-        """Return the states of the workers."""
         return [worker.state for worker in self.workers]
 
     def start_missing(self) -> None:
-        """Start the missing workers in a thread, because the process that forks them may hang.
-
-        The first ones start together, replacements one at a time.
-        """
-        slots = self.missing[:1] if self.started else self.missing[:]
+        """Start the missing workers in a thread, because the process that forks them may hang."""
+        slots = self.missing[:1] if self.started else self.missing[:]  # replacements singly
         if slots and not self.starting and not self.mode:
             self.starting = True
             try:
@@ -3876,13 +3798,12 @@ class Crew:
 
     def start_workers(self, slots: Iterable[int]) -> None:
         """Start workers one after the other; pass on each, or what makes it impossible."""
-        options = self.options
         for slot in slots:
             self.started += 1
             name = worker_name(self.files.name, self.started)
-            worker = (self.files.run_dir.db, name, slot, options.queues)
+            worker = (self.files.run_dir.db, name, slot, self.options.queues)
             try:
-                process, pipe = start_worker(*worker, insecure=options.insecure)
+                process, pipe = start_worker(*worker, insecure=self.options.insecure)
                 self.results.put(WorkerHandle(name, slot, process, pipe))
             except (EOFError, OSError) as error:  # its server died, or the machine is at its limit
                 # Not the error: its traceback would keep descriptors open.
@@ -3904,7 +3825,10 @@ class Crew:
                 self.starting = False
                 more = bool(self.missing) or self.started > self.options.size
             elif isinstance(result, str):
-                self.report_failed_start(result)
+                trouble = f"a worker cannot be started: {result}"
+                self.notices.report(f"{trouble}; trying again")
+                if not self.workers:  # without any worker, this cannot last
+                    self.count_death(trouble)
             else:
                 self.workers.append(result)
                 self.missing.remove(result.slot)
@@ -3915,13 +3839,6 @@ class Crew:
     def is_alive(self) -> bool:
         """Tell whether there are workers, or may soon be."""
         return bool(self.workers) or (self.starting and time.monotonic() < self.leave_by)
-
-    def report_failed_start(self, reason: str) -> None:
-        """Report that a worker cannot be started; without any worker, this cannot last."""
-        trouble = f"a worker cannot be started: {reason}"
-        self.notices.report(f"{trouble}; trying again")
-        if not self.workers:
-            self.count_death(trouble)
 
     def count_death(self, how: str) -> None:
         """Note that a worker died without a job, or could not be started; too many are a fault."""
@@ -3951,14 +3868,11 @@ class Crew:
             worker.send("go")
 
     def check_answers(self) -> None:
-        """Stop waiting for workers that do not answer; they may be stopped.
-
-        Such a worker counts as busy: once continued, it looks for a job by itself.
-        """
+        """Stop waiting for workers that do not answer; they may be stopped."""
         now = time.monotonic()
         for worker in self.workers:
             if worker.state == "notified" and now > worker.answer_by:
-                worker.state = "busy"
+                worker.state = "busy"  # once continued, it looks for a job by itself
                 self.maybe_work = True
             if now > worker.answer_by + 5:
                 self.notices.report(f"{worker.name} does not answer; it may be stopped")
@@ -3973,7 +3887,6 @@ class Crew:
                 worker.send("cancel", key)
 
     def stop(self, mode: Literal["stop", "now"]) -> None:
-        """Ask every worker to stop, and start no more."""
         self.mode = mode
         self.leave_by = min(self.leave_by, time.monotonic() + 1)
         for worker in self.workers:
@@ -4025,7 +3938,7 @@ class Recovery:
         settings = self.ledger.reader.settings(job.queue)
         if job.key not in self.orphans:
             grace = settings["kill_grace"]
-            self.orphans[job.key] = Termination(job, self.run_dir, grace, self.notices)
+            self.orphans[job.key] = Termination(job, self.run_dir, grace, self.notices, None)
         kept = kept_result(self.run_dir, job)
         completed = kept and not kept.error  # then its background processes run on
         if completed or self.orphans[job.key].step():
@@ -4033,12 +3946,21 @@ class Recovery:
             self.requeue(job, kept, settings["output_limit"])
 
     def requeue(self, job: Job, kept: Outcome | None, limit: int) -> None:
-        """Record how a dead worker's attempt ended, and remove its files."""
-        outcome = recovered_outcome(self.run_dir, job, kept, self.ledger.clock(), limit)
-        after, _ = self.ledger.finish(job, outcome)
-        for name in self.run_dir.attempt_files(job):
+        """Record how a dead worker's attempt ended, as kept or in a crash; remove its files."""
+        then = job.locked_at or 0.0
+        now = max(then, self.ledger.clock())
+        outcome = kept or Outcome("crashed", then, now, None, "its worker died")
+        files = [self.run_dir.file(name) for name in self.run_dir.attempt_files(job)]
+        for path in files:
             with contextlib.suppress(FileNotFoundError):  # another pool was faster
-                os.unlink(self.run_dir.file(name))
+                with open(path, "rb", opener=open_own) as file:
+                    dropped, output = last_bytes(file.fileno(), limit)
+                dropped += outcome.bytes_dropped
+                outcome = outcome._replace(bytes_dropped=dropped, output=output)
+        after, _ = self.ledger.finish(job, outcome)
+        for path in files:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
         if after:
             self.report(after.state, describe_end(job, after, outcome))
 
@@ -4052,21 +3974,14 @@ class Pool:
 
     def __init__(self, ledger: Ledger, files: PoolFiles, options: PoolOptions) -> None:
         self.ledger = ledger
-        self.reader = ledger.reader
         self.files = files
         self.options = options
         self.events = Events(options.say)
         self.notices = Notices(self.say)
-        self.agenda = Agenda()
         self.crew = Crew(files, options, self.notices, self.fail)
         self.recovery = Recovery(ledger, self.notices, self.attempt, self.report_recovered)
-        self.steps = {
-            "poll": self.poll,
-            "start": self.crew.start_missing,
-            "prune": self.prune,
-            "sync": self.sync,
-            "print": self.print_events,
-        }
+        start = self.crew.start_missing
+        self.agenda = Agenda(self.poll, start, self.prune, self.sync, self.print_events)
         self.signals: list[tuple[float, int]] = []
         self.code: int = Exit.OK
         self.fault: Fault | None = None
@@ -4085,12 +4000,12 @@ class Pool:
             if self.options.signals:
                 stack.enter_context(handle_signals(self.on_signal, self.files.wakeup))
             stack.callback(self.crew.close)
-            has_jobs = any(self.reader.counts().values())
-            empty = "" if has_jobs else ", where there are no jobs yet"
+            reader = self.ledger.reader
+            empty = "" if any(reader.counts().values()) else ", where there are no jobs yet"
             workers = plural(self.options.size, "worker")
             self.say(f"{workers} on {printable(self.ledger.db.path)}{empty}")
-            self.attempt(self.files.run_dir.clean, self.reader.claimed())
-            for step in ("poll", "prune", "start"):
+            self.attempt(self.files.run_dir.clean, reader.claimed())
+            for step in (self.poll, self.prune, self.crew.start_missing):
                 self.agenda.set(step, 0.0)
             while not self.crew.mode or self.crew.is_alive() or self.recovery.is_ending():
                 self.turn()
@@ -4107,32 +4022,33 @@ class Pool:
         self.options.say(text)
 
     def turn(self) -> None:
-        """Wait for an event, and act on it."""
+        """Wait for the FIFO, a worker, a signal or a step, and act on it."""
         self.options.tick()
-        ready = self.wait()
+        sources = [self.files.wakeup, *(worker.pipe for worker in self.crew.workers)]
+        limit = min(self.agenda.pause(), max(0.0, self.ready_at - self.ledger.clock()))
+        ready = SYSTEM.wait(sources, None, limit)
+        if self.files.wakeup in ready:  # there is work, a stop request, a new worker or a signal
+            self.crew.maybe_work = True
+            self.agenda.set(self.poll, 0.0)
         if self.crew.take_started():
-            self.agenda.set("start", 1.0)
+            self.agenda.set(self.crew.start_missing, 1.0)
         for worker in [worker for worker in self.crew.workers if worker.pipe in ready]:
             self.receive(worker)
         self.obey_signals()
         if self.ledger.clock() >= self.ready_at:
             self.ready_at = NEVER
             self.crew.maybe_work = True
-            self.agenda.within("poll", BATCH)  # when is the next one due?
-        for name, step in self.steps.items():
-            if self.agenda.take(name):
-                self.attempt(step)
+            self.agenda.within(self.poll, BATCH)  # when is the next one due?
+        for step in self.agenda.take():
+            self.attempt(step)
         self.attempt(self.dispatch)
 
     def attempt(self, step: Callable[..., None], *args: Any) -> bool:
-        """Take a step; report a fault that may pass, and prevent nothing else.
-
-        Returns False if another program has the lock: not everything can wait for it in turn.
-        """
+        """Take a step; report a fault that may pass. Return False if the database is locked."""
         try:
             with self.ledger.db.translate_errors():
                 step(*args)
-        except Locked:
+        except Locked:  # not everything can wait for it in turn
             return False
         except Damaged as error:
             self.fail(error)
@@ -4140,18 +4056,7 @@ class Pool:
             self.notices.report(f"{error}; trying again")
         return True
 
-    def wait(self) -> list[Any]:
-        """Sleep until the FIFO, a worker, a signal, or a step; return the readable sources."""
-        sources = [self.files.wakeup, *(worker.pipe for worker in self.crew.workers)]
-        limit = min(self.agenda.pause(), max(0.0, self.ready_at - self.ledger.clock()))
-        ready = SYSTEM.wait(sources, None, limit)
-        if self.files.wakeup in ready:  # there is work, a stop request, a new worker or a signal
-            self.crew.maybe_work = True
-            self.agenda.set("poll", 0.0)
-        return ready
-
     def receive(self, worker: WorkerHandle) -> None:
-        """Take in a worker's news."""
         try:
             lists = worker.reader.read()
         except BlockingIOError:
@@ -4173,20 +4078,19 @@ class Pool:
             worker.state = news.kind
             if news.kind == "busy":  # a claim must survive a power cut too; there may be more work
                 self.crew.maybe_work = True
-                self.agenda.within("sync", BATCH)
+                self.agenda.within(self.sync, BATCH)
 
     def report(self, state: str, text: str, when: float = 0.0) -> None:
         """Report the end of an attempt, and schedule the steps that follow from it."""
         self.events.held.append((when or time.monotonic(), text))
-        self.agenda.within("print", 1.5 * BATCH)
-        self.agenda.within("sync", BATCH)
+        self.agenda.within(self.print_events, 1.5 * BATCH)
+        self.agenda.within(self.sync, BATCH)
         if state == DEAD and self.options.drain:
             self.code = Exit.NO
         if state == PENDING:
-            self.agenda.within("poll", BATCH)  # when is it due?
+            self.agenda.within(self.poll, BATCH)  # when is it due?
 
     def report_recovered(self, state: str, text: str) -> None:
-        """Report the end of a dead worker's attempt, which this process has recorded itself."""
         self.seen = None  # changes of our own do not show in the data_version
         self.report(state, text)
 
@@ -4194,7 +4098,7 @@ class Pool:
         """Print the events that no late news can precede any more."""
         self.events.flush(time.monotonic() - BATCH)
         if self.events.held:
-            self.agenda.within("print", BATCH)
+            self.agenda.within(self.print_events, BATCH)
 
     def reap(self, worker: WorkerHandle) -> None:
         """Remove a worker that is gone; recover its job and replace it if it died."""
@@ -4202,10 +4106,11 @@ class Pool:
             return
         self.say(f"{worker.name} died")
         self.seen = None
-        self.agenda.set("poll", 0.0)
-        self.agenda.due.setdefault("start", 0.0)
+        self.agenda.set(self.poll, 0.0)
+        if self.agenda.due[self.crew.start_missing] == NEVER:
+            self.agenda.set(self.crew.start_missing, 0.0)
         with contextlib.suppress(Fault):
-            if not any(job.locked_by == worker.name for job in self.reader.claimed()):
+            if all(job.locked_by != worker.name for job in self.ledger.reader.claimed()):
                 self.crew.count_death("a worker died without a job")
 
     def obey_signals(self) -> None:
@@ -4222,8 +4127,11 @@ class Pool:
         """Stop, unless that has begun: claim no more jobs or, for "now", end the running ones."""
         if self.crew.mode in (mode, "now"):
             return
+        effect = "no new jobs; finishing the running ones"
+        if mode == "now":
+            effect = "ending the running jobs; they return to the queue"
         if reason:
-            self.say(f"{reason}: {STOPPING[mode]}{hint}")
+            self.say(f"{reason}: {effect}{hint}")
         self.crew.stop(mode)
 
     def fail(self, fault: Fault) -> None:
@@ -4234,58 +4142,54 @@ class Pool:
 
     def poll(self) -> None:
         """Check what causes no wakeup: stop requests, the files, other writers, dead workers."""
-        self.agenda.set("poll", SYSTEM.POLL)
-        requested = self.files.run_dir.stop_requested(self.files.name)
-        if requested:
+        self.agenda.set(self.poll, SYSTEM.POLL)
+        if requested := self.files.run_dir.stop_requested(self.files.name):
             self.stop(requested, "worker stop")
         self.crew.check_answers()
         self.files.require_in_place()
         # Read first: later changes are seen later. A new connection has a new count.
-        version = (self.reader.data_version(), self.ledger.db.connection)
+        version = (self.ledger.reader.data_version(), self.ledger.db.connection)
         if version != self.seen or self.recovery.has_strangers:  # they may die without a change
             self.recover()
         if version != self.seen:
             self.seen = version
             self.crew.maybe_work = True
-            when = self.reader.next_ready_time(self.options.queues)
+            when = self.ledger.reader.next_ready_time(self.options.queues)
             self.ready_at = NEVER if when is None else when
 
     def recover(self) -> None:
         """Pass on cancel requests, and take a step for each job of a dead worker."""
-        claimed = self.reader.claimed()
+        claimed = self.ledger.reader.claimed()
         self.crew.cancel(claimed)
         self.recovery.recover(claimed, {worker.name for worker in self.crew.workers})
         if self.recovery.is_ending():
-            self.agenda.within("poll", BATCH)
+            self.agenda.within(self.poll, BATCH)
 
     def prune(self) -> None:
         """Delete a slice of the jobs older than the retention; again in a minute, or soon."""
-        self.agenda.set("prune", 60)
+        self.agenda.set(self.prune, 60)
         if self.ledger.correct_times():
             self.seen = None  # something may be due earlier
-        retention = self.reader.settings()["retention"]
+        retention = self.ledger.reader.settings()["retention"]
         if retention:
             before = self.ledger.clock() - retention
             deleted = [self.ledger.delete_slice(state, before) for state in PRUNED_BY_DEFAULT]
             if any(deleted):  # there may be more, such as the jobs that these waited for
-                self.agenda.set("prune", BATCH)
+                self.agenda.set(self.prune, BATCH)
 
     def sync(self) -> None:
-        """Sync what the workers recorded, since they do not wait for the disk; retry on failure.
-
-        A descriptor of our own on the -wal is safe: unlike the database, it carries no locks.
-        """
-        self.agenda.set("sync", AGAIN)
+        """Sync what the workers recorded, since they do not wait for the disk; retry on failure."""
+        self.agenda.set(self.sync, AGAIN)
         wal = self.ledger.db.path + "-wal"
         with contextlib.suppress(FileNotFoundError):
-            SYSTEM.sync(wal)
+            SYSTEM.sync(wal)  # safe: unlike the database, this file carries no locks of ours
             began = time.monotonic()
             if os.stat(wal).st_size > LARGEST_WAL and began >= self.truncate_at:
                 with contextlib.suppress(Fault):
                     self.ledger.db.truncate_wal()
                 now = time.monotonic()  # a reader that stays must not hold up the work
                 self.truncate_at = now + 5 * (now - began)
-        del self.agenda.due["sync"]
+        self.agenda.set(self.sync, NEVER)
 
     def dispatch(self) -> None:
         """Wake a worker if there may be work, or leave if a drain has nothing to wait for."""
@@ -4294,7 +4198,7 @@ class Pool:
         self.crew.dispatch()
         is_idle = set(self.crew.states()) == {"idle"} and not self.crew.maybe_work
         if self.options.drain and is_idle and not self.recovery.orphans:
-            blockers = self.reader.drain_blockers(self.options.queues, self.options.horizon)
+            blockers = self.ledger.reader.drain_blockers(self.options.queues, self.options.horizon)
             if not blockers:
                 self.end_drain()
             elif all(blockers.values()):
@@ -4303,11 +4207,13 @@ class Pool:
 
     def end_drain(self) -> None:
         """Leave, and name the jobs that are left blocked."""
-        blocked = self.reader.blocked(self.options.queues)
+        blocked = self.ledger.reader.blocked(self.options.queues)
         for job in blocked:
             self.code = Exit.NO
-            self.say(f"job {printable(job.id)} is {describe_blockers(self.reader.parents(job))}")
-        more = self.reader.counts(self.options.queues)[PENDING] - len(blocked)
+            self.say(
+                f"job {printable(job.id)} is {describe_blockers(self.ledger.reader.parents(job))}"
+            )
+        more = self.ledger.reader.counts(self.options.queues)[PENDING] - len(blocked)
         if blocked and more > 0:
             self.say(f"and {more} more are pending")
         self.stop("stop")
@@ -4337,8 +4243,7 @@ def work(  # noqa: PLR0913
     options = PoolOptions(count, as_list(queues), drain, horizon, insecure, signals, say, tick)
     with Queue(path, insecure=insecure) as queue:
         queue.config()  # with damaged settings no worker could begin
-        kind = network_file_system(queue.path)
-        if kind:
+        if kind := network_file_system(queue.path):
             say(f"warning: {queue.path} is on {kind}; SQLite needs a local disk")
         with queue._db.translate_errors():
             queue._db.run_dir.make()  # the database may have been copied here

@@ -52,7 +52,7 @@ The sections of this file, in order. Each one uses only the sections above it.
 
 To follow a job: cmd_enqueue, Queue.enqueue_many, RunDirectory.notify, Pool.turn, Crew.dispatch,
 Worker.main, Ledger.claim, Worker.run, Ledger.finish, after_attempt. To follow a killed worker:
-Pool.reap, Recovery.recover, Termination, Ledger.finish. To follow a signal: Pool.on_signal,
+Pool.reap, Pool.recover, Recovery.step, Termination. To follow a signal: Pool.on_signal,
 Pool.obey_signals, Pool.stop, PoolLink.receive, Execution.watch.
 """
 
@@ -88,7 +88,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from enum import IntEnum
 from functools import lru_cache, partial
-from itertools import chain, islice
+from itertools import chain, islice, starmap
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Union
 
 if TYPE_CHECKING:
@@ -2558,7 +2558,6 @@ class Reader:
         return self.first(BY_SEQ, seq=seq)
 
     def named(self, ids: Iterable[str]) -> list[Job]:
-        """Return the jobs with these ids, each one once."""
         return list({job.seq: job for job in map(self.get, as_list(ids))}.values())
 
     def is_taken(self, job_id: str) -> bool:
@@ -2586,7 +2585,6 @@ class Reader:
         return [Attempt(*row) for row in self.db.rows(ATTEMPTS, {"seq": job.seq})]
 
     def schedules(self) -> list[Job]:
-        """Return the active job of each schedule."""
         return self.select(SCHEDULES)
 
     def last_run(self, job: Job) -> Job:
@@ -2732,10 +2730,8 @@ class Ledger:
         """Execute a guarded statement; return whether it changed a row."""
         return self.db.execute(sql, args).rowcount > 0
 
-    # Adding. A row has the columns of INSERTED and, before `add`, the fields of the job.
-
     def add(self, row: dict[str, Any], now: float) -> int:
-        """Insert a validated job and its dependencies; return its number."""
+        """Insert a validated job, a row of INSERTED with its other fields; return its number."""
         when = row.get("run_at", now + row.get("delay", 0))
         if "every" in row:
             row["rule"] = f"every {row['every']:.15g}"
@@ -2784,8 +2780,6 @@ class Ledger:
 
     def last_seq(self) -> int:
         return self.reader.number(LAST_SEQ, table=self.db.table("jobs"))
-
-    # Claiming and finishing.
 
     def claim(self, worker: str, queues: Sequence[str] = ()) -> Claim | None:
         """Give the next ready job to a worker, whose lock is held; None where none is ready."""
@@ -2844,7 +2838,6 @@ class Ledger:
         return after
 
     def add_next_of_schedule(self, job: Job, now: float) -> None:
-        """Add the next job of a schedule, in the transaction that ends the last one."""
         when = next_occurrence(str(job.rule), job.scheduled_for or now, now)
         row = {**job._asdict(), "id": job.schedule_id, "created_at": now, "updated_at": now}
         row.update(run_after=when, scheduled_for=when, readiness=SCHEDULED)
@@ -2866,10 +2859,7 @@ class Ledger:
                 self.change(RESCHEDULE, seq=job.seq, when=when, scheduled_for=planned, now=now)
         return True
 
-    # Operating.
-
     def retry(self, job: Job) -> None:
-        """Return a dead or cancelled job to the queue with no attempts used."""
         if not self.change(RETRY, seq=job.seq, now=self.clock()):
             raise NotFound(f"job {printable(job.id)} is {job.state}, not dead or cancelled")
         name = {"id": job.schedule_id}
@@ -2879,7 +2869,6 @@ class Ledger:
             raise BadInput(f"schedule {schedule} is active already, or its name is taken")
 
     def cancel(self, seq: int) -> None:
-        """Cancel a waiting job, or ask the worker of a running one to end it."""
         if not self.change(CANCEL_WAITING, seq=seq, now=self.clock()):
             self.change(CANCEL_RUNNING, seq=seq)
 
@@ -3200,9 +3189,6 @@ class Notices:
             self.say(text)
         self.reported = recent
 
-    def clear(self) -> None:
-        self.reported.clear()
-
 
 class Termination:
     """The end of an attempt's processes: TERM, and KILL when the grace period is over.
@@ -3259,17 +3245,16 @@ class Termination:
         return time.monotonic() > self.deadline + 1
 
 
-def keep_result(run_dir: RunDirectory, job: Job, outcome: Outcome, output: Output | None) -> None:
+def keep_result(run_dir: RunDirectory, job: Job, outcome: Outcome, output: Output) -> None:
     """Keep a result that cannot be stored in the output file's name: a full disk permits that."""
     from base64 import urlsafe_b64encode
 
-    if output:
-        error = outcome.error and ascii(outcome.error)[1:-1][:50]  # a name has at most 255 bytes
-        facts = json.dumps([*outcome[:4], error, output.bytes_dropped])
-        kept = urlsafe_b64encode(facts.encode()).decode()
-        with contextlib.suppress(OSError):  # then the attempt counts as crashed
-            os.close(output.fd)  # Windows does not rename open files
-            os.rename(output.path, run_dir.file(job.seq, job.run, "kept", kept))
+    error = outcome.error and ascii(outcome.error)[1:-1][:50]  # a name has at most 255 bytes
+    facts = json.dumps([*outcome[:4], error, output.bytes_dropped])
+    kept = urlsafe_b64encode(facts.encode()).decode()
+    with contextlib.suppress(OSError):  # then the attempt counts as crashed
+        os.close(output.fd)  # Windows does not rename open files
+        os.rename(output.path, run_dir.file(job.seq, job.run, "kept", kept))
 
 
 def kept_result(run_dir: RunDirectory, job: Job) -> Outcome | None:
@@ -3360,7 +3345,6 @@ class PoolLink:
             self.outbox.clear()
 
     def receive(self) -> None:
-        """Read and obey the requests of the pool."""
         try:
             while not self.orphaned and self.pipe.poll():
                 for request in self.reader.read():
@@ -3487,7 +3471,6 @@ class Worker:
         self.db.keep_waiting = self.keep_waiting
 
     def keep_waiting(self, waited: float) -> bool:
-        """Wait for a lock, unless it is time to leave."""
         if waited > 0.3:  # before that, asking the pool costs more than another try
             self.link.receive()
         return waited <= 0.3 or not self.link.stopping
@@ -3517,34 +3500,30 @@ class Worker:
                 self.note_success()
                 self.link.send(News("idle"))
                 self.link.wait()
-        if ended:  # for the pool that recovers the job
+        if ended and ended.output:  # for the pool that recovers the job
             keep_result(self.run_dir, ended.job, ended.outcome, ended.output)
         self.link.send(News("left"))
         self.lock_file.close()
 
     def claim(self) -> Claim | None:
-        claim = self.ledger.claim(self.name, self.queues)
-        if claim:
+        if claim := self.ledger.claim(self.name, self.queues):
             self.link.send(News("busy"))
         return claim
 
     def back_off(self) -> None:
-        """Wait before the next try, longer each time, unless it is time to leave."""
         until = time.monotonic() + self.pause
         self.pause = min(self.pause * 2, 4.0)
         while time.monotonic() < until and not self.link.stopping:
             self.link.wait(until)
 
     def note_success(self) -> None:
-        """Forget the problems so far: the next one is reported at once and retried soon."""
-        self.link.notices.clear()
+        self.link.notices.reported.clear()
         self.pause = AGAIN
 
     def run(self, claim: Claim) -> Execution:
         job = claim.job
         execution = Execution(claim, self.ledger, self.link, self.wanted_end)
-        child = execution.launch(self.environment(job))
-        if child:
+        if child := execution.launch(self.environment(job)):
             self.note_success()
             note = {"key": job.key, "leader": child.pid, "namespace": pid_namespace()}
             note["launched"] = execution.started
@@ -3556,7 +3535,6 @@ class Worker:
         return execution
 
     def environment(self, job: Job) -> dict[str, str]:
-        """Return what a job's environment has besides the worker's."""
         return {
             **json.loads(job.env or "{}"),
             "QUEUECTL_JOB_ID": job.id,
@@ -3580,7 +3558,6 @@ class Worker:
         return "cancelled" if job.key == self.link.cancelled else None
 
     def record(self, ended: Execution) -> Claim | None:
-        """Record how an attempt ended and claim the next job, in one transaction."""
         outcome = ended.outcome
         unstarted = outcome.end == "unstarted"
         self.db.set_synchronous("full" if self.link.orphaned else ended.settings["synchronous"])
@@ -3658,20 +3635,6 @@ class Agenda:
 
     def pause(self) -> float:
         return max(0.0, min(self.due.values()) - time.monotonic())
-
-
-class Events:
-    """Event lines of several workers, held for BATCH seconds to print them in their order."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
-        self.held: list[tuple[float, str]] = []  # with times on the monotonic clock
-
-    def flush(self, before: float = NEVER) -> None:
-        """Print the lines about events before a time."""
-        self.held.sort()
-        while self.held and self.held[0][0] < before:
-            self.say(self.held.pop(0)[1])
 
 
 class PoolFiles:
@@ -3760,11 +3723,7 @@ class Crew:
     """The workers of a pool: start the missing ones, wake idle ones, remove dead ones."""
 
     def __init__(
-        self,
-        files: PoolFiles,
-        options: PoolOptions,
-        notices: Notices,
-        fail: Callable[[Fault], None],
+        self, files: PoolFiles, options: PoolOptions, notices: Notices, fail: Callable[[Fault], Any]
     ) -> None:
         from queue import SimpleQueue
 
@@ -3837,7 +3796,6 @@ class Crew:
         return more
 
     def is_alive(self) -> bool:
-        """Tell whether there are workers, or may soon be."""
         return bool(self.workers) or (self.starting and time.monotonic() < self.leave_by)
 
     def count_death(self, how: str) -> None:
@@ -3878,7 +3836,6 @@ class Crew:
                 self.notices.report(f"{worker.name} does not answer; it may be stopped")
 
     def cancel(self, claimed: Iterable[Job]) -> None:
-        """Ask the workers to end the jobs that the operator has cancelled."""
         keys = {job.locked_by: job.key for job in claimed if job.cancel_requested}
         for worker in self.workers:
             key = keys.get(worker.name, worker.cancelled)
@@ -3901,35 +3858,23 @@ class Crew:
 
 
 class Recovery:
-    """Return the jobs of dead workers to the queue, once all their processes are gone.
+    """Return the jobs of dead workers to the queue, once all their processes are gone."""
 
-    `attempt` takes a step that may fail alone; `report` gets a job's state and an event line.
-    """
-
-    def __init__(
-        self,
-        ledger: Ledger,
-        notices: Notices,
-        attempt: Callable[..., bool],
-        report: Callable[[str, str], None],
-    ) -> None:
+    def __init__(self, ledger: Ledger, notices: Notices, report: Callable[..., None]) -> None:
         self.ledger = ledger
         self.run_dir = ledger.db.run_dir
         self.notices = notices
-        self.attempt = attempt
-        self.report = report
+        self.report = report  # is called with a job's state and an event line
         self.orphans: dict[str, Termination] = {}  # by the key of the attempt
         self.has_strangers = False  # some jobs belong to workers that are not, or no longer, ours
 
-    def recover(self, claimed: Sequence[Job], ours: set[str | None]) -> None:
-        """Take a step for each claimed job whose worker is not ours."""
+    def strangers(self, claimed: Sequence[Job], ours: set[str | None]) -> list[Job]:
+        """Return the claimed jobs whose workers are not ours."""
         keys = {job.key for job in claimed}
         self.orphans = {key: orphan for key, orphan in self.orphans.items() if key in keys}
         strangers = [job for job in claimed if job.locked_by not in ours]
         self.has_strangers = bool(strangers)
-        for job in strangers:
-            if not self.attempt(self.step, job):  # each would wait for the same lock
-                break
+        return strangers
 
     def step(self, job: Job) -> None:
         """If the worker of a job is dead, end the remaining processes, and then requeue the job."""
@@ -3965,7 +3910,6 @@ class Recovery:
             self.report(after.state, describe_end(job, after, outcome))
 
     def is_ending(self) -> bool:
-        """Tell whether processes of dead workers are being ended, and are not overdue."""
         return not all(orphan.is_overdue for orphan in self.orphans.values())
 
 
@@ -3976,10 +3920,10 @@ class Pool:
         self.ledger = ledger
         self.files = files
         self.options = options
-        self.events = Events(options.say)
+        self.events: list[tuple[float, str]] = []  # lines held back, as news come late
         self.notices = Notices(self.say)
         self.crew = Crew(files, options, self.notices, self.fail)
-        self.recovery = Recovery(ledger, self.notices, self.attempt, self.report_recovered)
+        self.recovery = Recovery(ledger, self.notices, self.report_recovered)
         start = self.crew.start_missing
         self.agenda = Agenda(self.poll, start, self.prune, self.sync, self.print_events)
         self.signals: list[tuple[float, int]] = []
@@ -3995,7 +3939,6 @@ class Pool:
         self.signals.append((time.monotonic(), number))
 
     def main(self) -> int:
-        """Run until stopped or drained; return the exit code."""
         with contextlib.ExitStack() as stack:
             if self.options.signals:
                 stack.enter_context(handle_signals(self.on_signal, self.files.wakeup))
@@ -4009,7 +3952,7 @@ class Pool:
                 self.agenda.set(step, 0.0)
             while not self.crew.mode or self.crew.is_alive() or self.recovery.is_ending():
                 self.turn()
-            self.events.flush()
+            self.flush_events()
             with self.ledger.db.translate_errors():
                 self.sync()
         if self.fault:
@@ -4017,12 +3960,17 @@ class Pool:
         return self.code
 
     def say(self, text: str) -> None:
-        """Print an event line, after those that are held."""
-        self.events.flush()
+        """Print an event line, after those that are held back."""
+        self.flush_events()
         self.options.say(text)
 
+    def flush_events(self, before: float = NEVER) -> None:
+        """Print the lines about events before a time, in the order in which things happened."""
+        self.events.sort()
+        while self.events and self.events[0][0] < before:
+            self.options.say(self.events.pop(0)[1])
+
     def turn(self) -> None:
-        """Wait for the FIFO, a worker, a signal or a step, and act on it."""
         self.options.tick()
         sources = [self.files.wakeup, *(worker.pipe for worker in self.crew.workers)]
         limit = min(self.agenda.pause(), max(0.0, self.ready_at - self.ledger.clock()))
@@ -4065,24 +4013,20 @@ class Pool:
             self.reap(worker)
             return
         worker.answer_by = NEVER
-        for item in chain.from_iterable(lists):
-            self.take_news(worker, News(*item))
-
-    def take_news(self, worker: WorkerHandle, news: News) -> None:
-        """Act on one item of a worker's news."""
-        if news.kind == "damaged":
-            self.fail(Fault(news.text))
-        elif news.kind == "event":
-            self.report(news.state, news.text, news.when)
-        else:
-            worker.state = news.kind
+        for news in starmap(News, chain.from_iterable(lists)):
+            if news.kind == "damaged":
+                self.fail(Fault(news.text))
+            elif news.kind == "event":
+                self.report(news.state, news.text, news.when)
+            else:
+                worker.state = news.kind
             if news.kind == "busy":  # a claim must survive a power cut too; there may be more work
                 self.crew.maybe_work = True
                 self.agenda.within(self.sync, BATCH)
 
     def report(self, state: str, text: str, when: float = 0.0) -> None:
         """Report the end of an attempt, and schedule the steps that follow from it."""
-        self.events.held.append((when or time.monotonic(), text))
+        self.events.append((when or time.monotonic(), text))
         self.agenda.within(self.print_events, 1.5 * BATCH)
         self.agenda.within(self.sync, BATCH)
         if state == DEAD and self.options.drain:
@@ -4096,12 +4040,11 @@ class Pool:
 
     def print_events(self) -> None:
         """Print the events that no late news can precede any more."""
-        self.events.flush(time.monotonic() - BATCH)
-        if self.events.held:
+        self.flush_events(time.monotonic() - BATCH)
+        if self.events:
             self.agenda.within(self.print_events, BATCH)
 
     def reap(self, worker: WorkerHandle) -> None:
-        """Remove a worker that is gone; recover its job and replace it if it died."""
         if not self.crew.reap(worker):
             return
         self.say(f"{worker.name} died")
@@ -4117,8 +4060,7 @@ class Pool:
         """Obey the signals so far: the first stops, one a second or more later ends the jobs."""
         for when, number in self.signals:
             if when < self.signals[0][0] + 1:
-                hint = "; send it again after a second to end them"
-                self.stop("stop", signal_name(number), hint)
+                self.stop("stop", signal_name(number), "; send it again after a second to end them")
             elif self.crew.mode != "now":
                 self.code = Exit.SIGNALLED + number
                 self.stop("now", signal_name(number))
@@ -4135,7 +4077,6 @@ class Pool:
         self.crew.stop(mode)
 
     def fail(self, fault: Fault) -> None:
-        """Stop because of a fault with which no worker can work."""
         if not self.fault:
             self.fault = fault
             self.stop("stop", str(fault))
@@ -4158,20 +4099,19 @@ class Pool:
             self.ready_at = NEVER if when is None else when
 
     def recover(self) -> None:
-        """Pass on cancel requests, and take a step for each job of a dead worker."""
         claimed = self.ledger.reader.claimed()
         self.crew.cancel(claimed)
-        self.recovery.recover(claimed, {worker.name for worker in self.crew.workers})
+        for job in self.recovery.strangers(claimed, {worker.name for worker in self.crew.workers}):
+            if not self.attempt(self.recovery.step, job):  # each would wait for the same lock
+                break
         if self.recovery.is_ending():
             self.agenda.within(self.poll, BATCH)
 
     def prune(self) -> None:
-        """Delete a slice of the jobs older than the retention; again in a minute, or soon."""
         self.agenda.set(self.prune, 60)
         if self.ledger.correct_times():
             self.seen = None  # something may be due earlier
-        retention = self.ledger.reader.settings()["retention"]
-        if retention:
+        if retention := self.ledger.reader.settings()["retention"]:
             before = self.ledger.clock() - retention
             deleted = [self.ledger.delete_slice(state, before) for state in PRUNED_BY_DEFAULT]
             if any(deleted):  # there may be more, such as the jobs that these waited for
@@ -4206,14 +4146,12 @@ class Pool:
                 self.notices.report(f"waiting for jobs of {names}: paused (queuectl resume)")
 
     def end_drain(self) -> None:
-        """Leave, and name the jobs that are left blocked."""
-        blocked = self.ledger.reader.blocked(self.options.queues)
+        reader = self.ledger.reader
+        blocked = reader.blocked(self.options.queues)
         for job in blocked:
             self.code = Exit.NO
-            self.say(
-                f"job {printable(job.id)} is {describe_blockers(self.ledger.reader.parents(job))}"
-            )
-        more = self.ledger.reader.counts(self.options.queues)[PENDING] - len(blocked)
+            self.say(f"job {printable(job.id)} is {describe_blockers(reader.parents(job))}")
+        more = reader.counts(self.options.queues)[PENDING] - len(blocked)
         if blocked and more > 0:
             self.say(f"and {more} more are pending")
         self.stop("stop")

@@ -88,7 +88,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from enum import IntEnum
 from functools import lru_cache, partial
-from itertools import chain, islice, starmap
+from itertools import chain, islice, product, starmap
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Union
 
 if TYPE_CHECKING:
@@ -2561,7 +2561,6 @@ class Reader:
         return list({job.seq: job for job in map(self.get, as_list(ids))}.values())
 
     def is_taken(self, job_id: str) -> bool:
-        """Tell whether a job or an active schedule has an id."""
         return any(self.db.rows(sql, {"id": job_id}) for sql in (BY_ID, ACTIVE_OF_SCHEDULE))
 
     def all(self, queue: str | None) -> Iterator[Job]:
@@ -2574,10 +2573,9 @@ class Reader:
     def latest(self, states: Sequence[str], limit: int, queue: str | None) -> list[Job]:
         """Return the jobs in these states that changed last, in order of arrival."""
         found: list[Job] = []
-        asked = {"queue": queue, "limit": limit}
-        for state in states:
-            for readiness in (READY, SCHEDULED, BLOCKED):
-                found += self.select(LATEST, state=state, readiness=readiness, **asked)
+        for state, readiness in product(states, (READY, SCHEDULED, BLOCKED)):
+            asked = {"state": state, "readiness": readiness, "queue": queue, "limit": limit}
+            found += self.select(LATEST, **asked)
         found.sort(key=lambda job: job.updated_at)
         return sorted(found[-limit:])
 
@@ -2586,10 +2584,6 @@ class Reader:
 
     def schedules(self) -> list[Job]:
         return self.select(SCHEDULES)
-
-    def last_run(self, job: Job) -> Job:
-        """Return the job of the same schedule that ran last, or this job if none has run."""
-        return self.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id) or job
 
     def parents(self, job: Job) -> list[Job]:
         """Return the jobs, up to 100, that a blocked job waits for."""
@@ -2609,7 +2603,6 @@ class Reader:
         return self.select(CLAIMED)
 
     def oldest(self, queue: str | None = None) -> Job | None:
-        """Return the ready job, of one queue or of all, that has waited longest."""
         return self.first(OLDEST, state=PENDING, readiness=READY, queue=queue, limit=1)
 
     def blocked(self, queues: Sequence[str] = (), limit: int = 10) -> list[Job]:
@@ -2617,10 +2610,6 @@ class Reader:
         asked = {"state": PENDING, "readiness": BLOCKED, "limit": limit}
         names = as_list(queues) or (None,)
         return [job for name in names for job in self.select(OLDEST, queue=name, **asked)]
-
-    def position(self, job: Job) -> int:
-        """Return how many ready jobs of its queue precede a ready job, counted up to 100,000."""
-        return self.number(POSITION, **job._asdict())
 
     def counts_by_queue(self, queues: Sequence[str] = ()) -> list[tuple[str, State, int, int]]:
         """Return the number of jobs by queue, state and readiness, in these queues or in all."""
@@ -2671,10 +2660,7 @@ class Reader:
     def drain_blockers(
         self, queues: Sequence[str] = (), horizon: float = LONGEST
     ) -> dict[str, bool]:
-        """Return the queues that a drain waits for; True where they are paused.
-
-        Blocked jobs, jobs due later than `horizon` seconds and a schedule's next do not count.
-        """
+        """Return the queues that a drain waits for, some seconds ahead; True where paused."""
         found: dict[str, bool] = {}
         paused = self.paused()
         until = self.clock() + horizon
@@ -2716,10 +2702,9 @@ class Claim(NamedTuple):
 
 
 class Ledger:
-    """Every change of a job's state. Each is guarded by its own WHERE and concerns one job.
+    """Every change of a job's state. Each is guarded by its own WHERE and concerns one job."""
 
-    The methods that are used together within one transaction leave beginning it to the caller.
-    """
+    # The caller of `add`, `retry`, `cancel` or `delete` begins the transaction.
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
@@ -2782,7 +2767,6 @@ class Ledger:
         return self.reader.number(LAST_SEQ, table=self.db.table("jobs"))
 
     def claim(self, worker: str, queues: Sequence[str] = ()) -> Claim | None:
-        """Give the next ready job to a worker, whose lock is held; None where none is ready."""
         with self.db.transaction():
             return self._claim(worker, queues)
 
@@ -2805,11 +2789,7 @@ class Ledger:
     def finish(
         self, job: Job, outcome: Outcome, next_from: Sequence[str] | None = None
     ) -> tuple[Job | None, Claim | None]:
-        """Record how an attempt ended, and claim the next job in the same transaction.
-
-        `next_from` names the queues to claim from (empty: all); None claims nothing. Returns the
-        job as it is now, None if its claim was lost and nothing changed, and the next claim.
-        """
+        """Record how an attempt ended, and claim the next job from these queues (empty: all)."""
         with self.db.transaction():
             after = self._finish(job, outcome)
             worker = job.locked_by or ""
@@ -2825,8 +2805,8 @@ class Ledger:
         is_over = after.state in (COMPLETED, DEAD)
         is_ready = after.state != PENDING or after.run_after <= now
         after = after._replace(readiness=is_ready, rule=None if is_over else job.rule)
-        if not self.db.execute(FINISH, after._asdict()).rowcount:
-            return None
+        if not self.change(FINISH, **after._asdict()):
+            return None  # its claim was lost: nothing has changed
         if outcome.end != "unstarted":
             attempt = (job.seq, job.run, job.locked_by, outcome.word, job.waited, *outcome[1:])
             self.db.execute(ADD_ATTEMPT, attempt)
@@ -3125,8 +3105,6 @@ def last_bytes(fd: int, limit: int) -> tuple[int, bytes]:
     """Return how many bytes of a file precede its last ones, and at most `limit` last bytes."""
     size = os.fstat(fd).st_size
     kept = min(limit, size)
-    if not kept:
-        return size, b""
     os.lseek(fd, size - kept, os.SEEK_SET)
     return size - kept, os.read(fd, kept)
 
@@ -3164,7 +3142,6 @@ class Output(LockFile):
         return True
 
     def tail(self, limit: int) -> tuple[int, bytes]:
-        """Return how many bytes precede the last ones, and at most `limit` last bytes."""
         try:
             dropped, output = last_bytes(self.fd, limit)
         except OSError as error:
@@ -3191,11 +3168,7 @@ class Notices:
 
 
 class Termination:
-    """The end of an attempt's processes: TERM, and KILL when the grace period is over.
-
-    Call `step` until it returns True, each time after `pause` seconds. Processes that outlive KILL
-    are reported, and must delay no stop: then `is_overdue` is true.
-    """
+    """The end of an attempt's processes: TERM, and KILL when the grace period is over."""
 
     def __init__(
         self, job: Job, run_dir: RunDirectory, grace: float, notices: Notices, output: Output | None
@@ -3205,7 +3178,7 @@ class Termination:
         self.notices = notices
         self.output = output  # whose lock this process shares
         self.deadline = time.monotonic() + grace
-        self.pause = 0.005
+        self.pause = 0.005  # seconds before the next step
         self.asked: set[int] = set()
 
     def step(self) -> bool:
@@ -3241,7 +3214,7 @@ class Termination:
 
     @property
     def is_overdue(self) -> bool:
-        """Whether processes have outlived KILL by a second."""
+        """Whether processes have outlived KILL by a second: they must delay no stop."""
         return time.monotonic() > self.deadline + 1
 
 
@@ -3410,7 +3383,6 @@ class Execution:
         return None
 
     def finish(self, child: Any) -> None:
-        """Watch the job until it has ended, and its remaining processes if it failed."""
         end, error = self.watch(child)
         if error or child.returncode:  # another attempt may follow
             self.is_over = self.end_processes(child)
@@ -3423,7 +3395,6 @@ class Execution:
         self.outcome = Outcome(end, self.started, finished, code, error, *tail)
 
     def watch(self, child: Any) -> tuple[End, str | None]:
-        """Wait for the end of a job, or for a reason to end it; return both."""
         timeout = self.settings["timeout"] if self.job.timeout is None else self.job.timeout
         deadline = time.monotonic() + timeout if timeout else NEVER
         pause = 0.01
@@ -3476,7 +3447,6 @@ class Worker:
         return waited <= 0.3 or not self.link.stopping
 
     def main(self) -> None:
-        """Claim a job, run it, record how it ended and claim the next one, until told to stop."""
         ended: Execution | None = None  # while its result cannot be recorded, nothing is claimed
         self.link.receive()  # it may be time to leave already
         while ended.is_over if ended else not self.link.stopping:
@@ -3545,7 +3515,6 @@ class Worker:
         }
 
     def wanted_end(self, job: Job) -> End | None:
-        """Return how the operator wants the running attempt to end, if so."""
         if self.link.orphaned:  # look for the requests that the pool would have passed on
             if self.run_dir.stop_requested(pool_of(self.name)) == "now":
                 self.link.obey("now")
@@ -3627,7 +3596,6 @@ class Agenda:
         self.due[step] = min(self.due[step], time.monotonic() + seconds)
 
     def take(self) -> Iterator[Callable[[], None]]:
-        """Yield each step that is due, and drop it."""
         for step in self.due:
             if self.due[step] <= time.monotonic():
                 self.due[step] = NEVER
@@ -3664,7 +3632,6 @@ class PoolFiles:
                 os.unlink(self.run_dir.file(item))
 
     def require_in_place(self) -> None:
-        """Raise Damaged where the database or the run directory was moved away or replaced."""
         for path, info in self.watched.items():
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(path), info):
@@ -3756,7 +3723,6 @@ class Crew:
                 self.results.put(None)
 
     def start_workers(self, slots: Iterable[int]) -> None:
-        """Start workers one after the other; pass on each, or what makes it impossible."""
         for slot in slots:
             self.started += 1
             name = worker_name(self.files.name, self.started)
@@ -3869,7 +3835,6 @@ class Recovery:
         self.has_strangers = False  # some jobs belong to workers that are not, or no longer, ours
 
     def strangers(self, claimed: Sequence[Job], ours: set[str | None]) -> list[Job]:
-        """Return the claimed jobs whose workers are not ours."""
         keys = {job.key for job in claimed}
         self.orphans = {key: orphan for key, orphan in self.orphans.items() if key in keys}
         strangers = [job for job in claimed if job.locked_by not in ours]
@@ -4025,7 +3990,6 @@ class Pool:
                 self.agenda.within(self.sync, BATCH)
 
     def report(self, state: str, text: str, when: float = 0.0) -> None:
-        """Report the end of an attempt, and schedule the steps that follow from it."""
         self.events.append((when or time.monotonic(), text))
         self.agenda.within(self.print_events, 1.5 * BATCH)
         self.agenda.within(self.sync, BATCH)
@@ -4066,7 +4030,6 @@ class Pool:
                 self.stop("now", signal_name(number))
 
     def stop(self, mode: Literal["stop", "now"], reason: str = "", hint: str = "") -> None:
-        """Stop, unless that has begun: claim no more jobs or, for "now", end the running ones."""
         if self.crew.mode in (mode, "now"):
             return
         effect = "no new jobs; finishing the running ones"
@@ -4132,7 +4095,6 @@ class Pool:
         self.agenda.set(self.sync, NEVER)
 
     def dispatch(self) -> None:
-        """Wake a worker if there may be work, or leave if a drain has nothing to wait for."""
         if self.crew.mode:
             return
         self.crew.dispatch()
@@ -4321,7 +4283,7 @@ def reason_to_wait(reader: Reader, job: Job) -> str:
     reason = obstacle(reader, job)
     if reason or job.state != PENDING:
         return reason
-    position = reader.position(job)
+    position = reader.number(POSITION, **job._asdict())  # counted up to 100,000
     return f"{plural(position, 'job')} before it" if position else "next to run"
 
 
@@ -4999,7 +4961,7 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
     """Write the output of one attempt: the named one, or the one that runs or ran last."""
     job = queue.get(args.id)
     if not (args.follow or job.run or job.id == args.id):
-        job = queue._reader.last_run(job)  # of a schedule
+        job = queue._reader.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id) or job
     if job.state == PENDING and not args.run:
         say(f"job {job.id} waits: {reason_to_wait(queue._reader, job)}")
     if args.follow and not args.run:

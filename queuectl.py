@@ -3692,8 +3692,6 @@ class Crew:
     def __init__(
         self, files: PoolFiles, options: PoolOptions, notices: Notices, fail: Callable[[Fault], Any]
     ) -> None:
-        from queue import SimpleQueue
-
         self.files = files
         self.options = options
         self.notices = notices
@@ -3701,8 +3699,8 @@ class Crew:
         self.workers: list[WorkerHandle] = []
         self.missing = list(range(1, options.size + 1))  # slots without a worker
         self.started = 0
-        self.starting = False  # a thread starts workers
-        self.results: SimpleQueue[WorkerHandle | str | None] = SimpleQueue()  # of the thread
+        self.starting = False  # a thread starts workers, and appends to the results
+        self.results: collections.deque[WorkerHandle | str | None] = collections.deque()
         self.mode: StopMode = ""
         self.leave_by = NEVER  # do not wait longer for the thread
         self.deaths: list[float] = []  # of workers without a job
@@ -3719,8 +3717,7 @@ class Crew:
             try:
                 threading.Thread(target=self.start_workers, args=(slots,), daemon=True).start()
             except RuntimeError:  # no more threads
-                self.results.put(os.strerror(errno.EAGAIN))
-                self.results.put(None)
+                self.results.extend((os.strerror(errno.EAGAIN), None))
 
     def start_workers(self, slots: Iterable[int]) -> None:
         for slot in slots:
@@ -3729,14 +3726,14 @@ class Crew:
             worker = (self.files.run_dir.db, name, slot, self.options.queues)
             try:
                 process, pipe = start_worker(*worker, insecure=self.options.insecure)
-                self.results.put(WorkerHandle(name, slot, process, pipe))
+                self.results.append(WorkerHandle(name, slot, process, pipe))
             except (EOFError, OSError) as error:  # its server died, or the machine is at its limit
                 # Not the error: its traceback would keep descriptors open.
-                self.results.put(getattr(error, "strerror", None) or "its fork server died")
+                self.results.append(getattr(error, "strerror", None) or "its fork server died")
             self.files.run_dir.notify()
             if self.mode:
                 break
-        self.results.put(None)
+        self.results.append(None)
         self.files.run_dir.notify()
         if self.leave_by < time.monotonic():  # the pool has left already
             self.close()
@@ -3744,8 +3741,11 @@ class Crew:
     def take_started(self) -> bool:
         """Take in what the thread has started; return whether it has ended, with more to do."""
         more = False
-        while not self.results.empty():
-            result = self.results.get()
+        while True:
+            try:
+                result = self.results.popleft()
+            except IndexError:
+                return more
             if result is None:
                 self.starting = False
                 more = bool(self.missing) or self.started > self.options.size
@@ -3759,7 +3759,6 @@ class Crew:
                 self.missing.remove(result.slot)
                 if self.mode:
                     result.send(self.mode)
-        return more
 
     def is_alive(self) -> bool:
         return bool(self.workers) or (self.starting and time.monotonic() < self.leave_by)
@@ -3925,7 +3924,6 @@ class Pool:
         return self.code
 
     def say(self, text: str) -> None:
-        """Print an event line, after those that are held back."""
         self.flush_events()
         self.options.say(text)
 

@@ -53,7 +53,7 @@ in COMMANDS, job_facts. A column of `list`: job_row and show_jobs.
 
 To follow a job: cmd_enqueue, Queue.enqueue_many, RunDirectory.notify, Pool.turn, Crew.dispatch,
 Worker.main, Ledger.claim, Worker.run, Ledger.finish, after_attempt. To follow a killed worker:
-Pool.reap, Recovery.recover, Termination, Ledger.finish. To follow a signal: Pool.on_signal,
+Pool.reap, Pool.recover, Recovery.step, Termination. To follow a signal: Pool.on_signal,
 Pool.obey_signals, Pool.stop, PoolLink.receive, Execution.watch.
 """
 
@@ -89,8 +89,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from enum import IntEnum
 from functools import lru_cache, partial
-from itertools import chain, islice
-from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Union
+from itertools import chain, islice, product, starmap
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, Union
 
 if TYPE_CHECKING:
     import argparse
@@ -2357,15 +2357,12 @@ class Reader:
         self.clock = clock
 
     def select(self, sql: str, **args: object) -> list[Job]:
-        """Return the jobs that a statement selects."""
         return [Job(*row) for row in self.db.rows(sql, args)]
 
     def first(self, sql: str, **args: object) -> Job | None:
-        """Return the first job that a statement selects, None if there is none."""
         return next(iter(self.select(sql, **args)), None)
 
     def number(self, sql: str, **args: object) -> int:
-        """Return the one number that a statement selects."""
         return int(self.db.rows(sql, args)[0][0])
 
     def get(self, job_id: str) -> Job:
@@ -2378,18 +2375,15 @@ class Reader:
         raise NotFound(f"there is no job {quoted(job_id)} in {self.db.path}{hint}")
 
     def by_seq(self, seq: int) -> Job | None:
-        """Return a job by its number, None if it has been deleted."""
         return self.first(BY_SEQ, seq=seq)
 
     def named(self, ids: Iterable[str]) -> list[Job]:
-        """Return the jobs with these ids, each one once."""
         return list({job.seq: job for job in map(self.get, as_list(ids))}.values())
 
     def is_taken(self, job_id: str) -> bool:
-        """Tell whether a job or an active schedule has an id."""
         return any(self.db.rows(sql, {"id": job_id}) for sql in (BY_ID, ACTIVE_OF_SCHEDULE))
 
-    def all(self, queue: str | None = None) -> Iterator[Job]:
+    def all(self, queue: str | None) -> Iterator[Job]:
         """Yield every job by arrival, in slices: a slow reader must not hold up the -wal."""
         seq = 0
         while jobs := self.select(ALL_JOBS, queue=queue, seq=seq):
@@ -2399,24 +2393,17 @@ class Reader:
     def latest(self, states: Sequence[str], limit: int, queue: str | None) -> list[Job]:
         """Return the jobs in these states that changed last, in order of arrival."""
         found: list[Job] = []
-        asked = {"queue": queue, "limit": limit}
-        for state in states:
-            for readiness in (READY, SCHEDULED, BLOCKED):
-                found += self.select(LATEST, state=state, readiness=readiness, **asked)
+        for state, readiness in product(states, (READY, SCHEDULED, BLOCKED)):
+            asked = {"state": state, "readiness": readiness, "queue": queue, "limit": limit}
+            found += self.select(LATEST, **asked)
         found.sort(key=lambda job: job.updated_at)
         return sorted(found[-limit:])
 
     def attempts(self, job: Job) -> list[Attempt]:
-        """Return the attempts of a job that have ended, oldest first."""
         return [Attempt(*row) for row in self.db.rows(ATTEMPTS, {"seq": job.seq})]
 
     def schedules(self) -> list[Job]:
-        """Return the active job of each schedule."""
         return self.select(SCHEDULES)
-
-    def last_run(self, job: Job) -> Job:
-        """Return the job of the same schedule that ran last, or this job if none has run."""
-        return self.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id) or job
 
     def parents(self, job: Job) -> list[Job]:
         """Return the jobs, up to 100, that a blocked job waits for."""
@@ -2433,11 +2420,9 @@ class Reader:
         return self.db.rows(DEAD_JOBS)
 
     def claimed(self) -> list[Job]:
-        """Return the jobs that a worker, living or dead, has claimed."""
         return self.select(CLAIMED)
 
     def oldest(self, queue: str | None = None) -> Job | None:
-        """Return the ready job, of one queue or of all, that has waited longest."""
         return self.first(OLDEST, state=PENDING, readiness=READY, queue=queue, limit=1)
 
     def blocked(self, queues: Sequence[str] = (), limit: int = 10) -> list[Job]:
@@ -2446,21 +2431,15 @@ class Reader:
         names = as_list(queues) or (None,)
         return [job for name in names for job in self.select(OLDEST, queue=name, **asked)]
 
-    def position(self, job: Job) -> int:
-        """Return how many ready jobs of its queue precede a ready job, counted up to 100,000."""
-        return self.number(POSITION, **job._asdict())
-
-    def counts_by_queue(self) -> list[tuple[str, State, int, int]]:
-        """Return the number of jobs by queue, state and readiness."""
-        return self.db.rows(COUNTS)
+    def counts_by_queue(self, queues: Sequence[str] = ()) -> list[tuple[str, State, int, int]]:
+        """Return the number of jobs by queue, state and readiness, in these queues or in all."""
+        names = as_list(queues)
+        return [row for row in self.db.rows(COUNTS) if not names or row[0] in names]
 
     def counts(self, queues: Sequence[str] = ()) -> dict[str, int]:
-        """Return the number of jobs in each state, in these queues or in all."""
         counts: dict[str, int] = dict.fromkeys(STATES, 0)
-        names = as_list(queues)
-        for queue, state, _, number in self.counts_by_queue():
-            if not names or queue in names:
-                counts[state] += number
+        for _, state, _, number in self.counts_by_queue(queues):
+            counts[state] += number
         return counts
 
     def rate(self, queue: str | None = None, seconds: float = 60) -> float:
@@ -2474,7 +2453,6 @@ class Reader:
         return rate
 
     def settings(self, queue: str = "") -> dict[str, Any]:
-        """Return the value of every setting as it applies to a queue."""
         settings = DEFAULTS.copy()
         for key, value in self.db.rows(STORED_SETTINGS, {"queue": queue}):
             try:
@@ -2489,16 +2467,12 @@ class Reader:
         return [row[0] for row in self.db.rows(PAUSED)]
 
     def waiting_queues(self, queues: Sequence[str]) -> dict[str, int]:
-        """Return the queues, all or of these, with jobs that wait for a time or for a worker.
-
-        Paused queues are left out. The value is SCHEDULED if some of the jobs are.
-        """
+        """Return the unpaused queues with waiting jobs, as SCHEDULED where some are scheduled."""
         names = as_list(queues)
         found = self.db.rows(WAITING_QUEUES)
         return {queue: readiness for queue, readiness in found if not names or queue in names}
 
     def next_ready_time(self, queues: Sequence[str] = ()) -> float | None:
-        """Return when the next scheduled job becomes ready."""
         waiting = self.waiting_queues(queues)
         times = [self.db.rows(NEXT_SCHEDULED, {"queue": queue})[0][0] for queue in waiting]
         return min((when for when in times if when is not None), default=None)
@@ -2506,19 +2480,12 @@ class Reader:
     def drain_blockers(
         self, queues: Sequence[str] = (), horizon: float = LONGEST
     ) -> dict[str, bool]:
-        """Return the queues, all or of these, that a drain waits for; True where they are paused.
-
-        A job runs there, or is ready, or becomes ready within `horizon` seconds. Blocked jobs and
-        the next job of a schedule do not count.
-        """
+        """Return the queues that a drain waits for, some seconds ahead; True where paused."""
         found: dict[str, bool] = {}
         paused = self.paused()
-        names = as_list(queues)
         until = self.clock() + horizon
-        for queue, state, readiness, _ in self.counts_by_queue():
-            if state not in (PENDING, PROCESSING) or readiness == BLOCKED:
-                continue
-            if names and queue not in names:
+        for queue, state, readiness, _ in self.counts_by_queue(queues):
+            if state in FINISHED or readiness == BLOCKED:
                 continue
             if readiness == SCHEDULED:
                 when = self.db.rows(NEXT_SCHEDULED_FOR_DRAIN, {"queue": queue})[0][0]
@@ -2529,14 +2496,10 @@ class Reader:
         return found
 
     def data_version(self) -> int:
-        """Return a number that changes when another connection has changed anything."""
         return self.number(GET_DATA_VERSION)
 
     def changes(self, timeout: float | None = None) -> Iterator[None]:
-        """Yield at once, at every change, and twice a second; end after `timeout` seconds.
-
-        Raises Damaged where the database was moved away or replaced.
-        """
+        """Yield at once, at every change, and twice a second; end after `timeout` seconds."""
         seen = None
         again = 0.0
         for waited in polling(NEVER if timeout is None else timeout, 0.01, 0.01):
@@ -2559,10 +2522,9 @@ class Claim(NamedTuple):
 
 
 class Ledger:
-    """Every change of a job's state. Each is guarded by its own WHERE and concerns one job.
+    """Every change of a job's state. Each is guarded by its own WHERE and concerns one job."""
 
-    The methods that are used together within one transaction leave beginning it to the caller.
-    """
+    # The caller of `add`, `retry`, `cancel` or `delete` begins the transaction.
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
@@ -2573,10 +2535,8 @@ class Ledger:
         """Execute a guarded statement; return whether it changed a row."""
         return self.db.execute(sql, args).rowcount > 0
 
-    # Adding. A row has the columns of INSERTED and, before `add`, the fields of the job.
-
     def add(self, row: dict[str, Any], now: float) -> int:
-        """Insert a validated job and its dependencies; return its number."""
+        """Insert a validated job, a row of INSERTED with its other fields; return its number."""
         when = row.get("run_at", now + row.get("delay", 0))
         if "every" in row:
             row["rule"] = f"every {row['every']:.15g}"
@@ -2595,8 +2555,7 @@ class Ledger:
         except NotFound as error:
             raise BadInput(f"after: {error}") from None
         blocked = any(parent.state != COMPLETED for parent in parents)
-        row["run_after"] = when
-        row["readiness"] = BLOCKED if blocked else when <= now
+        row.update(run_after=when, readiness=BLOCKED if blocked else when <= now)
         seq = self.insert(row)
         for parent in parents:
             met = parent.state == COMPLETED
@@ -2618,7 +2577,6 @@ class Ledger:
             row["seq"] += 1
 
     def next_id_of_schedule(self, schedule_id: str) -> str:
-        """Return the id of the next job of a schedule: its name and a number."""
         newest = self.reader.first(NEWEST_OF_SCHEDULE, id=schedule_id)
         number = int(newest.id.rpartition(".")[2]) + 1 if newest else 1
         while self.reader.is_taken(f"{schedule_id}.{number}"):
@@ -2626,13 +2584,9 @@ class Ledger:
         return f"{schedule_id}.{number}"
 
     def last_seq(self) -> int:
-        """Return the highest number that a job ever had."""
         return self.reader.number(LAST_SEQ, table=self.db.table("jobs"))
 
-    # Claiming and finishing.
-
     def claim(self, worker: str, queues: Sequence[str] = ()) -> Claim | None:
-        """Give the next ready job to a worker, whose lock is held; None where none is ready."""
         with self.db.transaction():
             return self._claim(worker, queues)
 
@@ -2648,31 +2602,18 @@ class Ledger:
         job = min(found, key=lambda j: (-j.priority, j.run_after, j.seq))
         waited = max(0.0, now - job.updated_at)
         self.change(CLAIM, seq=job.seq, worker=worker, now=now, waited=waited)
-        job = job._replace(
-            state=PROCESSING,
-            attempts=job.attempts + 1,
-            run=job.run + 1,
-            waited=waited,
-            locked_by=worker,
-            locked_at=now,
-            updated_at=now,
-        )
+        job = job._replace(state=PROCESSING, attempts=job.attempts + 1, run=job.run + 1)
+        job = job._replace(waited=waited, locked_by=worker, locked_at=now, updated_at=now)
         return Claim(job, self.reader.settings(job.queue))
 
     def finish(
         self, job: Job, outcome: Outcome, next_from: Sequence[str] | None = None
     ) -> tuple[Job | None, Claim | None]:
-        """Record how an attempt ended, and claim the next job in the same transaction.
-
-        `next_from` names the queues to claim from (empty: all of them); None claims nothing.
-        Returns the job as it is now, None if its claim was lost and nothing changed, and the next
-        claim.
-        """
+        """Record how an attempt ended, and claim the next job from these queues (empty: all)."""
         with self.db.transaction():
             after = self._finish(job, outcome)
-            if next_from is None:
-                return after, None
-            return after, self._claim(job.locked_by or "", next_from)
+            worker = job.locked_by or ""
+            return after, None if next_from is None else self._claim(worker, next_from)
 
     def _finish(self, job: Job, outcome: Outcome) -> Job | None:
         if outcome.error is not None or job.rule:  # a completed job completes, cancelled or not
@@ -2682,12 +2623,10 @@ class Ledger:
         settings = self.reader.settings(job.queue) if outcome.error else {}  # they say how to retry
         after = after_attempt(job, outcome, settings, now)
         is_over = after.state in (COMPLETED, DEAD)
-        after = after._replace(
-            readiness=after.state != PENDING or after.run_after <= now,
-            rule=None if is_over else job.rule,
-        )
-        if not self.db.execute(FINISH, after._asdict()).rowcount:
-            return None
+        is_ready = after.state != PENDING or after.run_after <= now
+        after = after._replace(readiness=is_ready, rule=None if is_over else job.rule)
+        if not self.change(FINISH, **after._asdict()):
+            return None  # its claim was lost: nothing has changed
         if outcome.end != "unstarted":
             attempt = (job.seq, job.run, job.locked_by, outcome.word, job.waited, *outcome[1:])
             self.db.execute(ADD_ATTEMPT, attempt)
@@ -2699,7 +2638,6 @@ class Ledger:
         return after
 
     def add_next_of_schedule(self, job: Job, now: float) -> None:
-        """Add the next job of a schedule, in the transaction that ends the last one."""
         when = next_occurrence(str(job.rule), job.scheduled_for or now, now)
         row = {**job._asdict(), "id": job.schedule_id, "created_at": now, "updated_at": now}
         row.update(run_after=when, scheduled_for=when, readiness=SCHEDULED)
@@ -2707,28 +2645,21 @@ class Ledger:
         self.db.notify_when_stored()
 
     def correct_times(self) -> bool:
-        """Reschedule jobs whose times come from a clock that was more than a day ahead.
-
-        A schedule continues from now; a retry waits as long as it was meant to wait. Returns False
-        if there were none.
-        """
+        """Reschedule jobs whose times come from a clock that was more than a day ahead, if any."""
         now = self.clock()
         jobs = self.reader.select(SCHEDULED_AHEAD, limit=now + 86400)
         if not jobs:
             return False
         with self.db.transaction():
             for job in jobs:
-                when = now + job.run_after - job.updated_at
+                when = now + job.run_after - job.updated_at  # a retry waits as long as it was to
                 if job.rule and not job.run:
                     when = next_occurrence(job.rule, now, now)
                 planned = job.scheduled_for if job.run else when
                 self.change(RESCHEDULE, seq=job.seq, when=when, scheduled_for=planned, now=now)
         return True
 
-    # Operating.
-
     def retry(self, job: Job) -> None:
-        """Return a dead or cancelled job to the queue with no attempts used."""
         if not self.change(RETRY, seq=job.seq, now=self.clock()):
             raise NotFound(f"job {printable(job.id)} is {job.state}, not dead or cancelled")
         name = {"id": job.schedule_id}
@@ -2738,24 +2669,19 @@ class Ledger:
             raise BadInput(f"schedule {schedule} is active already, or its name is taken")
 
     def cancel(self, seq: int) -> None:
-        """Cancel a waiting job, or ask the worker of a running one to end it."""
         if not self.change(CANCEL_WAITING, seq=seq, now=self.clock()):
             self.change(CANCEL_RUNNING, seq=seq)
 
     def delete(self, seq: int) -> None:
-        """Delete a job and everything about it."""
         for sql in DELETE_JOB:
             self.db.execute(sql, {"seq": seq})
 
     def delete_slice(self, state: str, before: float) -> int:
-        """Delete some jobs that ended in a state before a time; return how many.
-
-        A job that a blocked job waits for is kept.
-        """
+        """Delete some jobs that ended in a state before a time, unless needed; return how many."""
         with self.db.transaction():
             rows = self.db.rows(PRUNABLE, {"state": state, "before": before})
-            for row in rows:
-                self.delete(row[0])
+            for (seq,) in rows:
+                self.delete(seq)
         return len(rows)
 
 
@@ -2767,17 +2693,13 @@ class JobWatch:
         self.seen = {job.seq: job for job in jobs}
 
     def jobs(self) -> list[Job]:
-        """Return the jobs as they were last seen."""
         return list(self.seen.values())
 
     def refresh(self) -> list[Job]:
-        """Read the unfinished jobs again; return those that are still unfinished.
-
-        A job that was deleted meanwhile must have ended; it counts as completed.
-        """
+        """Read the unfinished jobs again; return those that are still unfinished."""
         for seq, job in self.seen.items():
             if job.state not in FINISHED:
-                deleted = job._replace(state=COMPLETED, exit_code=0)
+                deleted = job._replace(state=COMPLETED, exit_code=0)  # it must have ended
                 self.seen[seq] = self.reader.by_seq(seq) or deleted
         return [job for job in self.seen.values() if job.state not in FINISHED]
 
@@ -3003,8 +2925,6 @@ def last_bytes(fd: int, limit: int) -> tuple[int, bytes]:
     """Return how many bytes of a file precede its last ones, and at most `limit` last bytes."""
     size = os.fstat(fd).st_size
     kept = min(limit, size)
-    if not kept:
-        return size, b""
     os.lseek(fd, size - kept, os.SEEK_SET)
     return size - kept, os.read(fd, kept)
 
@@ -3029,10 +2949,7 @@ class Output(LockFile):
             self.fd = fd
 
     def trim(self, limit: int) -> bool:
-        """Free the disk space of a very long output, except the last `limit` bytes.
-
-        Returns whether there was anything to free.
-        """
+        """Free the space of a very long output but its last bytes; return whether it was long."""
         size = os.fstat(self.fd).st_size
         if size - self.hole <= self.LARGEST + limit:
             return False
@@ -3045,7 +2962,6 @@ class Output(LockFile):
         return True
 
     def tail(self, limit: int) -> tuple[int, bytes]:
-        """Return how many bytes precede the last ones, and at most `limit` last bytes."""
         try:
             dropped, output = last_bytes(self.fd, limit)
         except OSError as error:
@@ -3070,32 +2986,19 @@ class Notices:
             self.say(text)
         self.reported = recent
 
-    def clear(self) -> None:
-        """Forget everything: the next problem is a new one."""
-        self.reported.clear()
-
 
 class Termination:
-    """The end of an attempt's processes: TERM, and KILL when the grace period is over.
-
-    Call `step` until it returns True, each time after `pause` seconds. Processes that outlive KILL
-    are reported, and must delay no stop: then `is_overdue` is true.
-    """
+    """The end of an attempt's processes: TERM, and KILL when the grace period is over."""
 
     def __init__(
-        self,
-        job: Job,
-        run_dir: RunDirectory,
-        grace: float,
-        notices: Notices,
-        output: Output | None = None,
+        self, job: Job, run_dir: RunDirectory, grace: float, notices: Notices, output: Output | None
     ) -> None:
         self.job = job
         self.run_dir = run_dir
         self.notices = notices
         self.output = output  # whose lock this process shares
         self.deadline = time.monotonic() + grace
-        self.pause = 0.005
+        self.pause = 0.005  # seconds before the next step
         self.asked: set[int] = set()
 
     def step(self) -> bool:
@@ -3131,21 +3034,105 @@ class Termination:
 
     @property
     def is_overdue(self) -> bool:
-        """Whether processes have outlived KILL by a second."""
+        """Whether processes have outlived KILL by a second: they must delay no stop."""
         return time.monotonic() > self.deadline + 1
 
 
-def keep_result(run_dir: RunDirectory, job: Job, outcome: Outcome, output: Output | None) -> None:
+class Supervisor(Protocol):
+    """What an attempt needs of its worker's link to the pool, where the worker waits."""
+
+    notices: Notices
+    stopping: bool  # it is time to leave
+
+    def wait(self, until: float, child: Any = None) -> None: ...
+
+
+class Execution:
+    """One attempt of a job. `wanted_end` returns how the operator wants it to end, if so."""
+
+    outcome: Outcome  # once it has ended
+    is_over = True  # False where the worker had to leave before all processes had ended
+
+    def __init__(
+        self,
+        claim: Claim,
+        ledger: Ledger,
+        link: Supervisor,
+        wanted_end: Callable[[Job], End | None],
+    ) -> None:
+        self.job, self.settings = claim
+        self.run_dir = ledger.db.run_dir
+        self.clock = ledger.clock
+        self.link = link
+        self.wanted_end = wanted_end
+        self.output: Output | None = None
+        self.started = self.clock()
+
+    def launch(self, env: Mapping[str, str]) -> Any:
+        """Start the job and return its process; None if that was impossible."""
+        try:
+            self.output = Output(self.run_dir.output_file(self.job))
+            argv = (*self.settings["shell"], self.job.command)
+            return SYSTEM.launch(argv, self.job.cwd, env, self.output.fd, self.run_dir.path)
+        except OSError as error:
+            reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+            blameless = self.output is None or error.errno in EXHAUSTED
+        except Locked as error:
+            reason = str(error)
+            blameless = True
+        end: End = "unstarted" if blameless else "exited"
+        self.outcome = Outcome(end, self.started, self.clock(), None, f"cannot start: {reason}")
+        return None
+
+    def finish(self, child: Any) -> None:
+        end, error = self.watch(child)
+        if error or child.returncode:  # another attempt may follow
+            self.is_over = self.end_processes(child)
+        if self.is_over:
+            SYSTEM.release(child)
+        code = child.poll()
+        error = error or explain_exit(code)
+        finished = max(self.started, self.clock())
+        tail = self.output.tail(self.settings["output_limit"]) if self.output else (0, b"")
+        self.outcome = Outcome(end, self.started, finished, code, error, *tail)
+
+    def watch(self, child: Any) -> tuple[End, str | None]:
+        timeout = self.settings["timeout"] if self.job.timeout is None else self.job.timeout
+        deadline = time.monotonic() + timeout if timeout else NEVER
+        pause = 0.01
+        while child.poll() is None:
+            now = time.monotonic()
+            if end := self.wanted_end(self.job):
+                return end, f"{'stopped' if end == 'released' else end} by the operator"
+            if now >= deadline:
+                return "timed out", f"timed out after {format_duration(timeout)}"
+            self.link.wait(min(deadline, now + pause), child)
+            if self.output and time.monotonic() > now + pause:
+                trimmed = self.output.trim(self.settings["output_limit"])
+                pause = 0.01 if trimmed else min(pause * 2, 0.1)
+        return "exited", None
+
+    def end_processes(self, child: Any) -> bool:
+        """End the remaining processes; return False where some remain and it is time to leave."""
+        grace = self.settings["kill_grace"]
+        ending = Termination(self.job, self.run_dir, grace, self.link.notices, self.output)
+        while not ending.step() or child.poll() is None:
+            if ending.is_overdue and self.link.stopping:
+                return False
+            self.link.wait(time.monotonic() + ending.pause, child)
+        return True
+
+
+def keep_result(run_dir: RunDirectory, job: Job, outcome: Outcome, output: Output) -> None:
     """Keep a result that cannot be stored in the output file's name: a full disk permits that."""
     from base64 import urlsafe_b64encode
 
-    if output:
-        error = outcome.error and ascii(outcome.error)[1:-1][:50]  # a name has at most 255 bytes
-        facts = json.dumps([*outcome[:4], error, output.bytes_dropped])
-        kept = urlsafe_b64encode(facts.encode()).decode()
-        with contextlib.suppress(OSError):  # then the attempt counts as crashed
-            os.close(output.fd)  # Windows does not rename open files
-            os.rename(output.path, run_dir.file(job.seq, job.run, "kept", kept))
+    error = outcome.error and ascii(outcome.error)[1:-1][:50]  # a name has at most 255 bytes
+    facts = json.dumps([*outcome[:4], error, output.bytes_dropped])
+    kept = urlsafe_b64encode(facts.encode()).decode()
+    with contextlib.suppress(OSError):  # then the attempt counts as crashed
+        os.close(output.fd)  # Windows does not rename open files
+        os.rename(output.path, run_dir.file(job.seq, job.run, "kept", kept))
 
 
 def kept_result(run_dir: RunDirectory, job: Job) -> Outcome | None:
@@ -3160,41 +3147,19 @@ def kept_result(run_dir: RunDirectory, job: Job) -> Outcome | None:
     return None
 
 
-def recovered_outcome(
-    run_dir: RunDirectory, job: Job, kept: Outcome | None, now: float, limit: int
-) -> Outcome:
-    """Return how a dead worker's attempt ended: as in the kept result, else in a crash."""
-    then = job.locked_at or 0.0
-    outcome = kept or Outcome("crashed", then, max(then, now), None, "its worker died")
-    for name in run_dir.attempt_files(job):
-        with contextlib.suppress(FileNotFoundError):  # another pool was faster
-            with open(run_dir.file(name), "rb", opener=open_own) as file:
-                dropped, output = last_bytes(file.fileno(), limit)
-            dropped += outcome.bytes_dropped
-            outcome = outcome._replace(bytes_dropped=dropped, output=output)
-    return outcome
-
-
 # --- worker: the process that runs one job at a time ----------------------------------------------
 
 BATCH = 0.04  # seconds for which news, syncs and polls are collected if they are not urgent
-AGAIN = 0.25  # seconds before the second try of something that failed, doubled each time
-LONGEST_AGAIN = 4.0
-
-Request = Literal["go", "stop", "now", "cancel"]  # of a pool to a worker
+AGAIN = 0.25  # seconds before the second try of something that failed, doubled each time up to 4
 
 
 class News(NamedTuple):
-    """What a worker tells its pool: its state, or an event.
-
-    An "event" has a line of text for people, the job's state, if any, and the time on the
-    monotonic clock. "damaged" has the reason why no worker can continue.
-    """
+    """What a worker tells its pool: its state, or an event. "damaged" ends the pool."""
 
     kind: Literal["idle", "busy", "left", "damaged", "event"]
-    text: str = ""
-    state: str = ""
-    when: float = 0.0
+    text: str = ""  # a line for people
+    state: str = ""  # of the job that an event is about
+    when: float = 0.0  # on the monotonic clock
 
 
 # Pool and worker send each other JSON lists, one a line. The pool's end of the pipe never blocks:
@@ -3228,10 +3193,7 @@ class LineReader:
 
 
 class PoolLink:
-    """A worker's side of the pipe to its pool, and the one place where the worker waits.
-
-    The end of the pipe means that the pool is gone.
-    """
+    """A worker's side of the pipe to its pool, and the one place where the worker waits."""
 
     def __init__(self, pipe: Pipe) -> None:
         self.pipe = pipe
@@ -3240,7 +3202,7 @@ class PoolLink:
         self.notices = Notices(lambda text: self.send(News("event", text)))
         self.stopping = False  # claim no more jobs
         self.ending = False  # end the running job too
-        self.orphaned = False  # the pool is gone
+        self.orphaned = False  # the pool is gone: its end of the pipe is closed
         self.cancelled = ""  # the key of the attempt to cancel
         self.outbox: list[News] = []
         self.flush_at = NEVER
@@ -3252,18 +3214,15 @@ class PoolLink:
         self.flush()
 
     def flush(self) -> None:
-        """Send the collected news if it is time to."""
-        if self.outbox and time.monotonic() >= self.flush_at:
-            news = self.outbox
-            self.outbox = []
+        if time.monotonic() >= self.flush_at:
             self.flush_at = NEVER
             try:
-                write_line(self.pipe, *news)
+                write_line(self.pipe, *self.outbox)
             except OSError:
                 self.lose_pool()
+            self.outbox.clear()
 
     def receive(self) -> None:
-        """Read and obey the requests of the pool."""
         try:
             while not self.orphaned and self.pipe.poll():
                 for request in self.reader.read():
@@ -3271,7 +3230,7 @@ class PoolLink:
         except (EOFError, OSError):
             self.lose_pool()
 
-    def obey(self, request: Request, key: str = "") -> None:
+    def obey(self, request: Literal["go", "stop", "now", "cancel"], key: str = "") -> None:
         """Obey one request; "go" only wakes the worker."""
         self.stopping |= request in ("stop", "now")
         self.ending |= request == "now"
@@ -3295,86 +3254,6 @@ class PoolLink:
             self.receive()
 
 
-class Execution:
-    """One attempt of a job. `interruption` returns how the operator wants it to end, if so."""
-
-    outcome: Outcome  # once it has ended
-    is_over = True  # False where the worker had to leave before all processes had ended
-
-    def __init__(
-        self,
-        claim: Claim,
-        ledger: Ledger,
-        link: PoolLink,
-        interruption: Callable[[Job], End | None],
-    ) -> None:
-        self.job, self.settings = claim
-        self.run_dir = ledger.db.run_dir
-        self.clock = ledger.clock
-        self.link = link
-        self.interruption = interruption
-        self.output: Output | None = None
-        self.started = self.clock()
-
-    def launch(self, env: Mapping[str, str]) -> Any:
-        """Start the job and return its process; None if that was impossible."""
-        try:
-            self.output = Output(self.run_dir.output_file(self.job))
-            argv = (*self.settings["shell"], self.job.command)
-            home = self.run_dir.path
-            return SYSTEM.launch(argv, self.job.cwd, env, self.output.fd, home)
-        except OSError as error:
-            reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-            blameless = self.output is None or error.errno in EXHAUSTED
-        except Locked as error:
-            reason = str(error)
-            blameless = True
-        end: End = "unstarted" if blameless else "exited"
-        self.outcome = Outcome(end, self.started, self.clock(), None, f"cannot start: {reason}")
-        return None
-
-    def finish(self, child: Any) -> None:
-        """Watch the job until it has ended, and its remaining processes if it failed."""
-        end, error = self.watch(child)
-        if error or child.returncode:  # another attempt may follow
-            self.is_over = self.end_processes(child)
-        if self.is_over:
-            SYSTEM.release(child)
-        code = child.poll()
-        error = error or explain_exit(code)
-        finished = max(self.started, self.clock())
-        tail = self.output.tail(self.settings["output_limit"]) if self.output else (0, b"")
-        self.outcome = Outcome(end, self.started, finished, code, error, *tail)
-
-    def watch(self, child: Any) -> tuple[End, str | None]:
-        """Wait for the end of a job, or for a reason to end it; return both."""
-        timeout = self.settings["timeout"] if self.job.timeout is None else self.job.timeout
-        deadline = time.monotonic() + timeout if timeout else NEVER
-        pause = 0.01
-        while child.poll() is None:
-            now = time.monotonic()
-            end = self.interruption(self.job)
-            if end:
-                return end, f"{'stopped' if end == 'released' else end} by the operator"
-            if now >= deadline:
-                return "timed out", f"timed out after {format_duration(timeout)}"
-            self.link.wait(min(deadline, now + pause), child)
-            if self.output and time.monotonic() > now + pause:
-                trimmed = self.output.trim(self.settings["output_limit"])
-                pause = 0.01 if trimmed else min(pause * 2, 0.1)
-        return "exited", None
-
-    def end_processes(self, child: Any) -> bool:
-        """End the remaining processes; return False where some remain and it is time to leave."""
-        grace = self.settings["kill_grace"]
-        ending = Termination(self.job, self.run_dir, grace, self.link.notices, self.output)
-        while not ending.step() or child.poll() is None:
-            if ending.is_overdue and self.link.stopping:
-                return False
-            self.link.wait(time.monotonic() + ending.pause, child)
-        return True
-
-
 class Worker:
     """A process that claims a job, runs it, records how it ended, and claims the next one."""
 
@@ -3396,28 +3275,24 @@ class Worker:
         self.db.keep_waiting = self.keep_waiting
 
     def keep_waiting(self, waited: float) -> bool:
-        """Wait for a lock, unless it is time to leave."""
         if waited > 0.3:  # before that, asking the pool costs more than another try
             self.link.receive()
         return waited <= 0.3 or not self.link.stopping
 
     def main(self) -> None:
-        """Claim a job, run it, record how it ended and claim the next one, until told to stop.
-
-        While a result cannot be recorded, nothing is claimed. When it is time to leave, the result
-        stays in the run directory for the pool that recovers the job.
-        """
-        ended: Execution | None = None
+        ended: Execution | None = None  # while its result cannot be recorded, nothing is claimed
         self.link.receive()  # it may be time to leave already
         while ended.is_over if ended else not self.link.stopping:
             try:
                 claim = self.record(ended) if ended else self.claim()
             except Fault as error:
-                if self.must_leave(error):
+                if isinstance(error, Damaged):  # no retry cures it
+                    self.link.send(News("damaged", str(error)))
+                    self.link.stopping = True
+                if self.link.stopping:
                     break
                 task = f"record how job {ended.job.id} ended" if ended else "claim a job"
-                trouble = f"cannot {task}"
-                self.link.notices.report(f"{trouble}: {error}; trying again", key=trouble)
+                self.link.notices.report(f"cannot {task}: {error}; trying again", key=task)
                 self.back_off()
                 continue
             unstarted = ended and ended.outcome.end == "unstarted"
@@ -3428,56 +3303,41 @@ class Worker:
                 self.note_success()
                 self.link.send(News("idle"))
                 self.link.wait()
-        if ended:
+        if ended and ended.output:  # for the pool that recovers the job
             keep_result(self.run_dir, ended.job, ended.outcome, ended.output)
         self.link.send(News("left"))
         self.lock_file.close()
 
-    def must_leave(self, fault: Fault) -> bool:
-        """Tell whether a fault ends this worker, and tell the pool of one that no retry cures."""
-        if isinstance(fault, Damaged):
-            self.link.send(News("damaged", str(fault)))
-            self.link.stopping = True
-        return self.link.stopping
-
     def claim(self) -> Claim | None:
-        """Claim a job, and tell the pool."""
-        claim = self.ledger.claim(self.name, self.queues)
-        if claim:
+        if claim := self.ledger.claim(self.name, self.queues):
             self.link.send(News("busy"))
         return claim
 
     def back_off(self) -> None:
-        """Wait before the next try, longer each time, unless it is time to leave."""
         until = time.monotonic() + self.pause
-        self.pause = min(self.pause * 2, LONGEST_AGAIN)
+        self.pause = min(self.pause * 2, 4.0)
         while time.monotonic() < until and not self.link.stopping:
             self.link.wait(until)
 
     def note_success(self) -> None:
-        """Forget the problems so far: the next one is reported at once and retried soon."""
-        self.link.notices.clear()
+        self.link.notices.reported.clear()
         self.pause = AGAIN
 
     def run(self, claim: Claim) -> Execution:
-        """Run one attempt of a job to its end."""
         job = claim.job
-        execution = Execution(claim, self.ledger, self.link, self.interruption)
-        child = execution.launch(self.environment(job))
-        if child:
+        execution = Execution(claim, self.ledger, self.link, self.wanted_end)
+        if child := execution.launch(self.environment(job)):
             self.note_success()
             note = {"key": job.key, "leader": child.pid, "namespace": pid_namespace()}
             note["launched"] = execution.started
             self.lock_file.write_note(pid=os.getpid(), slot=self.slot, **note)
             execution.finish(child)
         elif execution.outcome.end == "unstarted":
-            name = printable(job.id)
-            text = f"job {name} {execution.outcome.error}; trying again"
-            self.link.notices.report(text, key=f"{name} unstarted")
+            text = f"job {printable(job.id)} {execution.outcome.error}; trying again"
+            self.link.notices.report(text, key=f"{job.id} unstarted")
         return execution
 
     def environment(self, job: Job) -> dict[str, str]:
-        """Return what a job's environment has besides the worker's."""
         return {
             **json.loads(job.env or "{}"),
             "QUEUECTL_JOB_ID": job.id,
@@ -3487,25 +3347,19 @@ class Worker:
             "QUEUECTL_RUN": self.run_dir.run_token(job),
         }
 
-    def interruption(self, job: Job) -> End | None:
-        """Return how the operator wants the running attempt to end, if so."""
-        if self.link.orphaned:
-            self.poll_requests(job)
+    def wanted_end(self, job: Job) -> End | None:
+        if self.link.orphaned:  # look for the requests that the pool would have passed on
+            if self.run_dir.stop_requested(pool_of(self.name)) == "now":
+                self.link.obey("now")
+            with contextlib.suppress(QueueError):
+                stored = self.ledger.reader.by_seq(job.seq)
+                if stored and stored.cancel_requested:
+                    self.link.obey("cancel", job.key)
         if self.link.ending:
             return "released"
         return "cancelled" if job.key == self.link.cancelled else None
 
-    def poll_requests(self, job: Job) -> None:
-        """Look for the requests that the pool, which is gone, would have passed on."""
-        if self.run_dir.stop_requested(pool_of(self.name)) == "now":
-            self.link.obey("now")
-        with contextlib.suppress(QueueError):
-            stored = self.ledger.reader.by_seq(job.seq)
-            if stored and stored.cancel_requested:
-                self.link.obey("cancel", job.key)
-
     def record(self, ended: Execution) -> Claim | None:
-        """Record how an attempt ended and claim the next job, in one transaction."""
         outcome = ended.outcome
         unstarted = outcome.end == "unstarted"
         self.db.set_synchronous("full" if self.link.orphaned else ended.settings["synchronous"])
@@ -3541,10 +3395,6 @@ def run_worker(environ: dict[str, str], *worker: Any, insecure: bool) -> None:
 LARGEST_WAL = 16 << 20  # bytes; SQLite lets the -wal grow as long as there is always a reader
 MAX_DEATHS = 5  # of workers without a job, in a minute: then something is wrong with the machine
 PROMPT = 0.25  # seconds in which an idle worker answers a request, unless it is stopped
-STOPPING: Mapping[StopMode, str] = {
-    "stop": "no new jobs; finishing the running ones",
-    "now": "ending the running jobs; they return to the queue",
-}
 STARTING = threading.Lock()  # all pools of a process share a fork server
 
 
@@ -3566,46 +3416,26 @@ class PoolOptions(NamedTuple):
 
 
 class Agenda:
-    """When each step of a pool is due, on the monotonic clock."""
+    """When each step of a pool is due, on the monotonic clock. The steps keep their order."""
 
-    def __init__(self) -> None:
-        self.due: dict[str, float] = {}
+    def __init__(self, *steps: Callable[[], None]) -> None:
+        self.due = dict.fromkeys(steps, NEVER)
 
-    def set(self, step: str, seconds: float) -> None:
-        """Make a step due in so many seconds, whenever it was due before."""
+    def set(self, step: Callable[[], None], seconds: float) -> None:
         self.due[step] = time.monotonic() + seconds
 
-    def within(self, step: str, seconds: float) -> None:
+    def within(self, step: Callable[[], None], seconds: float) -> None:
         """Make a step due within so many seconds, or earlier if it is due earlier."""
-        self.due[step] = min(self.due.get(step, NEVER), time.monotonic() + seconds)
+        self.due[step] = min(self.due[step], time.monotonic() + seconds)
 
-    def take(self, step: str) -> bool:
-        """Return whether a step is due, and drop it if so."""
-        is_due = self.due.get(step, NEVER) <= time.monotonic()
-        if is_due:
-            del self.due[step]
-        return is_due
+    def take(self) -> Iterator[Callable[[], None]]:
+        for step in self.due:
+            if self.due[step] <= time.monotonic():
+                self.due[step] = NEVER
+                yield step
 
     def pause(self) -> float:
-        """Return the seconds until the first step is due."""
         return max(0.0, min(self.due.values()) - time.monotonic())
-
-
-class Events:
-    """Event lines of several workers, printed in the order in which things happened.
-
-    Workers send their news up to BATCH seconds late, so a line is held for that long.
-    """
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
-        self.held: list[tuple[float, str]] = []  # with times on the monotonic clock
-
-    def flush(self, before: float = NEVER) -> None:
-        """Print the lines about events before a time."""
-        self.held.sort()
-        while self.held and self.held[0][0] < before:
-            self.say(self.held.pop(0)[1])
 
 
 class PoolFiles:
@@ -3620,13 +3450,8 @@ class PoolFiles:
             self.lock_file = LockFile(self.run_dir.file(self.name))  # says: this pool is alive
             stack.callback(self.lock_file.close)
             stack.callback(self.remove_requests)
-            self.lock_file.write_note(
-                pid=os.getpid(),
-                host=socket.gethostname(),
-                started=clock(),
-                count=options.size,
-                queues=list(options.queues),
-            )
+            facts = {"pid": os.getpid(), "host": socket.gethostname(), "started": clock()}
+            self.lock_file.write_note(**facts, count=options.size, queues=list(options.queues))
             lock = os.fstat(self.lock_file.fd)
             self.watched = {db.path: os.stat(db.path), self.lock_file.path: lock}
             self.wakeup = SYSTEM.make_wakeup(self.run_dir.file(self.name, "fifo"))
@@ -3635,19 +3460,16 @@ class PoolFiles:
             self.close = stack.pop_all().close
 
     def remove_requests(self) -> None:
-        """Remove the FIFO and the stop requests."""
         for item in self.run_dir.files(self.name + "."):
             with contextlib.suppress(OSError):
                 os.unlink(self.run_dir.file(item))
 
     def require_in_place(self) -> None:
-        """Raise Damaged where the database or the run directory was moved away or replaced."""
         for path, info in self.watched.items():
-            in_place = False
             with contextlib.suppress(FileNotFoundError):
-                in_place = os.path.samestat(os.stat(path), info)
-            if not in_place:
-                raise Damaged(f"{path} was moved away or replaced")
+                if os.path.samestat(os.stat(path), info):
+                    continue
+            raise Damaged(f"{path} was moved away or replaced")
 
 
 def begin_worker(pipe: Pipe) -> None:
@@ -3701,14 +3523,8 @@ class Crew:
     """The workers of a pool: start the missing ones, wake idle ones, remove dead ones."""
 
     def __init__(
-        self,
-        files: PoolFiles,
-        options: PoolOptions,
-        notices: Notices,
-        fail: Callable[[Fault], None],
+        self, files: PoolFiles, options: PoolOptions, notices: Notices, fail: Callable[[Fault], Any]
     ) -> None:
-        from queue import SimpleQueue
-
         self.files = files
         self.options = options
         self.notices = notices
@@ -3716,48 +3532,41 @@ class Crew:
         self.workers: list[WorkerHandle] = []
         self.missing = list(range(1, options.size + 1))  # slots without a worker
         self.started = 0
-        self.starting = False  # a thread starts workers
-        self.results: SimpleQueue[WorkerHandle | str | None] = SimpleQueue()  # of the thread
+        self.starting = False  # a thread starts workers, and appends to the results
+        self.results: collections.deque[WorkerHandle | str | None] = collections.deque()
         self.mode: StopMode = ""
         self.leave_by = NEVER  # do not wait longer for the thread
         self.deaths: list[float] = []  # of workers without a job
         self.maybe_work = True  # there may be ready jobs for which no worker was woken
 
     def states(self) -> list[WorkerState]:
-        """Return the states of the workers."""
         return [worker.state for worker in self.workers]
 
     def start_missing(self) -> None:
-        """Start the missing workers in a thread, because the process that forks them may hang.
-
-        The first ones start together, replacements one at a time.
-        """
-        slots = self.missing[:1] if self.started else self.missing[:]
+        """Start the missing workers in a thread, because the process that forks them may hang."""
+        slots = self.missing[:1] if self.started else self.missing[:]  # replacements singly
         if slots and not self.starting and not self.mode:
             self.starting = True
             try:
                 threading.Thread(target=self.start_workers, args=(slots,), daemon=True).start()
             except RuntimeError:  # no more threads
-                self.results.put(os.strerror(errno.EAGAIN))
-                self.results.put(None)
+                self.results.extend((os.strerror(errno.EAGAIN), None))
 
     def start_workers(self, slots: Iterable[int]) -> None:
-        """Start workers one after the other; pass on each, or what makes it impossible."""
-        options = self.options
         for slot in slots:
             self.started += 1
             name = worker_name(self.files.name, self.started)
-            worker = (self.files.run_dir.db, name, slot, options.queues)
+            worker = (self.files.run_dir.db, name, slot, self.options.queues)
             try:
-                process, pipe = start_worker(*worker, insecure=options.insecure)
-                self.results.put(WorkerHandle(name, slot, process, pipe))
+                process, pipe = start_worker(*worker, insecure=self.options.insecure)
+                self.results.append(WorkerHandle(name, slot, process, pipe))
             except (EOFError, OSError) as error:  # its server died, or the machine is at its limit
                 # Not the error: its traceback would keep descriptors open.
-                self.results.put(getattr(error, "strerror", None) or "its fork server died")
+                self.results.append(getattr(error, "strerror", None) or "its fork server died")
             self.files.run_dir.notify()
             if self.mode:
                 break
-        self.results.put(None)
+        self.results.append(None)
         self.files.run_dir.notify()
         if self.leave_by < time.monotonic():  # the pool has left already
             self.close()
@@ -3765,30 +3574,27 @@ class Crew:
     def take_started(self) -> bool:
         """Take in what the thread has started; return whether it has ended, with more to do."""
         more = False
-        while not self.results.empty():
-            result = self.results.get()
+        while True:
+            try:
+                result = self.results.popleft()
+            except IndexError:
+                return more
             if result is None:
                 self.starting = False
                 more = bool(self.missing) or self.started > self.options.size
             elif isinstance(result, str):
-                self.report_failed_start(result)
+                trouble = f"a worker cannot be started: {result}"
+                self.notices.report(f"{trouble}; trying again")
+                if not self.workers:  # without any worker, this cannot last
+                    self.count_death(trouble)
             else:
                 self.workers.append(result)
                 self.missing.remove(result.slot)
                 if self.mode:
                     result.send(self.mode)
-        return more
 
     def is_alive(self) -> bool:
-        """Tell whether there are workers, or may soon be."""
         return bool(self.workers) or (self.starting and time.monotonic() < self.leave_by)
-
-    def report_failed_start(self, reason: str) -> None:
-        """Report that a worker cannot be started; without any worker, this cannot last."""
-        trouble = f"a worker cannot be started: {reason}"
-        self.notices.report(f"{trouble}; trying again")
-        if not self.workers:
-            self.count_death(trouble)
 
     def count_death(self, how: str) -> None:
         """Note that a worker died without a job, or could not be started; too many are a fault."""
@@ -3818,20 +3624,16 @@ class Crew:
             worker.send("go")
 
     def check_answers(self) -> None:
-        """Stop waiting for workers that do not answer; they may be stopped.
-
-        Such a worker counts as busy: once continued, it looks for a job by itself.
-        """
+        """Stop waiting for workers that do not answer; they may be stopped."""
         now = time.monotonic()
         for worker in self.workers:
             if worker.state == "notified" and now > worker.answer_by:
-                worker.state = "busy"
+                worker.state = "busy"  # once continued, it looks for a job by itself
                 self.maybe_work = True
             if now > worker.answer_by + 5:
                 self.notices.report(f"{worker.name} does not answer; it may be stopped")
 
     def cancel(self, claimed: Iterable[Job]) -> None:
-        """Ask the workers to end the jobs that the operator has cancelled."""
         keys = {job.locked_by: job.key for job in claimed if job.cancel_requested}
         for worker in self.workers:
             key = keys.get(worker.name, worker.cancelled)
@@ -3840,7 +3642,6 @@ class Crew:
                 worker.send("cancel", key)
 
     def stop(self, mode: Literal["stop", "now"]) -> None:
-        """Ask every worker to stop, and start no more."""
         self.mode = mode
         self.leave_by = min(self.leave_by, time.monotonic() + 1)
         for worker in self.workers:
@@ -3855,35 +3656,22 @@ class Crew:
 
 
 class Recovery:
-    """Return the jobs of dead workers to the queue, once all their processes are gone.
+    """Return the jobs of dead workers to the queue, once all their processes are gone."""
 
-    `attempt` takes a step that may fail alone; `report` gets a job's state and an event line.
-    """
-
-    def __init__(
-        self,
-        ledger: Ledger,
-        notices: Notices,
-        attempt: Callable[..., bool],
-        report: Callable[[str, str], None],
-    ) -> None:
+    def __init__(self, ledger: Ledger, notices: Notices, report: Callable[..., None]) -> None:
         self.ledger = ledger
         self.run_dir = ledger.db.run_dir
         self.notices = notices
-        self.attempt = attempt
-        self.report = report
+        self.report = report  # is called with a job's state and an event line
         self.orphans: dict[str, Termination] = {}  # by the key of the attempt
         self.has_strangers = False  # some jobs belong to workers that are not, or no longer, ours
 
-    def recover(self, claimed: Sequence[Job], ours: set[str | None]) -> None:
-        """Take a step for each claimed job whose worker is not ours."""
+    def strangers(self, claimed: Sequence[Job], ours: set[str | None]) -> list[Job]:
         keys = {job.key for job in claimed}
         self.orphans = {key: orphan for key, orphan in self.orphans.items() if key in keys}
         strangers = [job for job in claimed if job.locked_by not in ours]
         self.has_strangers = bool(strangers)
-        for job in strangers:
-            if not self.attempt(self.step, job):  # each would wait for the same lock
-                break
+        return strangers
 
     def step(self, job: Job) -> None:
         """If the worker of a job is dead, end the remaining processes, and then requeue the job."""
@@ -3892,7 +3680,7 @@ class Recovery:
         settings = self.ledger.reader.settings(job.queue)
         if job.key not in self.orphans:
             grace = settings["kill_grace"]
-            self.orphans[job.key] = Termination(job, self.run_dir, grace, self.notices)
+            self.orphans[job.key] = Termination(job, self.run_dir, grace, self.notices, None)
         kept = kept_result(self.run_dir, job)
         completed = kept and not kept.error  # then its background processes run on
         if completed or self.orphans[job.key].step():
@@ -3900,17 +3688,25 @@ class Recovery:
             self.requeue(job, kept, settings["output_limit"])
 
     def requeue(self, job: Job, kept: Outcome | None, limit: int) -> None:
-        """Record how a dead worker's attempt ended, and remove its files."""
-        outcome = recovered_outcome(self.run_dir, job, kept, self.ledger.clock(), limit)
-        after, _ = self.ledger.finish(job, outcome)
-        for name in self.run_dir.attempt_files(job):
+        """Record how a dead worker's attempt ended, as kept or in a crash; remove its files."""
+        then = job.locked_at or 0.0
+        now = max(then, self.ledger.clock())
+        outcome = kept or Outcome("crashed", then, now, None, "its worker died")
+        files = [self.run_dir.file(name) for name in self.run_dir.attempt_files(job)]
+        for path in files:
             with contextlib.suppress(FileNotFoundError):  # another pool was faster
-                os.unlink(self.run_dir.file(name))
+                with open(path, "rb", opener=open_own) as file:
+                    dropped, output = last_bytes(file.fileno(), limit)
+                dropped += outcome.bytes_dropped
+                outcome = outcome._replace(bytes_dropped=dropped, output=output)
+        after, _ = self.ledger.finish(job, outcome)
+        for path in files:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
         if after:
             self.report(after.state, describe_end(job, after, outcome))
 
     def is_ending(self) -> bool:
-        """Tell whether processes of dead workers are being ended, and are not overdue."""
         return not all(orphan.is_overdue for orphan in self.orphans.values())
 
 
@@ -3919,21 +3715,14 @@ class Pool:
 
     def __init__(self, ledger: Ledger, files: PoolFiles, options: PoolOptions) -> None:
         self.ledger = ledger
-        self.reader = ledger.reader
         self.files = files
         self.options = options
-        self.events = Events(options.say)
+        self.events: list[tuple[float, str]] = []  # lines held back, as news come late
         self.notices = Notices(self.say)
-        self.agenda = Agenda()
         self.crew = Crew(files, options, self.notices, self.fail)
-        self.recovery = Recovery(ledger, self.notices, self.attempt, self.report_recovered)
-        self.steps = {
-            "poll": self.poll,
-            "start": self.crew.start_missing,
-            "prune": self.prune,
-            "sync": self.sync,
-            "print": self.print_events,
-        }
+        self.recovery = Recovery(ledger, self.notices, self.report_recovered)
+        start = self.crew.start_missing
+        self.agenda = Agenda(self.poll, start, self.prune, self.sync, self.print_events)
         self.signals: list[tuple[float, int]] = []
         self.code: int = Exit.OK
         self.fault: Fault | None = None
@@ -3947,21 +3736,20 @@ class Pool:
         self.signals.append((time.monotonic(), number))
 
     def main(self) -> int:
-        """Run until stopped or drained; return the exit code."""
         with contextlib.ExitStack() as stack:
             if self.options.signals:
                 stack.enter_context(handle_signals(self.on_signal, self.files.wakeup))
             stack.callback(self.crew.close)
-            has_jobs = any(self.reader.counts().values())
-            empty = "" if has_jobs else ", where there are no jobs yet"
+            reader = self.ledger.reader
+            empty = "" if any(reader.counts().values()) else ", where there are no jobs yet"
             workers = plural(self.options.size, "worker")
             self.say(f"{workers} on {printable(self.ledger.db.path)}{empty}")
-            self.attempt(self.files.run_dir.clean, self.reader.claimed())
-            for step in ("poll", "prune", "start"):
+            self.attempt(self.files.run_dir.clean, reader.claimed())
+            for step in (self.poll, self.prune, self.crew.start_missing):
                 self.agenda.set(step, 0.0)
             while not self.crew.mode or self.crew.is_alive() or self.recovery.is_ending():
                 self.turn()
-            self.events.flush()
+            self.flush_events()
             with self.ledger.db.translate_errors():
                 self.sync()
         if self.fault:
@@ -3969,37 +3757,42 @@ class Pool:
         return self.code
 
     def say(self, text: str) -> None:
-        """Print an event line, after those that are held."""
-        self.events.flush()
+        self.flush_events()
         self.options.say(text)
 
+    def flush_events(self, before: float = NEVER) -> None:
+        """Print the lines about events before a time, in the order in which things happened."""
+        self.events.sort()
+        while self.events and self.events[0][0] < before:
+            self.options.say(self.events.pop(0)[1])
+
     def turn(self) -> None:
-        """Wait for an event, and act on it."""
         self.options.tick()
-        ready = self.wait()
+        sources = [self.files.wakeup, *(worker.pipe for worker in self.crew.workers)]
+        limit = min(self.agenda.pause(), max(0.0, self.ready_at - self.ledger.clock()))
+        ready = SYSTEM.wait(sources, None, limit)
+        if self.files.wakeup in ready:  # there is work, a stop request, a new worker or a signal
+            self.crew.maybe_work = True
+            self.agenda.set(self.poll, 0.0)
         if self.crew.take_started():
-            self.agenda.set("start", 1.0)
+            self.agenda.set(self.crew.start_missing, 1.0)
         for worker in [worker for worker in self.crew.workers if worker.pipe in ready]:
             self.receive(worker)
         self.obey_signals()
         if self.ledger.clock() >= self.ready_at:
             self.ready_at = NEVER
             self.crew.maybe_work = True
-            self.agenda.within("poll", BATCH)  # when is the next one due?
-        for name, step in self.steps.items():
-            if self.agenda.take(name):
-                self.attempt(step)
+            self.agenda.within(self.poll, BATCH)  # when is the next one due?
+        for step in self.agenda.take():
+            self.attempt(step)
         self.attempt(self.dispatch)
 
     def attempt(self, step: Callable[..., None], *args: Any) -> bool:
-        """Take a step; report a fault that may pass, and prevent nothing else.
-
-        Returns False if another program has the lock: not everything can wait for it in turn.
-        """
+        """Take a step; report a fault that may pass. Return False if the database is locked."""
         try:
             with self.ledger.db.translate_errors():
                 step(*args)
-        except Locked:
+        except Locked:  # not everything can wait for it in turn
             return False
         except Damaged as error:
             self.fail(error)
@@ -4007,18 +3800,7 @@ class Pool:
             self.notices.report(f"{error}; trying again")
         return True
 
-    def wait(self) -> list[Any]:
-        """Sleep until the FIFO, a worker, a signal, or a step; return the readable sources."""
-        sources = [self.files.wakeup, *(worker.pipe for worker in self.crew.workers)]
-        limit = min(self.agenda.pause(), max(0.0, self.ready_at - self.ledger.clock()))
-        ready = SYSTEM.wait(sources, None, limit)
-        if self.files.wakeup in ready:  # there is work, a stop request, a new worker or a signal
-            self.crew.maybe_work = True
-            self.agenda.set("poll", 0.0)
-        return ready
-
     def receive(self, worker: WorkerHandle) -> None:
-        """Take in a worker's news."""
         try:
             lists = worker.reader.read()
         except BlockingIOError:
@@ -4027,141 +3809,129 @@ class Pool:
             self.reap(worker)
             return
         worker.answer_by = NEVER
-        for item in chain.from_iterable(lists):
-            self.take_news(worker, News(*item))
-
-    def take_news(self, worker: WorkerHandle, news: News) -> None:
-        """Act on one item of a worker's news."""
-        if news.kind == "damaged":
-            self.fail(Fault(news.text))
-        elif news.kind == "event":
-            self.report(news.state, news.text, news.when)
-        else:
-            worker.state = news.kind
+        for news in starmap(News, chain.from_iterable(lists)):
+            if news.kind == "damaged":
+                self.fail(Fault(news.text))
+            elif news.kind == "event":
+                self.report(news.state, news.text, news.when)
+            else:
+                worker.state = news.kind
             if news.kind == "busy":  # a claim must survive a power cut too; there may be more work
                 self.crew.maybe_work = True
-                self.agenda.within("sync", BATCH)
+                self.agenda.within(self.sync, BATCH)
 
     def report(self, state: str, text: str, when: float = 0.0) -> None:
-        """Report the end of an attempt, and schedule the steps that follow from it."""
-        self.events.held.append((when or time.monotonic(), text))
-        self.agenda.within("print", 1.5 * BATCH)
-        self.agenda.within("sync", BATCH)
+        self.events.append((when or time.monotonic(), text))
+        self.agenda.within(self.print_events, 1.5 * BATCH)
+        self.agenda.within(self.sync, BATCH)
         if state == DEAD and self.options.drain:
             self.code = Exit.NO
         if state == PENDING:
-            self.agenda.within("poll", BATCH)  # when is it due?
+            self.agenda.within(self.poll, BATCH)  # when is it due?
 
     def report_recovered(self, state: str, text: str) -> None:
-        """Report the end of a dead worker's attempt, which this process has recorded itself."""
         self.seen = None  # changes of our own do not show in the data_version
         self.report(state, text)
 
     def print_events(self) -> None:
         """Print the events that no late news can precede any more."""
-        self.events.flush(time.monotonic() - BATCH)
-        if self.events.held:
-            self.agenda.within("print", BATCH)
+        self.flush_events(time.monotonic() - BATCH)
+        if self.events:
+            self.agenda.within(self.print_events, BATCH)
 
     def reap(self, worker: WorkerHandle) -> None:
-        """Remove a worker that is gone; recover its job and replace it if it died."""
         if not self.crew.reap(worker):
             return
         self.say(f"{worker.name} died")
         self.seen = None
-        self.agenda.set("poll", 0.0)
-        self.agenda.due.setdefault("start", 0.0)
+        self.agenda.set(self.poll, 0.0)
+        if self.agenda.due[self.crew.start_missing] == NEVER:
+            self.agenda.set(self.crew.start_missing, 0.0)
         with contextlib.suppress(Fault):
-            if not any(job.locked_by == worker.name for job in self.reader.claimed()):
+            if all(job.locked_by != worker.name for job in self.ledger.reader.claimed()):
                 self.crew.count_death("a worker died without a job")
 
     def obey_signals(self) -> None:
         """Obey the signals so far: the first stops, one a second or more later ends the jobs."""
         for when, number in self.signals:
             if when < self.signals[0][0] + 1:
-                hint = "; send it again after a second to end them"
-                self.stop("stop", signal_name(number), hint)
+                self.stop("stop", signal_name(number), "; send it again after a second to end them")
             elif self.crew.mode != "now":
                 self.code = Exit.SIGNALLED + number
                 self.stop("now", signal_name(number))
 
     def stop(self, mode: Literal["stop", "now"], reason: str = "", hint: str = "") -> None:
-        """Stop, unless that has begun: claim no more jobs or, for "now", end the running ones."""
         if self.crew.mode in (mode, "now"):
             return
+        effect = "no new jobs; finishing the running ones"
+        if mode == "now":
+            effect = "ending the running jobs; they return to the queue"
         if reason:
-            self.say(f"{reason}: {STOPPING[mode]}{hint}")
+            self.say(f"{reason}: {effect}{hint}")
         self.crew.stop(mode)
 
     def fail(self, fault: Fault) -> None:
-        """Stop because of a fault with which no worker can work."""
         if not self.fault:
             self.fault = fault
             self.stop("stop", str(fault))
 
     def poll(self) -> None:
         """Check what causes no wakeup: stop requests, the files, other writers, dead workers."""
-        self.agenda.set("poll", SYSTEM.POLL)
-        requested = self.files.run_dir.stop_requested(self.files.name)
-        if requested:
+        self.agenda.set(self.poll, SYSTEM.POLL)
+        if requested := self.files.run_dir.stop_requested(self.files.name):
             self.stop(requested, "worker stop")
         self.crew.check_answers()
         self.files.require_in_place()
         # Read first: later changes are seen later. A new connection has a new count.
-        version = (self.reader.data_version(), self.ledger.db.connection)
+        version = (self.ledger.reader.data_version(), self.ledger.db.connection)
         if version != self.seen or self.recovery.has_strangers:  # they may die without a change
             self.recover()
         if version != self.seen:
             self.seen = version
             self.crew.maybe_work = True
-            when = self.reader.next_ready_time(self.options.queues)
+            when = self.ledger.reader.next_ready_time(self.options.queues)
             self.ready_at = NEVER if when is None else when
 
     def recover(self) -> None:
-        """Pass on cancel requests, and take a step for each job of a dead worker."""
-        claimed = self.reader.claimed()
+        claimed = self.ledger.reader.claimed()
         self.crew.cancel(claimed)
-        self.recovery.recover(claimed, {worker.name for worker in self.crew.workers})
+        for job in self.recovery.strangers(claimed, {worker.name for worker in self.crew.workers}):
+            if not self.attempt(self.recovery.step, job):  # each would wait for the same lock
+                break
         if self.recovery.is_ending():
-            self.agenda.within("poll", BATCH)
+            self.agenda.within(self.poll, BATCH)
 
     def prune(self) -> None:
-        """Delete a slice of the jobs older than the retention; again in a minute, or soon."""
-        self.agenda.set("prune", 60)
+        self.agenda.set(self.prune, 60)
         if self.ledger.correct_times():
             self.seen = None  # something may be due earlier
-        retention = self.reader.settings()["retention"]
-        if retention:
+        if retention := self.ledger.reader.settings()["retention"]:
             before = self.ledger.clock() - retention
             deleted = [self.ledger.delete_slice(state, before) for state in PRUNED_BY_DEFAULT]
             if any(deleted):  # there may be more, such as the jobs that these waited for
-                self.agenda.set("prune", BATCH)
+                self.agenda.set(self.prune, BATCH)
 
     def sync(self) -> None:
-        """Sync what the workers recorded, since they do not wait for the disk; retry on failure.
-
-        A descriptor of our own on the -wal is safe: unlike the database, it carries no locks.
-        """
-        self.agenda.set("sync", AGAIN)
+        """Sync what the workers recorded, since they do not wait for the disk; retry on failure."""
+        self.agenda.set(self.sync, AGAIN)
         wal = self.ledger.db.path + "-wal"
         with contextlib.suppress(FileNotFoundError):
-            sync_file(wal)
+            sync_file(wal)  # safe: unlike the database, this file carries no locks of ours
             began = time.monotonic()
             if os.stat(wal).st_size > LARGEST_WAL and began >= self.truncate_at:
                 with contextlib.suppress(Fault):
                     self.ledger.db.truncate_wal()
                 now = time.monotonic()  # a reader that stays must not hold up the work
                 self.truncate_at = now + 5 * (now - began)
-        del self.agenda.due["sync"]
+        self.agenda.set(self.sync, NEVER)
 
     def dispatch(self) -> None:
-        """Wake a worker if there may be work, or leave if a drain has nothing to wait for."""
         if self.crew.mode:
             return
         self.crew.dispatch()
         is_idle = set(self.crew.states()) == {"idle"} and not self.crew.maybe_work
         if self.options.drain and is_idle and not self.recovery.orphans:
-            blockers = self.reader.drain_blockers(self.options.queues, self.options.horizon)
+            blockers = self.ledger.reader.drain_blockers(self.options.queues, self.options.horizon)
             if not blockers:
                 self.end_drain()
             elif all(blockers.values()):
@@ -4169,12 +3939,12 @@ class Pool:
                 self.notices.report(f"waiting for jobs of {names}: paused (queuectl resume)")
 
     def end_drain(self) -> None:
-        """Leave, and name the jobs that are left blocked."""
-        blocked = self.reader.blocked(self.options.queues)
+        reader = self.ledger.reader
+        blocked = reader.blocked(self.options.queues)
         for job in blocked:
             self.code = Exit.NO
-            self.say(f"job {printable(job.id)} is {describe_blockers(self.reader.parents(job))}")
-        more = self.reader.counts(self.options.queues)[PENDING] - len(blocked)
+            self.say(f"job {printable(job.id)} is {describe_blockers(reader.parents(job))}")
+        more = reader.counts(self.options.queues)[PENDING] - len(blocked)
         if blocked and more > 0:
             self.say(f"and {more} more are pending")
         self.stop("stop")
@@ -4204,8 +3974,7 @@ def work(  # noqa: PLR0913
     options = PoolOptions(count, as_list(queues), drain, horizon, insecure, signals, say, tick)
     with Queue(path, insecure=insecure) as queue:
         queue.config()  # with damaged settings no worker could begin
-        kind = network_file_system(queue.path)
-        if kind:
+        if kind := network_file_system(queue.path):
             say(f"warning: {queue.path} is on {kind}; SQLite needs a local disk")
         with queue._db.translate_errors():
             queue._db.run_dir.make()  # the database may have been copied here
@@ -4328,7 +4097,7 @@ def reason_to_wait(reader: Reader, job: Job) -> str:
     """Return the reason that a job waits, in one phrase; empty if it runs or has ended."""
     if (reason := obstacle(reader, job)) or job.state != PENDING:
         return reason
-    position = reader.position(job)
+    position = reader.number(POSITION, **job._asdict())  # counted up to 100,000
     return f"{plural(position, 'job')} before it" if position else "next to run"
 
 
@@ -4914,7 +4683,7 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
     """Write the output of one attempt: the named one, or the one that runs or ran last."""
     job = queue.get(args.id)
     if not (args.follow or job.run or job.id == args.id):
-        job = queue._reader.last_run(job)  # of a schedule
+        job = queue._reader.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id) or job
     if job.state == PENDING and not args.run:
         say(f"job {job.id} waits: {reason_to_wait(queue._reader, job)}")
     if args.follow and not args.run:

@@ -3495,7 +3495,7 @@ class AttemptEnd(Live):
         with Queue(self.path) as queue:
             said: list[str] = []
             notices = queuectl.Notices(said.append)
-            end = queuectl.Termination(claim(queue), queue._db.run_dir, 0, notices)
+            end = queuectl.Termination(claim(queue), queue._db.run_dir, 0, notices, None)
             self.assertTrue(end.step())
             fault = OSError(24, os.strerror(24))
             with mock.patch.object(queuectl.SYSTEM, "processes", side_effect=fault):

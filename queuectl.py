@@ -12,11 +12,11 @@ The life of a job:
 
 A pool (`worker start`) has N worker processes; each of them runs one job at a time. The database
 (SQLite, WAL mode) holds everything that must survive a crash. The directory beside it,
-`queuectl.db.run`, shows which processes are alive, by locked files. The kernel drops a lock when
+`queuectl.db.run`, shows by locked files which processes are alive. The kernel drops a lock when
 its last holder dies, so liveness is a fact: there are no heartbeats, leases or clocks.
 
     pool-ID         locked by one pool. Beside it are pool-ID.fifo, to which every command that
-                    makes work writes a byte, and pool-ID.stop or .now, which ask the pool to stop
+                    adds work writes a byte, and pool-ID.stop or .now, which ask the pool to stop
     worker-ID       locked by one worker; unlocked means that the worker is gone
     SEQ.RUN.out     the output of one attempt, locked by its worker and, through an inherited
                     descriptor, by every process of the job; unlocked means that all are gone
@@ -25,9 +25,9 @@ its last holder dies, so liveness is a fact: there are no heartbeats, leases or 
 A job in `processing` whose worker's lock is free has crashed, unless the worker kept its result.
 The remaining processes of the attempt are found by its lock or, on Linux, by their environment.
 They are ended first; then the job returns to the queue, and the attempt counts. A worker without
-a pool finishes its job and leaves. So a job runs at least once, and never twice at once.
+a pool finishes its job and exits. So a job runs at least once, and never twice at once.
 
-Exit codes: 0 done; 1 the answer is no (a job failed, no such job); 2 bad usage or input; 4 the
+Exit codes: 0 done; 1 failed or not found (a job failed, no such job); 2 bad usage or input; 4 the
 database or the machine is at fault; 124 timed out; 128+n ended by signal n.
 
 The sections of this file, in order. Each one uses only the sections above it.
@@ -133,7 +133,7 @@ class Exit(IntEnum):
     """The exit codes of the program."""
 
     OK = 0
-    NO = 1  # the answer is no
+    NO = 1  # failed, or not found
     USAGE = 2
     FAULT = 4  # the database or the machine is at fault
     TIMED_OUT = 124
@@ -157,7 +157,7 @@ class NotFound(QueueError):
 
 
 class TimedOut(QueueError):
-    """The caller's time limit is over."""
+    """The caller's time limit has expired."""
 
     code = Exit.TIMED_OUT
 
@@ -252,7 +252,7 @@ COMMAND_LIMIT = 8191 if WINDOWS else 131071  # bytes; Linux: MAX_ARG_STRLEN
 UNIT_SECONDS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
 LONGEST = 10 * 365 * 86400.0  # no duration is longer, so that sums of times never overflow
 LATEST_TIME = 253402214400  # the end of the year 9999 in every time zone
-QUOTED_LIMIT = 100  # characters of foreign text that a message repeats
+QUOTED_LIMIT = 100  # characters of user input that a message quotes
 
 
 def require(condition: object, expectation: str) -> None:
@@ -277,7 +277,7 @@ def printable(value: str) -> str:
 
 
 def quoted(value: str, limit: int = QUOTED_LIMIT) -> str:
-    """Return foreign text for a message: escaped, and cut where it is long."""
+    """Return user input for a message: escaped, and truncated if it is long."""
     return printable(value[:limit]) + "..." * (len(value) > limit)
 
 
@@ -295,7 +295,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     """Return ": did you mean X?" for a mistyped word, or the list of known words."""
     choices = list(known)
     close = nearest(word, choices)
-    return f": did you mean {close}?" if close else f"; known are {', '.join(choices)}"
+    return f": did you mean {close}?" if close else f"; choose from {', '.join(choices)}"
 
 
 def as_list(words: Iterable[str]) -> list[str]:
@@ -377,10 +377,10 @@ def valid_name(value: object) -> str:
 
 
 def valid_names(value: Any) -> list[str]:
-    """Validate a list of ids; a string separates them by commas."""
+    """Validate a list of ids, or a string of ids separated by commas."""
     items = [value] if isinstance(value, str) else value
     strings = isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items)
-    require(strings, "be a list of ids, which are strings")
+    require(strings, "be a list of job ids (strings)")
     names = ",".join(items).split(",") if items else []
     require(all(names), "not contain an empty id")
     return [valid_name(name) for name in names]
@@ -397,7 +397,7 @@ def valid_environment(value: Any) -> dict[str, str]:
     strings = isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())
     require(strings, 'be an object of strings such as {"NAME": "value"}')
     for key, item in value.items():
-        require(valid_text(key) and "=" not in key, "have names that are not empty and without '='")
+        require(valid_text(key) and "=" not in key, "have non-empty names without '='")
         valid_text(item)
     return dict(value)
 
@@ -444,10 +444,10 @@ def cron_field(field: str, low: int, high: int, names: str) -> set[int]:
 
 
 def cron_next(rule: str, after: float) -> float:
-    """Return the first time after a time that a rule of five fields names, in local time.
+    """Return the first time later than `after` that matches a rule, in local time.
 
     As in cron, a day has to match either of day and weekday where both are restricted. A time that
-    the clock skips in spring counts an hour later; one that comes twice in autumn counts once,
+    the clock skips in spring counts as an hour later; one that occurs twice in autumn counts once,
     unless the rule is for every hour.
     """
     fields = CRON_WORDS.get(rule.strip().lower(), rule).lower().split()
@@ -467,7 +467,7 @@ def cron_next(rule: str, after: float) -> float:
             if max(times) > after:
                 return min(when for when in times if when > after)
         day += timedelta(days=1)
-    raise ValueError("names a day that never comes")
+    raise ValueError("names a date that does not exist")
 
 
 def valid_cron(value: object) -> str:
@@ -516,7 +516,7 @@ def validate_fields(fields: Mapping[str, object]) -> dict[str, Any]:
         raise BadInput("a job needs a command")
     for one, other in CONFLICTS:
         if one in job and other in job:
-            raise BadInput(f"a job has {one} or {other}, not both")
+            raise BadInput(f"a job cannot have both {one} and {other}")
     return job
 
 
@@ -545,7 +545,7 @@ def valid_exit_codes(value: Any) -> tuple[int, ...]:
     try:
         return tuple(integer(1, 255)(code) for code in codes)
     except ValueError:
-        raise ValueError("must be like 2,126,127, each from 1 to 255") from None
+        raise ValueError("must be exit codes from 1 to 255, such as 2,126,127") from None
 
 
 def valid_durability(value: object) -> str:
@@ -562,15 +562,17 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "max_retries": Setting(3, FIELDS["max_retries"], "how often a job is tried, in all"),
-    "backoff_base": Setting(2.0, valid_backoff_base, "a retry waits this ** attempts seconds"),
+    "max_retries": Setting(3, FIELDS["max_retries"], "number of attempts, including the first"),
+    "backoff_base": Setting(
+        2.0, valid_backoff_base, "a retry waits this value ** attempts seconds"
+    ),
     "backoff_max": Setting(86400.0, parse_duration, "a retry never waits longer than this"),
     "timeout": Setting(300.0, parse_duration, "how long an attempt may take (0: no limit)"),
     "kill_grace": Setting(5.0, parse_duration, "time between TERM and KILL when a job is ended"),
     "output_limit": Setting(65536, integer(0, 1 << 28), "how many bytes of output are kept"),
     "shell": Setting(DEFAULT_SHELL, valid_prefix, "the program and options that run a command"),
     "max_snoozes": Setting(20, integer(0, 10**6), "how many times a job may exit with 75"),
-    "no_retry_exit_codes": Setting((), valid_exit_codes, "never retried, such as 2,126,127"),
+    "no_retry_exit_codes": Setting((), valid_exit_codes, "final exit codes, such as 2,126,127"),
     "retention": Setting(
         0.0, parse_duration, "age at which completed and cancelled jobs are pruned (0: never)"
     ),
@@ -1027,11 +1029,11 @@ def for_guest(sql: str) -> str:
 # --- system: what differs between POSIX and Windows; the only place with signals and kills --------
 
 STOP_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")]
-EXHAUSTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # the machine is at its limit
+EXHAUSTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # a system limit was reached
 
 
 def polling(limit: float = NEVER, first: float = 0.0005, longest: float = 0.05) -> Iterator[float]:
-    """Yield the seconds waited so far: at once, then after growing pauses, until the limit is over.
+    """Yield the seconds waited so far: at once, then after growing pauses, until the limit.
 
     It is for facts that notify nobody, such as the locks of others.
     """
@@ -1067,7 +1069,9 @@ def sync_file(path: str) -> None:
 
 def user_id() -> int | None:
     """Return the user id of this process, None on Windows: ownership works differently there."""
-    return None if sys.platform == "win32" else os.geteuid()
+    if sys.platform == "win32":
+        return None
+    return os.geteuid()
 
 
 class Trace(NamedTuple):
@@ -1418,10 +1422,10 @@ else:
             send_handle(self.link, fd, self.pid)
             if self.link.poll(10.0):  # includes the start of the server
                 return int(self.link.recv())
-            raise TimeoutError(errno.ETIMEDOUT, "its fork server does not answer")
+            raise TimeoutError(errno.ETIMEDOUT, "its fork server does not respond")
 
         def close(self) -> None:
-            """End the server; its workers run on."""
+            """End the server; its workers keep running."""
             self.link.close()
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -1430,7 +1434,7 @@ else:
     class Posix:
         """Linux, macOS and similar systems."""
 
-        POLL = 0.5  # seconds between a pool's looks at facts that notify nobody; each takes 0.3 ms
+        POLL = 0.5  # seconds between polls for changes without a notification; a poll takes 0.3 ms
         PYTHON = sys.executable or os.path.realpath("/proc/self/exe")  # without PATH it is empty
         BACKGROUND: Mapping[str, Any] = {"start_new_session": True}  # outlives the terminal
         inherited: Mapping[bytes, bytes] = {}  # the environment, once it has been read
@@ -1586,7 +1590,7 @@ else:
             return self.child
 
         def release(self, child: Child) -> None:
-            """Let the background processes of a job that has ended run on."""
+            """Let the background processes of a job that has ended keep running."""
 
         def processes(self, trace: Trace) -> list[int]:
             """Return the processes of an attempt, parents first as a rule.
@@ -1795,7 +1799,7 @@ class RunDirectory:
         return self.file(job.seq, job.run, "out")
 
     def files(self, start: str = "", end: str = "") -> list[str]:
-        """Return the sorted names that start and end so; none where there is no directory."""
+        """Return the sorted names with this start and end; none if there is no directory."""
         with contextlib.suppress(FileNotFoundError):
             found = os.listdir(self.path)
             return sorted(item for item in found if item.startswith(start) and item.endswith(end))
@@ -1964,7 +1968,7 @@ def prepare_for_forks() -> None:
 
 
 def system_fault(error: OSError, path: str) -> Fault:
-    """Return our error for one of the system's, about a path if it names none."""
+    """Return our error for an OSError, about the given path if it names none."""
     return Fault(f"{quoted(str(error.filename or path), 4096)}: {error.strerror}")
 
 
@@ -2004,7 +2008,7 @@ class Database:
         """Make the complete file under another name, so that no other process sees half of it."""
         where = os.path.dirname(self.path)
         if not os.path.isdir(where):
-            raise Fault(f"there is no directory {where}")
+            raise Fault(f"there is no directory {where}; create it first")
         self.run_dir.make()
         with contextlib.closing(LockFile(self.run_dir.file("making"))):
             for leftover in self.run_dir.files("new.db"):
@@ -2013,7 +2017,7 @@ class Database:
                 return
             for suffix in ("-wal", "-journal"):  # SQLite would replay them into the new file
                 if os.path.lexists(self.path + suffix):
-                    raise Fault(f"{self.path}{suffix} exists without {self.path}: move it away too")
+                    raise Fault(f"{self.path} is gone, but its {suffix} file exists; move it away")
             os.close(open_own(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
             os.chmod(new, 0o600)  # whatever the umask
             with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as db:
@@ -2082,7 +2086,10 @@ class Database:
         path = re.sub("[%?#]", lambda m: f"%{ord(m[0]):02x}", self.path.replace(os.sep, "/"))
         uri = f"file:{path if path.startswith('/') else '/' + path}?mode={mode}"
         if self.path in INHERITED:
-            raise Fault(f"{self.path} was in use, in a transaction or a thread, before the fork")
+            raise Fault(
+                f"{self.path} was in use, in a transaction or by a thread, before the fork; "
+                "use it only in the parent, or fork while it is idle"
+            )
         prepare_for_forks()
         info = os.stat(self.path)
         db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, factory=Connection)
@@ -2177,7 +2184,7 @@ class Database:
         db = self.connection
         is_part = db.in_block
         if is_part and not db.in_transaction:
-            raise Fault(f"{self.path}: a statement has ended the transaction")
+            raise Fault(f"{self.path}: a statement ended the transaction; leave that to the block")
         begin, end, *undo = PART if is_part else WHOLE
         try:
             self.execute(begin)
@@ -2226,6 +2233,8 @@ class Database:
 
 def is_shared_group(gid: int) -> bool:
     """Tell whether a group is more than the private group of the user who runs this process."""
+    if sys.platform == "win32":
+        return False
     import grp
     import pwd
 
@@ -2350,7 +2359,7 @@ def network_file_system(path: str) -> str | None:
 
 
 class Reader:
-    """What workers, pools and reports ask about the jobs of a queue. Nothing here writes."""
+    """The queries of workers, pools and reports about jobs. Nothing here writes."""
 
     def __init__(self, db: Database, clock: Callable[[], float]) -> None:
         self.db = db
@@ -2443,7 +2452,7 @@ class Reader:
         return counts
 
     def rate(self, queue: str | None = None, seconds: float = 60) -> float:
-        """Return how many jobs ended per second of late, in one queue or in all."""
+        """Return how many jobs ended per second recently, in one queue or in all."""
         now = self.clock()
         rate = 0.0
         for state in (COMPLETED, DEAD):
@@ -2546,9 +2555,9 @@ class Ledger:
         if row["rule"]:
             row["scheduled_for"] = when
             if (row["id"] or "").isdecimal():
-                raise BadInput("id must not be a number for a schedule: numbers name jobs")
+                raise BadInput("a schedule's id must not be a number")
         if not row["cwd"]:
-            raise BadInput("the current directory does not exist any more; set cwd")
+            raise BadInput("the current directory no longer exists; set cwd")
         row["env"] = json.dumps(row["env"]) if row["env"] else None
         try:
             parents = self.reader.named(row.get("after", ()))
@@ -2707,7 +2716,7 @@ class JobWatch:
 class Queue:
     """A durable queue of shell commands in one SQLite file. Safe to use from threads.
 
-    Times are Unix seconds, durations are seconds. What a method was asked to do is on disk when it
+    Times are Unix seconds, durations are seconds. All changes by a method are on disk when it
     returns. Raises QueueError: BadInput, NotFound, TimedOut, or Fault (the database or the
     machine).
     """
@@ -2791,7 +2800,7 @@ class Queue:
                 job = validate_fields(fields)
                 if "id" in job and self._reader.is_taken(job["id"]):
                     if not if_absent:
-                        raise BadInput(f"there is a job {job['id']} already")
+                        raise BadInput(f"job {job['id']} already exists; use another id")
                     taken.append(job["id"])
                 else:
                     seq = self._ledger.add({**blank, **job, "seq": seq}, now) + 1
@@ -2873,7 +2882,7 @@ class Queue:
                 if job.state not in (DEAD, CANCELLED):
                     raise NotFound(f"job {name} is {job.state}, not dead or cancelled")
                 for child in self._reader.select(BLOCKED_CHILDREN, seq=job.seq):
-                    raise NotFound(f"job {printable(child.id)} waits for {name}; cancel it first")
+                    raise NotFound(f"job {printable(child.id)} waits for {name}; cancel that first")
                 self._ledger.delete(job.seq)
         return len(jobs)
 
@@ -3002,13 +3011,13 @@ class Termination:
         self.asked: set[int] = set()
 
     def step(self) -> bool:
-        """Ask or kill the remaining processes; return whether none is left and the lock is free."""
+        """End the remaining processes; return whether none is left and the lock is free."""
         self.pause = min(self.pause * 1.5, 1.0 if self.is_overdue else 0.05)
         try:
             remaining = self.signal_processes()
             if not remaining:
                 return True
-            reason = f"do not end ({', '.join(map(str, remaining))})"
+            reason = f"cannot be ended ({', '.join(map(str, remaining))})"
         except OSError as error:
             reason = f"cannot be found: {error.strerror}"
         if self.is_overdue:
@@ -3017,7 +3026,7 @@ class Termination:
         return False
 
     def signal_processes(self) -> list[int | str]:
-        """Signal the remaining processes and return their pids, "unknown" where they hide."""
+        """Signal the remaining processes and return their pids, "unknown" if not found."""
         if self.output:
             self.output.reopen()
             self.output = None
@@ -3208,7 +3217,7 @@ class PoolLink:
         self.flush_at = NEVER
 
     def send(self, news: News, within: float = 0.0) -> None:
-        """Tell the pool something, within so many seconds."""
+        """Send news to the pool, within a number of seconds."""
         self.outbox.append(news)
         self.flush_at = min(self.flush_at, time.monotonic() + within)
         self.flush()
@@ -3238,7 +3247,7 @@ class PoolLink:
             self.cancelled = key
 
     def lose_pool(self) -> None:
-        """Note that the pool is gone: the worker finishes its job and leaves."""
+        """Note that the pool is gone: the worker finishes its job and exits."""
         self.orphaned = True
         self.stopping = True
 
@@ -3377,7 +3386,7 @@ class Worker:
 
 
 def run_worker(environ: dict[str, str], *worker: Any, insecure: bool) -> None:
-    """Be a worker, in the environment of its pool: a worker process starts here."""
+    """Run a worker in the environment of its pool: a worker process starts here."""
     os.environ.clear()
     os.environ.update(environ)
     try:
@@ -3425,7 +3434,7 @@ class Agenda:
         self.due[step] = time.monotonic() + seconds
 
     def within(self, step: Callable[[], None], seconds: float) -> None:
-        """Make a step due within so many seconds, or earlier if it is due earlier."""
+        """Make a step due in `seconds`, unless it is due earlier."""
         self.due[step] = min(self.due[step], time.monotonic() + seconds)
 
     def take(self) -> Iterator[Callable[[], None]]:
@@ -3572,7 +3581,7 @@ class Crew:
             self.close()
 
     def take_started(self) -> bool:
-        """Take in what the thread has started; return whether it has ended, with more to do."""
+        """Add the workers that the thread started; return whether it ended with more to do."""
         more = False
         while True:
             try:
@@ -3604,7 +3613,7 @@ class Crew:
             self.fail(Fault(f"{how}, {len(self.deaths)} times in a minute"))
 
     def reap(self, worker: WorkerHandle) -> bool:
-        """Remove a worker whose pipe has ended; return whether it died, and did not just leave."""
+        """Remove a worker whose pipe has ended; return whether it died rather than exited."""
         self.workers.remove(worker)
         worker.pipe.close()
         SYSTEM.join(worker.process, 1.0)
@@ -3631,7 +3640,7 @@ class Crew:
                 worker.state = "busy"  # once continued, it looks for a job by itself
                 self.maybe_work = True
             if now > worker.answer_by + 5:
-                self.notices.report(f"{worker.name} does not answer; it may be stopped")
+                self.notices.report(f"{worker.name} does not respond; it may be suspended")
 
     def cancel(self, claimed: Iterable[Job]) -> None:
         keys = {job.locked_by: job.key for job in claimed if job.cancel_requested}
@@ -3682,7 +3691,7 @@ class Recovery:
             grace = settings["kill_grace"]
             self.orphans[job.key] = Termination(job, self.run_dir, grace, self.notices, None)
         kept = kept_result(self.run_dir, job)
-        completed = kept and not kept.error  # then its background processes run on
+        completed = kept and not kept.error  # then its background processes keep running
         if completed or self.orphans[job.key].step():
             del self.orphans[job.key]  # first: a lock of another program must delay no stop
             self.requeue(job, kept, settings["output_limit"])
@@ -3741,7 +3750,7 @@ class Pool:
                 stack.enter_context(handle_signals(self.on_signal, self.files.wakeup))
             stack.callback(self.crew.close)
             reader = self.ledger.reader
-            empty = "" if any(reader.counts().values()) else ", where there are no jobs yet"
+            empty = "" if any(reader.counts().values()) else ", which has no jobs yet"
             workers = plural(self.options.size, "worker")
             self.say(f"{workers} on {printable(self.ledger.db.path)}{empty}")
             self.attempt(self.files.run_dir.clean, reader.claimed())
@@ -3936,7 +3945,7 @@ class Pool:
                 self.end_drain()
             elif all(blockers.values()):
                 names = ", ".join(map(printable, sorted(blockers)))
-                self.notices.report(f"waiting for jobs of {names}: paused (queuectl resume)")
+                self.notices.report(f"waiting for paused queues: {names} (queuectl resume)")
 
     def end_drain(self) -> None:
         reader = self.ledger.reader
@@ -4388,7 +4397,7 @@ def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) ->
         raise BadInput("all words of the command go after --, as in: enqueue -- git log -- README")
     if words[0] == "-" and not exact:
         if len(words) > 1:
-            raise BadInput("- must be the only word: the jobs are read from stdin")
+            raise BadInput("- must be the only argument; the jobs are read from stdin")
         if not sys.stdin:
             raise BadInput("stdin is closed: there are no lines to read")
         stdin.seek(0)
@@ -4500,8 +4509,8 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
             return Exit.OK
         if waited > 1:
             busy = ", ".join(job.id for job in queue._reader.claimed())
-            notices.report(f"waiting for {busy or 'the workers to leave'}", key="waiting")
-    say(f"still running after {format_duration(args.timeout)}")
+            notices.report(f"waiting for {busy or 'the workers to exit'}", key="waiting")
+    say(f"workers are still running after {format_duration(args.timeout)}")
     return Exit.TIMED_OUT
 
 
@@ -4571,7 +4580,7 @@ def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
 def require_ids(args: argparse.Namespace, *, selected: bool = False) -> list[str]:
     """Return the ids that a command names; none where --all or another selection is given."""
     if bool(args.ids) == (args.all or selected):
-        raise BadInput("name the jobs or use --all, one of the two")
+        raise BadInput("either name the jobs or use --all")
     return list(args.ids)
 
 
@@ -4603,7 +4612,7 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     notices = Notices(say, NEVER)
     for job in watch.jobs() or filter(None, [*reader.claimed(), reader.oldest()]):
         if reason := obstacle(reader, job):
-            notices.report(f"job {job.id} waits: {reason}", key=reason)
+            notices.report(f"job {job.id} is waiting: {reason}", key=reason)
     survey = partial(survey_jobs, watch) if ids else partial(survey_queues, reader)
     progress = Progress(survey, reader.clock)
     for _ in reader.changes(args.timeout):
@@ -4630,8 +4639,9 @@ def write_output(chunks: Iterable[bytes]) -> None:
 
 def read_from(fd: int, at: int) -> tuple[int, bytes]:
     """Return the next output of a file and its place; a part that was freed is skipped."""
-    with contextlib.suppress(OSError, AttributeError):  # the end of the file; not on this system
-        at = os.lseek(fd, at, os.SEEK_DATA)
+    if sys.platform != "win32":
+        with contextlib.suppress(OSError):  # the end of the file
+            at = os.lseek(fd, at, os.SEEK_DATA)
     os.lseek(fd, at, os.SEEK_SET)
     return at, os.read(fd, 1 << 16)
 
@@ -4658,7 +4668,7 @@ def await_attempt(queue: Queue, job: Job) -> Job:
     for _ in queue._reader.changes():
         job = queue.get(job.id)
         if job.state == PROCESSING and (reason := obstacle(queue._reader, job)):
-            notices.report(f"job {job.id} waits: {reason}")
+            notices.report(f"job {job.id} is waiting: {reason}")
         begun = os.path.exists(queue._db.run_dir.output_file(job))  # a moment after the claim
         if job.state in FINISHED or (begun if job.state == PROCESSING else job.run > last):
             break
@@ -4685,7 +4695,7 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
     if not (args.follow or job.run or job.id == args.id):
         job = queue._reader.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id) or job
     if job.state == PENDING and not args.run:
-        say(f"job {job.id} waits: {reason_to_wait(queue._reader, job)}")
+        say(f"job {job.id} is waiting: {reason_to_wait(queue._reader, job)}")
     if args.follow and not args.run:
         job = await_attempt(queue, job)
     limit = queue._reader.settings(job.queue)["output_limit"]
@@ -4810,7 +4820,7 @@ COMMANDS = {
         field("delay", "DURATION", "start it after this time"),
         field("run_at", "TIME", "start it at this time: 2030-01-31T08:00", "--at"),
         field("timeout", "DURATION", "end an attempt that takes longer (0: never)"),
-        field("max_retries", "N", "how many times it is tried, the first included"),
+        field("max_retries", "N", "the number of attempts, including the first"),
         field("queue", "QUEUE", "the queue it waits in (default: default)"),
         field("after", "ID,...", "start it once these jobs have completed; repeatable",
               action="extend"),
@@ -4819,7 +4829,7 @@ COMMANDS = {
         field("cwd", "DIR", "the directory it runs in (default: this one)"),
         field("env", "NAME=VALUE", "set a variable in its environment; repeatable",
               action="append", check=parse_variable),
-        flag("--if-absent", "do nothing if there is a job with that id"))),
+        flag("--if-absent", "do nothing if a job with that id exists"))),
     "worker start": Command(
         cmd_worker_start, "none", "run jobs until stopped", "worker start --count 4", (
             arg("--count", "N", "how many jobs to run at a time (default: 1)", integer(1, 1000),
@@ -4835,7 +4845,7 @@ COMMANDS = {
         (flag("--now", "end the running jobs; they return to the queue"), TIMEOUT)),
     "worker list": Command(cmd_worker_list, "read", "list living workers", "worker list", (JSON,)),
     "status": Command(cmd_status, "read", "show counts and workers", "status --watch", (
-        QUEUE, flag("--watch", "every second, with the rate and the last failures"), JSON)),
+        QUEUE, flag("--watch", "refresh every second, with the rate and the last failures"), JSON)),
     "list": Command(cmd_list, "read", "list jobs", "list --state dead --limit 20", (
         STATE, QUEUE, flag("--recurring", "list schedules and their next times"), LIMIT, JSON)),
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
@@ -4854,12 +4864,12 @@ COMMANDS = {
     "dlq retry": Command(cmd_dlq_retry, "write", "return dead or cancelled jobs to the queue",
         "dlq retry 7", (IDS, ALL_DEAD)),
     "dlq purge": Command(cmd_dlq_purge, "write", "delete dead or cancelled jobs",
-        "dlq purge --older-than 30d", (IDS, ALL_DEAD, arg(
-            "--older-than", "DURATION", "only dead jobs that died this long ago", parse_duration))),
+        "dlq purge --older-than 30d", (IDS, ALL_DEAD, arg("--older-than", "DURATION",
+            "only jobs that died at least this long ago", parse_duration))),
     "prune": Command(
         cmd_prune, "write", "delete completed and cancelled jobs", "prune --older-than 7d", (
-            arg("--older-than", "DURATION", "only jobs that ended this long ago", parse_duration,
-                default=0.0),
+            arg("--older-than", "DURATION", "only jobs that ended at least this long ago",
+                parse_duration, default=0.0),
             arg("--state", None, "only this state (default: completed and cancelled); repeatable",
                 action="append", choices=FINISHED))),
     "config get": Command(
@@ -4922,7 +4932,7 @@ def cmd_completion(args: argparse.Namespace) -> None:
 SHELL = arg("shell", "SHELL", "bash, zsh or fish", choices=tuple(COMPLETIONS))
 TYPED = arg("typed", "...", "the words typed so far", nargs="...")
 COMMANDS["completion"] = Command(
-    cmd_completion, "none", "print a script for completion", "completion bash", (SHELL, TYPED)
+    cmd_completion, "none", "print a shell completion script", "completion bash", (SHELL, TYPED)
 )
 
 HELP = """\

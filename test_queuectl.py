@@ -32,7 +32,7 @@ use the command line, or the public Queue.
 
 The promises of queuectl. A test of one names it at the beginning of its docstring, as "Promise 3".
 
-1. A job whose id was printed is kept, whatever is killed, and over a power cut.
+1. A job whose id was printed is kept, whatever is killed, and across a power cut.
 2. A job runs at least once, and never twice at once.
 3. A job never starts more than max_retries times, crashes included.
 4. Nothing hangs: no timeout, no output, no lock.
@@ -130,7 +130,7 @@ def wait_until(fact: Callable[[], Any], limit: float = 10.0) -> Any:
 
 
 def count_sleeps(pid: int) -> int:
-    """Return how often a process has gone to sleep; without /proc, as often as a pool looks."""
+    """Return how many times a process has slept; without /proc, assume one sleep per poll."""
     try:
         with open(f"/proc/{pid}/status") as file:
             return int(re.findall(r"\bvoluntary_ctxt_switches:\s*(\d+)", file.read())[0])
@@ -300,7 +300,7 @@ class Case(unittest.TestCase):
         return err
 
     def start(self, *args: str, prefix: Any = (), **more: Any) -> subprocess.Popen[str]:
-        """Start a command in the background, with all that it says in its stdout."""
+        """Start a command in the background; its stderr goes to its stdout."""
         line, given = [*prefix, *PYTHON, self.PROGRAM, *args], {"stdin": subprocess.DEVNULL}
         given.update(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.dir)
         self.processes.append(subprocess.Popen(line, **{**given, **more}))
@@ -376,12 +376,12 @@ class Clocked(Case):
         return claim(self.queue, "worker-1", queues)
 
     def finish(self, code: int = 0, job: Any = None) -> Any:
-        """Let a job, the next one, end with an exit code; return it as it is then."""
+        """End a job, by default the next one, with an exit code; return its new record."""
         outcome = Outcome("exited", self.now, self.now, code, queuectl.explain_exit(code))
         return self.queue._ledger.finish(job or self.claim(), outcome)[0]
 
     def run_all(self) -> str:
-        """Let all complete that is due; return their ids in order."""
+        """Complete all due jobs; return their ids in order."""
         return " ".join(self.finish(0, job).id for job in iter(self.claim, None))
 
     def ids(self) -> str:
@@ -391,7 +391,7 @@ class Clocked(Case):
         return queuectl.reason_to_wait(self.queue._reader, self.queue.get(job_id))
 
     def sqlite_steps(self, act: Callable[[], object]) -> int:
-        """Return how many hundred steps of SQLite's machine something takes."""
+        """Return the cost of an action, in hundreds of SQLite virtual machine steps."""
         taken: list[int] = []
         self.queue._db.connection.set_progress_handler(lambda: taken.append(1), 100)
         act()
@@ -413,7 +413,7 @@ class Live(Case):
     """Tests that look at living processes."""
 
     def require_tool(self, *argv: str) -> None:
-        """Skip the test where a tool is missing or may not do this here."""
+        """Skip the test if a tool is missing or lacks the permission to do this."""
         try:
             done = self.process(*argv)
         except FileNotFoundError:
@@ -447,7 +447,7 @@ class Live(Case):
         wait_until(lambda: os.path.exists(self.file(name)) and text in self.read(name))
 
     def use_queue(self, name: str) -> None:
-        """Use another queue, as does the program from now on."""
+        """Use another queue from now on, in the program too."""
         os.makedirs(self.file(name), exist_ok=True)
         self.path = os.path.join(self.dir, name, "queuectl.db")
         os.environ["QUEUECTL_DB"] = self.path
@@ -464,7 +464,7 @@ class Live(Case):
             said += more
 
     def second_here(self) -> float:
-        """Return the time in which this machine, which may be busy, does a second of work."""
+        """Return how long a second of work takes on this machine, which may be busy."""
         began = time.monotonic()
         self.stdout("status", real=True)
         return max(1.0, 10 * (time.monotonic() - began))
@@ -474,7 +474,7 @@ class Live(Case):
         wait_until(lambda: len(self.workers()) == count)
 
     def wait_for_poll(self, pool: subprocess.Popen[str]) -> None:
-        """Wait until a pool that has nothing to do has looked again, and found nothing new."""
+        """Wait until an idle pool has polled again."""
         before = count_sleeps(pool.pid)
         wait_until(lambda: count_sleeps(pool.pid) > before)
 
@@ -1219,8 +1219,8 @@ class SystemProcesses(Live):
         self.assertIn("sleep\n", names)
 
     @internal
-    def test_signal_goes_to_no_process_that_is_not_of_the_attempt(self) -> None:
-        """A process may have ended, and its number may be another one's, since it was found."""
+    def test_signals_reach_only_processes_of_the_attempt(self) -> None:
+        """A process may have ended, and its pid may have been reused, since it was found."""
         process = unrelated_process(self)
         trace = queuectl.Trace("1.1.worker", self.file("1.1.out"), 0, 0.0)
         queuectl.SYSTEM.terminate(trace, [process.pid])
@@ -1269,7 +1269,7 @@ class SystemProcesses(Live):
         result = self.process("env", "-i", "sh", "-c", start)
         self.assertEqual((result.returncode, self.job("1").state), (0, "completed"), result.stderr)
 
-    def test_workers_start_in_a_directory_that_is_gone_or_closed(self) -> None:
+    def test_workers_start_in_a_directory_that_is_gone_or_inaccessible(self) -> None:
         prefix = obeying_modes(self)
         for name, remove in (("gone", "rmdir ../gone"), ("closed", "chmod 0 .")):
             with self.subTest(name):
@@ -1279,7 +1279,7 @@ class SystemProcesses(Live):
                 self.run_cli(*options, prefix=[*prefix, "sh", "-c", script, "sh"])
                 self.assertEqual(self.job(job).state, "completed")
 
-    def test_pool_depends_on_no_temporary_directory(self) -> None:
+    def test_pool_needs_no_temporary_directory(self) -> None:
         tmp = self.file("t" * 100)
         os.mkdir(tmp)
         pool = self.pool("--count", "2", env={**os.environ, "TMPDIR": tmp})
@@ -1458,7 +1458,7 @@ class DatabaseCreation(Live):
 
     @NEEDS_SHELL
     def test_stopped_process_that_creates_the_queue_delays_others_only_for_a_while(self) -> None:
-        """Promise 4: the first enqueue waits for another's, but reports it in the end."""
+        """Promise 4: an enqueue waits while another creates the queue, and finally reports it."""
         run_dir = queuectl.RunDirectory(self.path)
         run_dir.make()
         hold = "import fcntl, os, sys; fcntl.flock(1, fcntl.LOCK_EX); os.kill(os.getpid(), 19)"
@@ -1719,7 +1719,7 @@ class DatabaseReadOnly(Live):
 
 
 class DatabaseFullDisk(Live):
-    """Promise 1: on a full disk no job is acknowledged but not stored, and no result is lost."""
+    """Promise 1: on a full disk every acknowledged job is stored, and no result is lost."""
 
     FILL_DISK = "cat /dev/zero >>disk/ballast 2>>/dev/null; true"
 
@@ -2385,7 +2385,7 @@ def forge_journal(database: bytes) -> bytes:
 
 @NEEDS_ROOT
 class TrustAttacks(Live):
-    """Promise 7, with two users: nobody plants files in a directory that root uses."""
+    """Promise 7, with two users: `nobody` plants files in a directory that root uses."""
 
     COMMANDS = (
         "enqueue true",
@@ -2506,7 +2506,7 @@ class TrustAttacks(Live):
                     rf"belongs to another user \({NOBODY}\)|is not a dir"
                 )
 
-    def test_what_others_left_in_the_run_directory_is_refused(self) -> None:
+    def test_files_of_others_in_the_run_directory_are_refused(self) -> None:
         for what in self.RUN_FILES:
             with self.subTest(what):
                 self.use_queue(what)
@@ -2596,7 +2596,7 @@ class QueueEnqueue(Clocked):
         self.assertEqual(self.queue.enqueue("true"), "1")
         self.assertEqual(self.queue.enqueue("true", id="3"), "3")
         self.assertEqual(self.queue.enqueue("true"), "4")
-        with self.assertRaisesRegex(queuectl.BadInput, "there is a job 3 already"):
+        with self.assertRaisesRegex(queuectl.BadInput, "job 3 already exists"):
             self.queue.enqueue("true", id="3")
 
 
@@ -2669,7 +2669,7 @@ class QueueOrder(Clocked):
         self.assertEqual(self.run_all(), "then")
 
     @NEEDS_SHELL
-    def test_clock_set_back_loses_no_job_and_delays_none_any_longer(self) -> None:
+    def test_jobs_run_at_their_due_times_after_the_clock_was_set_back(self) -> None:
         for job_id, delay in {"due": 0, "retry": 0, "later": 10}.items():
             self.queue.enqueue("true", id=job_id, delay=delay, priority=int(job_id == "retry"))
         self.assertEqual(self.finish(1).id, "retry")  # due again in 2 s
@@ -2854,7 +2854,7 @@ class QueueSchedules(Clocked):
         self.queue.enqueue("true", id="x", every=10)
         self.assertEqual(self.queue.enqueue("true", id="x", every=9, if_absent=True), "x")
         for fields in ({"every": 10}, {}):
-            with self.assertRaisesRegex(queuectl.BadInput, "there is a job x already"):
+            with self.assertRaisesRegex(queuectl.BadInput, "job x already exists"):
                 self.queue.enqueue("true", id="x", **fields)
         self.queue.cancel(["x"])
         self.queue.enqueue("true", id="x", every=10)
@@ -3101,7 +3101,7 @@ class QueuePauseLive(Live):
         self.assertIn("paused     all queues\n", self.stdout("status"))
         self.assertEqual(self.json_object("status")["paused"], [""])
         self.write("go")
-        self.wait_for_output(pool, "waiting for jobs of default: paused (queuectl resume)")
+        self.wait_for_output(pool, "waiting for paused queues: default (queuectl resume)")
         self.assertEqual(self.states(), {"running": "completed", "waiting": "pending"})
         self.result("resume")
         self.assert_exits(pool, 0)
@@ -3260,7 +3260,7 @@ class QueuePrune(Clocked):
         self.add_finished("bad", 1)
         enqueue_graph(self.queue, "child bad")
         line = self.assert_refused("dlq", "purge", "bad", code=1)
-        self.assertIn("job child waits for bad; cancel it first", line)
+        self.assertIn("job child waits for bad; cancel that first", line)
         self.queue.cancel(["child"])
         self.assertEqual(self.stdout("dlq", "purge", "bad"), "1 purged\n")
 
@@ -3467,7 +3467,7 @@ class AttemptEnd(Live):
 
     @unittest.skipUnless(ROOT, "only root has a capability to lose")
     def test_processes_that_cannot_be_ended_are_reported_and_delay_no_stop(self) -> None:
-        """Promise 2: the job of a worker that had to leave them is not started again."""
+        """Promise 2: a job is not restarted while such processes remain."""
         as_nobody = "setpriv --reuid 65534 --clear-groups"
         without_kill = ["setpriv", "--bounding-set=-kill"]
         self.require_tool(*as_nobody.split(), *without_kill[:1], "--dump")
@@ -3477,7 +3477,7 @@ class AttemptEnd(Live):
         pool = self.pool(prefix=without_kill)
         self.wait_for_file("pid", "\n")
         pid = int(self.read("pid"))
-        message = f"remaining processes of job {job} do not end ({pid})\n"
+        message = f"remaining processes of job {job} cannot be ended ({pid})\n"
         self.wait_for_output(pool, message)
         self.run_cli("worker", "stop", "--now", "--timeout", "5")
         self.assert_exits(pool, -signal.SIGTERM if pool.returncode else 0)
@@ -3490,7 +3490,7 @@ class AttemptEnd(Live):
         self.assertEqual((self.job(job).state, self.job(job).last_error), ("dead", "exit code 3"))
 
     @internal
-    def test_fault_of_the_machine_while_processes_are_ended_is_retried(self) -> None:
+    def test_system_error_while_processes_are_ended_is_retried(self) -> None:
         self.enqueue("true")
         with Queue(self.path) as queue:
             said: list[str] = []
@@ -3600,7 +3600,7 @@ class AttemptOutput(Live):
     """
 
     @internal
-    def test_fault_of_the_disk_under_an_output_ends_no_worker(self) -> None:
+    def test_disk_error_in_an_output_file_does_not_end_the_worker(self) -> None:
         self.enqueue("sleep 0.1; echo x; exit 3", max_retries=1)
         result = self.script(self.START_WITH_FAULTS, self.path, "last_bytes")
         self.assertEqual((result.returncode, result.stderr), (0, ""))
@@ -3877,7 +3877,7 @@ class PoolRecovery(Live):
         wait_until(lambda: len(self.lines("log")) == 2, second)
         self.assertEqual(self.wait_for_state(job, "completed").attempts, 2)
 
-    def test_jobs_of_a_killed_machine_restart_but_never_run_twice_at_once(self) -> None:
+    def test_jobs_restart_after_everything_is_killed_but_never_run_twice_at_once(self) -> None:
         """Promise 2: a new attempt starts when every process of the old one is gone."""
         jobs = {
             name: self.enqueue(run_alone(name) + command) for name, command in self.ORPHANS.items()
@@ -3952,7 +3952,7 @@ class PoolRecovery(Live):
         orphan, worker = map(int, self.read("pids").split())
         wait_until(lambda: "sleep" in self.read(f"/proc/{orphan}/comm"))
         os.kill(worker, 9)
-        self.wait_for_output(pool, f"remaining processes of job {job} do not end ({orphan})\n")
+        self.wait_for_output(pool, f"remaining processes of job {job} cannot be ended ({orphan})\n")
         os.kill(orphan, 9)
         self.assert_exits(pool, 0)
         self.assertEqual(self.job(job).attempts, 2)
@@ -4435,7 +4435,7 @@ class PoolDispatchLive(Live):
         self.assertEqual(found, (0, "[[['event', 'a']]][[['event', 'b']]]"), result.stderr)
 
     @internal
-    def test_pool_stops_although_the_start_of_a_worker_hangs(self) -> None:
+    def test_pool_stops_even_if_the_start_of_a_worker_hangs(self) -> None:
         self.enqueue("true")
         hanging = threading.Event()
         self.addCleanup(hanging.set)
@@ -4612,7 +4612,7 @@ class PoolTrouble(Clocked):
 
 
 class PoolTroubleLive(Live):
-    """A pool reports that the machine fails it, and continues or exits."""
+    """A pool reports a failure of the machine, and continues or exits."""
 
     @internal
     def test_worker_start_is_tried_again_after_the_fork_server_died(self) -> None:
@@ -4772,7 +4772,7 @@ class WordsProgress(Clocked):
     """How far jobs have come, for a progress line or `status --watch`."""
 
     @internal
-    def test_progress_counts_what_can_run_and_names_what_waits(self) -> None:
+    def test_progress_counts_runnable_jobs_and_describes_waiting_ones(self) -> None:
         survey = partial(queuectl.survey_queues, self.queue._reader)
         progress = queuectl.Progress(survey, self.queue._reader.clock)
         self.assertEqual(progress.line(), "no job can run yet")
@@ -4825,7 +4825,7 @@ class CliEnqueue(Case):
 
     def test_duplicate_id_is_an_error_unless_if_absent_is_given(self) -> None:
         self.assertEqual(self.result("enqueue", "--id", "x", "echo 1"), (0, "x\n", ""))
-        error = "queuectl: there is a job x already\n"
+        error = "queuectl: job x already exists; use another id\n"
         self.assertEqual(self.result("enqueue", "--id", "x", "echo 2"), (2, "", error))
         self.assert_refused("enqueue", '[{"id":"y","command":"a"},{"id":"y","command":"b"}]')
         self.assertEqual(self.result("enqueue", "--id", "x", "--if-absent", "b"), (0, "x\n", ""))
@@ -4897,8 +4897,7 @@ class CliEnqueueLive(Live):
         os.environ["QUEUECTL_DB"] = self.path
         self.enqueue("true")
         self.assertIn(
-            "directory does not exist any more",
-            self.assert_refused("enqueue", "true", prefix=removed),
+            "directory no longer exists", self.assert_refused("enqueue", "true", prefix=removed)
         )
         self.assertEqual(self.stdout("enqueue", "--cwd", "/", "true", prefix=removed), "2\n")
 
@@ -5023,7 +5022,7 @@ class CliBadInput(Case):
         ('{"command": "true", "comand": "x"}', "did you mean command?"),
         ('{"command": "true", "max-retries": 1}', "did you mean max_retries?"),
         ('{"command": "true", "\\ud800": 1}', "unknown field"),
-        ('{"command": "true", "delay": 1, "run_at": 1}', "not both"),
+        ('{"command": "true", "delay": 1, "run_at": 1}', "cannot have both"),
         ("{}", "needs a command"),
         ("[]", "a job is a JSON object"),
         ("[1]", "a job is a JSON object"),
@@ -5117,7 +5116,7 @@ class CliBadInput(Case):
                 lines = "\n".join(map(json.dumps, jobs)).encode()
                 error = self.assert_refused("enqueue", "-", stdin=lines)
                 duplicate = ids.split()[number - 1]
-                self.assertIn(f"line {number}: there is a job {duplicate} already", error)
+                self.assertIn(f"line {number}: job {duplicate} already exists", error)
         self.assertEqual(list(self.states()), ["taken"])
 
     def test_json_without_its_quotes_gets_a_powershell_hint(self) -> None:
@@ -5138,13 +5137,13 @@ class CliBadInput(Case):
         "--after 1 --after 7": "after: there is no job 7",
         "--every 0": "--every must be at least 1 second",
         "--cron ": "--cron must have five fields",
-        "--cron @daily --every 1d": "a job has every or cron, not both",
-        "--delay 1 --at 2030-01-01": "a job has delay or run_at, not both",
-        "--env =x": "--env must have names",
+        "--cron @daily --every 1d": "a job cannot have both every and cron",
+        "--delay 1 --at 2030-01-01": "a job cannot have both delay and run_at",
+        "--env =x": "--env must have non-empty names",
         "--env x": "--env must be NAME=VALUE",
         "--queue ": "--queue must be",
         "--id a\tb": "--id must be",
-        "- ": "- must be the only word",
+        "- ": "- must be the only argument",
         "{}": "bad JSON",
     }
 
@@ -5159,13 +5158,13 @@ class CliBadInput(Case):
         self.assertEqual(list(self.states()), ["1"])
 
     USAGE_HINTS = {
-        "frobnicate": "no command frobnicate; known are enqueue, worker, status,",
+        "frobnicate": "no command frobnicate; choose from enqueue, worker, status,",
         "enqueue ls -l": "several words goes after --, as in: enqueue -- ls -l",
         "status --db x.db": "--db goes before the command",
         "list --state done": "cancelled",
         "prune --state pending": "(see queuectl prune --help)",
         "--db new.db worker start --horizon 5": "--horizon requires --drain",
-        "wait --all 1": "name the jobs or use --all, one of the two",
+        "wait --all 1": "either name the jobs or use --all",
     }
 
     def test_usage_error_says_how_to_correct_it(self) -> None:
@@ -5176,7 +5175,7 @@ class CliBadInput(Case):
         self.assertFalse(os.path.exists(self.file("new.db")))
         directory = self.file("none")
         error = self.assert_refused("--db", directory + "/x.db", "enqueue", "true", code=4)
-        self.assertEqual(error, f"queuectl: there is no directory {directory}\n")
+        self.assertEqual(error, f"queuectl: there is no directory {directory}; create it first\n")
 
     NEAREST = {
         "enqeue true": "enqueue",
@@ -5265,7 +5264,7 @@ class CliWorkers(Live):
         self.assertEqual(stop.returncode, 0)
         self.assertIn("job busy completed", self.read(log))
 
-    def test_program_that_calls_main_detaches_and_completes_by_the_file(self) -> None:
+    def test_program_that_calls_main_can_use_detach_and_completion(self) -> None:
         self.addCleanup(self.result, "worker", "stop", "--now")
         self.enqueue("true", id="x")
         os.environ["PYTHONPATH"] = HERE
@@ -5437,7 +5436,8 @@ class CliLogs(Clocked):
     def test_logs_of_a_waiting_job_say_when_it_is_due(self) -> None:
         self.enqueue("true", id="x", run_at="9999-01-01")
         due = queuectl.format_distance(self.job("x").run_after, time.time())
-        self.assertEqual(self.result("logs", "x"), (0, "", f"queuectl: job x waits: due {due}\n"))
+        error = f"queuectl: job x is waiting: due {due}\n"
+        self.assertEqual(self.result("logs", "x"), (0, "", error))
 
     @internal
     def test_logs_of_an_earlier_attempt_are_selected_by_run(self) -> None:
@@ -5464,7 +5464,7 @@ class CliLogsLive(Live):
     def test_logs_follow_a_running_job_until_it_ends(self) -> None:
         self.enqueue(f"echo one; {RUN_UNTIL_GO}; echo two", id="x")
         logs = self.start("logs", "x", "-f")
-        self.wait_for_output(logs, "job x waits: no worker is running")
+        self.wait_for_output(logs, "job x is waiting: no worker is running")
         self.pool("--drain")
         self.wait_for_output(logs, "one\n")
         self.assertIsNone(logs.poll())
@@ -5534,7 +5534,7 @@ class CliWait(Case):
             enqueue_graph(queue, "a", "b a", "c b")
             queue._ledger.finish(claim(queue), Outcome("exited", 1.0, 2.0, 3, "exit code 3"))
         for job_id, blocker in (("b", "a (dead)"), ("c", "b (pending)")):
-            waits = f"queuectl: job {job_id} waits: blocked by {blocker}\n"
+            waits = f"queuectl: job {job_id} is waiting: blocked by {blocker}\n"
             reason = f"queuectl: job {job_id} cannot run: job a is dead\n"
             self.assertEqual(self.result("wait", job_id), (1, "", waits + reason))
 
@@ -5544,7 +5544,7 @@ class CliWait(Case):
         for words, ids in {"x": "x", "child x": "child x", "--all": "x"}.items():
             with self.subTest(words):
                 err = self.result("wait", "--timeout", "0", *words.split())[2]
-                self.assertEqual(re.findall("job (\\w+) waits: ", err), ids.split())
+                self.assertEqual(re.findall("job (\\w+) is waiting: ", err), ids.split())
         self.stdout("cancel", "x")
         error = "queuectl: job child cannot run: job x is cancelled\n"
         self.assertEqual(self.result("wait", "--all"), (1, "", error))
@@ -6657,7 +6657,7 @@ class Speed(Live):
         self.assertEqual(self.read("env").strip(), os.environ.get("PYTHONPATH", "unset"))
 
     @internal
-    def test_wal_restarts_although_there_is_always_a_reader(self) -> None:
+    def test_wal_restarts_even_if_there_is_always_a_reader(self) -> None:
         done = threading.Event()
 
         def read_always() -> None:

@@ -1240,6 +1240,7 @@ class SystemProcesses(Live):
         found = {pid: (*row[:2], round(now - row.started)) for pid, row in table.items()}
         self.assertEqual(found, {7: (1, 5, 93784), 8: (7, 5, 184)})
 
+    @SLOW
     @unittest.skipUnless(LINUX, "there is no /proc")
     def test_workers_run_and_end_jobs_where_proc_is_missing_or_of_another_namespace(self) -> None:
         own_namespace = ["unshare", "-pf"] if ROOT else ["unshare", "-rpf"]
@@ -1279,6 +1280,7 @@ class SystemProcesses(Live):
                 self.run_cli(*options, prefix=[*prefix, "sh", "-c", script, "sh"])
                 self.assertEqual(self.job(job).state, "completed")
 
+    @SLOW
     def test_pool_needs_no_temporary_directory(self) -> None:
         tmp = self.file("t" * 100)
         os.mkdir(tmp)
@@ -1313,6 +1315,7 @@ class SystemProcesses(Live):
     def test_fork_server_that_does_not_answer_is_replaced(self) -> None:
         self.signal_fork_server(signal.SIGSTOP)
 
+    @SLOW
     def test_pool_polls_where_the_file_system_has_no_fifos(self) -> None:
         strace = ("strace", "-f", "-o", "/dev/null", "-e", "trace=mknod,mknodat")
         strace += ("-e", "inject=mknod,mknodat:error=EPERM")
@@ -1689,6 +1692,7 @@ class DatabaseReadOnly(Live):
             with self.subTest(command):
                 self.assert_refused(*command.split(), code=4, prefix=prefix)
 
+    @SLOW
     def test_open_queue_on_a_read_only_disk_can_be_read_but_not_written(self) -> None:
         self.enqueue("true")
         read_only = self.in_mount_namespace("mount --bind . . && mount -o remount,ro,bind . .")
@@ -1792,6 +1796,7 @@ class DatabaseFullDisk(Live):
             shown = self.json_object("show", job, **on_disk)
             self.assertEqual((shown["state"], len(shown["runs"])), ("completed", 1))
 
+    @SLOW
     def test_workers_can_be_stopped_on_a_full_disk(self) -> None:
         on_disk = self.use_small_disk()
         self.stdout("enqueue", self.FILL_DISK, **on_disk)
@@ -3180,6 +3185,7 @@ class QueueWait(Live):
         with Queue(self.path) as queue, self.assertRaisesRegex(queuectl.TimedOut, "within 0.1 s"):
             queue.wait("1", 0.1)
 
+    @SLOW
     def test_queue_that_is_moved_or_removed_is_not_waited_for(self) -> None:
         """Promise 4."""
         for act in (shutil.rmtree, lambda path: os.rename(path, path + "-moved")):
@@ -3351,6 +3357,7 @@ class AttemptLaunch(Live):
         """Return the expected output of PRINT_FDS in the first job."""
         return "/dev/null\n" + f"{self.path}.run/1.1.out\n" * 3
 
+    @SLOW
     def test_signals_and_streams_of_a_job_do_not_depend_on_how_its_pool_started(self) -> None:
         blocked = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
         block = lambda: signal.pthread_sigmask(signal.SIG_BLOCK, blocked)  # noqa: E731
@@ -3465,6 +3472,7 @@ class AttemptEnd(Live):
         self.assertEqual(self.job(job).attempts, 3)
         wait_until(lambda: not self.leftover_processes(), 1.0)
 
+    @SLOW
     @unittest.skipUnless(ROOT, "only root has a capability to lose")
     def test_processes_that_cannot_be_ended_are_reported_and_delay_no_stop(self) -> None:
         """Promise 2: a job is not restarted while such processes remain."""
@@ -3780,6 +3788,7 @@ class WorkerTrouble(Live):
         (news,) = map(json.loads, result.stdout.split("\n")[:1])
         self.assertRegex(news[0][1], "^worker-a-1 cannot continue: .*Is a directory")
 
+    @SLOW
     def test_jobs_that_cannot_start_are_tried_again_less_and_less_often(self) -> None:
         os.environ["QUEUECTL_INSECURE"] = "1"  # else the directories are refused
         self.pool()
@@ -3957,6 +3966,7 @@ class PoolRecovery(Live):
         self.assert_exits(pool, 0)
         self.assertEqual(self.job(job).attempts, 2)
 
+    @SLOW
     def test_unrecoverable_job_does_not_delay_other_jobs(self) -> None:
         for _ in range(2):
             self.enqueue("[ $QUEUECTL_ATTEMPT = 2 ] || { echo >> log; exec sleep 300; }")
@@ -4081,6 +4091,7 @@ def shifted():
 time.time = shifted
 """
 
+    @SLOW
     def test_clock_change_during_a_job_neither_repeats_it_nor_delays_its_retry(self) -> None:
         with open(PROGRAM) as file:
             shifted = file.read().replace("\nimport weakref\n", self.SHIFTED_CLOCK, 1)
@@ -4273,6 +4284,7 @@ class PoolStop(Live):
         pool.terminate()
         self.assertLess(self.assert_exits(pool, 0), second)
 
+    @SLOW
     def test_foreign_lock_does_not_delay_the_stop_with_many_jobs_to_recover(self) -> None:
         with Queue(self.path) as queue:
             for number in range(16):
@@ -4401,6 +4413,7 @@ class PoolDispatchLive(Live):
         pool.terminate()
         self.assert_exits(pool, 0)
 
+    @SLOW
     def test_pool_hears_signals_while_a_worker_with_a_cancelled_job_is_stopped(self) -> None:
         job = self.enqueue("touch began; sleep 300")
         pool = self.pool()
@@ -4434,6 +4447,7 @@ class PoolDispatchLive(Live):
         found = (result.returncode, result.stdout)
         self.assertEqual(found, (0, "[[['event', 'a']]][[['event', 'b']]]"), result.stderr)
 
+    @SLOW
     @internal
     def test_pool_stops_even_if_the_start_of_a_worker_hangs(self) -> None:
         self.enqueue("true")
@@ -4982,6 +4996,7 @@ class CliEnqueueLive(Live):
         q completion bash | bash -n
     """
 
+    @SLOW
     def test_shell_script_can_rely_on_ids_and_exit_codes(self) -> None:
         os.environ["QUEUECTL"] = " ".join([*PYTHON, PROGRAM])
         result = self.process("sh", "-c", self.SHELL_SCRIPT)

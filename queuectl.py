@@ -1659,6 +1659,7 @@ else:
     SYSTEM = Posix()
 
 
+@lru_cache(maxsize=None)
 def pid_namespace() -> str:
     """Return the name of this process's PID namespace, empty if there is none."""
     with contextlib.suppress(OSError, AttributeError):
@@ -2927,7 +2928,7 @@ class Queue:
             self._db.execute(sql, {"queue": "", "key": key, "value": value})
 
 
-# --- attempt: keeping its output, ending its processes, keeping its result ------------------------
+# --- attempt: launching a job, watching it, ending it, keeping its output and its result ----------
 
 
 def last_bytes(fd: int, limit: int) -> tuple[int, bytes]:
@@ -3719,6 +3720,25 @@ class Recovery:
         return not all(orphan.is_overdue for orphan in self.orphans.values())
 
 
+class WalSync:
+    """Syncs what the workers record, since they do not wait for the disk."""
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+        self.truncate_at = 0.0  # when the -wal may be emptied again, on the monotonic clock
+
+    def sync(self) -> None:
+        wal = self.db.path + "-wal"
+        with contextlib.suppress(FileNotFoundError):
+            sync_file(wal)  # safe: unlike the database, this file carries no locks of ours
+            began = time.monotonic()
+            if os.stat(wal).st_size > LARGEST_WAL and began >= self.truncate_at:
+                with contextlib.suppress(Fault):
+                    self.db.truncate_wal()
+                now = time.monotonic()  # a reader that stays must not hold up the work
+                self.truncate_at = now + 5 * (now - began)
+
+
 class Pool:
     """The process of `worker start`. It runs no jobs: it starts, wakes and replaces workers."""
 
@@ -3730,6 +3750,7 @@ class Pool:
         self.notices = Notices(self.say)
         self.crew = Crew(files, options, self.notices, self.fail)
         self.recovery = Recovery(ledger, self.notices, self.report_recovered)
+        self.wal = WalSync(ledger.db)
         start = self.crew.start_missing
         self.agenda = Agenda(self.poll, start, self.prune, self.sync, self.print_events)
         self.signals: list[tuple[float, int]] = []
@@ -3737,7 +3758,6 @@ class Pool:
         self.fault: Fault | None = None
         self.seen: object = None  # the data_version of the last poll, and its connection
         self.ready_at = NEVER  # when the next scheduled job is due, on the clock of the jobs
-        self.truncate_at = 0.0  # when the -wal may be emptied again
         ledger.db.keep_waiting = lambda waited: waited < 0.3 and not self.signals
 
     def on_signal(self, number: int, _: object) -> None:
@@ -3921,17 +3941,8 @@ class Pool:
                 self.agenda.set(self.prune, BATCH)
 
     def sync(self) -> None:
-        """Sync what the workers recorded, since they do not wait for the disk; retry on failure."""
-        self.agenda.set(self.sync, AGAIN)
-        wal = self.ledger.db.path + "-wal"
-        with contextlib.suppress(FileNotFoundError):
-            sync_file(wal)  # safe: unlike the database, this file carries no locks of ours
-            began = time.monotonic()
-            if os.stat(wal).st_size > LARGEST_WAL and began >= self.truncate_at:
-                with contextlib.suppress(Fault):
-                    self.ledger.db.truncate_wal()
-                now = time.monotonic()  # a reader that stays must not hold up the work
-                self.truncate_at = now + 5 * (now - began)
+        self.agenda.set(self.sync, AGAIN)  # if it fails
+        self.wal.sync()
         self.agenda.set(self.sync, NEVER)
 
     def dispatch(self) -> None:

@@ -1708,6 +1708,7 @@ class DatabaseReadOnly(Live):
             self.assertIn(said, self.stdout(*command.split(), prefix=read_only))
         self.assertEqual(sorted(os.listdir(self.dir)), ["queuectl.db", "queuectl.db.run"])
 
+    @SLOW
     def test_commands_without_write_permission_are_refused_and_change_nothing(self) -> None:
         user = obeying_modes(self)
         os.chmod(self.dir, 0o500)
@@ -1780,6 +1781,7 @@ class DatabaseFullDisk(Live):
                 self.assertEqual((old, new), (expected, full[1][1] + 1))
         self.assertEqual(codes, {0, 4})
 
+    @SLOW
     def test_job_that_fills_the_disk_is_recorded_later_and_runs_once(self) -> None:
         on_disk = self.use_small_disk()
         jobs = [{"command": f"echo x >> first; {self.FILL_DISK}"}, {"command": "echo x >> second"}]
@@ -1816,6 +1818,7 @@ class DatabaseFullDisk(Live):
         self.stdout("worker", "stop", "--now", **on_disk)
         self.assert_exits(pool, 0)
 
+    @SLOW
     def test_pool_whose_worker_dies_on_a_full_disk_continues_when_space_is_free(self) -> None:
         on_disk = self.use_small_disk()
         first_attempt = f"{self.FILL_DISK}; echo $PPID > worker; exec sleep 300"
@@ -3549,6 +3552,7 @@ class AttemptOutput(Live):
         with open(f"/proc/{pid}/status") as file:
             return int(re.findall(r"VmHWM:\s+(\d+) kB", file.read())[0]) * 1024
 
+    @SLOW
     def test_large_output_costs_neither_memory_nor_disk(self) -> None:
         size = 300_000_000
         job = self.enqueue(
@@ -4257,6 +4261,7 @@ class PoolStop(Live):
         pool.terminate()
         self.assertLess(self.assert_exits(pool, 0), second)
 
+    @SLOW
     def test_foreign_lock_does_not_delay_the_killing_of_running_jobs(self) -> None:
         job = self.enqueue("echo run >> log; [ $(wc -l < log) = 2 ] || sleep 300")
         pool = self.pool()
@@ -5931,6 +5936,7 @@ class CliSignals(Live):
             with mock.patch.object(queuectl, "execute", side_effect=error):
                 self.assertEqual(self.result("status"), (code, "", ""))
 
+    @SLOW
     def test_background_pool_leaves_the_prompt_alone(self) -> None:
         self.enqueue(RUN_UNTIL_GO, id="x")
         self.enqueue(RUN_UNTIL_GO, id="y")

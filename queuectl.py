@@ -1026,7 +1026,7 @@ def for_guest(sql: str) -> str:
     return GUEST_NAME.sub(rf"\1{GUEST_PREFIX}\2", sql)
 
 
-# --- system: what differs between POSIX and Windows; the only place with signals and kills --------
+# --- system: the differences of POSIX and Windows; the only place with signals and kills ----------
 
 STOP_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")]
 EXHAUSTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # a system limit was reached
@@ -1726,7 +1726,7 @@ def is_foreground(fd: int) -> bool:
     return True
 
 
-# --- run directory: what is alive, as locked files ------------------------------------------------
+# --- run directory: living processes, as locked files ---------------------------------------------
 
 PATIENCE = 30.0  # seconds that a command waits for a lock of another program
 
@@ -1797,7 +1797,9 @@ class RunDirectory:
         return os.path.join(self.path, ".".join(str(part) for part in parts))
 
     def output_file(self, job: Job) -> str:
-        return self.file(job.seq, job.run, "out")
+        """Return the path of the output of a job's current attempt; a kept result renames it."""
+        names = self.attempt_files(job)
+        return self.file(names[0] if names else f"{job.seq}.{job.run}.out")
 
     def files(self, start: str = "", end: str = "") -> list[str]:
         """Return the sorted names with this start and end; none if there is no directory."""
@@ -1973,6 +1975,14 @@ def system_fault(error: OSError, path: str) -> Fault:
     return Fault(f"{quoted(str(error.filename or path), 4096)}: {error.strerror}")
 
 
+def require_in_place(path: str, info: os.stat_result) -> None:
+    """Raise Damaged where a file was moved away or replaced since it had this stat result."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.stat(path), info):
+            return
+    raise Damaged(f"{path} was moved away or replaced")
+
+
 class Database:
     """The SQLite file: the only access to it, and the only place that interprets its errors.
 
@@ -2104,13 +2114,6 @@ class Database:
         writable = os.access(os.path.dirname(self.path), os.W_OK)
         return not (writable or os.path.exists(self.path + "-wal"))
 
-    def require_in_place(self) -> None:
-        """Raise Damaged where the file was moved away or replaced since it was opened."""
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(self.path), self.connection.info):
-                return
-        raise Damaged(f"{self.path} was moved away or replaced")
-
     @property
     def connection(self) -> Connection:
         db: Connection | None = getattr(self._thread, "connection", None)
@@ -2127,14 +2130,17 @@ class Database:
                     raise
         return db
 
+    def fault(self, error: sqlite3.Error) -> Fault:
+        if is_about(error, *DAMAGE):
+            return Damaged(f"{self.path} is damaged, or not a queue: {error}")
+        return Fault(f"{self.path}: {error}")
+
     @contextlib.contextmanager
     def translate_errors(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
-            if is_about(error, *DAMAGE):
-                raise Damaged(f"{self.path} is damaged, or not a queue: {error}") from error
-            raise Fault(f"{self.path}: {error}") from error
+            raise self.fault(error) from error
         except OSError as error:
             raise system_fault(error, self.path) from error
 
@@ -2160,10 +2166,11 @@ class Database:
         if self._in_host:
             sql = for_guest(sql)
         try:
-            with self.translate_errors():
-                if db.in_transaction:
-                    return db.execute(sql, args)
-                return self._retry(lambda: db.execute(sql, args))  # type: ignore[no-any-return]
+            if db.in_transaction:
+                return db.execute(sql, args)
+            return self._retry(lambda: db.execute(sql, args))  # type: ignore[no-any-return]
+        except sqlite3.Error as error:
+            raise self.fault(error) from error
         except UnicodeEncodeError as error:  # an id or a directory that is not UTF-8
             raise BadInput(f"{error.object!a} is not valid Unicode") from None
 
@@ -2172,8 +2179,10 @@ class Database:
 
     def rows(self, sql: str, args: Any = ()) -> list[Any]:
         """Return all rows of a query: reading them slowly would keep the -wal from being reset."""
-        with self.translate_errors():  # damage is noticed while reading
+        try:
             return self.execute(sql, args).fetchall()
+        except sqlite3.Error as error:  # damage is noticed while reading
+            raise self.fault(error) from error
 
     @contextlib.contextmanager
     def transaction(self, *, notify: bool = False) -> Iterator[sqlite3.Connection]:
@@ -2233,7 +2242,7 @@ class Database:
 
 
 def is_shared_group(gid: int) -> bool:
-    """Tell whether a group is more than the private group of the user who runs this process."""
+    """Tell whether a group is more than the private group of the user of this process."""
     if sys.platform == "win32":
         return False
     import grp
@@ -2515,7 +2524,7 @@ class Reader:
         for waited in polling(NEVER if timeout is None else timeout, 0.01, 0.01):
             version = self.data_version()
             if waited >= again:
-                self.db.require_in_place()
+                require_in_place(self.db.path, self.db.connection.info)
             if version != seen or waited >= again:
                 seen = version
                 again = waited + 0.5
@@ -3032,8 +3041,6 @@ class Termination:
             self.output.reopen()
             self.output = None
         trace = self.run_dir.trace(self.job)
-        for name in self.run_dir.attempt_files(self.job)[:1]:  # a kept result has renamed it
-            trace = trace._replace(lock_path=self.run_dir.file(name))
         found = SYSTEM.processes(trace)
         if time.monotonic() >= self.deadline:
             SYSTEM.kill(trace, found)
@@ -3049,7 +3056,7 @@ class Termination:
 
 
 class Supervisor(Protocol):
-    """What an attempt needs of its worker's link to the pool, where the worker waits."""
+    """The part of a worker's link to its pool that an attempt uses."""
 
     notices: Notices
     stopping: bool  # it is time to leave
@@ -3081,7 +3088,7 @@ class Execution:
     def launch(self, env: Mapping[str, str]) -> Any:
         """Start the job and return its process; None if that was impossible."""
         try:
-            self.output = Output(self.run_dir.output_file(self.job))
+            self.output = Output(self.run_dir.file(self.job.seq, self.job.run, "out"))
             argv = (*self.settings["shell"], self.job.command)
             return SYSTEM.launch(argv, self.job.cwd, env, self.output.fd, self.run_dir.path)
         except OSError as error:
@@ -3164,7 +3171,7 @@ AGAIN = 0.25  # seconds before the second try of something that failed, doubled 
 
 
 class News(NamedTuple):
-    """What a worker tells its pool: its state, or an event. "damaged" ends the pool."""
+    """A message of a worker to its pool: its state, or an event. "damaged" ends the pool."""
 
     kind: Literal["idle", "busy", "left", "damaged", "event"]
     text: str = ""  # a line for people
@@ -3413,7 +3420,7 @@ def ignore(*_: object) -> None:
 
 
 class PoolOptions(NamedTuple):
-    """What a pool was asked to do; `work` documents it."""
+    """The options of a pool; `work` documents them."""
 
     size: int = 1
     queues: Sequence[str] = ()
@@ -3473,13 +3480,6 @@ class PoolFiles:
         for item in self.run_dir.files(self.name + "."):
             with contextlib.suppress(OSError):
                 os.unlink(self.run_dir.file(item))
-
-    def require_in_place(self) -> None:
-        for path, info in self.watched.items():
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(path), info):
-                    continue
-            raise Damaged(f"{path} was moved away or replaced")
 
 
 def begin_worker(pipe: Pipe) -> None:
@@ -3579,7 +3579,7 @@ class Crew:
         self.results.append(None)
         self.files.run_dir.notify()
         if self.leave_by < time.monotonic():  # the pool has left already
-            self.close()
+            self.drop_started()
 
     def take_started(self) -> bool:
         """Add the workers that the thread started; return whether it ended with more to do."""
@@ -3660,9 +3660,17 @@ class Crew:
     def close(self) -> None:
         """Close the pipes, which tells the workers that the pool is gone."""
         self.leave_by = 0.0
-        self.take_started()
         for worker in self.workers:
             worker.pipe.close()
+        self.drop_started()
+
+    def drop_started(self) -> None:
+        """Close the pipes of the workers that the pool has not taken."""
+        with contextlib.suppress(IndexError):
+            while True:
+                result = self.results.popleft()
+                if isinstance(result, WorkerHandle):
+                    result.pipe.close()
 
 
 class Recovery:
@@ -3673,7 +3681,7 @@ class Recovery:
         self.run_dir = ledger.db.run_dir
         self.notices = notices
         self.report = report  # is called with a job's state and an event line
-        self.orphans: dict[str, Termination] = {}  # by the key of the attempt
+        self.orphans: dict[str, tuple[Termination, Outcome | None]] = {}  # by key of the attempt
         self.has_strangers = False  # some jobs belong to workers that are not, or no longer, ours
 
     def strangers(self, claimed: Sequence[Job], ours: set[str | None]) -> list[Job]:
@@ -3687,18 +3695,22 @@ class Recovery:
         """If the worker of a job is dead, end the remaining processes, and then requeue the job."""
         if not self.run_dir.is_unlocked(job.locked_by):
             return
-        settings = self.ledger.reader.settings(job.queue)
         if job.key not in self.orphans:
-            grace = settings["kill_grace"]
-            self.orphans[job.key] = Termination(job, self.run_dir, grace, self.notices, None)
-        kept = kept_result(self.run_dir, job)
-        completed = kept and not kept.error  # then its background processes keep running
-        if completed or self.orphans[job.key].step():
+            kept = kept_result(self.run_dir, job)
+            if kept and not kept.error:  # it completed: its background processes keep running
+                self.requeue(job, kept)
+                return
+            grace = self.ledger.reader.settings(job.queue)["kill_grace"]
+            ending = Termination(job, self.run_dir, grace, self.notices, None)
+            self.orphans[job.key] = (ending, kept)
+        ending, kept = self.orphans[job.key]
+        if ending.step():
             del self.orphans[job.key]  # first: a lock of another program must delay no stop
-            self.requeue(job, kept, settings["output_limit"])
+            self.requeue(job, kept)
 
-    def requeue(self, job: Job, kept: Outcome | None, limit: int) -> None:
+    def requeue(self, job: Job, kept: Outcome | None) -> None:
         """Record how a dead worker's attempt ended, as kept or in a crash; remove its files."""
+        limit = self.ledger.reader.settings(job.queue)["output_limit"]
         then = job.locked_at or 0.0
         now = max(then, self.ledger.clock())
         outcome = kept or Outcome("crashed", then, now, None, "its worker died")
@@ -3717,7 +3729,7 @@ class Recovery:
             self.report(after.state, describe_end(job, after, outcome))
 
     def is_ending(self) -> bool:
-        return not all(orphan.is_overdue for orphan in self.orphans.values())
+        return not all(ending.is_overdue for ending, _ in self.orphans.values())
 
 
 class WalSync:
@@ -3910,7 +3922,8 @@ class Pool:
         if requested := self.files.run_dir.stop_requested(self.files.name):
             self.stop(requested, "worker stop")
         self.crew.check_answers()
-        self.files.require_in_place()
+        for path, info in self.files.watched.items():
+            require_in_place(path, info)
         # Read first: later changes are seen later. A new connection has a new count.
         version = (self.ledger.reader.data_version(), self.ledger.db.connection)
         if version != self.seen or self.recovery.has_strangers:  # they may die without a change
@@ -4710,7 +4723,7 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
     if args.follow and not args.run:
         job = await_attempt(queue, job)
     limit = queue._reader.settings(job.queue)["output_limit"]
-    path = queue._db.run_dir.file(job.seq, args.run or job.run, "out")
+    path = queue._db.run_dir.output_file(job._replace(run=args.run or job.run))
     with contextlib.ExitStack() as stack:
         try:
             fd = open_own(path, os.O_RDONLY)

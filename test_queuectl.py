@@ -3695,6 +3695,7 @@ class WorkerFencing(Live):
             os.write(out.fd, b"why")
             outcome = self.FAILURE._replace(error=error, finished=queue._reader.clock(), output=b"")
             queuectl.keep_result(queue._db.run_dir, job, outcome, out)
+            self.assertEqual(self.stdout("logs", "job"), "why")
             pool = make_pool(self, queue)
             held = queuectl.LockFile(queue._db.run_dir.file("worker-1"))
             pool.poll()

@@ -3542,7 +3542,8 @@ class Crew:
         self.workers: list[WorkerHandle] = []
         self.missing = list(range(1, options.size + 1))  # slots without a worker
         self.started = 0
-        self.starting = False  # a thread starts workers, and appends to the results
+        self.starting = False  # the thread starts workers, and appends to the results
+        self.thread = threading.Thread()
         self.results: collections.deque[WorkerHandle | str | None] = collections.deque()
         self.mode: StopMode = ""
         self.leave_by = NEVER  # do not wait longer for the thread
@@ -3558,7 +3559,10 @@ class Crew:
         if slots and not self.starting and not self.mode:
             self.starting = True
             try:
-                threading.Thread(target=self.start_workers, args=(slots,), daemon=True).start()
+                self.thread = threading.Thread(
+                    target=self.start_workers, args=(slots,), daemon=True
+                )
+                self.thread.start()
             except RuntimeError:  # no more threads
                 self.results.extend((os.strerror(errno.EAGAIN), None))
 
@@ -3659,6 +3663,8 @@ class Crew:
 
     def close(self) -> None:
         """Close the pipes, which tells the workers that the pool is gone."""
+        if self.thread.is_alive():  # else it would be ended in its last steps by the exit
+            self.thread.join(min(1.0, max(0.0, self.leave_by - time.monotonic())))
         self.leave_by = 0.0
         for worker in self.workers:
             worker.pipe.close()
@@ -4005,6 +4011,9 @@ def work(  # noqa: PLR0913
     """
     validate("count", integer(1, 1000), count)
     options = PoolOptions(count, as_list(queues), drain, horizon, insecure, signals, say, tick)
+    first = threading.Thread(target=ignore)  # its end loads a library, which takes a descriptor:
+    first.start()  # later there may be none, and glibc would abort
+    first.join()
     with Queue(path, insecure=insecure) as queue:
         queue.config()  # with damaged settings no worker could begin
         if kind := network_file_system(queue.path):

@@ -3989,6 +3989,14 @@ class Pool:
         self.stop("stop")
 
 
+def end_a_thread() -> None:
+    """Let glibc load what it ends threads with: later no descriptor may be free, and it aborts."""
+    thread = threading.Thread(target=ignore)
+    with contextlib.suppress(RuntimeError):  # reported where a thread is needed
+        thread.start()
+        thread.join()
+
+
 def work(  # noqa: PLR0913
     path: Path = "queuectl.db",
     count: int = 1,
@@ -4011,9 +4019,7 @@ def work(  # noqa: PLR0913
     """
     validate("count", integer(1, 1000), count)
     options = PoolOptions(count, as_list(queues), drain, horizon, insecure, signals, say, tick)
-    first = threading.Thread(target=ignore)  # its end loads a library, which takes a descriptor:
-    first.start()  # later there may be none, and glibc would abort
-    first.join()
+    end_a_thread()
     with Queue(path, insecure=insecure) as queue:
         queue.config()  # with damaged settings no worker could begin
         if kind := network_file_system(queue.path):

@@ -46,6 +46,7 @@ The sections of this file, in order. Each one uses only the sections above it.
     worker          the process that runs one job at a time
     pool            the process that starts workers and recovers the jobs of dead ones
     words           jobs, workers and counts as text and as JSON; not the event lines
+    doctor          trials of a machine and a directory
     command line    the commands, their arguments, and main
 
 To add a setting: SETTINGS. A field of a job: Job, FIELDS, SCHEMA, INSERTED, the options of enqueue
@@ -4308,6 +4309,177 @@ class Progress:
         return ", ".join(part for part, is_shown in parts.items() if is_shown)
 
 
+# --- doctor: whether this machine and this directory can carry a queue ----------------------------
+
+TRIAL_LIMIT = 8.0  # seconds that one trial may take
+LEAST_FREE = 100 << 20  # bytes
+KILL = "import os, sys; os.kill(int(sys.argv[1]), 9)"  # the same on every system
+STUCK_ONCE = "import os, time; time.sleep(60 * (os.environ['QUEUECTL_ATTEMPT'] == '1'))"
+BEAT = "import time\nwhile True: open('beat', 'a').write('x'); time.sleep(0.02)"
+TREE = f"import subprocess, sys; subprocess.call([sys.executable, '-c', {BEAT!r}])"
+
+
+class Doctor:
+    """Trials of a machine and a directory, in a temporary queue beside the real one.
+
+    Each trial returns a fact to print; it raises QueueError, OSError or sqlite3.Error with what is
+    wrong.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)
+        self.directory = os.path.dirname(self.path)
+        self.trial = ""
+
+    def examine(self) -> Iterator[tuple[str, bool, str]]:
+        """Yield the name of each trial, whether it succeeded, and its fact or what is wrong."""
+        import shutil
+
+        trials = (self.versions, self.owner, self.file_system, self.space, self.queue)
+        live = (self.locks, self.wal, self.sync, self.recovery, self.process_tree)
+        try:
+            for trial in (*trials, *live):
+                if self.trial or trial not in live:
+                    yield (trial.__name__.replace("_", " "), *self.attempt(trial))
+        finally:
+            if self.trial:
+                shutil.rmtree(os.path.dirname(self.trial), ignore_errors=True)
+
+    def attempt(self, trial: Callable[[], str]) -> tuple[bool, str]:
+        try:
+            return True, trial()
+        except (QueueError, sqlite3.Error) as error:
+            return False, str(error)
+        except OSError as error:
+            return False, str(system_fault(error, self.directory))
+
+    def versions(self) -> str:
+        import platform
+
+        if sqlite3.sqlite_version_info < (3, 31):
+            raise Fault(f"SQLite {sqlite3.sqlite_version} is too old; 3.31 or later is needed")
+        python = f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}"
+        return f"queuectl {__version__}, {python}, {platform.platform()}"
+
+    def owner(self) -> str:
+        require_trust(self.path)
+        return f"no other user can write to {self.directory}"
+
+    def file_system(self) -> str:
+        if kind := network_file_system(self.path):
+            raise Fault(f"{self.directory} is on {kind}; SQLite needs a local disk")
+        return f"{self.directory} is not on a known network file system"
+
+    def space(self) -> str:
+        import shutil
+
+        free = shutil.disk_usage(self.directory).free
+        if free < LEAST_FREE:
+            raise Fault(f"only {free >> 20} MiB are free on the disk of {self.directory}")
+        return f"{free >> 20} MiB are free"
+
+    def queue(self) -> str:
+        import tempfile
+
+        name = os.path.basename(self.path) + ".doctor-"
+        self.trial = os.path.join(tempfile.mkdtemp("", name, self.directory), "queuectl.db")
+        with self.open() as queue:
+            queue.configure("kill_grace", "1")
+        return "a temporary queue was created beside this one"
+
+    def open(self) -> Queue:
+        return Queue(self.trial, insecure=True)  # the directory has been judged already
+
+    def locks(self) -> str:
+        import subprocess
+
+        path = self.trial + ".lock"
+        lock = LockFile(path)
+        command = [SYSTEM.PYTHON, "-c", "input()"]
+        inherited: Any = {} if WINDOWS else {"pass_fds": [lock.fd]}
+        with subprocess.Popen(command, stdin=subprocess.PIPE, **inherited) as heir:
+            os.close(lock.fd)
+            held = WINDOWS or not SYSTEM.is_unlocked(path)
+            heir.communicate(b"\n")
+        if not held or not SYSTEM.is_unlocked(path):
+            raise Fault("a lock is not kept by a child that inherits it; queuectl needs flock()")
+        return "a lock is held as long as a process that inherited it lives"
+
+    def wal(self) -> str:
+        import subprocess
+
+        with self.open() as queue:
+            job = queue.enqueue("true")
+            command = [SYSTEM.PYTHON, os.path.abspath(__file__), "--insecure", "--db", self.trial]
+            seen = subprocess.run([*command, "show", job], capture_output=True, check=False)
+            queue.cancel([job])
+        if seen.returncode:
+            raise Fault(f"another process cannot read the queue: {seen.stderr.decode().strip()}")
+        return "another process reads what this one has written"
+
+    def sync(self) -> str:
+        import statistics
+
+        times = []
+        with open(os.path.join(os.path.dirname(self.trial), "sync"), "wb", buffering=0) as file:
+            for _ in range(20):
+                file.write(bytes(4096))
+                began = time.perf_counter()
+                os.fsync(file.fileno())
+                times.append(time.perf_counter() - began)
+        return f"the disk takes {statistics.median(times) * 1000:.3g} ms to sync a page"
+
+    def run_job(
+        self, code: str, meddle: Callable[[Queue], None], **fields: object
+    ) -> list[Attempt]:
+        """Run a Python program as a job and return its attempts; `meddle` is called meanwhile."""
+        command = join_words([SYSTEM.PYTHON, "-c", code])
+        with self.open() as queue:
+            job = queue.enqueue(command, cwd=os.path.dirname(self.trial), **fields)
+            options = {"drain": True, "insecure": True}
+            pool = threading.Thread(target=work, args=(self.trial,), kwargs=options, daemon=True)
+            pool.start()
+            try:
+                meddle(queue)
+                queue.wait([job], TRIAL_LIMIT)
+            finally:
+                for name in queue._db.run_dir.alive("pool"):
+                    queue._db.run_dir.request_stop(name, "now")
+                queue._db.run_dir.notify()
+                pool.join(TRIAL_LIMIT)
+            return queue.attempts(job)
+
+    def recovery(self) -> str:
+        killed = 0.0
+
+        def kill_worker(queue: Queue) -> None:
+            nonlocal killed
+            import subprocess
+
+            for _ in polling(TRIAL_LIMIT):
+                for note in queue._db.run_dir.alive("worker").values():
+                    if queue.counts()[PROCESSING] and note.get("pid"):
+                        subprocess.run([SYSTEM.PYTHON, "-c", KILL, str(note["pid"])], check=False)
+                        killed = time.time()
+                        return
+
+        attempts = self.run_job(STUCK_ONCE, kill_worker)
+        outcomes = [attempt.outcome for attempt in attempts]
+        if outcomes != ["crashed", "completed"]:
+            raise Fault(f"the job of a killed worker did not run again, but: {outcomes}")
+        return f"the job of a killed worker ran again after {attempts[1].started - killed:.2f} s"
+
+    def process_tree(self) -> str:
+        beat = os.path.join(os.path.dirname(self.trial), "beat")
+        (attempt,) = self.run_job(TREE, ignore, timeout=1.0, max_retries=1)
+        size = os.path.getsize(beat)
+        time.sleep(0.2)
+        if os.path.getsize(beat) > size:
+            raise Fault("a process that a job started has outlived the job's timeout")
+        took = format_duration(attempt.finished - attempt.started)
+        return f"a job and its child process were ended in {took}, by a timeout of 1s"
+
+
 # --- command line ---------------------------------------------------------------------------------
 
 
@@ -4836,6 +5008,18 @@ def cmd_config_list(args: argparse.Namespace, queue: Queue) -> None:
     show_list(args, facts, ("KEY", "VALUE", "MEANING"), rows)
 
 
+def cmd_doctor(args: argparse.Namespace) -> int:
+    healthy = True
+    for check, ok, detail in Doctor(args.db).examine():
+        healthy = healthy and ok
+        if args.json:
+            print(json.dumps({"check": check, "ok": ok, "detail": detail}), flush=True)
+        else:
+            show([f"{'ok' if ok else 'FAIL':<5} {check:<13} {detail}"], whole=True)
+            sys.stdout.flush()
+    return Exit.OK if healthy else Exit.NO
+
+
 # fmt: off
 JSON = flag("--json", "print JSON; the README documents the fields")
 LIMIT = arg("--limit", "N", "show the N that changed last (0: all)", integer(0, 10**9))
@@ -4911,6 +5095,8 @@ COMMANDS = {
                 parse_duration, default=0.0),
             arg("--state", None, "only this state (default: completed and cancelled); repeatable",
                 action="append", choices=FINISHED))),
+    "doctor": Command(cmd_doctor, "none", "test this machine and this directory", "doctor",
+        (JSON,)),
     "config get": Command(
         lambda args, queue: show([setting_text(queue.config()[args.key])], whole=True),
         "read", "print a setting", "config get timeout", (KEY,)),
@@ -4976,12 +5162,23 @@ COMMANDS["completion"] = Command(
 
 HELP = """\
 PATH is the queue; the default is $QUEUECTL_DB, or else ./queuectl.db.
-COMMANDS
-examples:
-  queuectl enqueue 'make all'                  add a job
-  queuectl worker start --count 4              run jobs, four at a time
-  queuectl status --watch                      watch the jobs
-  queuectl dlq retry --all                     retry the jobs that failed
+
+to begin:
+  queuectl enqueue 'make all'        add a job and print its id
+  queuectl worker start --count 4    run jobs, four at a time
+  queuectl status --watch            see what waits, runs and has failed
+  queuectl logs 7                    print the output of a job
+  queuectl dlq retry --all           retry the jobs that failed for good
+
+commands:
+  jobs      enqueue, list, show, logs, wait, cancel
+  workers   worker start, worker stop, worker list
+  queue     status, pause, resume, prune
+  failures  dlq list, dlq retry, dlq purge
+  settings  config get, config set, config unset, config list
+  machine   doctor, completion
+
+queuectl COMMAND --help describes a command.
 """
 
 
@@ -5018,7 +5215,7 @@ def menu_parser(name: str) -> argparse.ArgumentParser:
     hidden = argparse.SUPPRESS
     prog = f"queuectl {name}".strip()
     lines = "".join(f"  {word:<11} {meaning}\n" for word, meaning in menu(name).items())
-    about = lines if name else HELP.replace("COMMANDS\n", lines + "\n")
+    about = lines if name else HELP
     globals_usage = "" if name else " [--db PATH] [--insecure] [--version]"
     usage = f"{prog}{globals_usage} COMMAND [--help] ..."
     parser = new_parser(prog, usage=usage, description=about, add_help=False)

@@ -4429,9 +4429,7 @@ class Doctor:
                 times.append(time.perf_counter() - began)
         return f"the disk takes {statistics.median(times) * 1000:.3g} ms to sync a page"
 
-    def run_job(
-        self, code: str, meddle: Callable[[Queue], None], **fields: object
-    ) -> list[Attempt]:
+    def run_job(self, code: str, meddle: Callable[[Queue], None], **fields: Any) -> list[Attempt]:
         """Run a Python program as a job and return its attempts; `meddle` is called meanwhile."""
         command = join_words([SYSTEM.PYTHON, "-c", code])
         with self.open() as queue:

@@ -106,6 +106,7 @@ if TYPE_CHECKING:
     Validator = Callable[[Any], Any]  # returns the value as it is stored, or raises ValueError
 
 __version__ = "1.0.0"
+HOME_PAGE = "https://github.com/OWNER/queuectl"
 __all__ = ["Attempt", "Job", "Queue", "work"]
 __all__ += ["BadInput", "Damaged", "Fault", "Locked", "NotFound", "QueueError", "TimedOut"]
 
@@ -251,6 +252,7 @@ WINDOWS = os.name == "nt"
 DEFAULT_SHELL = ("cmd.exe", "/d", "/s", "/c") if WINDOWS else ("/bin/sh", "-c", "--")
 COMMAND_LIMIT = 8191 if WINDOWS else 131071  # bytes; Linux: MAX_ARG_STRLEN
 UNIT_SECONDS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
+UNIT = "w(?:eeks?)?|d(?:ays?)?|h(?:(?:ou)?rs?)?|m(?:in(?:ute)?s?)?|s(?:ec(?:ond)?s?)?"
 LONGEST = 10 * 365 * 86400.0  # no duration is longer, so that sums of times never overflow
 LATEST_TIME = 253402214400  # the end of the year 9999 in every time zone
 QUOTED_LIMIT = 100  # characters of user input that a message quotes
@@ -333,15 +335,26 @@ def valid_backoff_base(value: Any) -> float:
 
 
 def parse_duration(value: Any) -> float:
-    """Return a duration in seconds, given a number or `90`, `90s`, `5m`, `1h30m`, `2d`, `1.5h`."""
+    """Return a duration in seconds, given a number or `90`, `90s`, `5m`, `1h30m`, `2 days`."""
     if isinstance(value, str):
         text = value.strip().lower()
+        require(text not in ("none", "never", "inf"), "be a number; 0 means no limit")
+        require(not re.match(r"-\d", text), "not be negative")
         amount = r"(\d+(?:\.\d*)?|\.\d+)"
-        if re.fullmatch(f"{amount}|({amount}[smhdw])+", text):
-            parts = re.findall(f"{amount}([smhdw]?)", text)
+        if re.fullmatch(rf"{amount}|({amount}\s*({UNIT})\s*)+", text):
+            parts = re.findall(rf"{amount}\s*([smhdw]?)", text)
             value = sum(float(count) * UNIT_SECONDS[unit or "s"] for count, unit in parts)
     expectation = "be a duration between 0 and 10 years, such as 90, 90s, 5m or 1h30m"
     return float(in_range(0, value, LONGEST, expectation))
+
+
+def parse_size(value: Any) -> int:
+    """Return a number of bytes, given one or `64K`, `1M`, `10MB`, `1.5 MiB`; K is 1024."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)(?:i?b)?", value.strip().lower())
+        value = match and int(float(match[1]) * 1024 ** " kmg".index(match[2] or " "))
+    expectation = "be a size between 0 and 256M, such as 65536, 64K or 1M"
+    return int(in_range(0, value, 1 << 28, expectation))
 
 
 def parse_time(value: Any) -> float:
@@ -353,6 +366,11 @@ def parse_time(value: Any) -> float:
             value = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", value.strip())).timestamp()
     expectation = "be a time between 1970 and 9999, such as 2030-01-31T08:00 or 2030-01-31T08:00Z"
     return float(in_range(0, value, LATEST_TIME, expectation))
+
+
+def valid_tries(value: Any) -> int:
+    require(str(value).strip() != "0", "be at least 1, which means to try once")
+    return int(integer(1, 1_000_000)(value))
 
 
 def valid_text(value: Any) -> str:
@@ -496,7 +514,7 @@ FIELDS: dict[str, Validator] = {
     "delay": parse_duration,
     "run_at": parse_time,
     "timeout": parse_duration,
-    "max_retries": integer(1, 1_000_000),
+    "max_retries": valid_tries,
     "cwd": valid_directory,
     "env": valid_environment,
     "after": valid_names,
@@ -570,7 +588,7 @@ SETTINGS = {
     "backoff_max": Setting(86400.0, parse_duration, "a retry never waits longer than this"),
     "timeout": Setting(300.0, parse_duration, "how long an attempt may take (0: no limit)"),
     "kill_grace": Setting(5.0, parse_duration, "time between TERM and KILL when a job is ended"),
-    "output_limit": Setting(65536, integer(0, 1 << 28), "how many bytes of output are kept"),
+    "output_limit": Setting(65536, parse_size, "how much output is kept, such as 64K or 1M"),
     "shell": Setting(DEFAULT_SHELL, valid_prefix, "the program and options that run a command"),
     "max_snoozes": Setting(20, integer(0, 10**6), "how many times a job may exit with 75"),
     "no_retry_exit_codes": Setting((), valid_exit_codes, "final exit codes, such as 2,126,127"),
@@ -4503,8 +4521,9 @@ def arg(
     name: str, metavar: str | None, meaning: str = "", check: Validator = str, **options: Any
 ) -> Argument:
     """Describe an argument of a command as argparse takes it, with a validator of its value."""
-    options.update(type=partial(validate, name, check), metavar=metavar, help=meaning)
-    return (name,), options
+    names = tuple(name.split())
+    options.update(type=partial(validate, names[-1], check), metavar=metavar, help=meaning)
+    return names, options
 
 
 def flag(names: str, meaning: str) -> Argument:
@@ -4584,6 +4603,9 @@ def show_list(args: Any, facts: Iterable[Facts], headings: Sequence[str], rows: 
         show(table(headings, rows))
 
 
+JSON_START = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""  # unlike a shell line
+
+
 def parse_json_jobs(source: str) -> list[dict[str, object]]:
     try:
         value = json.loads(source.lstrip("\ufeff"))  # PowerShell puts it before the text of a file
@@ -4600,7 +4622,6 @@ def parse_json_jobs(source: str) -> list[dict[str, object]]:
 def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) -> Iterator[Any]:
     """Yield the jobs of JSON lines, JSON, a shell line or words; `at` holds the line's number."""
     words: list[str] = args.words
-    json_start = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""  # unlike a shell line
     exact = args.rest[-len(words) - 1 :] == ["--", *words]
     if "--" in args.rest and not exact:
         raise BadInput("all words of the command go after --, as in: enqueue -- git log -- README")
@@ -4615,7 +4636,7 @@ def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) ->
                 SCREEN.draw(lambda: f"{at[0]} lines")
             if line.strip():
                 yield from parse_json_jobs(line.decode(errors="surrogateescape"))
-    elif re.match(json_start, words[0]) and not exact:
+    elif re.match(JSON_START, words[0]) and not exact:
         yield from parse_json_jobs(" ".join(words))
     else:
         is_line = len(words) == 1 and not exact
@@ -4685,6 +4706,13 @@ def detach(args: argparse.Namespace) -> int:
     return shell_code(pool.returncode)
 
 
+def cpu_count() -> int:
+    """Return the number of CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def cmd_worker_start(args: argparse.Namespace) -> int:
     if args.horizon < LONGEST and not args.drain:
         raise BadInput("--horizon requires --drain")
@@ -4700,7 +4728,7 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
             reader = queue._reader
             progress = Progress(partial(survey_queues, reader, args.queues), reader.clock)
             options["tick"] = lambda: SCREEN.draw(progress.line)
-        code = work(args.db, args.count, **options, signals=True)
+        code = work(args.db, args.count or cpu_count(), **options, signals=True)
     return Exit.SIGNALLED - code if code > Exit.SIGNALLED else code
 
 
@@ -5020,12 +5048,12 @@ def cmd_doctor(args: argparse.Namespace) -> int:
 
 # fmt: off
 JSON = flag("--json", "print JSON; the README documents the fields")
-LIMIT = arg("--limit", "N", "show the N that changed last (0: all)", integer(0, 10**9))
-STATE = arg("--state", None, "only this state; repeatable", action="append", choices=STATES)
+LIMIT = arg("-n --limit", "N", "show the N that changed last (0: all)", integer(0, 10**9))
+STATE = arg("-s --state", None, "only this state; repeatable", action="append", choices=STATES)
 TIMEOUT = arg("--timeout", "DURATION", "stop waiting after this time, and exit with 124",
               parse_duration)
-QUEUE = arg("--queue", "QUEUE", "only this queue", valid_name)
-QUEUES = arg("--queue", "QUEUE", "only this queue; repeatable", valid_name, dest="queues",
+QUEUE = arg("-q --queue", "QUEUE", "only this queue", valid_name)
+QUEUES = arg("-q --queue", "QUEUE", "only this queue; repeatable", valid_name, dest="queues",
              action="append", default=[])
 ID = arg("id", "ID")
 IDS = arg("ids", "ID", nargs="*")
@@ -5037,12 +5065,12 @@ COMMANDS = {
         arg("words", "JOB", "a quoted shell line; JSON (an object or an array); - for JSON lines "
             "on stdin; or -- followed by the words of a command", nargs="+"),
         field("id", "ID", "the name of the job (default: a number)"),
-        field("priority", "N", "higher numbers run first (default: 0)"),
+        field("queue", "QUEUE", "the queue it waits in (default: default)", "-q --queue"),
+        field("priority", "N", "higher numbers run first (default: 0)", "-p --priority"),
         field("delay", "DURATION", "start it after this time"),
         field("run_at", "TIME", "start it at this time: 2030-01-31T08:00", "--at"),
-        field("timeout", "DURATION", "end an attempt that takes longer (0: never)"),
-        field("max_retries", "N", "the number of attempts, including the first"),
-        field("queue", "QUEUE", "the queue it waits in (default: default)"),
+        field("timeout", "DURATION", "end an attempt that takes longer (0: never; default: 300s)"),
+        field("max_retries", "N", "the number of attempts, including the first (default: 3)"),
         field("after", "ID,...", "start it once these jobs have completed; repeatable",
               action="extend"),
         field("every", "DURATION", "repeat it at this interval"),
@@ -5053,8 +5081,8 @@ COMMANDS = {
         flag("--if-absent", "do nothing if a job with that id exists"))),
     "worker start": Command(
         cmd_worker_start, "none", "run jobs until stopped", "worker start --count 4", (
-            arg("--count", "N", "how many jobs to run at a time (default: 1)", integer(1, 1000),
-                default=1),
+            arg("-c --count", "N", "how many jobs to run at a time (default: 1; 0: one per CPU)",
+                integer(0, 1000), default=1),
             QUEUES,
             flag("--drain", "exit when nothing is left to run; with 1 if a job died or is blocked"),
             arg("--horizon", "DURATION", "with --drain: do not wait for jobs that are due later "
@@ -5105,6 +5133,22 @@ COMMANDS = {
     "config list": Command(cmd_config_list, "read", "list the settings", "config list", (JSON,)),
 }
 # fmt: on
+
+
+SYNONYMS = {  # words of other tools, and the command to type here
+    "enqueue": "add submit run push exec queue",
+    "worker start": "start work workers",
+    "worker stop": "stop shutdown",
+    "list": "ls jobs ps",
+    "logs": "log tail output cat",
+    "cancel": "kill rm abort delete remove",
+    "dlq retry": "retry restart requeue rerun",
+    "show": "info inspect describe get",
+    "status --watch": "top watch",
+    "dlq list": "failed failures dead",
+    "config list": "settings",
+    "--version": "version",
+}
 
 
 def menu(family: str = "") -> dict[str, str]:
@@ -5174,20 +5218,43 @@ commands:
   queue     status, pause, resume, prune
   failures  dlq list, dlq retry, dlq purge
   settings  config get, config set, config unset, config list
-  machine   doctor, completion
+  machine   doctor, completion, help
 
-queuectl COMMAND --help describes a command.
+queuectl help COMMAND describes a command; the README describes everything:
+HOME_PAGE#readme
 """
 
 
+def command_hint(name: str, word: str) -> str:
+    """Return which command a wrong word may stand for; never one that deletes."""
+    for command, words in SYNONYMS.items():
+        if word in words.split() and command.startswith(name):
+            return f"; type: queuectl {command}"
+    verbs = menu(name)
+    close = nearest(word, verbs)
+    if close and close not in ("prune", "purge"):
+        return f": did you mean {close}?"
+    return f"; choose from {', '.join(verbs)}"
+
+
+WORD_HINTS = {  # the option that a word stands for where a command takes no words
+    "queuectl worker start": "--count",
+    "queuectl list": "--state",
+    "queuectl pause": "--queue",
+    "queuectl resume": "--queue",
+    "queuectl status": "--queue",
+}
+
+
 def usage_hint(prog: str, message: str, options: Iterable[str]) -> str:
-    if not (wrong := re.match("unrecognized arguments: (-[^ =]+)", message)):
-        return ""
-    if wrong[1] in ("--db", "--insecure"):
-        return f": {wrong[1]} goes before the command"
-    if prog == "queuectl enqueue" and wrong[1][1] != "-":
-        return ": a command of several words goes after --, as in: enqueue -- ls -l"
-    return suggestion(wrong[1], options)
+    wrong = re.match("unrecognized arguments: ([^ =]+)", message)
+    if wrong and wrong[1][0] == "-":
+        return suggestion(wrong[1], options)
+    if wrong and prog in WORD_HINTS:
+        return f": did you mean {WORD_HINTS[prog]} {wrong[1]}?"
+    if re.match("argument .*: expected one argument", message):
+        return "; it must not begin with -"
+    return ""
 
 
 def new_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
@@ -5206,6 +5273,15 @@ def new_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
     return Parser(prog, formatter_class=style, allow_abbrev=False, **options)
 
 
+def add_global_options(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take the options that may stand before the command or after it."""
+    import argparse
+
+    hidden: Any = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    parser.add_argument("--db", metavar="PATH", **hidden)
+    parser.add_argument("--insecure", action="store_true", **hidden)
+
+
 def menu_parser(name: str) -> argparse.ArgumentParser:
     """Return the parser of a command word that others follow: the program's, or a family's."""
     import argparse
@@ -5213,7 +5289,7 @@ def menu_parser(name: str) -> argparse.ArgumentParser:
     hidden = argparse.SUPPRESS
     prog = f"queuectl {name}".strip()
     lines = "".join(f"  {word:<11} {meaning}\n" for word, meaning in menu(name).items())
-    about = lines if name else HELP
+    about = lines if name else HELP.replace("HOME_PAGE", HOME_PAGE)
     globals_usage = "" if name else " [--db PATH] [--insecure] [--version]"
     usage = f"{prog}{globals_usage} COMMAND [--help] ..."
     parser = new_parser(prog, usage=usage, description=about, add_help=False)
@@ -5222,11 +5298,52 @@ def menu_parser(name: str) -> argparse.ArgumentParser:
         db = os.environ.get("QUEUECTL_DB") or "queuectl.db"
         versions = f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
         version = f"queuectl {__version__} ({versions}, schema {SCHEMA_VERSION})"
-        parser.add_argument("--version", action="version", version=version, help=hidden)
-        parser.add_argument("--db", default=db, metavar="PATH", help=hidden)
-        parser.add_argument("--insecure", action="store_true", help=hidden)
+        parser.add_argument("-V", "--version", action="version", version=version, help=hidden)
+        add_global_options(parser)
+        parser.set_defaults(db=db, insecure=False)
     parser.add_argument("rest", nargs=argparse.PARSER, metavar="COMMAND", help=hidden)
     return parser
+
+
+METAVARS = {
+    "DURATION": "seconds, or a number with a unit: 90, 90s, 5m, 1h30m, 2d, '2 days'",
+    "TIME": "2030-01-31T08:00 (local time), 2030-01-31T08:00Z, or Unix seconds",
+}
+
+
+def command_parser(name: str, command: Command) -> argparse.ArgumentParser:
+    about = command.help[0].upper() + command.help[1:] + "."
+    used = {options.get("metavar") for _, options in command.arguments}
+    notes = [f"{word}: {text}\n" for word, text in METAVARS.items() if word in used]
+    example = f"example: queuectl {command.example}"
+    epilog = "".join([*notes, example, f"\nqueuectl {__version__}, {HOME_PAGE}"])
+    parser = new_parser(f"queuectl {name}", description=about, epilog=epilog)
+    for names, options in command.arguments:
+        parser.add_argument(*names, **options)
+    add_global_options(parser)
+    return parser
+
+
+def count_options(words: Sequence[str], options: Mapping[str, argparse.Action]) -> int:
+    """Return how many words at the beginning are options and their values."""
+    count = 0
+    while count < len(words) and re.match("-[^-]|--.", words[count]):
+        name, value = re.fullmatch("(?s)(--[^=]*|-.)(.*)", words[count]).groups()  # type: ignore[union-attr]
+        if name not in options:
+            return count
+        count += 1 if value or options[name].nargs == 0 else 2
+    return count
+
+
+def mark_command(words: list[str], options: Mapping[str, argparse.Action]) -> list[str]:
+    """Put -- before a command of several words, so that none of them is taken for an option."""
+    start = count_options(words, options)
+    first, *rest = words[start:] or [""]
+    if not rest or first[:1] == "-" or re.match(JSON_START, first):
+        return words
+    if count_options(rest, options) == len(rest) or (" " in first and rest[0][:1] == "-"):
+        return words  # one word or a shell line, whose options may follow it
+    return [*words[:start], "--", *words[start:]]
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -5238,18 +5355,26 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     while name not in COMMANDS:
         parser = menu_parser(name)
         word, *args.rest = parser.parse_args(args.rest, args).rest
-        if not args.db:
-            parser.error("--db must not be empty")
         if word not in menu(name):
-            parser.error(f"there is no command {quoted(word)}{suggestion(word, menu(name))}")
+            parser.error(f"there is no command {quoted(word)}{command_hint(name, word)}")
         name = f"{name} {word}".strip()
     args.chosen = COMMANDS[name]
-    about = args.chosen.help.capitalize() + "."
-    example = f"example: queuectl {args.chosen.example}"
-    parser = new_parser(f"queuectl {name}", description=about, epilog=example)
-    for names, options in args.chosen.arguments:
-        parser.add_argument(*names, **options)
-    return parser.parse_args(args.rest, args)
+    parser = command_parser(name, args.chosen)
+    if args.chosen.act is cmd_enqueue:
+        args.rest = mark_command(args.rest, parser._option_string_actions)
+    parser.parse_args(args.rest, args)
+    if not args.db:
+        parser.error("--db must not be empty")
+    return args
+
+
+def cmd_help(args: argparse.Namespace) -> None:
+    parse([*args.words, "--help"])
+
+
+COMMANDS["help"] = Command(
+    cmd_help, "none", "describe a command", "help enqueue", (arg("words", "COMMAND", nargs="*"),)
+)
 
 
 def execute(args: argparse.Namespace) -> int:

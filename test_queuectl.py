@@ -810,11 +810,21 @@ class Rules(Case):
             "1.5h": 5400,
             "2d": 172800,
             "1W": 604800,
+            "5 m": 300,
+            "10min": 600,
+            "1hour": 3600,
+            "2 days 3 hrs": 183600,
         }
         self.assert_table(valid, queuectl.parse_duration)
-        texts = ("", "x", "5 m", "-1", "1h30", "1e3", "nan", "11000d", "m")
+        texts = ("", "x", "5 x", "-1", "5 mo", "1h30", "1e3", "nan", "11000d", "m")
         self.rejects(queuectl.parse_duration, *texts)
         self.rejects(queuectl.parse_duration, None, True, [], -1)
+
+    @internal
+    def test_sizes_are_parsed_and_invalid_ones_rejected(self) -> None:
+        valid = {"0": 0, "7": 7, "64K": 65536, "1M": 1 << 20, "1.5 MiB": 3 << 19, "2kb": 2048}
+        self.assert_table({**valid, 9: 9}, queuectl.parse_size)
+        self.rejects(queuectl.parse_size, "", "x", "1T", "257M", "-1", None, True, -1, 1 << 29)
 
     @internal
     def test_times_are_parsed_and_invalid_ones_rejected(self) -> None:
@@ -2563,8 +2573,8 @@ class TrustAttacks(Live):
     def test_insecure_option_or_variable_overrides_for_one_command_or_for_all(self) -> None:
         os.chmod(self.dir, 0o1777)
         self.assert_refused("enqueue", "true", code=4)
-        self.assertIn("goes before", self.assert_refused("enqueue", "--insecure", "--", "true"))
         self.assertEqual(self.stdout("--insecure", "enqueue", "true"), "1\n")
+        self.assertEqual(self.stdout("list", "--json", "--insecure").count("\n"), 1)
         self.stdout("--insecure", "worker", "start", "--drain")
         self.assertEqual(self.job_state_insecurely(), "completed")
         os.environ["QUEUECTL_INSECURE"] = "0"
@@ -4921,9 +4931,25 @@ class CliEnqueueLive(Live):
         for argv in commands:
             job_id = self.stdout("enqueue", "--priority", "1", "--", *argv).strip()
             self.assertEqual(shlex.split(self.job(job_id).command), argv)
+
+    SEPARATED = {  # the words of a command line, and the command and the priority that they mean
+        "-p 5 python train.py --timeout 5": ("python train.py --timeout 5", 5),
+        "ls -l": ("ls -l", 0),
+        "make --priority 5 --jobs 4": ("make --priority 5 --jobs 4", 0),
+        "make --priority 5 --id x": ("make", 5),
+        "--priority=5 git log -- f": ("git log -- f", 5),
+        "-p5 -- make --priority 6": ("make --priority 6", 5),
+    }
+
+    def test_options_after_the_first_of_several_words_belong_to_the_command(self) -> None:
+        for words, expected in self.SEPARATED.items():
+            with self.subTest(words):
+                job = self.job(self.stdout("enqueue", *words.split()).strip())
+                self.assertEqual((job.command, job.priority), expected)
+        job = self.job(self.stdout("enqueue", "make all", "-p", "5", "--db", self.path).strip())
+        self.assertEqual((job.command, job.priority), ("make all", 5))
         self.assertIn(
-            "all words of the command go after --",
-            self.assert_refused("enqueue", "git", "log", "--", "f"),
+            "did you mean --priority?", self.assert_refused("enqueue", "make all", "--prioity=5")
         )
 
     def test_byte_order_mark_before_json_is_ignored(self) -> None:
@@ -5092,9 +5118,9 @@ class CliBadInput(Case):
         commands = (
             "enqeue x",
             "enqueue",
-            "enqueue true --no-such",
+            "list --no-such",
             "list --state lost",
-            "worker start --count 0",
+            "worker start --count -1",
             "worker stop --timeout soon",
             "dlq",
         )
@@ -5211,8 +5237,21 @@ class CliBadInput(Case):
 
     USAGE_HINTS = {
         "frobnicate": "no command frobnicate; choose from enqueue, worker, status,",
-        "enqueue ls -l": "several words goes after --, as in: enqueue -- ls -l",
-        "status --db x.db": "--db goes before the command",
+        "add x": "; type: queuectl enqueue (",
+        "ls": "; type: queuectl list (",
+        "kill 1": "; type: queuectl cancel (",
+        "retry": "; type: queuectl dlq retry (",
+        "top": "; type: queuectl status --watch (",
+        "prun": "no command prun; choose from enqueue,",  # it deletes
+        "dlq purg": "no command purg; choose from list, retry, purge",
+        "worker start 2": "did you mean --count 2?",
+        "list dead": "did you mean --state dead?",
+        "pause default": "did you mean --queue default?",
+        "enqueue x --max-retries 0": "must be at least 1, which means to try once",
+        "enqueue x --timeout none": "0 means no limit",
+        "enqueue x --delay=-5m": "must not be negative",
+        "enqueue x --delay -5m": "must not begin with -",
+        "status --db=": "--db must not be empty",
         "list --state done": "cancelled",
         "prune --state pending": "(see queuectl prune --help)",
         "--db new.db worker start --horizon 5": "--horizon requires --drain",
@@ -5835,7 +5874,7 @@ class CliConfig(Case):
     def test_bad_settings_are_refused_with_the_nearest_key_or_the_range(self) -> None:
         messages = {
             "tiemout=5": "unknown key tiemout: did you mean timeout?",
-            "max_retries=0": "max_retries must be a whole number from 1 to 1000000",
+            "max_retries=0": "max_retries must be at least 1, which means to try once",
             "max_retries=many": "max_retries must be a whole number from 1 to 1000000",
             "backoff_base=0.5": "backoff_base must be a number from 1 to 1000",
             "timeout=soon": "timeout must be a duration",
@@ -5880,13 +5919,20 @@ class CliHelp(Case):
         named = re.findall(r"(?m)(?<=[ ,] )[a-z]+(?: [a-z]+)?(?=,|$)", shown.split("commands:")[1])
         self.assertEqual(sorted(named), sorted(queuectl.COMMANDS))
 
+    def test_help_command_shows_the_help_of_a_command(self) -> None:
+        self.assertEqual(self.stdout("help"), self.stdout("--help"))
+        shown = self.stdout("help", "worker", "stop")
+        self.assertEqual(shown, self.stdout("worker", "stop", "--help"))
+        self.assertIn("\nDURATION: seconds, or a number with a unit", shown)
+        self.assertIn(f"\nqueuectl {queuectl.__version__}, {queuectl.HOME_PAGE}", shown)
+
     @internal
     def test_help_of_every_subcommand_has_a_valid_example(self) -> None:
         for words in queuectl.COMMANDS:
             with self.subTest(words):
                 code, out, _ = self.result(*words.split(), "--help")
                 self.assertEqual(code, 0, out)
-                example = out.partition("\nexample: queuectl ")[2].strip()
+                example = out.partition("\nexample: queuectl ")[2].partition("\n")[0]
                 self.assertTrue(example.startswith(words), out)
                 queuectl.parse(shlex.split(example))
 

@@ -3792,6 +3792,7 @@ class Pool:
         self.agenda = Agenda(self.poll, start, self.prune, self.sync, self.print_events)
         self.signals: list[tuple[float, int]] = []
         self.code: int = Exit.OK
+        self.ended: collections.Counter[str] = collections.Counter()  # jobs by their final state
         self.fault: Fault | None = None
         self.seen: object = None  # the data_version of the last poll, and its connection
         self.ready_at = NEVER  # when the next scheduled job is due, on the clock of the jobs
@@ -3806,6 +3807,7 @@ class Pool:
             if self.options.signals:
                 stack.enter_context(handle_signals(self.on_signal, self.files.wakeup))
             stack.callback(self.crew.close)
+            began = time.monotonic()
             reader = self.ledger.reader
             empty = "" if any(reader.counts().values()) else ", which has no jobs yet"
             workers = plural(self.options.size, "worker")
@@ -3815,12 +3817,17 @@ class Pool:
                 self.agenda.set(step, 0.0)
             while not self.crew.mode or self.crew.is_alive() or self.recovery.is_ending():
                 self.turn()
-            self.flush_events()
             with self.ledger.db.translate_errors():
                 self.sync()
+            self.summarize(time.monotonic() - began)
         if self.fault:
             raise self.fault
         return self.code
+
+    def summarize(self, seconds: float) -> None:
+        words = (*FINISHED, "blocked")
+        numbers = [f"{self.ended[word]} {word}" for word in words if self.ended[word]]
+        self.say(f"{', '.join(numbers) or 'no jobs ended'} in {format_duration(seconds)}")
 
     def say(self, text: str) -> None:
         self.flush_events()
@@ -3892,6 +3899,8 @@ class Pool:
         self.agenda.within(self.sync, BATCH)
         if state == DEAD and self.options.drain:
             self.code = Exit.NO
+        if state in FINISHED:
+            self.ended[state] += 1
         if state == PENDING:
             self.agenda.within(self.poll, BATCH)  # when is it due?
 
@@ -4002,9 +4011,11 @@ class Pool:
         for job in blocked:
             self.code = Exit.NO
             self.say(f"job {printable(job.id)} is {describe_blockers(reader.parents(job))}")
-        more = reader.counts(self.options.queues)[PENDING] - len(blocked)
-        if blocked and more > 0:
-            self.say(f"and {more} more are pending")
+        rows = reader.counts_by_queue(self.options.queues)
+        number = sum(row[3] for row in rows if row[1:3] == (PENDING, BLOCKED))
+        if number > len(blocked):
+            self.say(f"and {number - len(blocked)} more are blocked")
+        self.ended["blocked"] = number
         self.stop("stop")
 
 
@@ -4052,7 +4063,7 @@ def work(  # noqa: PLR0913
 
 # --- words: jobs, workers and counts as text and as JSON ------------------------------------------
 
-WORKER_HEADINGS = ("WORKER", "PID", "JOB", "SINCE", "COMMAND")
+WORKER_HEADINGS = ("WORKER", "PID", "QUEUES", "STARTED", "JOB", "SINCE", "COMMAND")
 READINESS_WORDS = {READY: "ready", SCHEDULED: "scheduled", BLOCKED: "blocked"}
 
 
@@ -4201,21 +4212,31 @@ def job_text(reader: Reader, job: Job) -> Iterator[str]:
     yield from section(("RUN", "STARTED", "TOOK", "ENDED", "WORKER"), rows)
 
 
-def worker_facts(reader: Reader) -> Iterator[dict[str, Any]]:
+def worker_facts(reader: Reader, only: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the living workers, or those that serve one queue."""
     running = {job.locked_by: job for job in reader.claimed()}
+    pools = reader.db.run_dir.alive("pool")
     for name, note in reader.db.run_dir.alive("worker").items():
-        job = running.get(name)
-        facts = {"worker": name, "pool": pool_of(name), "pid": note.get("pid")}
-        since = job and format_time(job.locked_at)
-        claim = {"job": job and job.id, "since": since, "command": job and job.command}
-        yield {**facts, "slot": note.get("slot"), **claim}
+        pool = pools.get(pool_of(name), {})
+        queues = pool.get("queues", [])
+        if only is None or not queues or only in queues:
+            job = running.get(name)
+            facts = {"worker": name, "pool": pool_of(name), "pid": note.get("pid")}
+            facts.update(slot=note.get("slot"), queues=queues)
+            facts["started"] = format_time(pool.get("started"))
+            facts.update(job=job and job.id, since=job and format_time(job.locked_at))
+            yield {**facts, "command": job and job.command}
 
 
 def worker_rows(workers: Iterable[Facts], now: float) -> Iterator[tuple[object, ...]]:
+    def ago(when: str | None) -> str:
+        return format_distance(parse_time(when), now) if when else ""
+
     for worker in workers:
-        since = worker["since"] and format_distance(parse_time(worker["since"]), now)
-        job = worker["job"] or "idle"
-        yield worker["worker"], worker["pid"] or "?", job, since or "", worker["command"] or ""
+        queues = ",".join(worker["queues"])
+        started, since = ago(worker["started"]), ago(worker["since"])
+        about = (worker["job"] or "idle", since, worker["command"] or "")
+        yield (worker["worker"], worker["pid"] or "?", queues, started, *about)
 
 
 def tally(counts: Iterable[tuple[State, int, int]]) -> dict[str, int]:
@@ -4242,7 +4263,7 @@ def status_facts(reader: Reader, only: str | None = None) -> dict[str, Any]:
     facts["rate"] = round(reader.rate(only, min(60.0, max(1.0, age))), 3)  # over a minute, or less
     oldest = reader.oldest(only)
     facts["oldest"] = oldest and job_facts(oldest, reader.settings(oldest.queue))
-    facts["workers"] = list(worker_facts(reader))
+    facts["workers"] = list(worker_facts(reader, only))
     return facts
 
 
@@ -4676,6 +4697,15 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
             raise BadInput(f"line {at[0]}: {error}" if at[0] else str(error)) from None
 
 
+def started_pool(run_dir: RunDirectory, pid: int, *, complete: bool) -> str | None:
+    """Return the name of a process's pool once it is alive and, if asked, all of its workers."""
+    for name, note in run_dir.alive("pool").items():
+        if note.get("pid") == pid:
+            workers = [worker for worker in run_dir.alive("worker") if pool_of(worker) == name]
+            return name if len(workers) >= note["count"] or not complete else None
+    return None
+
+
 def detach(args: argparse.Namespace) -> int:
     """Start a pool in a session of its own; report its log or, if it ends at once, the reason."""
     import subprocess
@@ -4683,6 +4713,8 @@ def detach(args: argparse.Namespace) -> int:
     with Queue(args.db, insecure=args.insecure) as queue:
         run_dir = queue._db.run_dir
     run_dir.make()  # the database may have been copied here
+    for name, note in run_dir.alive("pool").items():
+        say(f"{name} runs here too, with {plural(note.get('count', 0), 'worker')}")
     insecure = ["--insecure"] * args.insecure
     options = [word for word in args.rest if word != "--detach"]
     command = [SYSTEM.PYTHON, os.path.abspath(__file__), f"--db={args.db}", *insecure]
@@ -4692,18 +4724,24 @@ def detach(args: argparse.Namespace) -> int:
         size = file.tell()
         streams: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
         pool = subprocess.Popen(command, **streams, **SYSTEM.BACKGROUND)
-        for _ in polling(longest=0.02):
-            for name, note in run_dir.alive("pool").items():
-                if note.get("pid") == pool.pid:
-                    say(f"{name} runs as process {pool.pid}; its log is {log}")
-                    pool.returncode = Exit.OK  # it is not waited for
-                    return Exit.OK
+        for waited in polling(longest=0.02):
+            if started := started_pool(run_dir, pool.pid, complete=waited < 10):
+                say(f"{started} runs as process {pool.pid}; its log is {log}")
+                pool.returncode = Exit.OK  # it is not waited for
+                return Exit.OK
             if pool.poll() is not None:
                 break
         file.seek(size)
         for line in file:
             SCREEN.line(line.rstrip("\n"))
     return shell_code(pool.returncode)
+
+
+def say_event(text: str) -> None:
+    """Print an event line: on a terminal with the time, in a log with the date (RFC 3339)."""
+    now = datetime.now().astimezone()
+    when = now.strftime("%H:%M:%S") if terminal_width(sys.stderr) else now.isoformat("T", "seconds")
+    SCREEN.line(f"{when} {text}")
 
 
 def cpu_count() -> int:
@@ -4721,7 +4759,7 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
     keys = ("drain", "horizon", "insecure", "queues")
     options: dict[str, Any] = {key: getattr(args, key) for key in keys}
     if not args.quiet:
-        options["say"] = lambda text: SCREEN.line(time.strftime("%H:%M:%S ") + text)
+        options["say"] = say_event
     with contextlib.ExitStack() as stack:
         if terminal_width(sys.stderr) and not args.quiet:
             queue = stack.enter_context(Queue(args.db, insecure=args.insecure))
@@ -4732,21 +4770,34 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
     return Exit.SIGNALLED - code if code > Exit.SIGNALLED else code
 
 
+def pools_to_stop(args: argparse.Namespace, run_dir: RunDirectory) -> set[str]:
+    """Return the living pools, or those that are named or were started for one of the queues."""
+    pools = run_dir.alive("pool")
+    if args.queues:
+        return {name for name, note in pools.items() if {*note.get("queues", ())} & {*args.queues}}
+    every = {*pools, *map(pool_of, run_dir.alive("worker"))}  # a worker may have lost its pool
+    for pool in args.pools:
+        if pool not in every:
+            raise NotFound(f"there is no pool {quoted(pool)} (queuectl worker list)")
+    return set(args.pools) or every
+
+
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
     run_dir = queue._db.run_dir
-    alive = [*run_dir.alive("pool"), *run_dir.alive("worker")]  # a worker may have lost its pool
-    for pool in set(map(pool_of, alive)):
+    pools = pools_to_stop(args, run_dir)
+    workers = [name for name in run_dir.alive("worker") if pool_of(name) in pools]
+    for pool in pools:
         run_dir.request_stop(pool, "now" if args.now else "stop")
     run_dir.notify()
-    if not alive:
-        say("no workers are running")
+    if not pools:
+        say("no workers are running" + " for this queue" * bool(args.queues))
     notices = Notices(say, NEVER)
     for waited in polling(NEVER if args.timeout is None else args.timeout, longest=0.02):
-        if all(map(run_dir.is_unlocked, alive)):
+        if all(map(run_dir.is_unlocked, (*pools, *workers))):
             return Exit.OK
         if waited > 1:
-            busy = ", ".join(job.id for job in queue._reader.claimed())
-            notices.report(f"waiting for {busy or 'the workers to exit'}", key="waiting")
+            busy = [job.id for job in queue._reader.claimed() if job.locked_by in workers]
+            notices.report(f"waiting for {', '.join(busy) or 'the workers to exit'}", key="waiting")
     say(f"workers are still running after {format_duration(args.timeout)}")
     return Exit.TIMED_OUT
 
@@ -5091,7 +5142,10 @@ COMMANDS = {
             flag("--quiet", "print no event lines"))),
     "worker stop": Command(
         cmd_worker_stop, "read", "let workers finish their jobs and exit", "worker stop --now",
-        (flag("--now", "end the running jobs; they return to the queue"), TIMEOUT)),
+        (arg("pools", "POOL", "only this pool (default: all)", nargs="*"),
+            arg("-q --queue", "QUEUE", "only pools started for this queue; repeatable", valid_name,
+                dest="queues", action="append", default=[]),
+            flag("--now", "end the running jobs; they return to the queue"), TIMEOUT)),
     "worker list": Command(cmd_worker_list, "read", "list living workers", "worker list", (JSON,)),
     "status": Command(cmd_status, "read", "show counts and workers", "status --watch", (
         QUEUE, flag("--watch", "refresh every second, with the rate and the last failures"), JSON)),

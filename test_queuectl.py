@@ -5328,6 +5328,30 @@ class CliWorkers(Live):
         wait_until(lambda: not self.leftover_processes(), 1.0)
 
     @internal
+    def test_pools_are_told_apart_by_their_queues(self) -> None:
+        self.enqueue("true")
+        for options in (("--queue", "gpu", "--count", "2"), ()):
+            started = self.run_cli("worker", "start", "--detach", *options, real=True).stderr
+        self.assertIn("runs here too, with 2 workers\n", started)
+        workers = self.json_lines("worker", "list")  # all are there when --detach returns
+        self.assertEqual(sorted(w["queues"] for w in workers), [[], ["gpu"], ["gpu"]])
+        self.assertTrue(all(queuectl.parse_time(w["started"]) for w in workers))
+        self.assertEqual(len(self.json_object("status", "--queue", "cpu")["workers"]), 1)
+        self.assertEqual(len(self.json_object("status", "--queue", "gpu")["workers"]), 3)
+        self.assert_refused("worker", "stop", "pool-0", code=1)
+        self.stdout("worker", "stop", "--queue", "gpu")
+        (left,) = self.json_lines("worker", "list")
+        self.stdout("worker", "stop", left["pool"])
+        self.assertEqual(self.json_lines("worker", "list"), [])
+
+    def test_drain_sums_up_what_it_did(self) -> None:
+        self.configure(max_retries="1")
+        for command in ("true", "true", "false"):
+            self.enqueue(command)
+        self.enqueue("true", after=["3"])
+        last = self.run_cli("worker", "start", "--drain", code=1).stderr.splitlines()[-1]
+        self.assertRegex(last, r"^\S+ 2 completed, 1 dead, 1 blocked in [\d.]+ s$")
+
     def test_detached_workers_are_listed_and_stopped(self) -> None:
         self.addCleanup(lambda: self.result("worker", "stop", "--now"))
         start = Terminal(self, "worker", "start", "--detach", "--count", "2")
@@ -5346,7 +5370,8 @@ class CliWorkers(Live):
         self.assertEqual(len({worker["pool"] for worker in workers}), 2)
         self.assertLessEqual(queuectl.parse_time(busy["since"]), time.time())
         self.assertTrue(alive(busy["pid"]))
-        row = f"{busy['worker']} +{busy['pid']} +busy +(now|[0-9]+ s ago) +touch started"
+        ago = "(now|[0-9]+ s ago)"
+        row = f"{busy['worker']} +{busy['pid']} +{ago} +busy +{ago} +touch started"
         self.assertRegex(self.stdout("worker", "list"), row)
         stop = self.start("worker", "stop")
         self.assertEqual(stop.stdout.readline(), "queuectl: waiting for busy\n")
@@ -5429,7 +5454,7 @@ class CliStatusLive(Live):
             r"pending +3\r\nprocessing +1\r\ncompleted +0\r\ndead +1\r\n",
             r"workers +1\r\nrate +\d\.\d  jobs/s recently\r\n",
             r"oldest +job later0, due \S+.*; next to run\r\n",
-            r"worker-\S+ +\d+ +busy +(now|\d+ s ago) +touch started",
+            r"worker-\S+ +\d+ +(now|\d+ s ago) +busy +(now|\d+ s ago) +touch started",
             r"bad +(now|\d+ s ago) +exit code 3\r\n",
         )
         watch.wait_for("(?s)" + ".*".join(rows))
@@ -6124,7 +6149,7 @@ class CliTerminal(Live):
         self.enqueue("true")
         self.assertEqual(self.run_cli("enqueue", "-", stdin=lines, real=True).stderr, "")
         events = self.drain("--queue", "default", real=True)
-        self.assertRegex(events, r"^(\d\d:\d\d:\d\d [ -~]+\n){2}$")
+        self.assertRegex(events, r"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00 [ -~]+\n){3}$")
         watch = Terminal(self, "status", "--watch", env={"TERM": "dumb"})
         watch.wait_for(r"^pending +1000\r\n")
         for words in ("status", "list", "show 1", "wait 1", "worker list", "list --json"):
@@ -6482,7 +6507,7 @@ class Readme(Case):
     @staticmethod
     def normalize(text: str) -> str:
         """Replace the parts that differ from run to run."""
-        text = re.sub(r"\d\d:\d\d:\d\d", "TIME", text)
+        text = re.sub(r"(\d{4}-\d\d-\d\dT)?\d\d:\d\d:\d\d([+-]\d\d:\d\d)?", "TIME", text)
         text = re.sub(r"in [\d.]+ s\n", "in N s\n", text)
         text = re.sub(r"  (now|\d+ s ago) +", "  AGO  ", text)
         return re.sub(r"WHEN +", "WHEN  ", re.sub(r"/\S*/queuectl\.db", "/queuectl.db", text))

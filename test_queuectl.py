@@ -1043,6 +1043,9 @@ class SqlPlans(Clocked):
         "UNBLOCK": "needs_child",
         "MARK_MET": "PRIMARY KEY",
         "PARENTS": "needs_child",
+        "PARENT_IDS": "needs_child",
+        "COUNT_NOTIFICATIONS": "COVERING INDEX jobs_notifies",
+        "WAITING_SUMMARY": "jobs_notifies",
         "BY_ID": "sqlite_autoindex_jobs_1",
     }
 
@@ -1050,8 +1053,9 @@ class SqlPlans(Clocked):
     def test_hot_statements_use_an_index_and_do_not_sort(self) -> None:
         """Promise 8: the cost of a hot statement does not grow with the history."""
         parameters = (
-            "queue now state limit id readiness seq since before priority run_after".split()
-        )
+            "queue now state limit id readiness seq since before priority run_after completed "
+            "notifications command cwd"
+        ).split()
         for name, index in self.HOT.items():
             sql = "EXPLAIN QUERY PLAN " + getattr(queuectl, name)
             rows = self.queue._db.execute(sql, dict.fromkeys(parameters, 1))
@@ -5034,7 +5038,12 @@ class CliBadInput(Case):
         "max_retries": ("x", None, True, 1.5, [], {}, 0, -1, 10**7),
         "cwd": (1, None, True, [], {}, "/\0", "/\ud800"),
         "env": (1, None, [], "A=1", {"A": 1}, {"": "x"}, {"A=B": "x"}, {"A": None}, {"A": "\0"}),
+        "retry_delays": (1, None, True, "", "1,", "soon", "-1", [], [-1], ["x"], {"a": 1}),
+        "stdin": (1, None, True, [], "\ud800", "x" * ((1 << 20) + 1)),
         "after": (1, None, "", [1], [""], ["a b"], {"a": 1}, "-x"),
+        "after_end": (1, None, "", [1], [""], ["a b"], {"a": 1}, "-x"),
+        "on_dead": (1, None, True, [], " ", "a\0b", "a\ud800b"),
+        "on_end": (1, None, True, [], " ", "a\0b", "a\ud800b"),
         "every": (0, 0.5, -1, None, True, "", "often", [60]),
         "cron": (1, None, *INVALID_CRON_RULES),
     }

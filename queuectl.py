@@ -1072,9 +1072,15 @@ WITH RECURSIVE descendants (child) AS (
 INSERTED = """seq id queue command cwd env priority max_retries timeout created_at updated_at
 run_after readiness rule schedule_id scheduled_for
 retry_delays on_dead on_end notifies event stdin""".split()
-INSERT = f"""
-INSERT OR IGNORE INTO jobs ({", ".join(INSERTED)})
-VALUES ({", ".join(":" + column for column in INSERTED)})"""
+
+
+@lru_cache(maxsize=1000)
+def insert_job(*columns: str) -> str:
+    """Return the statement that inserts a job; a column left out costs less than a bound NULL."""
+    values = ", ".join(":" + column for column in columns)
+    return f"INSERT OR IGNORE INTO jobs ({', '.join(columns)}) VALUES ({values})"
+
+
 ADD_NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :any_end, :met)"
 SET_STDIN = "UPDATE jobs SET stdin = :stdin WHERE seq = :seq AND state = 'pending'"
 WAITING_QUEUES = """
@@ -2742,7 +2748,7 @@ class Ledger:
         if not row["cwd"]:
             raise BadInput("the current directory no longer exists; set cwd")
         row["env"] = json.dumps(row["env"]) if row["env"] else None
-        needs = self.needs(row)
+        needs = self.needs(row) if "after" in row or "after_end" in row else ()
         blocked = not all(need["met"] for need in needs)
         row.update(run_after=when, readiness=BLOCKED if blocked else when <= now)
         seq = self.insert(row)
@@ -2773,7 +2779,8 @@ class Ledger:
             if row["rule"]:
                 row["schedule_id"] = name
                 row["id"] = self.next_id_of_schedule(name)
-            if not taken and self.change(INSERT, **row):  # else the number is taken
+            columns = [key for key in INSERTED if row[key] is not None]
+            if not taken and self.change(insert_job(*columns), **row):  # else the number is taken
                 return int(row["seq"])
             row["seq"] += 1
 
@@ -2834,7 +2841,8 @@ class Ledger:
             attempt = (job.seq, job.run, job.locked_by, outcome.word, job.waited, *outcome[1:])
             self.db.execute(ADD_ATTEMPT, attempt)
         if after.state in FINISHED:
-            self.end(after, settings, now)
+            stored = after._replace(locked_by=None, locked_at=None, cancel_requested=0)
+            self.end(stored, settings, now)
         if job.rule and is_over and not job.cancel_requested:  # cancelling ends the schedule
             self.add_next_of_schedule(job, now)
         return after

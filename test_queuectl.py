@@ -3371,9 +3371,11 @@ class QueueNotifications(Clocked):
     def test_unreadable_summary_of_an_edited_row_starts_again(self) -> None:
         self.configure(on_end="E", max_notifications="0")
         self.end_one("completed")
-        self.queue._db.execute("UPDATE jobs SET stdin = x'ff' WHERE notifies IS NOT NULL")
-        self.end_one("completed")
-        self.assertEqual(self.given(self.notifications()[0])["count"], 1)
+        for text in ("", "\\", "1", "[]", "{}", '{"count": []}'):
+            update = "UPDATE jobs SET stdin = ? WHERE notifies IS NOT NULL"
+            self.queue._db.execute(update, (text.encode(),))
+            self.end_one("completed")
+            self.assertEqual(self.given(self.notifications()[0])["count"], 1, text)
 
     def test_occurrence_of_a_schedule_inherits_stdin_delays_and_hooks(self) -> None:
         fields = {"stdin": "text", "retry_delays": "1,2", "on_end": "E", "on_dead": ""}

@@ -628,14 +628,14 @@ SETTINGS = {
     "timeout": Setting(300.0, parse_duration, "how long an attempt may take (0: no limit)"),
     "kill_grace": Setting(5.0, parse_duration, "time between TERM and KILL when a job is ended"),
     "output_limit": Setting(65536, integer(0, 1 << 28), "how many bytes of output are kept"),
-    "shell": Setting(DEFAULT_SHELL, valid_prefix, "the program and options that run a command"),
-    "max_snoozes": Setting(20, integer(0, 10**6), "how many times a job may exit with 75"),
-    "no_retry_exit_codes": Setting((), valid_exit_codes, "final exit codes, such as 2,126,127"),
     "on_dead": Setting("", FIELDS["on_dead"], "a command to run when a job has died"),
     "on_end": Setting("", FIELDS["on_end"], "a command to run when a job has ended in any way"),
     "max_notifications": Setting(
         100, integer(0, 10**6), "how many may wait before further ones are summed up in one"
     ),
+    "shell": Setting(DEFAULT_SHELL, valid_prefix, "the program and options that run a command"),
+    "max_snoozes": Setting(20, integer(0, 10**6), "how many times a job may exit with 75"),
+    "no_retry_exit_codes": Setting((), valid_exit_codes, "final exit codes, such as 2,126,127"),
     "retention": Setting(
         0.0, parse_duration, "age at which completed and cancelled jobs are pruned (0: never)"
     ),

@@ -544,18 +544,23 @@ FIELDS: dict[str, Validator] = {
 CONFLICTS = (("delay", "run_at"), ("delay", "cron"), ("run_at", "cron"), ("every", "cron"))
 
 
-def validate_fields(fields: Mapping[str, object]) -> dict[str, Any]:
-    """Return the validated fields of a job, or raise BadInput that names the first bad one."""
+def validate_each(fields: Mapping[str, object], known: Mapping[str, Validator]) -> dict[str, Any]:
     job = {}
     for key, value in fields.items():
-        if key not in FIELDS:
-            raise BadInput(f"unknown field {quoted(key)}{suggestion(key, FIELDS)}")
-        job[key] = validate(key, FIELDS[key], value)
-    if "command" not in job:
-        raise BadInput("a job needs a command")
+        if key not in known:
+            raise BadInput(f"unknown field {quoted(key)}{suggestion(key, known)}")
+        job[key] = validate(key, known[key], value)
     for one, other in CONFLICTS:
         if one in job and other in job:
             raise BadInput(f"a job cannot have both {one} and {other}")
+    return job
+
+
+def validate_fields(fields: Mapping[str, object]) -> dict[str, Any]:
+    """Return the validated fields of a job, or raise BadInput that names the first bad one."""
+    job = validate_each(fields, FIELDS)
+    if "command" not in job:
+        raise BadInput("a job needs a command")
     return job
 
 
@@ -618,6 +623,33 @@ SETTINGS = {
     "synchronous": Setting("normal", valid_durability, "full: sync a result before the next claim"),
 }
 DEFAULTS = {key: setting.default for key, setting in SETTINGS.items()}
+
+
+def valid_variables(value: Any) -> dict[str, str | None]:
+    """Validate changes of an environment; None removes a variable."""
+    require(isinstance(value, Mapping), 'be an object such as {"NAME": "value"}')
+    valid_environment({key: "" if item is None else item for key, item in value.items()})
+    return dict(value)
+
+
+def change_validator(key: str) -> Validator:
+    """Return the validator of a field's new value, which may also take the old one back."""
+    check = FIELDS[key]
+    if key in SETTINGS:  # None: the queue's setting decides
+        return lambda value: None if value in (None, "default") else check(value)
+    if check is valid_names:
+        return lambda value: check(value or [])
+    return valid_variables if check is valid_environment else check
+
+
+EDITABLE = {key: change_validator(key) for key in FIELDS if key != "id"}
+
+
+def validate_changes(fields: Mapping[str, object]) -> dict[str, Any]:
+    """Return the validated new fields of a waiting job, or raise BadInput."""
+    if not fields:
+        raise BadInput("there is nothing to change: give at least one new field")
+    return validate_each(fields, EDITABLE)
 
 
 def validate_setting(key: str, value: str | None = None) -> str:
@@ -982,7 +1014,7 @@ run_after readiness rule schedule_id scheduled_for""".split()
 INSERT = f"""
 INSERT OR IGNORE INTO jobs ({", ".join(INSERTED)})
 VALUES ({", ".join(":" + column for column in INSERTED)})"""
-ADD_NEED = "INSERT OR IGNORE INTO needs (parent, child, met) VALUES (:parent, :child, :met)"
+ADD_NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :any_end, :met)"
 WAITING_QUEUES = """
 SELECT queue, min(readiness) FROM counts
 WHERE state = 'pending' AND readiness >= 0 AND number > 0
@@ -1029,6 +1061,21 @@ UPDATE jobs SET state = 'pending', attempts = 0, snoozes = 0, updated_at = :now,
     WHEN EXISTS (SELECT 1 FROM needs WHERE child = seq AND met = 0) THEN -1
     ELSE run > 0 OR run_after <= :now END
 WHERE seq = :seq AND state IN ('dead', 'cancelled')"""
+DROP_NEEDS = "DELETE FROM needs WHERE child = :child AND any_end = :any_end"
+COUNT_UNMET = "SELECT count(*) FROM needs WHERE child = :child AND met = 0"
+WAITS_FOR = """
+WITH RECURSIVE ancestors (seq) AS (
+  SELECT :job UNION SELECT parent FROM needs JOIN ancestors ON child = ancestors.seq WHERE met = 0)
+SELECT count(*) FROM ancestors WHERE seq = :other"""
+
+
+@lru_cache(maxsize=None)
+def edit_statement(*columns: str) -> str:
+    """Return the statement that changes columns of a waiting job."""
+    assignments = ", ".join(f"{column} = :{column}" for column in columns)
+    return f"UPDATE jobs SET {assignments} WHERE seq = :seq AND state = 'pending'"
+
+
 CANCEL_WAITING = """
 UPDATE jobs SET state = 'cancelled', readiness = 1, updated_at = :now,
   last_error = 'cancelled by the operator'
@@ -2670,17 +2717,26 @@ class Ledger:
         if not row["cwd"]:
             raise BadInput("the current directory no longer exists; set cwd")
         row["env"] = json.dumps(row["env"]) if row["env"] else None
-        try:
-            parents = self.reader.named(row.get("after", ()))
-        except NotFound as error:
-            raise BadInput(f"after: {error}") from None
-        blocked = any(parent.state != COMPLETED for parent in parents)
+        needs = self.needs(row) if "after" in row or "after_end" in row else ()
+        blocked = not all(need["met"] for need in needs)
         row.update(run_after=when, readiness=BLOCKED if blocked else when <= now)
         seq = self.insert(row)
-        for parent in parents:
-            met = parent.state == COMPLETED
-            self.db.execute(ADD_NEED, {"parent": parent.seq, "child": seq, "met": met})
+        for need in needs:
+            self.db.execute(ADD_NEED, {**need, "child": seq})
         return seq
+
+    def needs(self, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the rows, but for the child, of the jobs named in `after` and `after_end`."""
+        needs = []
+        for key, states in {"after": (COMPLETED,), "after_end": FINISHED}.items():
+            try:
+                parents = self.reader.named(fields.get(key, ()))
+            except NotFound as error:
+                raise BadInput(f"{key}: {error}") from None
+            for parent in parents:
+                met = parent.state in states
+                needs.append({"parent": parent.seq, "any_end": key == "after_end", "met": met})
+        return needs
 
     def insert(self, row: dict[str, Any]) -> int:
         """Insert a job under its id or, without one, under the next free number; return its seq."""
@@ -2794,6 +2850,64 @@ class Ledger:
     def retry(self, job: Job) -> None:
         self.check_retry(job)
         self.change(RETRY, seq=job.seq, now=self.clock())
+
+    def check_waits(self, job: Job) -> None:
+        """Raise NotFound where a job cannot be edited."""
+        if job.state != PENDING:
+            raise NotFound(f"job {printable(job.id)} is {job.state}; it was not changed")
+
+    def edit(self, job: Job, fields: Mapping[str, Any]) -> None:
+        """Give a waiting job new fields, as `validate_changes` returns them."""
+        now = self.clock()
+        row = {key: fields[key] for key in INSERTED if key in fields}
+        row.update(self.new_times(job, fields, now))
+        if "env" in fields:
+            env = {**json.loads(job.env or "{}"), **fields["env"]}
+            kept = {key: value for key, value in env.items() if value is not None}
+            row["env"] = json.dumps(kept) if kept else None
+        if "after" in fields or "after_end" in fields:
+            self.replace_needs(job, fields)
+        when = row.setdefault("run_after", job.run_after)
+        blocked = self.reader.number(COUNT_UNMET, child=job.seq)
+        row["readiness"] = BLOCKED if blocked else int(when <= now)
+        if (row["readiness"], when) != (job.readiness, job.run_after):
+            row["updated_at"] = now
+        self.change(edit_statement(*row), seq=job.seq, **row)
+
+    def new_times(self, job: Job, fields: Mapping[str, Any], now: float) -> dict[str, Any]:
+        """Return the columns that a new time or rule changes; a retry keeps its time."""
+        row: dict[str, Any] = {}
+        when = None
+        if "every" in fields:
+            row["rule"] = f"every {fields['every']:.15g}"
+            when = now + fields["every"]
+        if "cron" in fields:
+            row["rule"] = f"cron {fields['cron']}"
+            when = cron_next(fields["cron"], now)
+        if row and not job.rule:
+            raise NotFound(f"job {printable(job.id)} is not the next one of a schedule")
+        when = None if job.run else when
+        if "delay" in fields:
+            when = now + fields["delay"]
+        when = fields.get("run_at", when)
+        if when is not None:
+            row["run_after"] = when
+            if job.rule and not job.run:
+                row["scheduled_for"] = when
+        return row
+
+    def replace_needs(self, job: Job, fields: Mapping[str, Any]) -> None:
+        """Let a job wait for other jobs than before; raise NotFound where they wait for it."""
+        needs = self.needs(fields)
+        for need in needs:
+            if self.reader.number(WAITS_FOR, job=need["parent"], other=job.seq):
+                parent = self.reader.by_seq(need["parent"]) or job
+                cycle = f"{printable(parent.id)}, which waits for it" if parent != job else "itself"
+                raise NotFound(f"job {printable(job.id)} cannot wait for {cycle}")
+        for key in fields.keys() & {"after", "after_end"}:
+            self.db.execute(DROP_NEEDS, {"child": job.seq, "any_end": key == "after_end"})
+        for need in needs:
+            self.db.execute(ADD_NEED, {**need, "child": job.seq})
 
     def check_delete(self, job: Job, states: Sequence[str]) -> None:
         """Raise NotFound where a job is in none of these states, or another one waits for it."""
@@ -3013,6 +3127,22 @@ class Queue:
             for seq in jobs:
                 self._ledger.cancel(seq)
         return [self.get(job.id) for job in jobs.values()]
+
+    def edit(self, ids: Iterable[str], **fields: object) -> list[Job]:
+        """Change the fields of waiting jobs; return those that were changed, as they are now.
+
+        A job that runs or has ended is left as it is. If a value is bad, no job is changed. Takes
+        the fields of `enqueue` but the id. `env` is added to the variables, and None removes one;
+        `after` replaces the jobs to wait for, and an empty one removes them. "default" as
+        max_retries or timeout leaves it to the settings again. A schedule, by its name, is changed
+        from its next job on; only one that waits can be given another `every` or `cron`.
+        """
+        changes = validate_changes(fields)
+        with self._db.transaction(notify=True):
+            jobs = [job for job in self._reader.named(ids) if job.state == PENDING]
+            for job in jobs:
+                self._ledger.edit(job, changes)
+            return list(self._reader.by_seqs([job.seq for job in jobs]))
 
     def retry(self, ids: Iterable[str] | None = None) -> list[str]:
         """Return dead or cancelled jobs to the queue, all or none; return their ids.
@@ -4488,6 +4618,31 @@ def field(key: str, metavar: str, meaning: str, name: str = "", **options: Any) 
     return arg(name or "--" + key.replace("_", "-"), metavar, meaning, dest=key, **options)
 
 
+def parse_change(text: str) -> Iterable[tuple[str, str | None]]:
+    name, equals, value = text.partition("=")
+    return valid_variables({name: value if equals else None}).items()
+
+
+def parse_edit(check: Validator, text: str) -> Any:
+    """Return a new value; the text itself where that is None, as for an option that is absent."""
+    value = check(text)
+    return text if value is None else value
+
+
+def edit_option(names: tuple[str, ...], options: dict[str, Any]) -> Argument:
+    """Return an option of `enqueue` as one of `edit`, by which a value can also be taken back."""
+    key = options["dest"]
+    meaning = options["help"].replace(" (default: this one)", "")
+    if options["type"].args[1] is FIELDS[key]:
+        check = partial(parse_edit, EDITABLE[key])
+        options = {**options, "type": partial(validate, names[0], check)}
+    if key in SETTINGS:
+        meaning += "; default: as the queue's setting says"
+    if FIELDS[key] is valid_names:
+        meaning += "; instead of those before, '' for none"
+    return names, {**options, "help": meaning}
+
+
 def parse_variable(text: str) -> Iterable[tuple[str, str]]:
     name, equals, value = text.partition("=")
     require(equals, "be NAME=VALUE")
@@ -5049,6 +5204,32 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
     return cancel_named(args, queue, ids) if ids else Exit.OK
 
 
+def cmd_edit(args: argparse.Namespace, queue: Queue) -> int:
+    given = vars(args)
+    fields = {key: given[key] for key in EDITABLE if given[key] is not None}
+    if "env" in fields:
+        fields["env"] = dict(chain(*fields["env"]))
+    if args.ids and args.queues:  # without ids, it selects
+        fields["queue"] = args.queues.pop()
+    if not fields:
+        raise BadInput("give a new field, such as --priority 5; --to-queue moves selected jobs")
+    changes = validate_changes(fields)
+    ledger = queue._ledger
+    chosen = targets(args, (PENDING,), (PENDING,))
+    jobs = queue._reader.selected(chosen)
+    if args.dry_run:
+        return dry_run(jobs, ledger.check_waits, named=bool(chosen.ids))
+    if not chosen.ids:
+        act = partial(ledger.edit, fields=changes)
+        return change_jobs(queue, [job.seq for job in jobs], ledger.check_waits, act, show_ids)
+    changed = queue.edit(chosen.ids, **fields)
+    show_ids(changed)
+    others = {job.seq: job for job in jobs if job.seq not in {other.seq for other in changed}}
+    for job in others.values():
+        say(f"job {job.id} is {job.state}; it was not changed")
+    return Exit.NO if others else Exit.OK
+
+
 def cmd_pause(args: argparse.Namespace, queue: Queue) -> None:
     for name in args.queues or [""]:
         queue.pause(name)
@@ -5204,6 +5385,7 @@ COMMANDS = {
         "wait 7 8", (IDS, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
     "cancel": Command(cmd_cancel, "write", "cancel waiting or running jobs", "cancel 7", (
         *CHANGE, flag("--cascade", "also cancel the jobs that wait for them"))),
+    "edit": Command(cmd_edit, "write", "change jobs that wait", "edit 7 --priority 5"),
     "pause": Command(cmd_pause, "create", "start no new jobs until resume",
         "pause --queue gpu", (QUEUES,)),
     "resume": Command(cmd_resume, "write", "start jobs again after pause", "resume", (QUEUES,)),
@@ -5224,6 +5406,15 @@ COMMANDS = {
         "restore the default of a setting", "config unset timeout", (KEY,)),
     "config list": Command(cmd_config_list, "read", "list the settings", "config list", (JSON,)),
 }
+# The fields that can be changed are the options of `enqueue`, except where selections have others.
+EDITS = (
+    field("command", "COMMAND", "the shell line"),
+    field("queue", "QUEUE", "move it to this queue; with ids, --queue does the same", "--to-queue"),
+    field("env", "NAME[=VALUE]", "set a variable or, without =, remove it; repeatable",
+          action="append", check=parse_change),
+    *(option for option in COMMANDS["enqueue"].arguments
+      if option[1].get("dest") in EDITABLE.keys() - {"queue", "env"}))
+COMMANDS["edit"] = COMMANDS["edit"]._replace(arguments=(*CHANGE, *starmap(edit_option, EDITS)))
 # fmt: on
 
 

@@ -2677,7 +2677,7 @@ class Reader:
             yield
 
 
-HOLD = 0.02  # seconds after which a change of many jobs ends a transaction and begins another
+HOLD = 0.015  # seconds after which a change of many jobs ends a transaction and begins another
 LET_IN = 0.006  # seconds between the two, for others: they try again sooner
 
 
@@ -5204,6 +5204,16 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
     return cancel_named(args, queue, ids) if ids else Exit.OK
 
 
+def await_occurrence(queue: Queue, name: str) -> None:
+    """Wait while the job of a schedule runs: it cannot be changed, and the next one is not made."""
+    notices = Notices(say, NEVER)
+    for _ in queue._reader.changes():
+        job = queue.get(name)
+        if job.id == name or job.state != PROCESSING:
+            return
+        notices.report(f"waiting for {job.id} to end, before the next job of {name} is changed")
+
+
 def cmd_edit(args: argparse.Namespace, queue: Queue) -> int:
     given = vars(args)
     fields = {key: given[key] for key in EDITABLE if given[key] is not None}
@@ -5222,6 +5232,8 @@ def cmd_edit(args: argparse.Namespace, queue: Queue) -> int:
     if not chosen.ids:
         act = partial(ledger.edit, fields=changes)
         return change_jobs(queue, [job.seq for job in jobs], ledger.check_waits, act, show_ids)
+    for name in chosen.ids:
+        await_occurrence(queue, name)
     changed = queue.edit(chosen.ids, **fields)
     show_ids(changed)
     others = {job.seq: job for job in jobs if job.seq not in {other.seq for other in changed}}

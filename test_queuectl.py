@@ -2931,6 +2931,18 @@ class QueueEditLive(Live):
         """Promise 2: each job runs once, as it was or as it is."""
         self.edit_while_workers_run(1000, 4)
 
+    def test_edit_of_a_schedule_waits_while_its_job_runs(self) -> None:
+        self.enqueue(RUN_UNTIL_GO, id="x", every=3600)
+        self.pool()
+        self.wait_for_state("x.1", "processing")
+        error = "queuectl: job x.1 is processing; it was not changed\n"
+        self.assertEqual(self.result("edit", "x.1", "--priority", "3"), (1, "", error))
+        edit = self.start("edit", "x", "--priority", "3", bufsize=1)
+        self.assertIn("waiting for x.1 to end", edit.stdout.readline())
+        self.write("go")
+        self.assertEqual(edit.communicate()[0], "x.2\n")
+        self.assertEqual((self.job("x.1").priority, self.job("x.2").priority), (0, 3))
+
     def test_edit_wakes_the_pools(self) -> None:
         job_id = self.enqueue("true", delay=3600)
         self.pool()

@@ -95,7 +95,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from enum import IntEnum
 from functools import lru_cache, partial
-from itertools import chain, islice, product, starmap
+from itertools import chain, islice, starmap
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, Union
 
 if TYPE_CHECKING:
@@ -129,6 +129,8 @@ FINISHED = (COMPLETED, DEAD, CANCELLED)
 PRUNED_BY_DEFAULT = (COMPLETED, CANCELLED)  # dead letters stay until they are purged
 
 READY, SCHEDULED, BLOCKED = 1, 0, -1  # the readiness of a pending job; all others are READY
+READINESS_WORDS = {READY: "ready", SCHEDULED: "scheduled", BLOCKED: "blocked"}
+STATE_WORDS = (*STATES, *READINESS_WORDS.values())
 
 SUMMARY = "summary"  # the event of a notification about several jobs
 
@@ -270,6 +272,37 @@ class Attempt(NamedTuple):
         )
 
 
+class Selection(NamedTuple):
+    """The jobs that a command is about: the named ones, or all that match every filter given.
+
+    `states` are words of STATE_WORDS. `match` is a part of the id or of the command, in upper or
+    lower case. `older_than` is the time in seconds since the last change of state. Without
+    `notifications`, those that have completed are left out.
+    """
+
+    ids: Sequence[str] = ()
+    queues: Sequence[str] = ()
+    states: Sequence[str] = ()
+    match: str = ""
+    older_than: float | None = None
+    notifications: bool = True
+
+    def takes_state(self, state: State, readiness: int) -> bool:
+        words = (state, READINESS_WORDS[readiness]) if state == PENDING else (state,)
+        return not self.states or any(word in self.states for word in words)
+
+    def takes(self, job: Job, now: float) -> bool:
+        """Tell whether a job matches the filters."""
+        part = self.match.casefold()
+        return (
+            self.takes_state(job.state, job.readiness)
+            and (not self.queues or job.queue in self.queues)
+            and (part in job.command.casefold() or part in job.id.casefold())
+            and (not self.older_than or job.updated_at <= now - self.older_than)
+            and (self.notifications or not job.notifies or job.state != COMPLETED)
+        )
+
+
 # --- rules: pure functions -----------------------------------------------------------------------
 
 WINDOWS = os.name == "nt"
@@ -326,6 +359,13 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     choices = list(known)
     close = nearest(word, choices)
     return f": did you mean {close}?" if close else f"; choose from {', '.join(choices)}"
+
+
+def id_hint(word: str) -> str:
+    """Return what a word that is not an id seems to mean, or an empty string."""
+    if "," in word:
+        return "; ids are separated by blanks"
+    return f": did you mean --state {word}?" if word in STATE_WORDS else ""
 
 
 def as_list(words: Iterable[str]) -> list[str]:
@@ -459,6 +499,15 @@ def valid_names(value: Any) -> list[str]:
     return [valid_name(name) for name in names]
 
 
+def valid_states(value: str) -> list[str]:
+    """Validate the names of states and of readiness in a string, separated by commas."""
+    words = value.split(",")
+    for word in words:
+        if word not in STATE_WORDS:
+            raise ValueError(f"has no state {quoted(word)}{suggestion(word, STATE_WORDS)}")
+    return words
+
+
 def valid_directory(value: object) -> str:
     """Validate a directory, which need not exist yet, and make it absolute."""
     path = valid_text(os.fspath(value) if isinstance(value, os.PathLike) else value)
@@ -583,18 +632,23 @@ FIELDS: dict[str, Validator] = {
 CONFLICTS = (("delay", "run_at"), ("delay", "cron"), ("run_at", "cron"), ("every", "cron"))
 
 
-def validate_fields(fields: Mapping[str, object]) -> dict[str, Any]:
-    """Return the validated fields of a job, or raise BadInput that names the first bad one."""
+def validate_each(fields: Mapping[str, object], known: Mapping[str, Validator]) -> dict[str, Any]:
     job = {}
     for key, value in fields.items():
-        if key not in FIELDS:
-            raise BadInput(f"unknown field {quoted(key)}{suggestion(key, FIELDS)}")
-        job[key] = validate(key, FIELDS[key], value)
-    if "command" not in job:
-        raise BadInput("a job needs a command")
+        if key not in known:
+            raise BadInput(f"unknown field {quoted(key)}{suggestion(key, known)}")
+        job[key] = validate(key, known[key], value)
     for one, other in CONFLICTS:
         if one in job and other in job:
             raise BadInput(f"a job cannot have both {one} and {other}")
+    return job
+
+
+def validate_fields(fields: Mapping[str, object]) -> dict[str, Any]:
+    """Return the validated fields of a job, or raise BadInput that names the first bad one."""
+    job = validate_each(fields, FIELDS)
+    if "command" not in job:
+        raise BadInput("a job needs a command")
     return job
 
 
@@ -661,6 +715,33 @@ SETTINGS = {
     "synchronous": Setting("normal", valid_durability, "full: sync a result before the next claim"),
 }
 DEFAULTS = {key: setting.default for key, setting in SETTINGS.items()}
+
+
+def valid_variables(value: Any) -> dict[str, str | None]:
+    """Validate changes of an environment; None removes a variable."""
+    require(isinstance(value, Mapping), 'be an object such as {"NAME": "value"}')
+    valid_environment({key: "" if item is None else item for key, item in value.items()})
+    return dict(value)
+
+
+def change_validator(key: str) -> Validator:
+    """Return the validator of a field's new value, which may also take the old one back."""
+    check = FIELDS[key]
+    if key in SETTINGS:  # None: the queue's setting decides
+        return lambda value: None if value in (None, "default") else check(value)
+    if check is valid_names:
+        return lambda value: check(value or [])
+    return valid_variables if check is valid_environment else check
+
+
+EDITABLE = {key: change_validator(key) for key in FIELDS if key != "id"}
+
+
+def validate_changes(fields: Mapping[str, object]) -> dict[str, Any]:
+    """Return the validated new fields of a waiting job, or raise BadInput."""
+    if not fields:
+        raise BadInput("there is nothing to change: give at least one new field")
+    return validate_each(fields, EDITABLE)
 
 
 def validate_setting(key: str, value: str | None = None) -> str:
@@ -1036,7 +1117,18 @@ LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = :tabl
 IDS_BETWEEN = """
 SELECT seq, coalesce(schedule_id, id) FROM jobs
 WHERE seq BETWEEN :first AND :last ORDER BY seq LIMIT 1000"""
-ALL_JOBS = JOB + f"WHERE seq > :seq AND {IN_QUEUE} ORDER BY seq LIMIT 1000"
+ALL_JOBS = JOB + "WHERE seq > :seq ORDER BY seq LIMIT 1000"
+SLICE = 200  # jobs read by number, or deleted, at a time
+BY_SEQS = f"{JOB}WHERE seq IN ({', '.join('?' * SLICE)}) ORDER BY seq"
+# In two parts: SQLite does not search an index by rowid after a range of its last column.
+SEQS_IN_STATE = """
+SELECT * FROM (
+  SELECT updated_at, seq FROM jobs WHERE state = :state AND readiness = :readiness
+    AND updated_at = :updated_at AND seq > :seq ORDER BY seq LIMIT 5000)
+UNION ALL SELECT * FROM (
+  SELECT updated_at, seq FROM jobs WHERE state = :state AND readiness = :readiness
+    AND updated_at > :updated_at ORDER BY updated_at, seq LIMIT 5000)
+LIMIT 5000"""
 IN_STATE = JOB + f"WHERE state = :state AND readiness = :readiness AND {IN_QUEUE} "
 LATEST = (
     IN_STATE
@@ -1153,6 +1245,21 @@ UPDATE jobs SET state = 'pending', attempts = 0, snoozes = 0, updated_at = :now,
     WHEN EXISTS (SELECT 1 FROM needs WHERE child = seq AND met = 0) THEN -1
     ELSE run > 0 OR run_after <= :now END
 WHERE seq = :seq AND state IN ('dead', 'cancelled')"""
+DROP_NEEDS = "DELETE FROM needs WHERE child = :child AND any_end = :any_end"
+COUNT_UNMET = "SELECT count(*) FROM needs WHERE child = :child AND met = 0"
+WAITS_FOR = """
+WITH RECURSIVE ancestors (seq) AS (
+  SELECT :job UNION SELECT parent FROM needs JOIN ancestors ON child = ancestors.seq WHERE met = 0)
+SELECT count(*) FROM ancestors WHERE seq = :other"""
+
+
+@lru_cache(maxsize=None)
+def edit_statement(*columns: str) -> str:
+    """Return the statement that changes columns of a waiting job."""
+    assignments = ", ".join(f"{column} = :{column}" for column in columns)
+    return f"UPDATE jobs SET {assignments} WHERE seq = :seq AND state = 'pending'"
+
+
 CANCEL_WAITING = """
 UPDATE jobs SET state = 'cancelled', readiness = 1, updated_at = :now,
   last_error = 'cancelled by the operator'
@@ -1164,7 +1271,6 @@ SCHEDULED_AHEAD = f"""
 RESCHEDULE = """
 UPDATE jobs SET run_after = :when, scheduled_for = :scheduled_for, updated_at = :now
 WHERE seq = :seq AND state = 'pending' AND readiness = 0 AND updated_at > :now"""
-SLICE = 200  # jobs deleted in one transaction
 PRUNABLE = f"""
 SELECT seq FROM jobs WHERE state = :state AND readiness = 1 AND updated_at <= :before
   AND NOT EXISTS (
@@ -2545,6 +2651,9 @@ def network_file_system(path: str) -> str | None:
 # --- queue: reading jobs, changing their state, and the public interface --------------------------
 
 
+SHARE = 4  # an index finds jobs in states that fewer than one of so many jobs are in
+
+
 class Reader:
     """The queries of workers, pools and reports about jobs. Nothing here writes."""
 
@@ -2567,7 +2676,7 @@ class Reader:
             if job := self.first(sql, id=job_id):
                 return job
         near = nearest(job_id, (row[0] for row in self.db.rows(RECENT_IDS)))
-        hint = f": did you mean {near}?" if near else ""
+        hint = id_hint(job_id) or (f": did you mean {near}?" if near else "")
         raise NotFound(f"there is no job {quoted(job_id)} in {self.db.path}{hint}")
 
     def by_seq(self, seq: int) -> Job | None:
@@ -2579,23 +2688,64 @@ class Reader:
     def is_taken(self, job_id: str) -> bool:
         return any(self.db.rows(sql, {"id": job_id}) for sql in (BY_ID, ACTIVE_OF_SCHEDULE))
 
-    def all(self, queue: str | None) -> Iterator[Job]:
+    def all(self) -> Iterator[Job]:
         """Yield every job by arrival, in slices: a slow reader must not hold up the -wal."""
         seq = 0
-        while jobs := self.select(ALL_JOBS, queue=queue, seq=seq):
+        while jobs := self.select(ALL_JOBS, seq=seq):
             yield from jobs
             seq = jobs[-1].seq
 
-    def latest(
-        self, states: Sequence[str], limit: int, queue: str | None, *, notifications: bool = True
-    ) -> list[Job]:
-        """Return the jobs in these states that changed last, in order of arrival."""
+    def seqs_in_state(self, state: State, readiness: int) -> Iterator[int]:
+        rows = [(-NEVER, 0)]
+        while rows:
+            updated_at, seq = rows[-1]
+            asked = {"state": state, "readiness": readiness, "updated_at": updated_at, "seq": seq}
+            rows = self.db.rows(SEQS_IN_STATE, asked)
+            yield from (seq for _, seq in rows)
+
+    def by_seqs(self, seqs: Sequence[int]) -> Iterator[Job]:
+        """Yield the jobs with these numbers by arrival, in slices."""
+        for first in range(0, len(seqs), SLICE):
+            numbers = seqs[first : first + SLICE]
+            padded = [*numbers, *[0] * (SLICE - len(numbers))]
+            yield from [Job(*row) for row in self.db.rows(BY_SEQS, padded)]
+
+    def selected(self, chosen: Selection) -> Iterator[Job]:
+        """Yield the jobs of a selection: the named ones in that order, or others by arrival.
+
+        Jobs are read in slices. Where few jobs are in the states in question, an index finds them.
+        """
+        if chosen.ids:
+            yield from self.named(chosen.ids)
+            return
+        now = self.clock()
+        counts = self.counts_by_queue()
+        found = {row[1:3] for row in counts if not chosen.queues or row[0] in chosen.queues}
+        kinds = {kind for kind in found if chosen.takes_state(*kind)}
+        number = sum(row[3] for row in counts if row[1:3] in kinds)
+        if number > sum(row[3] for row in counts) / SHARE:
+            jobs = self.all()
+        else:
+            jobs = self.by_seqs(sorted(chain.from_iterable(starmap(self.seqs_in_state, kinds))))
+        yield from (job for job in jobs if chosen.takes(job, now))
+
+    def latest_selected(self, chosen: Selection, limit: int) -> tuple[list[Job], int]:
+        """Return the jobs of a selection that changed last, by arrival, and how many there are."""
+        if chosen.match or chosen.older_than:  # they match no index
+            seqs = sorted((job.updated_at, job.seq) for job in self.selected(chosen))
+            return list(self.by_seqs(sorted(seq for _, seq in seqs[-limit:]))), len(seqs)
+        counts = self.counts_by_queue(chosen.queues)
+        counts = [row for row in counts if chosen.takes_state(*row[1:3])]
         found: list[Job] = []
-        for state, readiness in product(states, (READY, SCHEDULED, BLOCKED)):
-            asked = {"state": state, "readiness": readiness, "queue": queue, "limit": limit}
-            found += self.select(LATEST, **asked, notifications=notifications)
+        kinds = {(row[0] if chosen.queues else None, *row[1:3]) for row in counts}
+        total = sum(row[3] for row in counts)
+        for queue, state, readiness in kinds:
+            asked = {"state": state, "readiness": readiness, "queue": queue}
+            found += self.select(LATEST, **asked, limit=limit, notifications=chosen.notifications)
+            if state == COMPLETED and not chosen.notifications:
+                total -= self.number(COUNT_NOTIFICATIONS, state=state, queue=queue)
         found.sort(key=lambda job: job.updated_at)
-        return sorted(found[-limit:])
+        return sorted(found[-limit:]), total
 
     def attempts(self, job: Job) -> list[Attempt]:
         return [Attempt(*row) for row in self.db.rows(ATTEMPTS, {"seq": job.seq})]
@@ -2721,6 +2871,10 @@ class Reader:
                 yield
         if seen != self.data_version():
             yield
+
+
+HOLD = 0.015  # seconds after which a change of many jobs ends a transaction and begins another
+LET_IN = 0.006  # seconds between the two, for others: they try again sooner
 
 
 class Claim(NamedTuple):
@@ -2928,14 +3082,86 @@ class Ledger:
                 self.change(RESCHEDULE, seq=job.seq, when=when, scheduled_for=planned, now=now)
         return True
 
-    def retry(self, job: Job) -> None:
-        if not self.change(RETRY, seq=job.seq, now=self.clock()):
-            raise NotFound(f"job {printable(job.id)} is {job.state}, not dead or cancelled")
+    def require_state(self, job: Job, states: Sequence[str]) -> None:
+        if job.state not in states:
+            raise NotFound(f"job {printable(job.id)} is {job.state}, not {' or '.join(states)}")
+
+    def check_retry(self, job: Job) -> None:
+        """Raise NotFound where a job cannot return to the queue."""
+        self.require_state(job, (DEAD, CANCELLED))
         name = {"id": job.schedule_id}
-        taken = job.rule and self.db.rows(BY_ID, name)
-        if taken or len(self.db.rows(ACTIVE_OF_SCHEDULE, name)) > 1:
+        if job.rule and (self.db.rows(BY_ID, name) or self.db.rows(ACTIVE_OF_SCHEDULE, name)):
             schedule = printable(str(job.schedule_id))
-            raise BadInput(f"schedule {schedule} is active already, or its name is taken")
+            raise NotFound(f"schedule {schedule} is active already, or its name is taken")
+
+    def retry(self, job: Job) -> None:
+        self.check_retry(job)
+        self.change(RETRY, seq=job.seq, now=self.clock())
+
+    def check_waits(self, job: Job) -> None:
+        """Raise NotFound where a job cannot be edited."""
+        if job.state != PENDING:
+            raise NotFound(f"job {printable(job.id)} is {job.state}; it was not changed")
+
+    def edit(self, job: Job, fields: Mapping[str, Any]) -> None:
+        """Give a waiting job new fields, as `validate_changes` returns them."""
+        now = self.clock()
+        row = {key: fields[key] for key in INSERTED if key in fields}
+        row.update(self.new_times(job, fields, now))
+        if "env" in fields:
+            env = {**json.loads(job.env or "{}"), **fields["env"]}
+            kept = {key: value for key, value in env.items() if value is not None}
+            row["env"] = json.dumps(kept) if kept else None
+        if "after" in fields or "after_end" in fields:
+            self.replace_needs(job, fields)
+        when = row.setdefault("run_after", job.run_after)
+        blocked = self.reader.number(COUNT_UNMET, child=job.seq)
+        row["readiness"] = BLOCKED if blocked else int(when <= now)
+        if (row["readiness"], when) != (job.readiness, job.run_after):
+            row["updated_at"] = now
+        self.change(edit_statement(*row), seq=job.seq, **row)
+
+    def new_times(self, job: Job, fields: Mapping[str, Any], now: float) -> dict[str, Any]:
+        """Return the columns that a new time or rule changes; a retry keeps its time."""
+        row: dict[str, Any] = {}
+        when = None
+        if "every" in fields:
+            row["rule"] = f"every {fields['every']:.15g}"
+            when = now + fields["every"]
+        if "cron" in fields:
+            row["rule"] = f"cron {fields['cron']}"
+            when = cron_next(fields["cron"], now)
+        if row and not job.rule:
+            raise NotFound(f"job {printable(job.id)} is not the next one of a schedule")
+        when = None if job.run else when
+        if "delay" in fields:
+            when = now + fields["delay"]
+        when = fields.get("run_at", when)
+        if when is not None:
+            row["run_after"] = when
+            if job.rule and not job.run:
+                row["scheduled_for"] = when
+        return row
+
+    def replace_needs(self, job: Job, fields: Mapping[str, Any]) -> None:
+        """Let a job wait for other jobs than before; raise NotFound where they wait for it."""
+        needs = self.needs(fields)
+        for need in needs:
+            if self.reader.number(WAITS_FOR, job=need["parent"], other=job.seq):
+                parent = self.reader.by_seq(need["parent"]) or job
+                cycle = f"{printable(parent.id)}, which waits for it" if parent != job else "itself"
+                raise NotFound(f"job {printable(job.id)} cannot wait for {cycle}")
+        for key in fields.keys() & {"after", "after_end"}:
+            self.db.execute(DROP_NEEDS, {"child": job.seq, "any_end": key == "after_end"})
+        for need in needs:
+            self.db.execute(ADD_NEED, {**need, "child": job.seq})
+
+    def check_delete(self, job: Job, states: Sequence[str]) -> None:
+        """Raise NotFound where a job is in none of these states, or another one waits for it."""
+        self.require_state(job, states)
+        if child := self.reader.first(BLOCKED_CHILDREN, seq=job.seq):
+            name = printable(job.id)
+            raise NotFound(f"job {printable(child.id)} waits for {name}; cancel that first")
 
     def cancel(self, seq: int) -> None:
         now = self.clock()
@@ -2955,6 +3181,32 @@ class Ledger:
             for (seq,) in rows:
                 self.delete(seq)
         return len(rows)
+
+    def in_slices(
+        self, seqs: Iterable[int], check: Callable[[Job], None], act: Callable[[Job], None]
+    ) -> Iterator[list[Job]]:
+        """Change jobs in short transactions; yield the jobs, as they were before, of each.
+
+        Jobs for which the check raises NotFound are left as they are. What was yielded is stored,
+        whatever happens to the caller later.
+        """
+        left = collections.deque(seqs)
+        while left:
+            changed = []
+            with self.db.transaction(notify=True):
+                until = time.monotonic() + HOLD
+                while left:
+                    job = self.reader.by_seq(left.popleft())
+                    with contextlib.suppress(NotFound):
+                        if job:
+                            check(job)
+                            act(job)
+                            changed.append(job)
+                    if time.monotonic() > until:
+                        break
+            yield changed
+            if left and not self.db.connection.in_block:
+                time.sleep(LET_IN)
 
 
 class JobWatch:
@@ -3096,12 +3348,12 @@ class Queue:
 
         Without `notifications`, those that have completed are left out.
         """
+        queues = [queue] if queue else []
         wanted = as_list(states) or STATES
+        chosen = Selection(queues=queues, states=wanted, notifications=notifications)
         if limit is not None:
-            latest = self._reader.latest(wanted, limit, queue, notifications=notifications)
-            return iter(latest)
-        found = (job for job in self._reader.all(queue) if job.state in wanted)
-        return (j for j in found if notifications or not j.notifies or j.state != COMPLETED)
+            return iter(self._reader.latest_selected(chosen, limit)[0])
+        return self._reader.selected(chosen)
 
     def attempts(self, job: Job | str) -> list[Attempt]:
         """Return the attempts of a job that have ended, oldest first."""
@@ -3137,11 +3389,32 @@ class Queue:
                 self._ledger.cancel(seq)
         return [self.get(job.id) for job in jobs.values()]
 
-    def retry(self, ids: Iterable[str] | None = None) -> list[str]:
-        """Return dead or cancelled jobs to the queue, all or none; without ids, all dead ones."""
+    def edit(self, ids: Iterable[str], **fields: object) -> list[Job]:
+        """Change the fields of waiting jobs; return those that were changed, as they are now.
+
+        A job that runs or has ended is left as it is. If a value is bad, no job is changed. Takes
+        the fields of `enqueue` but the id. `env` is added to the variables, and None removes one;
+        `after` replaces the jobs to wait for, and an empty one removes them. "default" as
+        max_retries or timeout leaves it to the settings again. A schedule, by its name, is changed
+        from its next job on; only one that waits can be given another `every` or `cron`.
+        """
+        changes = validate_changes(fields)
         with self._db.transaction(notify=True):
-            if ids is None:
-                ids = [row[0] for row in self._reader.dead()]
+            jobs = [job for job in self._reader.named(ids) if job.state == PENDING]
+            for job in jobs:
+                self._ledger.edit(job, changes)
+            return list(self._reader.by_seqs([job.seq for job in jobs]))
+
+    def retry(self, ids: Iterable[str] | None = None) -> list[str]:
+        """Return dead or cancelled jobs to the queue, all or none; return their ids.
+
+        Without ids, return all dead jobs, in slices, so that nobody else waits for long.
+        """
+        if ids is None:
+            seqs = [row[1] for row in self._reader.dead()]
+            slices = self._ledger.in_slices(seqs, self._ledger.check_retry, self._ledger.retry)
+            return [job.id for jobs in slices for job in jobs]
+        with self._db.transaction(notify=True):
             jobs = self._reader.named(ids)
             for job in jobs:
                 self._ledger.retry(job)
@@ -3149,16 +3422,16 @@ class Queue:
 
     def purge(self, ids: Iterable[str]) -> int:
         """Delete dead or cancelled jobs, all or none; return how many."""
+        return len(self._delete(ids, (DEAD, CANCELLED)))
+
+    def _delete(self, ids: Iterable[str], states: Sequence[str]) -> list[Job]:
+        """Delete the named jobs, all or none; return them."""
         with self._db.transaction():
             jobs = self._reader.named(ids)
             for job in jobs:
-                name = printable(job.id)
-                if job.state not in (DEAD, CANCELLED):
-                    raise NotFound(f"job {name} is {job.state}, not dead or cancelled")
-                for child in self._reader.select(BLOCKED_CHILDREN, seq=job.seq):
-                    raise NotFound(f"job {printable(child.id)} waits for {name}; cancel that first")
+                self._ledger.check_delete(job, states)
                 self._ledger.delete(job.seq)
-        return len(jobs)
+        return jobs
 
     def prune(self, older_than: float = 0, states: Sequence[str] = PRUNED_BY_DEFAULT) -> int:
         """Delete jobs that ended `older_than` seconds ago or earlier; return how many.
@@ -3166,18 +3439,14 @@ class Queue:
         A job that a blocked job waits for is kept. The work is done in slices, so that nobody else
         waits for long.
         """
-        before = self._reader.clock() - older_than
         wanted = as_list(states)
         if not set(wanted) <= set(FINISHED):
             raise BadInput(f"only jobs in the states {', '.join(FINISHED)} can be pruned")
-        total = 0
-        for state in wanted:
-            began = time.monotonic()
-            while deleted := self._ledger.delete_slice(state, before):
-                total += deleted
-                time.sleep(min(time.monotonic() - began, 0.05))
-                began = time.monotonic()
-        return total
+        chosen = Selection(states=wanted, older_than=older_than)
+        seqs = [job.seq for job in self._reader.selected(chosen)]
+        check = partial(self._ledger.check_delete, states=wanted)
+        slices = self._ledger.in_slices(seqs, check, lambda job: self._ledger.delete(job.seq))
+        return sum(map(len, slices))
 
     def pause(self, queue: str = "") -> None:
         """Start no more jobs of a queue, or of any; running jobs continue."""
@@ -4322,7 +4591,6 @@ def work(  # noqa: PLR0913
 # --- words: jobs, workers and counts as text and as JSON ------------------------------------------
 
 WORKER_HEADINGS = ("WORKER", "PID", "QUEUES", "STARTED", "JOB", "SINCE", "COMMAND")
-READINESS_WORDS = {READY: "ready", SCHEDULED: "scheduled", BLOCKED: "blocked"}
 
 
 def display_width(text: str) -> int:
@@ -4481,7 +4749,7 @@ def worker_rows(workers: Iterable[Facts], now: float) -> Iterator[tuple[object, 
 
 def tally(counts: Iterable[tuple[State, int, int]]) -> dict[str, int]:
     """Sum up numbers of jobs by state and, for pending ones, also by readiness."""
-    found: dict[str, int] = dict.fromkeys((*STATES, *READINESS_WORDS.values()), 0)
+    found: dict[str, int] = dict.fromkeys(STATE_WORDS, 0)
     for state, readiness, number in counts:
         found[state] += number
         if state == PENDING:
@@ -4539,7 +4807,8 @@ def status_text(reader: Reader, only: str | None = None, *, full: bool = False) 
         rows = ((name, *states.values()) for name, states in facts["queues"].items())
         yield from section(("QUEUE", *map(str.upper, STATES)), rows)
     yield from section(WORKER_HEADINGS, worker_rows(facts["workers"], now))
-    failed = reader.latest((DEAD,), 5, only) if full else []
+    chosen = Selection(queues=[only] if only else [], states=[DEAD])
+    failed = reader.latest_selected(chosen, 5)[0] if full else []
     reasons = ((job.id, format_distance(job.updated_at, now), job.last_error) for job in failed)
     yield from section(("LAST FAILED", "WHEN", "WHY"), reasons)
 
@@ -4787,14 +5056,39 @@ def arg(
     return names, options
 
 
-def flag(names: str, meaning: str) -> Argument:
-    return tuple(names.split()), {"action": "store_true", "help": meaning}
+def flag(names: str, meaning: str, **options: Any) -> Argument:
+    return tuple(names.split()), {"action": "store_true", "help": meaning, **options}
 
 
 def field(key: str, metavar: str, meaning: str, name: str = "", **options: Any) -> Argument:
     """Describe an option of `enqueue` that gives a field of a job."""
     options.setdefault("check", FIELDS[key])
     return arg(name or "--" + key.replace("_", "-"), metavar, meaning, dest=key, **options)
+
+
+def parse_change(text: str) -> Iterable[tuple[str, str | None]]:
+    name, equals, value = text.partition("=")
+    return valid_variables({name: value if equals else None}).items()
+
+
+def parse_edit(check: Validator, text: str) -> Any:
+    """Return a new value; the text itself where that is None, as for an option that is absent."""
+    value = check(text)
+    return text if value is None else value
+
+
+def edit_option(names: tuple[str, ...], options: dict[str, Any]) -> Argument:
+    """Return an option of `enqueue` as one of `edit`, by which a value can also be taken back."""
+    key = options["dest"]
+    meaning = options["help"].replace(" (default: this one)", "")
+    if options["type"].args[1] is FIELDS[key]:
+        check = partial(parse_edit, EDITABLE[key])
+        options = {**options, "type": partial(validate, names[-1], check)}
+    if key in SETTINGS:
+        meaning += "; default: as the queue's setting says"
+    if FIELDS[key] is valid_names:
+        meaning += "; instead of those before, '' for none"
+    return names, {**options, "help": meaning}
 
 
 def parse_variable(text: str) -> Iterable[tuple[str, str]]:
@@ -5072,33 +5366,114 @@ def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
             return
 
 
-def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str]) -> None:
+def selection_options(args: argparse.Namespace) -> dict[str, Any]:
+    filters = ("ids", "queues", "states", "match", "older_than")
+    options = {key: getattr(args, key) for key in filters}
+    return {key: value for key, value in options.items() if value not in (None, "", [])}
+
+
+def selection(args: argparse.Namespace, states: Sequence[str] = ()) -> Selection:
+    """Return the jobs that the arguments select, by default among those in some states."""
+    given = selection_options(args)
+    if args.ids and len(given) > 1:
+        raise BadInput("either name the jobs or select them by options, not both")
+    return Selection(**{"states": states, **given})
+
+
+def targets(
+    args: argparse.Namespace,
+    states: Sequence[str],
+    usual: Sequence[str],
+    *,
+    everything: bool = False,
+) -> Selection:
+    """Return the jobs that a command is to change: those in some states, by default the usual ones.
+
+    Unless `everything` or --all is meant, at least one id or option must be given.
+    """
+    all_given = vars(args).get("all", False)
+    if args.ids and all_given:
+        raise BadInput("either name the jobs or use --all")
+    known = (*states, *READINESS_WORDS.values()) if PENDING in states else states
+    for word in args.states:
+        if word not in known:
+            raise BadInput(f"--state must be of {', '.join(known)} here, not {word}")
+    if not (everything or all_given or selection_options(args)):
+        raise BadInput("name the jobs, or select them by --queue, --state, --match, --older-than")
+    return selection(args, usual)
+
+
+def dry_run(jobs: Iterable[Job], check: Callable[[Job], None], *, named: bool) -> int:
+    """Print the ids of the jobs that a command would change; report the others of named ones."""
+    code = Exit.OK
+    for job in jobs:
+        try:
+            check(job)
+            print(job.id)
+        except NotFound as error:
+            if named:
+                say(str(error))
+                code = Exit.NO
+    return code
+
+
+def change_jobs(
+    queue: Queue,
+    seqs: Iterable[int],
+    check: Callable[[Job], None],
+    act: Callable[[Job], None],
+    report: Callable[[list[Job]], None],
+) -> int:
+    """Change jobs in slices, and report each slice; a signal to stop ends it after a slice."""
+    numbers: list[int] = []
+    changed = 0
+    left = list(seqs)
+    with handle_signals(lambda number, _frame: numbers.append(number), None):
+        for jobs in queue._ledger.in_slices(left, check, act):
+            report(jobs)
+            changed += len(jobs)
+            if numbers:
+                say(f"interrupted; {plural(changed, 'job')} of {len(left)} changed")
+                return -numbers[0]
+    return Exit.OK
+
+
+def show_ids(jobs: Iterable[Job]) -> None:
+    show((job.id for job in jobs), whole=True)
+
+
+def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str] = ()) -> None:
     settings = queue.config()
-    name = getattr(args, "queue", None)
-    limit = args.limit if args.limit is not None or args.json else 100
-    notifications = getattr(args, "notifications", True)
-    jobs = queue.jobs(states, limit or None, name, notifications=notifications)
+    reader = queue._reader
+    chosen = selection(args, states)
+    if not chosen.ids:
+        chosen = chosen._replace(notifications=getattr(args, "notifications", True))
+    is_program = args.json or args.ids_only or chosen.ids
+    limit = args.limit if args.limit is not None or is_program else 100
+    total = 0
+    jobs: Iterable[Job] = reader.selected(chosen)
+    if limit:
+        jobs, total = reader.latest_selected(chosen, limit)
+    if args.ids_only:
+        show_ids(jobs)
+        return
     facts = (job_facts(job, settings) for job in jobs)
     headings = ("ID", "STATE", "QUEUE", "TRIES", "WHEN", "WHY", "COMMAND")
-    show_list(args, facts, headings, (job_row(queue._reader, job, settings) for job in jobs))
-    counts = queue.counts([name] if name else ())
-    total = sum(counts[state] for state in states or STATES)
-    if not notifications and COMPLETED in (states or STATES):
-        total -= queue._reader.number(COUNT_NOTIFICATIONS, state=COMPLETED, queue=name)
+    show_list(args, facts, headings, (job_row(reader, job, settings) for job in jobs))
     if limit and limit < total and not args.json:
         say(f"{limit} of {total} jobs shown; --limit 0 shows all")
 
 
 def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
     if not args.recurring:
-        show_jobs(args, queue, args.state or ())
+        show_jobs(args, queue)
         return
     now = queue._reader.clock()
     settings = queue.config()
     facts = []
     rows = []
     for job in queue._reader.schedules():
-        if args.queue in (None, job.queue) and job.state in (args.state or STATES):
+        if selection(args).takes(job, now):
             facts.append(job_facts(job, settings))
             due = format_distance(job.run_after, now)
             rows.append((job.schedule_id, rule_text(job), due, job.id, job.command))
@@ -5115,9 +5490,9 @@ def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
     print(json.dumps({**facts, "why": reason_to_wait(reader, job) or None}))
 
 
-def require_ids(args: argparse.Namespace, *, selected: bool = False) -> list[str]:
-    """Return the ids that a command names; none where --all or another selection is given."""
-    if bool(args.ids) == (args.all or selected):
+def require_ids(args: argparse.Namespace) -> list[str]:
+    """Return the ids that a command names; none where --all is given."""
+    if bool(args.ids) == args.all:
         raise BadInput("either name the jobs or use --all")
     return list(args.ids)
 
@@ -5270,8 +5645,33 @@ def report_cancelled(args: argparse.Namespace, queue: Queue, job: Job) -> int:
     return Exit.OK
 
 
-def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
-    jobs = queue.cancel(args.ids, cascade=args.cascade)
+def to_cancel(args: argparse.Namespace, queue: Queue, chosen: Selection) -> Iterable[Job]:
+    """Return the selected jobs and, with --cascade, those that wait for them."""
+    jobs = {job.seq: job for job in queue._reader.selected(chosen)}
+    for seq in list(jobs) if args.cascade else []:
+        jobs.update((job.seq, job) for job in queue._reader.select(DESCENDANTS, seq=seq))
+    return jobs.values()
+
+
+def cancel_waiting(args: argparse.Namespace, queue: Queue, chosen: Selection) -> int:
+    """Cancel the jobs that wait, in slices."""
+    ledger = queue._ledger
+    ended: list[Job] = []
+
+    def report(jobs: list[Job]) -> None:
+        show_ids(jobs)
+        ended.extend(job for job in jobs if job.rule)
+
+    check = partial(ledger.require_state, states=(PENDING,))
+    seqs = [job.seq for job in to_cancel(args, queue, chosen)]
+    code = change_jobs(queue, seqs, check, lambda job: ledger.cancel(job.seq), report)
+    for job in ended:
+        say(f"schedule {job.schedule_id} has ended with {job.id}")
+    return code
+
+
+def cancel_named(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> int:
+    jobs = queue.cancel(ids, cascade=args.cascade)
     run_dir = queue._db.run_dir
     notices = Notices(say, NEVER)
     report_at = time.monotonic() + 1
@@ -5286,6 +5686,59 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
     return max(report_cancelled(args, queue, job) for job in jobs)
 
 
+def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
+    states = (PENDING, PROCESSING)
+    chosen = targets(args, states, states)
+    if args.dry_run:
+        check = partial(queue._ledger.require_state, states=states)
+        return dry_run(to_cancel(args, queue, chosen), check, named=bool(chosen.ids))
+    ids = chosen.ids
+    if not ids:
+        if code := cancel_waiting(args, queue, chosen):
+            return code
+        running = (job for job in queue._reader.selected(chosen) if job.state == PROCESSING)
+        ids = [job.id for job in running]
+    return cancel_named(args, queue, ids) if ids else Exit.OK
+
+
+def await_occurrence(queue: Queue, name: str) -> None:
+    """Wait while the job of a schedule runs: it cannot be changed, and the next one is not made."""
+    notices = Notices(say, NEVER)
+    for _ in queue._reader.changes():
+        job = queue.get(name)
+        if job.id == name or job.state != PROCESSING:
+            return
+        notices.report(f"waiting for {job.id} to end, before the next job of {name} is changed")
+
+
+def cmd_edit(args: argparse.Namespace, queue: Queue) -> int:
+    given = vars(args)
+    fields = {key: given[key] for key in EDITABLE if given[key] is not None}
+    if "env" in fields:
+        fields["env"] = dict(chain(*fields["env"]))
+    if args.ids and args.queues:  # without ids, it selects
+        fields["queue"] = args.queues.pop()
+    if not fields:
+        raise BadInput("give a new field, such as --priority 5; --to-queue moves selected jobs")
+    changes = validate_changes(fields)
+    ledger = queue._ledger
+    chosen = targets(args, (PENDING,), (PENDING,))
+    jobs = queue._reader.selected(chosen)
+    if args.dry_run:
+        return dry_run(jobs, ledger.check_waits, named=bool(chosen.ids))
+    if not chosen.ids:
+        act = partial(ledger.edit, fields=changes)
+        return change_jobs(queue, [job.seq for job in jobs], ledger.check_waits, act, show_ids)
+    for name in chosen.ids:
+        await_occurrence(queue, name)
+    changed = queue.edit(chosen.ids, **fields)
+    show_ids(changed)
+    others = {job.seq: job for job in jobs if job.seq not in {other.seq for other in changed}}
+    for job in others.values():
+        say(f"job {job.id} is {job.state}; it was not changed")
+    return Exit.NO if others else Exit.OK
+
+
 def cmd_pause(args: argparse.Namespace, queue: Queue) -> None:
     for name in args.queues or [""]:
         queue.pause(name)
@@ -5298,20 +5751,58 @@ def cmd_resume(args: argparse.Namespace, queue: Queue) -> None:
         say("all queues are still paused; resume without --queue resumes them")
 
 
-def cmd_dlq_retry(args: argparse.Namespace, queue: Queue) -> None:
-    ids = queue.retry(require_ids(args) or None)
-    show(ids)
-    if not ids and (cancelled := queue.counts()[CANCELLED]):
-        say(f"no job is dead; {plural(cancelled, 'cancelled job')} can be retried by id")
+def cmd_dlq_retry(args: argparse.Namespace, queue: Queue) -> int:
+    ledger = queue._ledger
+    chosen = targets(args, (DEAD, CANCELLED), (DEAD,))
+    if args.dry_run:
+        jobs = queue._reader.selected(chosen)
+        return dry_run(jobs, ledger.check_retry, named=bool(chosen.ids))
+    if chosen.ids:
+        show(queue.retry(chosen.ids))
+        return Exit.OK
+    counts = queue.counts()
+    if chosen.states == (DEAD,) and not counts[DEAD] and counts[CANCELLED]:
+        cancelled = plural(counts[CANCELLED], "cancelled job")
+        say(f"no job is dead; {cancelled} can be retried by id or with --state cancelled")
+    seqs = [job.seq for job in queue._reader.selected(chosen)]
+    return change_jobs(queue, seqs, ledger.check_retry, ledger.retry, show_ids)
 
 
-def cmd_dlq_purge(args: argparse.Namespace, queue: Queue) -> None:
-    ids = require_ids(args, selected=args.older_than is not None)
-    print(queue.purge(ids) if ids else queue.prune(args.older_than or 0, (DEAD,)), "purged")
+def delete_jobs(
+    args: argparse.Namespace, queue: Queue, chosen: Selection, states: Sequence[str], done: str
+) -> int:
+    """Delete jobs in some states, the named ones all or none; print their number or their ids."""
+    ledger = queue._ledger
+    check = partial(ledger.check_delete, states=states)
+    if args.dry_run:
+        return dry_run(queue._reader.selected(chosen), check, named=bool(chosen.ids))
+    deleted = 0
+
+    def report(jobs: list[Job]) -> None:
+        nonlocal deleted
+        deleted += len(jobs)
+        if args.ids_only:
+            show_ids(jobs)
+
+    code: int = Exit.OK
+    if chosen.ids:
+        report(queue._delete(chosen.ids, states))
+    else:
+        seqs = [job.seq for job in queue._reader.selected(chosen)]
+        code = change_jobs(queue, seqs, check, lambda job: ledger.delete(job.seq), report)
+    if not args.ids_only:
+        print(deleted, done)
+    return code
 
 
-def cmd_prune(args: argparse.Namespace, queue: Queue) -> None:
-    print(queue.prune(args.older_than, args.state or PRUNED_BY_DEFAULT), "pruned")
+def cmd_dlq_purge(args: argparse.Namespace, queue: Queue) -> int:
+    chosen = targets(args, (DEAD, CANCELLED), (DEAD,))
+    return delete_jobs(args, queue, chosen, (DEAD, CANCELLED), "purged")
+
+
+def cmd_prune(args: argparse.Namespace, queue: Queue) -> int:
+    chosen = targets(args, FINISHED, PRUNED_BY_DEFAULT, everything=True)
+    return delete_jobs(args, queue, chosen, FINISHED, "pruned")
 
 
 def setting_text(value: object) -> str:
@@ -5350,7 +5841,6 @@ def cmd_doctor(args: argparse.Namespace) -> int:
 # fmt: off
 JSON = flag("--json", "print JSON; the README documents the fields")
 LIMIT = arg("-n --limit", "N", "show the N that changed last (0: all)", integer(0, 10**9))
-STATE = arg("-s --state", None, "only this state; repeatable", action="append", choices=STATES)
 TIMEOUT = arg("--timeout", "DURATION", "stop waiting after this time, and exit with 124",
               parse_duration)
 QUEUE = arg("-q --queue", "QUEUE", "only this queue", valid_name)
@@ -5358,6 +5848,16 @@ QUEUES = arg("-q --queue", "QUEUE", "only this queue; repeatable", valid_name, d
              action="append", default=[])
 ID = arg("id", "ID")
 IDS = arg("ids", "ID", nargs="*")
+# A selection of jobs: named ones, or those that match all of these options.
+STATE = arg("-s --state", "STATE,...", "only jobs in these states: " + ", ".join(STATE_WORDS),
+            valid_states, dest="states", action="extend", default=[])
+MATCH = arg("--match", "TEXT", "only jobs with this text in the id or the command, in upper or "
+            "lower case", valid_command)
+OLDER_THAN = arg("--older-than", "DURATION", "only jobs that have been in their state for at "
+                 "least this time", parse_duration)
+IDS_ONLY = flag("--ids", "print the ids alone", dest="ids_only")
+SELECT = (IDS, QUEUES, STATE, MATCH, OLDER_THAN, IDS_ONLY)
+CHANGE = (*SELECT, flag("-n --dry-run", "print the ids of the jobs, and change nothing"))
 ALL_DEAD = flag("--all", "all dead jobs")
 KEY = arg("key", "KEY", "one of: " + ", ".join(SETTINGS), validate_setting)
 
@@ -5408,7 +5908,7 @@ COMMANDS = {
     "status": Command(cmd_status, "read", "show counts and workers", "status --watch", (
         QUEUE, flag("--watch", "refresh every second, with the rate and the last failures"), JSON)),
     "list": Command(cmd_list, "read", "list jobs", "list --state dead --limit 20", (
-        STATE, QUEUE, flag("--recurring", "list schedules and their next times"),
+        *SELECT, flag("--recurring", "list schedules and their next times"),
         flag("--notifications", "also show notifications that have completed"), LIMIT, JSON)),
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
     "logs": Command(cmd_logs, "read", "print the output of a job", "logs 7 -f", (
@@ -5417,23 +5917,19 @@ COMMANDS = {
     "wait": Command(cmd_wait, "read", "wait for jobs; exit with the code of the first that failed",
         "wait 7 8", (IDS, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
     "cancel": Command(cmd_cancel, "write", "cancel waiting or running jobs", "cancel 7", (
-        arg("ids", "ID", nargs="+"), flag("--cascade", "also cancel the jobs that wait for them"))),
+        *CHANGE, flag("--cascade", "also cancel the jobs that wait for them"))),
+    "edit": Command(cmd_edit, "write", "change jobs that wait", "edit 7 --priority 5"),
     "pause": Command(cmd_pause, "create", "start no new jobs until resume",
         "pause --queue gpu", (QUEUES,)),
     "resume": Command(cmd_resume, "write", "start jobs again after pause", "resume", (QUEUES,)),
     "dlq list": Command(lambda args, queue: show_jobs(args, queue, (DEAD,)), "read",
-        "list the dead letter queue", "dlq list", (LIMIT, JSON)),
+        "list the dead letter queue", "dlq list", (*SELECT, LIMIT, JSON)),
     "dlq retry": Command(cmd_dlq_retry, "write", "return dead or cancelled jobs to the queue",
-        "dlq retry 7", (IDS, ALL_DEAD)),
+        "dlq retry 7", (*CHANGE, ALL_DEAD)),
     "dlq purge": Command(cmd_dlq_purge, "write", "delete dead or cancelled jobs",
-        "dlq purge --older-than 30d", (IDS, ALL_DEAD, arg("--older-than", "DURATION",
-            "only jobs that died at least this long ago", parse_duration))),
-    "prune": Command(
-        cmd_prune, "write", "delete completed and cancelled jobs", "prune --older-than 7d", (
-            arg("--older-than", "DURATION", "only jobs that ended at least this long ago",
-                parse_duration, default=0.0),
-            arg("--state", None, "only this state (default: completed and cancelled); repeatable",
-                action="append", choices=FINISHED))),
+        "dlq purge --older-than 30d", (*CHANGE, ALL_DEAD)),
+    "prune": Command(cmd_prune, "write", "delete completed and cancelled jobs",
+        "prune --older-than 7d", CHANGE),
     "doctor": Command(cmd_doctor, "none", "test this machine and this directory", "doctor",
         (JSON,)),
     "config get": Command(
@@ -5445,6 +5941,15 @@ COMMANDS = {
         "restore the default of a setting", "config unset timeout", (KEY,)),
     "config list": Command(cmd_config_list, "read", "list the settings", "config list", (JSON,)),
 }
+# The fields that can be changed are the options of `enqueue`, except where selections have others.
+EDITS = (
+    field("command", "COMMAND", "the shell line"),
+    field("queue", "QUEUE", "move it to this queue; with ids, --queue does the same", "--to-queue"),
+    field("env", "NAME[=VALUE]", "set a variable or, without =, remove it; repeatable",
+          action="append", check=parse_change),
+    *(option for option in COMMANDS["enqueue"].arguments
+      if option[1].get("dest") in EDITABLE.keys() - {"queue", "env"}))
+COMMANDS["edit"] = COMMANDS["edit"]._replace(arguments=(*CHANGE, *starmap(edit_option, EDITS)))
 # fmt: on
 
 
@@ -5526,7 +6031,7 @@ to begin:
   queuectl dlq retry --all           retry the jobs that failed for good
 
 commands:
-  jobs      enqueue, list, show, logs, wait, cancel
+  jobs      enqueue, list, show, logs, wait, cancel, edit
   workers   worker start, worker stop, worker list
   queue     status, pause, resume, prune
   failures  dlq list, dlq retry, dlq purge
@@ -5552,7 +6057,6 @@ def command_hint(name: str, word: str) -> str:
 
 WORD_HINTS = {  # the option that a word stands for where a command takes no words
     "queuectl worker start": "--count",
-    "queuectl list": "--state",
     "queuectl pause": "--queue",
     "queuectl resume": "--queue",
     "queuectl status": "--queue",

@@ -46,6 +46,7 @@ The sections of this file, in order. Each one uses only the sections above it.
     worker          the process that runs one job at a time
     pool            the process that starts workers and recovers the jobs of dead ones
     words           jobs, workers and counts as text and as JSON; not the event lines
+    report          jobs and attempts over time, as text, HTML, JUnit, Markdown, Prometheus, JSON
     command line    the commands, their arguments, and main
 
 To add a setting: SETTINGS. A field of a job: Job, FIELDS, SCHEMA, INSERTED, the options of enqueue
@@ -77,6 +78,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -89,7 +91,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from enum import IntEnum
 from functools import lru_cache, partial
-from itertools import chain, islice, product, starmap
+from itertools import accumulate, chain, islice, product, starmap
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, Union
 
 if TYPE_CHECKING:
@@ -98,6 +100,7 @@ if TYPE_CHECKING:
 
     Argument = tuple[tuple[str, ...], dict[str, Any]]
     Facts = Mapping[str, Any]
+    Link = Callable[[str], str]  # returns the HTML for a job's id
     Rows = Iterable[Sequence[object]]
     Path = Union[str, os.PathLike[str]]
     Settings = Mapping[str, Any]
@@ -901,6 +904,9 @@ COUNTS = """
 SELECT queue, state, readiness, number FROM counts
 WHERE number > 0 ORDER BY queue, state, readiness"""
 ATTEMPTS = ATTEMPT + "WHERE job = :seq ORDER BY run"
+RUNS = ATTEMPTS.replace("output FROM", "x'' FROM")
+OUTPUT_TAIL = """
+SELECT coalesce(substr(output, :start), x'') FROM attempts WHERE job = :seq AND run = :run"""
 POSITION = """
 SELECT count(*) FROM (
   SELECT 1 FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue
@@ -2420,6 +2426,15 @@ class Reader:
 
     def attempts(self, job: Job) -> list[Attempt]:
         return [Attempt(*row) for row in self.db.rows(ATTEMPTS, {"seq": job.seq})]
+
+    def runs(self, job: Job) -> list[Attempt]:
+        """Return the attempts without their output."""
+        return [Attempt(*row) for row in self.db.rows(RUNS, {"seq": job.seq})]
+
+    def output_tail(self, seq: int, run: int, limit: int) -> str:
+        """Return the end of an attempt's output; bytes that are not UTF-8 are escaped."""
+        rows = self.db.rows(OUTPUT_TAIL, {"seq": seq, "run": run, "start": -limit})
+        return "".join(bytes(row[0]).decode(errors="backslashreplace") for row in rows)
 
     def schedules(self) -> list[Job]:
         return self.select(SCHEDULES)
@@ -4306,6 +4321,773 @@ class Progress:
             f"{now['blocked']} blocked": now["blocked"],
         }
         return ", ".join(part for part, is_shown in parts.items() if is_shown)
+
+
+# --- report: jobs and attempts as text, HTML, JUnit, Markdown, Prometheus and JSON ----------------
+
+TAIL = 4096  # bytes of an attempt's output that a report shows
+LISTED = 10  # entries of a list of the slowest jobs, for instance
+GROUPS = 20  # reasons of failures that are shown, of at most 1000 that are told apart
+BARS = 8000  # of a Gantt chart
+LANES = 64
+BLAMELESS = (COMPLETED, "released", CANCELLED)  # outcomes of attempts that did not fail
+SHORT_BUCKETS = (1, 5, 10, 50, 150, 300, 600, 3000, 9000, 18000)  # widths in tenths of a second
+BUCKETS = (*SHORT_BUCKETS, 36000, 108000, 216000, 432000, 864000, 6048000)  # 1 h to a week
+
+
+class History(NamedTuple):
+    """A job and those of its attempts that have ended, oldest first, without their output."""
+
+    job: Job
+    runs: list[Attempt]
+
+    def failures(self) -> list[Attempt]:
+        """Return the attempts that failed; an exit with 75 that postponed the job did not."""
+        final = self.runs[-1] if self.job.state == DEAD and self.runs else None
+        return [
+            run
+            for run in self.runs
+            if run is final or (run.outcome not in BLAMELESS and run.exit_code != TRY_LATER)
+        ]
+
+
+def histories(reader: Reader, jobs: Iterable[Job], since: float = 0) -> Iterator[History]:
+    """Yield jobs with their attempts that ended at a time or later: the data of every report."""
+    for job in jobs:
+        runs = reader.runs(job) if job.run else []
+        yield History(job, [run for run in runs if run.finished >= since])
+
+
+class Distribution:
+    """Durations in logarithmic buckets: quantiles are exact to 2 %, whatever their number."""
+
+    STEP = math.log(1.02)
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.sum = 0.0
+        self.max = 0.0
+        self.buckets: dict[int, list[float]] = {}  # the number of durations, and the longest
+
+    def add(self, seconds: float) -> None:
+        seconds = max(0.0, seconds)
+        bucket = self.buckets.setdefault(round(math.log(max(seconds, 0.001)) / self.STEP), [0, 0])
+        bucket[0] += 1
+        bucket[1] = max(bucket[1], seconds)
+        self.number += 1
+        self.sum += seconds
+        self.max = max(self.max, seconds)
+
+    def quantile(self, part: float) -> float:
+        rest = math.ceil(self.number * part)
+        for _, (number, longest) in sorted(self.buckets.items()):
+            rest -= int(number)
+            if rest <= 0:
+                return longest
+        return 0.0
+
+    def facts(self) -> dict[str, float]:
+        quantiles = {"p50": self.quantile(0.5), "p95": self.quantile(0.95)}
+        facts = {"number": self.number, "sum": self.sum, **quantiles, "max": self.max}
+        return {key: round(value, 3) for key, value in facts.items()}
+
+    def histogram(self) -> list[tuple[float, float, int]]:
+        """Return the lower and upper end of eighths of decades, and the number of durations."""
+        bins: collections.Counter[int] = collections.Counter()
+        for bucket, (number, _) in self.buckets.items():
+            bins[math.floor(bucket * self.STEP / math.log(10) * 8)] += int(number)
+        return [(10 ** (n / 8), 10 ** ((n + 1) / 8), number) for n, number in sorted(bins.items())]
+
+
+class Timeline:
+    """Numbers by time and key, in at most `limit` buckets, which widen as the time span grows."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.width = BUCKETS[0]  # in tenths of a second
+        self.numbers: collections.Counter[tuple[int, str]] = collections.Counter()
+        self.first = self.last = 0
+
+    def add(self, when: float, key: str, number: int = 1) -> None:
+        slot = int(when * 10) // self.width
+        self.first = min(self.first, slot) if self.numbers else slot
+        self.last = max(self.last, slot) if self.numbers else slot
+        self.numbers[slot, key] += number
+        while self.last - self.first >= self.limit:
+            self.widen()
+
+    def widen(self) -> None:
+        wider = next((width for width in BUCKETS if width > self.width), self.width * 2)
+        factor = wider // self.width
+        numbers = self.numbers
+        self.width = wider
+        self.numbers = collections.Counter()
+        for (slot, key), number in numbers.items():
+            self.numbers[slot // factor, key] += number
+        self.first //= factor
+        self.last //= factor
+
+    def facts(self, keys: Sequence[str], *, running_sum: bool = False) -> dict[str, Any]:
+        """Return where it starts, the width of a bucket, and of each key the numbers in order."""
+        facts: dict[str, Any] = {"start": self.first * self.width / 10, "width": self.width / 10}
+        slots = range(self.first, self.last + 1) if self.numbers else ()
+        for key in keys:
+            values = [self.numbers[slot, key] for slot in slots]
+            facts[key] = list(accumulate(values)) if running_sum else values
+        return facts
+
+
+class Counts:
+    """How many jobs there are by queue and state, and how long their attempts took and waited."""
+
+    def __init__(self) -> None:
+        self.jobs: collections.Counter[tuple[str, State, int]] = collections.Counter()
+        self.seconds: dict[str, Distribution] = collections.defaultdict(Distribution)
+        self.waits: dict[str, Distribution] = collections.defaultdict(Distribution)
+        self.outcomes: collections.Counter[str] = collections.Counter()
+
+    def add(self, history: History) -> None:
+        job = history.job
+        self.jobs[job.queue, job.state, job.readiness] += 1
+        for run in history.runs:
+            self.outcomes[run.outcome] += 1
+            for queue in ("", job.queue):  # "" stands for all of them
+                self.seconds[queue].add(run.finished - run.started)
+                self.waits[queue].add(run.waited)
+
+    def queue_facts(self, queue: str) -> dict[str, Any]:
+        times = {"seconds": self.seconds[queue].facts(), "waits": self.waits[queue].facts()}
+        jobs = ((state, ready, n) for (name, state, ready), n in self.jobs.items() if name == queue)
+        return {"queue": queue, **tally(jobs), **times}
+
+    def facts(self) -> dict[str, Any]:
+        jobs = ((state, readiness, n) for (_, state, readiness), n in self.jobs.items())
+        return {
+            **tally(jobs),
+            "jobs": sum(self.jobs.values()),
+            "attempts": self.seconds[""].number,
+            "outcomes": dict(self.outcomes),
+            "seconds": self.seconds[""].facts(),
+            "waits": self.waits[""].facts(),
+            "histogram": self.seconds[""].histogram(),
+            "queues": [self.queue_facts(queue) for queue in sorted({key[0] for key in self.jobs})],
+        }
+
+
+class Course:
+    """How many jobs were in each state over time, and how many finished in each bucket of it."""
+
+    def __init__(self, since: float) -> None:
+        self.since = since
+        self.depth = Timeline(240)
+        self.finished = Timeline(100)
+        self.first = NEVER  # the first start and the last end of an attempt
+        self.last = 0.0
+
+    def move(self, when: float, before: str, after: str) -> None:
+        if before:
+            self.depth.add(max(when, self.since), before, -1)
+        self.depth.add(max(when, self.since), after)
+
+    def add(self, history: History) -> None:
+        job = history.job
+        state: str = PENDING
+        self.move(job.created_at, "", PENDING)
+        for run in history.runs:
+            self.first = min(self.first, run.started)
+            self.last = max(self.last, run.finished)
+            state = job.state if run is history.runs[-1] and job.state in FINISHED else PENDING
+            self.move(run.started, PENDING, PROCESSING)
+            self.move(run.finished, PROCESSING, state)
+        if job.state != state:  # it runs, or was cancelled while it waited
+            self.move(job.updated_at, state, job.state)
+        if job.state in FINISHED:
+            self.finished.add(job.updated_at, job.state)
+
+    def facts(self) -> dict[str, Any]:
+        finished = self.finished.facts(FINISHED)
+        number = sum(map(sum, (finished[COMPLETED], finished[DEAD])))
+        span = max(0.0, self.last - self.first)
+        return {
+            "first_start": format_time(self.first) if self.last else None,
+            "last_end": format_time(self.last) if self.last else None,
+            "rate": round(number / max(span, 0.001), 3) if self.last else 0.0,
+            "depth": self.depth.facts(STATES, running_sum=True),
+            "finished": finished,
+        }
+
+
+class Bar(NamedTuple):
+    """An attempt in a Gantt chart, or several that are too short to be told apart there."""
+
+    worker: str
+    started: float
+    finished: float
+    waited: float
+    outcome: str
+    number: int
+    failures: int
+    id: str
+    reason: str
+
+    def merged(self, other: Bar) -> Bar:
+        """Return a bar for both; it shows a failure if there is one."""
+        shown = other if self.outcome == COMPLETED else self
+        return shown._replace(
+            started=min(self.started, other.started),
+            finished=max(self.finished, other.finished),
+            waited=max(self.waited, other.waited),
+            number=self.number + other.number,
+            failures=self.failures + other.failures,
+        )
+
+
+class Gantt:
+    """The attempts of each worker over time; where there are too many, short ones are merged."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+        self.width = 0.001  # seconds; shorter attempts may have been merged
+        self.bars: list[Bar] = []
+
+    def add(self, history: History) -> None:
+        job = history.job
+        failures = history.failures()
+        for run in history.runs:
+            times = (run.started, run.finished, run.waited)
+            failed = int(run in failures)
+            reason = quoted(run.error or "")
+            self.bars.append(Bar(run.worker, *times, run.outcome, 1, failed, job.id, reason))
+        if job.state == PROCESSING:
+            began = job.locked_at or self.now
+            times = (began, max(began, self.now), job.waited)
+            self.bars.append(Bar(job.locked_by or "", *times, "running", 1, 0, job.id, ""))
+        while len(self.bars) > 2 * BARS:
+            self.merge(self.width * 2)
+
+    def merge(self, width: float) -> None:
+        """Merge the attempts of a worker that are shorter than a width and begin within it."""
+        self.width = width
+        merged: dict[tuple[str, int], Bar] = {}
+        long = []
+        for bar in self.bars:
+            key = (bar.worker, int(bar.started / width))
+            if bar.finished - bar.started >= width:
+                long.append(bar)
+            else:
+                merged[key] = merged[key].merged(bar) if key in merged else bar
+        self.bars = [*long, *merged.values()]
+
+    def lanes(self) -> list[list[Bar]]:
+        """Return the bars by lane: a worker takes the lane of one that had ended before it."""
+        by_worker: dict[str, list[Bar]] = {}
+        for bar in sorted(self.bars, key=lambda bar: bar.started):
+            by_worker.setdefault(bar.worker, []).append(bar)
+        lanes: list[list[Bar]] = []
+        for bars in by_worker.values():
+            free = (lane for lane in lanes if lane[-1].finished <= bars[0].started)
+            lane = next(free, None)
+            if lane is None:
+                lanes.append(lane := [])
+            lane += bars
+        return lanes
+
+    def facts(self) -> dict[str, Any]:
+        start = min((bar.started for bar in self.bars), default=self.now)
+        end = max((bar.finished for bar in self.bars), default=self.now)
+        self.merge(max((end - start) / 1000, self.width))
+        while len(self.bars) > BARS and self.width < end - start:
+            self.merge(self.width * 2)
+        lanes = self.lanes()
+        shown = [[bar._asdict() for bar in lane] for lane in lanes[:LANES]]
+        return {"start": start, "end": end, "lanes": shown, "hidden": len(lanes) - len(shown)}
+
+
+class Ranking:
+    """The largest of many items."""
+
+    def __init__(self) -> None:
+        self.heap: list[tuple[float, int, dict[str, Any]]] = []
+        self.number = 0
+
+    def add(self, size: float, item: dict[str, Any]) -> None:
+        import heapq
+
+        self.number += 1
+        push = heapq.heappush if len(self.heap) < LISTED else heapq.heappushpop
+        push(self.heap, (size, self.number, item))
+
+    def facts(self) -> list[dict[str, Any]]:
+        return [item for _, _, item in sorted(self.heap, reverse=True)]
+
+
+class Failures:
+    """The attempts that failed, by reason."""
+
+    def __init__(self) -> None:
+        self.groups: dict[str, dict[str, Any]] = {}
+
+    def add(self, history: History) -> None:
+        job = history.job
+        for run in history.failures():
+            reason = quoted(run.error or run.outcome)
+            if reason not in self.groups and len(self.groups) >= 1000:
+                reason = "other reasons"
+            group = self.groups.setdefault(
+                reason, {"reason": reason, "attempts": 0, "dead": 0, "when": 0.0, "jobs": []}
+            )
+            group["attempts"] += 1
+            is_dead = job.state == DEAD and run is history.runs[-1]
+            group["dead"] += is_dead
+            if not group["jobs"] or group["jobs"][-1] != job.id:
+                group["jobs"] = [*group["jobs"], job.id][-LISTED:]
+            if run.finished >= group["when"]:
+                group.update(when=run.finished, seq=job.seq, id=job.id, run=run.run)
+
+    def facts(self, reader: Reader) -> list[dict[str, Any]]:
+        """Return the most frequent reasons, each with the end of the output of its last attempt."""
+        groups = sorted(self.groups.values(), key=lambda g: (g["dead"], g["attempts"], g["when"]))
+        shown = groups[: -GROUPS - 1 : -1]
+        for group in shown:
+            group["when"] = format_time(group["when"])
+            group["output"] = reader.output_tail(group.pop("seq"), group["run"], TAIL)
+        return shown
+
+
+class Notable:
+    """The slowest attempts, the jobs with the most attempts, and those that failed before."""
+
+    def __init__(self) -> None:
+        self.slowest = Ranking()
+        self.retried = Ranking()
+        self.flaky = Ranking()
+
+    def add(self, history: History) -> None:
+        job = history.job
+        facts: dict[str, Any] = {"id": job.id, "queue": job.queue, "state": job.state}
+        for run in history.runs:
+            seconds = round(run.finished - run.started, 3)
+            self.slowest.add(seconds, {**facts, "run": run.run, "seconds": seconds})
+        failures = history.failures()
+        facts.update(
+            failures=len(failures), reason=quoted(failures[-1].error or "") if failures else ""
+        )
+        if len(history.runs) > 1:
+            self.retried.add(len(history.runs), {**facts, "attempts": len(history.runs)})
+        if failures and job.state == COMPLETED:
+            self.flaky.add(job.updated_at, facts)
+
+    def facts(self) -> dict[str, Any]:
+        lists = {key: ranking.facts() for key, ranking in vars(self).items()}
+        return {**lists, "flaky_number": self.flaky.number}
+
+
+def schedule_facts(reader: Reader, queue: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the active schedules: when each is next due, and how late its last job started."""
+    for job in reader.schedules():
+        if queue not in (None, job.queue):
+            continue
+        facts = {"id": job.schedule_id, "queue": job.queue, "rule": rule_text(job), "next": job.id}
+        last = reader.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id)
+        runs = reader.runs(last) if last else []
+        started = runs[0].started if runs else last and last.locked_at
+        late = started and last and max(0.0, started - (last.scheduled_for or started))
+        yield {
+            **facts,
+            "next_at": format_time(job.scheduled_for),
+            "last": last and last.id,
+            "last_state": last and last.state,
+            "last_start": format_time(started),
+            "late": None if late is None else round(late, 3),
+        }
+
+
+def report_facts(
+    reader: Reader, jobs: Iterable[Job], *, queue: str | None = None, since: float = 0
+) -> dict[str, Any]:
+    """Return all facts of a report about jobs, as JSON has them; read once, in bounded memory.
+
+    `queue` limits the schedules and the workers' queues too; attempts that ended before `since`
+    are left out.
+    """
+    now = reader.clock()
+    counts, course, gantt = Counts(), Course(since), Gantt(now)
+    failures, notable = Failures(), Notable()
+    for history in histories(reader, jobs, since):
+        for part in (counts, course, gantt, failures, notable):
+            part.add(history)
+    return {
+        "path": reader.db.path,
+        "version": __version__,
+        "time": format_time(now),
+        "since": format_time(since) if since else None,
+        **counts.facts(),
+        **course.facts(),
+        **notable.facts(),
+        "gantt": gantt.facts(),
+        "failures": failures.facts(reader),
+        "paused": reader.paused(),
+        "workers": list(worker_facts(reader)),
+        "schedules": list(islice(schedule_facts(reader, queue), 100)),
+    }
+
+
+# HTML. The page needs no script; everything that a job supplied goes through `safe`.
+
+STYLE = """
+:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b1f24; --dim: #59636e;
+  --line: #d8dee4; --completed: #2f9e60; --dead: #d1353f; --late: #d9822b; --running: #2f7fd1;
+  --pending: #8593a3; --cancelled: #8a6fc0; --crashed: #b43c96; }
+@media (prefers-color-scheme: dark) { :root { --page: #0f1216; --card: #181c22; --ink: #e3e7ec;
+  --dim: #97a1ad; --line: #2c333c; --completed: #3fb272; --dead: #f0606a; --late: #e79a4a;
+  --running: #5aa2ee; --pending: #7d8a99; --cancelled: #a993dd; --crashed: #e07cc6; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--page); color: var(--ink);
+  font: 15px/1.45 system-ui, sans-serif; }
+h1 { font-size: 1.2rem; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1rem; margin: 0 0 .6rem; }
+p { margin: .2rem 0 .4rem; }
+h3 { font-size: .9rem; margin: 1rem 0 .3rem; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
+  margin: .8rem 0; padding: .8rem 1rem; }
+.dim, figcaption { color: var(--dim); font-size: .85rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(6.5rem, 1fr)); gap: .6rem; }
+.tile { border-left: 3px solid var(--line); padding: 0 .6rem; }
+.tile b { display: block; font-size: 1.35rem; font-weight: 600; }
+figure { margin: 0 0 .7rem; }
+figure:last-child { margin-bottom: 0; }
+svg { display: block; }
+.lane { display: grid; grid-template-columns: 1.8rem 1fr; align-items: center; font-size: .75rem; }
+.axis { display: flex; justify-content: space-between; color: var(--dim); font-size: .75rem;
+  border-top: 1px solid var(--line); }
+.lane + .axis { margin-left: 1.8rem; }
+.legend span { margin-right: .9rem; white-space: nowrap; }
+.legend i { display: inline-block; width: .7rem; height: .7rem; margin-right: .3rem;
+  background: currentColor; }
+rect, path { fill: var(--dead); }
+.completed { fill: var(--completed); color: var(--completed); border-color: var(--completed); }
+.dead, .failed { fill: var(--dead); color: var(--dead); border-color: var(--dead); }
+.timed-out { fill: var(--late); color: var(--late); }
+.crashed { fill: var(--crashed); color: var(--crashed); }
+.processing, .running { fill: var(--running); color: var(--running); border-color: var(--running); }
+.pending { fill: var(--pending); color: var(--pending); border-color: var(--pending); }
+.cancelled, .released { fill: var(--cancelled); color: var(--cancelled);
+  border-color: var(--cancelled); }
+.legend span, .tile { fill: none; color: inherit; }
+.grid { stroke: var(--line); fill: none; vector-effect: non-scaling-stroke; }
+.wait { fill: var(--pending); }
+.mark { stroke: var(--ink); stroke-dasharray: 3 3; vector-effect: non-scaling-stroke; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .87rem; }
+th { text-align: left; color: var(--dim); font-weight: 500; }
+th, td { padding: .22rem .7rem .22rem 0; border-bottom: 1px solid var(--line); }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+summary { cursor: pointer; overflow-wrap: anywhere; }
+pre { margin: .4rem 0; padding: .6rem; background: var(--page); border-radius: 4px; overflow: auto;
+  max-height: 14rem; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+@media print { :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --dim: #444;
+  --line: #bbb; } body { padding: 0; max-width: none; } section { break-inside: avoid; }
+  rect, path, i { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  pre { max-height: none; } }
+"""
+ESCAPED = {ord(c): f"&#{ord(c)};" for c in "&<>\"'`="}
+
+
+def safe(text: object) -> str:
+    """Return any text as HTML, for an element or a quoted attribute; it cannot reorder others."""
+    return printable(str(text)).translate(ESCAPED)
+
+
+def safe_lines(text: str) -> str:
+    return "\n".join(map(safe, text.expandtabs().split("\n")))
+
+
+def html_page(title: str, body: str, *, nonce: str = "", head: str = "") -> str:
+    """Return a complete page; with a nonce, its style obeys a Content-Security-Policy."""
+    allowed = f' nonce="{safe(nonce)}"' if nonce else ""
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{safe(title)}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style{allowed}>{STYLE}</style>{head}</head>
+<body>{body}</body></html>
+"""
+
+
+def html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of HTML cells; columns whose headings end with # are numbers."""
+    classes = [' class="number"' if heading[-1:] == "#" else "" for heading in headings]
+    lines = ["".join(f"<td{css}>{cell}</td>" for css, cell in zip(classes, row)) for row in rows]
+    head = "".join(f"<th{css}>{safe(h.rstrip('#'))}</th>" for css, h in zip(classes, headings))
+    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>' if lines else ""
+
+
+def rect(css: str, x: float, y: float, width: float, height: float, title: str = "") -> str:
+    name = css.replace(" ", "-")
+    box = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+    return f'<rect class="{safe(name)}" {box}><title>{safe(title)}</title></rect>'
+
+
+def svg(shapes: str, height: int, label: str) -> str:
+    """Return a picture 1000 units wide that fills its column; lines mark the quarters."""
+    grid = "".join(f"M{x} 0v{height}" for x in (250, 500, 750))
+    return (
+        f'<svg viewBox="0 0 1000 {height}" width="100%" height="{height}" role="img" '
+        f'aria-label="{safe(label)}" preserveAspectRatio="none">'
+        f'<path class="grid" d="{grid}"/>{shapes}</svg>'
+    )
+
+
+def time_label(when: float, span: float) -> str:
+    style = "%H:%M:%S" if span < 3600 else "%H:%M" if span < 86400 else "%d %b %H:%M"
+    return datetime.fromtimestamp(when, timezone.utc).astimezone().strftime(style)
+
+
+def axis(labels: Iterable[str]) -> str:
+    return f'<div class="axis">{"".join(f"<span>{safe(label)}</span>" for label in labels)}</div>'
+
+
+def time_axis(start: float, span: float) -> str:
+    return axis(time_label(start + span * n / 4, span) for n in range(5))
+
+
+def legend(outcomes: Iterable[str]) -> str:
+    items = (
+        f'<span><i class="{safe(word.replace(" ", "-"))}"></i>{safe(word)}</span>'
+        for word in outcomes
+    )
+    return f'<p class="legend dim">{"".join(items)}</p>'
+
+
+def html_tiles(facts: Facts, _link: Link) -> str:
+    tiles: list[tuple[str, ...]] = [(state, f"{facts[state]:,}", state) for state in STATES]
+    busy = sum(worker["job"] is not None for worker in facts["workers"])
+    times = {"p50": "p50 duration", "p95": "p95 duration", "max": "longest"}
+    tiles += [
+        ("", f"{facts['rate']:,.3g}", "jobs/s"),
+        ("", f"{busy}/{len(facts['workers'])}", "workers busy"),
+    ]
+    tiles += [("", format_duration(facts["seconds"][key]), words) for key, words in times.items()]
+    boxes = (
+        f'<div class="tile {css}"><b>{safe(value)}</b><span class="dim">{safe(name)}</span></div>'
+        for css, value, name in tiles
+    )
+    paused = ", ".join(name or "all queues" for name in facts["paused"])
+    note = f'<p class="dim">paused: {safe(paused)}</p>' if paused else ""
+    return f'<div class="tiles">{"".join(boxes)}</div>{note}'
+
+
+def describe_bar(bar: Facts, span: float) -> str:
+    times = f"{time_label(bar['started'], span)} to {time_label(bar['finished'], span)}"
+    took = format_duration(bar["finished"] - bar["started"])
+    wait = f", after waiting {format_duration(bar['waited'])}" if bar["waited"] >= 0.001 else ""
+    reason = f": {bar['reason']}" if bar["reason"] else ""
+    if bar["number"] > 1:
+        many = f"{bar['number']} attempts, {bar['failures']} failed, {times}"
+        return f"{many}; job {bar['id']} {bar['outcome']}{reason}"
+    return f"job {bar['id']} {bar['outcome']}{reason}; {times} ({took}){wait}"
+
+
+def bar_shapes(bar: Facts, start: float, span: float) -> str:
+    """Return an attempt as a rectangle; of merged ones, the part that failed is in its colour."""
+    left = min((bar["started"] - start) / span * 1000, 999.2)
+    width = max((bar["finished"] - bar["started"]) / span * 1000, 0.8)
+    title = describe_bar(bar, span)
+    if bar["number"] == 1 or not bar["failures"]:
+        return rect(bar["outcome"], left, 2, width, 12, title)
+    part = max(2.0, 12 * bar["failures"] / bar["number"])
+    completed = rect(COMPLETED, left, 2, width, 12, title)
+    return completed + rect(bar["outcome"], left, 2, width, part, title)
+
+
+def waits_of(lane: Iterable[Facts]) -> list[list[float]]:
+    """Return the times in which jobs of a lane waited, joined where they overlap."""
+    found: list[list[float]] = []
+    for start, end in sorted((bar["started"] - bar["waited"], bar["started"]) for bar in lane):
+        if found and start <= found[-1][1]:
+            found[-1][1] = max(end, found[-1][1])
+        else:
+            found.append([start, end])
+    return found
+
+
+def html_gantt(facts: Facts, _link: Link) -> str:
+    """Return a lane for each worker slot: its attempts, and their waits as a thin line."""
+    gantt = facts["gantt"]
+    start = gantt["start"]
+    span = max(gantt["end"] - start, 0.001)
+    rows = []
+    for number, lane in enumerate(gantt["lanes"], 1):
+        shapes = ""
+        for begin, end in waits_of(lane):
+            left = max(0.0, begin - start) / span * 1000
+            shapes += rect("wait", left, 7.5, (end - start) / span * 1000 - left, 1)
+        shapes += "".join(bar_shapes(bar, start, span) for bar in lane)
+        picture = svg(shapes, 16, f"the attempts of worker slot {number}")
+        rows.append(f'<div class="lane"><span class="dim">{number}</span>{picture}</div>')
+    if not rows:
+        return '<p class="dim">No attempts yet.</p>'
+    hidden = f'<p class="dim">and {gantt["hidden"]} more slots</p>' if gantt["hidden"] else ""
+    outcomes = {bar["outcome"]: 1 for lane in gantt["lanes"] for bar in lane}
+    return "".join(rows) + time_axis(start, span) + hidden + legend(sorted(outcomes))
+
+
+def html_depth(facts: Facts, _link: Link) -> str:
+    """Return how many jobs were in each state over time: an area for each state that occurred."""
+    depth = facts["depth"]
+    found = ""
+    for state in STATES:
+        values = depth[state]
+        most = max(values, default=0)
+        if most:
+            step = 1000 / len(values)
+            line = "".join(f"V{40 - 38 * v / most:.1f}h{step:.2f}" for v in values)
+            picture = svg(f'<path class="{state}" d="M0 40{line}V40z"/>', 40, f"jobs {state}")
+            caption = f"<figcaption>{state}: {values[-1]:,}, at most {most:,}</figcaption>"
+            found += f"<figure>{caption}{picture}</figure>"
+    span = depth["width"] * len(depth[PENDING])
+    return found + time_axis(depth["start"], span) if found else '<p class="dim">No jobs yet.</p>'
+
+
+def html_finished(facts: Facts, _link: Link) -> str:
+    """Return bars of the jobs that finished in each bucket of time, those that died on top."""
+    finished = facts["finished"]
+    start, width = finished["start"], finished["width"]
+    pairs = list(zip(finished[COMPLETED], finished[DEAD]))
+    most = max(map(sum, pairs), default=0)
+    if not most:
+        return '<p class="dim">No job has finished yet.</p>'
+    step = 1000 / len(pairs)
+    span = width * len(pairs)
+    shapes = ""
+    for n, (completed, dead) in enumerate(pairs):
+        low, high = 78 * completed / most, 78 * dead / most
+        title = f"{time_label(start + n * width, span)}: {completed} completed, {dead} dead"
+        for state, base, size in ((COMPLETED, 0.0, low), (DEAD, low, high)):
+            if size:
+                shapes += rect(state, n * step, 80 - base - size, step * 0.9, size, title)
+    caption = f"<figcaption>in {format_duration(width)} each, at most {most:,}</figcaption>"
+    picture = svg(shapes, 80, "jobs finished over time")
+    both = legend((COMPLETED, DEAD))
+    return f"<figure>{caption}{picture}</figure>{time_axis(start, span)}{both}"
+
+
+def html_durations(facts: Facts, _link: Link) -> str:
+    """Return how long attempts took, on a logarithmic scale, and a table of the queues."""
+    bins = facts["histogram"]
+    if not bins:
+        return '<p class="dim">No attempt has ended yet.</p>'
+    low = math.floor(math.log10(bins[0][0] * 1.01))
+    high = math.ceil(math.log10(bins[-1][1] * 0.99))
+    most = max(number for *_, number in bins)
+
+    def place(seconds: float) -> float:
+        return (math.log10(max(seconds, 1e-3)) - low) / (high - low) * 1000
+
+    shapes = ""
+    for begin, end, number in bins:
+        title = f"{format_duration(begin)} to {format_duration(end)}: {plural(number, 'attempt')}"
+        size = max(78 * number / most, 1)
+        width = (place(end) - place(begin)) * 0.94
+        shapes += rect("running", place(begin), 80 - size, width, size, title)
+    for key in ("p50", "p95"):
+        shapes += f'<path class="mark" d="M{place(facts["seconds"][key]):.1f} 0v80"/>'
+    half, most_of = (format_duration(facts["seconds"][key]) for key in ("p50", "p95"))
+    caption = f"<figcaption>p50 {half}, p95 {most_of} (dashed), at most {most:,} in a bar"
+    labels = (format_duration(10.0**n) for n in range(low, high + 1))
+    picture = svg(shapes, 80, "durations of attempts")
+    columns = [(key, part) for key in ("seconds", "waits") for part in ("p50", "p95", "max")]
+    rows = (
+        [safe(queue["queue"]), f"{queue['seconds']['number']:,}"]
+        + [format_duration(queue[key][part]) for key, part in columns]
+        for queue in facts["queues"][:100]
+    )
+    headings = ("queue", "attempts#", "took p50#", "p95#", "max#", "waited p50#", "p95#", "max#")
+    chart = f"<figure>{caption}</figcaption>{picture}{axis(labels)}</figure>"
+    return chart + html_table(headings, rows)
+
+
+def html_failures(facts: Facts, link: Link) -> str:
+    """Return the failed attempts by reason, with the end of one output each; then flaky jobs."""
+    found = ""
+    for place, group in enumerate(facts["failures"]):
+        numbers = f"{plural(group['attempts'], 'attempt')}, {plural(group['dead'], 'dead job')}"
+        ids = ", ".join(map(link, group["jobs"]))
+        output = f"<pre>{safe_lines(group['output'])}</pre>" if group["output"].strip() else ""
+        when = safe(group["when"])
+        last = f"last by job {link(group['id'])} in run {group['run']}, {when}"
+        found += (
+            f"<details{' open' * (place < 3)}><summary><b>{safe(group['reason'])}</b> "
+            f'<span class="dim">{numbers}</span></summary><p class="dim">{last}; jobs: {ids}</p>'
+            f"{output}</details>"
+        )
+    rows = (
+        (link(job["id"]), safe(job["queue"]), str(job["failures"]), safe(job["reason"]))
+        for job in facts["flaky"]
+    )
+    if facts["flaky"]:
+        found += f"<h3>Completed after failures: {plural(facts['flaky_number'], 'job')}</h3>"
+    found += html_table(("job", "queue", "failures#", "last reason"), rows)
+    return found or '<p class="dim">Nothing has failed.</p>'
+
+
+def html_slowest(facts: Facts, link: Link) -> str:
+    slowest = (
+        (link(job["id"]), safe(job["queue"]), safe(job["state"]), format_duration(job["seconds"]))
+        for job in facts["slowest"]
+    )
+    retried = (
+        (link(job["id"]), safe(job["queue"]), safe(job["state"]), str(job["attempts"]))
+        for job in facts["retried"]
+    )
+    first = html_table(("slowest", "queue", "state", "took#"), slowest)
+    return first + html_table(("most attempts", "queue", "state", "attempts#"), retried)
+
+
+def html_schedules(facts: Facts, link: Link) -> str:
+    rows = (
+        (
+            safe(item["id"]),
+            safe(item["rule"]),
+            safe(item["next_at"] or ""),
+            link(item["last"]) if item["last"] else "",
+            safe(item["last_state"] or ""),
+            "" if item["late"] is None else format_duration(item["late"]),
+        )
+        for item in facts["schedules"]
+    )
+    headings = ("schedule", "rule", "next", "last job", "state", "started late by#")
+    return html_table(headings, rows)
+
+
+PARTS: dict[str, tuple[str, Callable[[Facts, Link], str]]] = {  # by the id of its element
+    "tiles": ("", html_tiles),
+    "failures": ("Failures by reason", html_failures),
+    "gantt": ("Attempts by worker slot", html_gantt),
+    "finished": ("Jobs finished", html_finished),
+    "depth": ("Jobs by state", html_depth),
+    "durations": ("How long attempts took", html_durations),
+    "slowest": ("Slowest and most retried", html_slowest),
+    "schedules": ("Schedules", html_schedules),
+}
+
+
+def html_part(name: str, facts: Facts, link: Link = safe) -> str:
+    """Return a part of the overview as a section whose id is the name; hidden if it is empty."""
+    heading, render = PARTS[name]
+    body = render(facts, link)
+    title = f"<h2>{heading}</h2>" if heading else ""
+    return f'<section id="{name}"{"" if body else " hidden"}>{title}{body}</section>\n'
+
+
+def html_report(facts: Facts) -> str:
+    about = f"{plural(facts['jobs'], 'job')}, {plural(facts['attempts'], 'attempt')}"
+    since = f" since {facts['since']}" if facts["since"] else ""
+    head = (
+        f'<h1>{safe(facts["path"])}</h1><p class="dim">{about}{safe(since)}; {safe(facts["time"])}'
+    )
+    body = "".join(html_part(name, facts) for name in PARTS)
+    return html_page(f"queuectl: {facts['path']}", f"<header>{head}</p></header>\n{body}")
 
 
 # --- command line ---------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from enum import IntEnum
 from functools import lru_cache, partial
-from itertools import accumulate, chain, islice, product, starmap
+from itertools import accumulate, chain, islice, starmap
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, Union
 
 if TYPE_CHECKING:
@@ -124,6 +124,8 @@ FINISHED = (COMPLETED, DEAD, CANCELLED)
 PRUNED_BY_DEFAULT = (COMPLETED, CANCELLED)  # dead letters stay until they are purged
 
 READY, SCHEDULED, BLOCKED = 1, 0, -1  # the readiness of a pending job; all others are READY
+READINESS_WORDS = {READY: "ready", SCHEDULED: "scheduled", BLOCKED: "blocked"}
+STATE_WORDS = (*STATES, *READINESS_WORDS.values())
 
 End = Literal["exited", "timed out", "crashed", "released", "cancelled", "unstarted"]
 StopMode = Literal["", "stop", "now"]  # "stop": claim no more jobs; "now": also end running ones
@@ -245,6 +247,34 @@ class Attempt(NamedTuple):
     error: str | None
     bytes_dropped: int
     output: bytes
+
+
+class Selection(NamedTuple):
+    """The jobs that a command is about: the named ones, or all that match every filter given.
+
+    `states` are words of STATE_WORDS. `match` is a part of the id or of the command, in upper or
+    lower case. `older_than` is the time in seconds since the last change of state.
+    """
+
+    ids: Sequence[str] = ()
+    queues: Sequence[str] = ()
+    states: Sequence[str] = ()
+    match: str = ""
+    older_than: float = 0.0
+
+    def takes_state(self, state: State, readiness: int) -> bool:
+        words = (state, READINESS_WORDS[readiness]) if state == PENDING else (state,)
+        return not self.states or any(word in self.states for word in words)
+
+    def takes(self, job: Job, now: float) -> bool:
+        """Tell whether a job matches the filters."""
+        part = self.match.casefold()
+        return (
+            self.takes_state(job.state, job.readiness)
+            and (not self.queues or job.queue in self.queues)
+            and (part in job.command.casefold() or part in job.id.casefold())
+            and (not self.older_than or job.updated_at <= now - self.older_than)
+        )
 
 
 # --- rules: pure functions -----------------------------------------------------------------------
@@ -387,6 +417,15 @@ def valid_names(value: Any) -> list[str]:
     names = ",".join(items).split(",") if items else []
     require(all(names), "not contain an empty id")
     return [valid_name(name) for name in names]
+
+
+def valid_states(value: str) -> list[str]:
+    """Validate the names of states and of readiness in a string, separated by commas."""
+    words = value.split(",")
+    for word in words:
+        if word not in STATE_WORDS:
+            raise ValueError(f"has no state {quoted(word)}{suggestion(word, STATE_WORDS)}")
+    return words
 
 
 def valid_directory(value: object) -> str:
@@ -888,7 +927,18 @@ LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = :tabl
 IDS_BETWEEN = """
 SELECT seq, coalesce(schedule_id, id) FROM jobs
 WHERE seq BETWEEN :first AND :last ORDER BY seq LIMIT 1000"""
-ALL_JOBS = JOB + f"WHERE seq > :seq AND {IN_QUEUE} ORDER BY seq LIMIT 1000"
+ALL_JOBS = JOB + "WHERE seq > :seq ORDER BY seq LIMIT 1000"
+SLICE = 200  # jobs read by number, or deleted, at a time
+BY_SEQS = f"{JOB}WHERE seq IN ({', '.join('?' * SLICE)}) ORDER BY seq"
+# In two parts: SQLite does not search an index by rowid after a range of its last column.
+SEQS_IN_STATE = """
+SELECT * FROM (
+  SELECT updated_at, seq FROM jobs WHERE state = :state AND readiness = :readiness
+    AND updated_at = :updated_at AND seq > :seq ORDER BY seq LIMIT 5000)
+UNION ALL SELECT * FROM (
+  SELECT updated_at, seq FROM jobs WHERE state = :state AND readiness = :readiness
+    AND updated_at > :updated_at ORDER BY updated_at, seq LIMIT 5000)
+LIMIT 5000"""
 IN_STATE = JOB + f"WHERE state = :state AND readiness = :readiness AND {IN_QUEUE} "
 LATEST = IN_STATE + "ORDER BY updated_at DESC, seq DESC LIMIT :limit"
 OLDEST = IN_STATE + "ORDER BY updated_at LIMIT :limit"
@@ -996,7 +1046,6 @@ SCHEDULED_AHEAD = f"""
 RESCHEDULE = """
 UPDATE jobs SET run_after = :when, scheduled_for = :scheduled_for, updated_at = :now
 WHERE seq = :seq AND state = 'pending' AND readiness = 0 AND updated_at > :now"""
-SLICE = 200  # jobs deleted in one transaction
 PRUNABLE = f"""
 SELECT seq FROM jobs WHERE state = :state AND readiness = 1 AND updated_at <= :before
   AND NOT EXISTS (
@@ -2374,6 +2423,9 @@ def network_file_system(path: str) -> str | None:
 # --- queue: reading jobs, changing their state, and the public interface --------------------------
 
 
+SHARE = 4  # an index finds jobs in states that fewer than one of so many jobs are in
+
+
 class Reader:
     """The queries of workers, pools and reports about jobs. Nothing here writes."""
 
@@ -2408,21 +2460,66 @@ class Reader:
     def is_taken(self, job_id: str) -> bool:
         return any(self.db.rows(sql, {"id": job_id}) for sql in (BY_ID, ACTIVE_OF_SCHEDULE))
 
-    def all(self, queue: str | None) -> Iterator[Job]:
+    def all(self) -> Iterator[Job]:
         """Yield every job by arrival, in slices: a slow reader must not hold up the -wal."""
         seq = 0
-        while jobs := self.select(ALL_JOBS, queue=queue, seq=seq):
+        while jobs := self.select(ALL_JOBS, seq=seq):
             yield from jobs
             seq = jobs[-1].seq
 
+    def seqs_in_state(self, state: State, readiness: int) -> Iterator[int]:
+        rows = [(-NEVER, 0)]
+        while rows:
+            updated_at, seq = rows[-1]
+            asked = {"state": state, "readiness": readiness, "updated_at": updated_at, "seq": seq}
+            rows = self.db.rows(SEQS_IN_STATE, asked)
+            yield from (seq for _, seq in rows)
+
+    def by_seqs(self, seqs: Sequence[int]) -> Iterator[Job]:
+        """Yield the jobs with these numbers by arrival, in slices."""
+        for first in range(0, len(seqs), SLICE):
+            numbers = seqs[first : first + SLICE]
+            padded = [*numbers, *[0] * (SLICE - len(numbers))]
+            yield from [Job(*row) for row in self.db.rows(BY_SEQS, padded)]
+
+    def selected(self, chosen: Selection) -> Iterator[Job]:
+        """Yield the jobs of a selection: the named ones in that order, or others by arrival.
+
+        Jobs are read in slices. Where few jobs are in the states in question, an index finds them.
+        """
+        if chosen.ids:
+            yield from self.named(chosen.ids)
+            return
+        now = self.clock()
+        counts = self.counts_by_queue()
+        found = {row[1:3] for row in counts if not chosen.queues or row[0] in chosen.queues}
+        kinds = {kind for kind in found if chosen.takes_state(*kind)}
+        number = sum(row[3] for row in counts if row[1:3] in kinds)
+        if number > sum(row[3] for row in counts) / SHARE:
+            jobs = self.all()
+        else:
+            jobs = self.by_seqs(sorted(chain.from_iterable(starmap(self.seqs_in_state, kinds))))
+        yield from (job for job in jobs if chosen.takes(job, now))
+
     def latest(self, states: Sequence[str], limit: int, queue: str | None) -> list[Job]:
         """Return the jobs in these states that changed last, in order of arrival."""
+        queues = [queue] if queue else []
+        return self.latest_selected(Selection(queues=queues, states=states), limit)[0]
+
+    def latest_selected(self, chosen: Selection, limit: int) -> tuple[list[Job], int]:
+        """Return the jobs of a selection that changed last, by arrival, and how many there are."""
+        if chosen.match or chosen.older_than:  # they match no index
+            seqs = sorted((job.updated_at, job.seq) for job in self.selected(chosen))
+            return list(self.by_seqs(sorted(seq for _, seq in seqs[-limit:]))), len(seqs)
+        counts = self.counts_by_queue(chosen.queues)
+        counts = [row for row in counts if chosen.takes_state(*row[1:3])]
         found: list[Job] = []
-        for state, readiness in product(states, (READY, SCHEDULED, BLOCKED)):
+        kinds = {(row[0] if chosen.queues else None, *row[1:3]) for row in counts}
+        for queue, state, readiness in kinds:
             asked = {"state": state, "readiness": readiness, "queue": queue, "limit": limit}
             found += self.select(LATEST, **asked)
         found.sort(key=lambda job: job.updated_at)
-        return sorted(found[-limit:])
+        return sorted(found[-limit:]), sum(row[3] for row in counts)
 
     def attempts(self, job: Job) -> list[Attempt]:
         return [Attempt(*row) for row in self.db.rows(ATTEMPTS, {"seq": job.seq})]
@@ -2852,7 +2949,7 @@ class Queue:
         wanted = as_list(states) or STATES
         if limit is not None:
             return iter(self._reader.latest(wanted, limit, queue))
-        return (job for job in self._reader.all(queue) if job.state in wanted)
+        return self._reader.selected(Selection(queues=[queue] if queue else [], states=wanted))
 
     def attempts(self, job: Job | str) -> list[Attempt]:
         """Return the attempts of a job that have ended, oldest first."""
@@ -4049,7 +4146,6 @@ def work(  # noqa: PLR0913
 # --- words: jobs, workers and counts as text and as JSON ------------------------------------------
 
 WORKER_HEADINGS = ("WORKER", "PID", "JOB", "SINCE", "COMMAND")
-READINESS_WORDS = {READY: "ready", SCHEDULED: "scheduled", BLOCKED: "blocked"}
 
 
 def display_width(text: str) -> int:
@@ -4216,7 +4312,7 @@ def worker_rows(workers: Iterable[Facts], now: float) -> Iterator[tuple[object, 
 
 def tally(counts: Iterable[tuple[State, int, int]]) -> dict[str, int]:
     """Sum up numbers of jobs by state and, for pending ones, also by readiness."""
-    found: dict[str, int] = dict.fromkeys((*STATES, *READINESS_WORDS.values()), 0)
+    found: dict[str, int] = dict.fromkeys(STATE_WORDS, 0)
     for state, readiness, number in counts:
         found[state] += number
         if state == PENDING:
@@ -5119,8 +5215,8 @@ def arg(
     return (name,), options
 
 
-def flag(names: str, meaning: str) -> Argument:
-    return tuple(names.split()), {"action": "store_true", "help": meaning}
+def flag(names: str, meaning: str, **options: Any) -> Argument:
+    return tuple(names.split()), {"action": "store_true", "help": meaning, **options}
 
 
 def field(key: str, metavar: str, meaning: str, name: str = "", **options: Any) -> Argument:
@@ -5355,30 +5451,44 @@ def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
             return
 
 
-def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str]) -> None:
+def selection(args: argparse.Namespace, states: Sequence[str] = ()) -> Selection:
+    """Return the jobs that the arguments select, by default among those in some states."""
+    given = {key: value for key, value in vars(args).items() if key in Selection._fields and value}
+    if args.ids and len(given) > 1:
+        raise BadInput("either name the jobs or select them by options, not both")
+    return Selection(**{"states": states, **given})
+
+
+def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str] = ()) -> None:
     settings = queue.config()
-    name = getattr(args, "queue", None)
-    limit = args.limit if args.limit is not None or args.json else 100
-    jobs = queue.jobs(states, limit or None, name)
+    reader = queue._reader
+    chosen = selection(args, states)
+    is_program = args.json or args.ids_only or chosen.ids
+    limit = args.limit if args.limit is not None or is_program else 100
+    total = 0
+    jobs: Iterable[Job] = reader.selected(chosen)
+    if limit:
+        jobs, total = reader.latest_selected(chosen, limit)
+    if args.ids_only:
+        show((job.id for job in jobs), whole=True)
+        return
     facts = (job_facts(job, settings) for job in jobs)
     headings = ("ID", "STATE", "QUEUE", "TRIES", "WHEN", "WHY", "COMMAND")
-    show_list(args, facts, headings, (job_row(queue._reader, job, settings) for job in jobs))
-    counts = queue.counts([name] if name else ())
-    total = sum(counts[state] for state in states or STATES)
+    show_list(args, facts, headings, (job_row(reader, job, settings) for job in jobs))
     if limit and limit < total and not args.json:
         say(f"{limit} of {total} jobs shown; --limit 0 shows all")
 
 
 def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
     if not args.recurring:
-        show_jobs(args, queue, args.state or ())
+        show_jobs(args, queue)
         return
     now = queue._reader.clock()
     settings = queue.config()
     facts = []
     rows = []
     for job in queue._reader.schedules():
-        if args.queue in (None, job.queue) and job.state in (args.state or STATES):
+        if selection(args).takes(job, now):
             facts.append(job_facts(job, settings))
             due = format_distance(job.run_after, now)
             rows.append((job.schedule_id, rule_text(job), due, job.id, job.command))
@@ -5621,7 +5731,6 @@ def cmd_config_list(args: argparse.Namespace, queue: Queue) -> None:
 # fmt: off
 JSON = flag("--json", "print JSON; the README documents the fields")
 LIMIT = arg("--limit", "N", "show the N that changed last (0: all)", integer(0, 10**9))
-STATE = arg("--state", None, "only this state; repeatable", action="append", choices=STATES)
 TIMEOUT = arg("--timeout", "DURATION", "stop waiting after this time, and exit with 124",
               parse_duration)
 QUEUE = arg("--queue", "QUEUE", "only this queue", valid_name)
@@ -5629,6 +5738,15 @@ QUEUES = arg("--queue", "QUEUE", "only this queue; repeatable", valid_name, dest
              action="append", default=[])
 ID = arg("id", "ID")
 IDS = arg("ids", "ID", nargs="*")
+# A selection of jobs: named ones, or those that match all of these options.
+STATE = arg("--state", "STATE,...", "only jobs in these states: " + ", ".join(STATE_WORDS),
+            valid_states, dest="states", action="extend", default=[])
+MATCH = arg("--match", "TEXT", "only jobs with this text in the id or the command, in upper or "
+            "lower case", valid_text, default="")
+OLDER_THAN = arg("--older-than", "DURATION", "only jobs that have been in their state for at "
+                 "least this time", parse_duration, default=0.0)
+IDS_ONLY = flag("--ids", "print the ids alone", dest="ids_only")
+SELECT = (IDS, QUEUES, MATCH, OLDER_THAN, IDS_ONLY)
 ALL_DEAD = flag("--all", "all dead jobs")
 KEY = arg("key", "KEY", "one of: " + ", ".join(SETTINGS), validate_setting)
 
@@ -5668,7 +5786,7 @@ COMMANDS = {
     "status": Command(cmd_status, "read", "show counts and workers", "status --watch", (
         QUEUE, flag("--watch", "refresh every second, with the rate and the last failures"), JSON)),
     "list": Command(cmd_list, "read", "list jobs", "list --state dead --limit 20", (
-        STATE, QUEUE, flag("--recurring", "list schedules and their next times"), LIMIT, JSON)),
+        *SELECT, STATE, flag("--recurring", "list schedules and their next times"), LIMIT, JSON)),
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
     "logs": Command(cmd_logs, "read", "print the output of a job", "logs 7 -f", (
         ID, flag("-f --follow", "continue until the attempt ends"),
@@ -5681,7 +5799,7 @@ COMMANDS = {
         "pause --queue gpu", (QUEUES,)),
     "resume": Command(cmd_resume, "write", "start jobs again after pause", "resume", (QUEUES,)),
     "dlq list": Command(lambda args, queue: show_jobs(args, queue, (DEAD,)), "read",
-        "list the dead letter queue", "dlq list", (LIMIT, JSON)),
+        "list the dead letter queue", "dlq list", (*SELECT, LIMIT, JSON)),
     "dlq retry": Command(cmd_dlq_retry, "write", "return dead or cancelled jobs to the queue",
         "dlq retry 7", (IDS, ALL_DEAD)),
     "dlq purge": Command(cmd_dlq_purge, "write", "delete dead or cancelled jobs",

@@ -15,8 +15,8 @@ The classes mirror the sections of queuectl.py, in the same order:
                      DatabaseFullDisk DatabaseDurability DatabaseDurabilityLive DatabaseGuest
                      DatabaseTransactions DatabaseForks
     trust            Trust TrustAttacks
-    queue            QueueEnqueue QueueReading QueueOrder QueueDependencies QueueSchedules
-                     QueueRetries QueuePause QueuePauseLive QueueWait QueuePrune
+    queue            QueueEnqueue QueueReading QueueSelection QueueOrder QueueDependencies
+                     QueueSchedules QueueRetries QueuePause QueuePauseLive QueueWait QueuePrune
     attempt          AttemptLaunch AttemptEnd AttemptOutput
     worker           WorkerFencing WorkerTrouble
     pool             PoolRecovery PoolFalseAlarms PoolStop PoolDispatch PoolDispatchLive PoolFiles
@@ -1034,6 +1034,8 @@ class SqlPlans(Clocked):
         "LATEST": "jobs_state",
         "OLDEST": "jobs_state",
         "RECENT_ENDS": "jobs_state",
+        "SEQS_IN_STATE": "updated_at=? AND rowid>?",
+        "BY_SEQS": "INTEGER PRIMARY KEY (rowid=?)",
         "PRUNABLE": "jobs_state",
         "NEXT_SCHEDULED_FOR_DRAIN": "jobs_scheduled",
         "POSITION": "jobs_ready",
@@ -1049,12 +1051,10 @@ class SqlPlans(Clocked):
     @internal
     def test_hot_statements_use_an_index_and_do_not_sort(self) -> None:
         """Promise 8: the cost of a hot statement does not grow with the history."""
-        parameters = (
-            "queue now state limit id readiness seq since before priority run_after".split()
-        )
         for name, index in self.HOT.items():
             sql = "EXPLAIN QUERY PLAN " + getattr(queuectl, name)
-            rows = self.queue._db.execute(sql, dict.fromkeys(parameters, 1))
+            args = [1] * sql.count("?") or dict.fromkeys(re.findall(r":(\w+)", sql), 1)
+            rows = self.queue._db.execute(sql, args)
             plan = " ".join(str(row[-1]) for row in rows)
             with self.subTest(name):
                 self.assertIn(index, plan)
@@ -2631,6 +2631,71 @@ class QueueReading(Clocked):
         self.now += 1
         self.queue.enqueue("true", id="c")
         self.assertEqual([job.id for job in self.queue.jobs(limit=2)], ["b", "c"])
+
+
+class QueueSelection(Clocked):
+    """Which jobs a selection takes."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        enqueue_graph(self.queue, "ended", "failed", "ready")
+        for code in (0, 1):
+            self.finish(code)
+        self.queue.enqueue("echo Grün", id="later", queue="gpu", delay=60)
+        self.now += 10
+        self.queue.enqueue("true", id="BLOCKED", queue="gpu", after="later")
+        self.queue.enqueue("true", id="none", queue="cpu")
+        self.queue.cancel("none")
+
+    SELECTIONS = (  # the filters, and the ids in order
+        ({}, "ended failed ready later BLOCKED none"),
+        ({"states": ["pending"]}, "ready later BLOCKED"),
+        ({"states": ["blocked", "dead"]}, "failed BLOCKED"),
+        ({"states": ["scheduled"]}, "later"),
+        ({"states": ["ready"]}, "ready"),
+        ({"states": ["processing"]}, ""),
+        ({"queues": ["gpu", "cpu"]}, "later BLOCKED none"),
+        ({"queues": ["gpu"], "states": ["pending", "cancelled"]}, "later BLOCKED"),
+        ({"queues": ["unused"]}, ""),
+        ({"match": "GRÜN"}, "later"),
+        ({"match": "blocked"}, "BLOCKED"),
+        ({"match": "%"}, ""),
+        ({"older_than": 10}, "ended failed ready later"),
+        ({"older_than": 11}, ""),
+        ({"ids": ["ready", "ended"]}, "ready ended"),
+    )
+
+    @internal
+    def test_selection_takes_the_jobs_that_match_every_filter(self) -> None:
+        for share in (4, 1, 1e9):  # by an index where few match, always, and never
+            for fields, ids in self.SELECTIONS:
+                with self.subTest(share, **fields), mock.patch.object(queuectl, "SHARE", share):
+                    jobs = self.queue._reader.selected(queuectl.Selection(**fields))
+                    self.assertEqual(" ".join(job.id for job in jobs), ids)
+
+    @internal
+    def test_selection_by_state_yields_every_job_of_a_large_batch_once(self) -> None:
+        self.queue.enqueue_many({"command": "true"} for _ in range(5010))
+        self.now += 1
+        self.queue.enqueue_many({"command": "true"} for _ in range(5010))
+        with mock.patch.object(queuectl, "SHARE", 1):
+            jobs = self.queue._reader.selected(queuectl.Selection(states=["ready"]))
+            self.assertEqual([job.seq for job in jobs], [3, *range(7, 10027)])
+
+    def test_list_shows_the_selected_jobs(self) -> None:
+        cases = {
+            "": "ended failed ready later BLOCKED none",
+            "--state blocked,scheduled --state cancelled": "later BLOCKED none",
+            "--queue gpu --queue cpu --limit 2": "BLOCKED none",
+            "--match ed --limit 2": "failed BLOCKED",
+            "none ended": "none ended",
+        }
+        self.assert_table(
+            cases, lambda words: " ".join(self.stdout("list", "--ids", *words.split()).split())
+        )
+        self.assertEqual(self.stdout("dlq", "list", "--ids"), "failed\n")
+        for words in ("list ready --queue gpu", "list --state done", "list --match ed --queue="):
+            self.assert_refused(*words.split())
 
 
 class QueueOrder(Clocked):

@@ -899,14 +899,16 @@ CREATE TABLE totals (                   -- of all attempts ever, kept by a trigg
   number INTEGER NOT NULL,
   running REAL NOT NULL,                -- seconds
   waiting REAL NOT NULL,
+  last REAL NOT NULL,                   -- when the last one ended
   PRIMARY KEY (queue, outcome)
 ) WITHOUT ROWID;
 CREATE TRIGGER totals_insert AFTER INSERT ON attempts BEGIN
   INSERT INTO totals
-    SELECT queue, new.outcome, 1, new.finished - new.started, new.waited
+    SELECT queue, new.outcome, 1, new.finished - new.started, new.waited, new.finished
     FROM jobs WHERE seq = new.job
     ON CONFLICT (queue, outcome) DO UPDATE SET number = number + 1,
-      running = running + excluded.running, waiting = waiting + excluded.waiting;
+      running = running + excluded.running, waiting = waiting + excluded.waiting,
+      last = max(last, excluded.last);
 END;
 """
 
@@ -957,6 +959,17 @@ ATTEMPTS = ATTEMPT + "WHERE job = :seq ORDER BY run"
 RUNS = ATTEMPTS.replace("output FROM", "x'' FROM")
 OUTPUT_TAIL = """
 SELECT coalesce(substr(output, :start), x'') FROM attempts WHERE job = :seq AND run = :run"""
+TOTALS = "SELECT queue, outcome, number, running, waiting, last FROM totals"
+# By priority, of which there are few: the index has no order by time alone.
+OLDEST_DUE = """
+WITH RECURSIVE
+  ready AS (SELECT priority, run_after FROM jobs
+    WHERE state = 'pending' AND readiness = 1 AND queue = :queue),
+  levels (level) AS (
+    SELECT max(priority) FROM ready
+    UNION ALL SELECT (SELECT max(priority) FROM ready WHERE priority < level) FROM levels
+    WHERE level IS NOT NULL LIMIT 1000)
+SELECT min((SELECT min(run_after) FROM ready WHERE priority = level)) FROM levels"""
 POSITION = """
 SELECT count(*) FROM (
   SELECT 1 FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue
@@ -2423,6 +2436,17 @@ def network_file_system(path: str) -> str | None:
 # --- queue: reading jobs, changing their state, and the public interface --------------------------
 
 
+class Totals(NamedTuple):
+    """The attempts of a queue with one outcome, ever: seconds, and when the last one ended."""
+
+    queue: str
+    outcome: str
+    number: int
+    running: float
+    waiting: float
+    last: float
+
+
 SHARE = 4  # an index finds jobs in states that fewer than one of so many jobs are in
 
 
@@ -2467,8 +2491,9 @@ class Reader:
             yield from jobs
             seq = jobs[-1].seq
 
-    def seqs_in_state(self, state: State, readiness: int) -> Iterator[int]:
-        rows = [(-NEVER, 0)]
+    def seqs_in_state(self, state: State, readiness: int, since: float = -NEVER) -> Iterator[int]:
+        """Yield the numbers of jobs in the order of their last change, from a time on."""
+        rows = [(since, 0)]
         while rows:
             updated_at, seq = rows[-1]
             asked = {"state": state, "readiness": readiness, "updated_at": updated_at, "seq": seq}
@@ -2625,6 +2650,14 @@ class Reader:
             held = state == PENDING and ("" in paused or queue in paused)
             found[queue] = held and found.get(queue, True)
         return found
+
+    def totals(self) -> list[Totals]:
+        return [Totals(*row) for row in self.db.rows(TOTALS)]
+
+    def oldest_due(self, queue: str) -> float | None:
+        """Return when the ready job of a queue that was due first was due."""
+        due: float | None = self.db.rows(OLDEST_DUE, {"queue": queue})[0][0]
+        return due
 
     def data_version(self) -> int:
         return self.number(GET_DATA_VERSION)
@@ -4423,6 +4456,7 @@ class Progress:
 
 TAIL = 4096  # bytes of an attempt's output that a report shows
 LISTED = 10  # entries of a list of the slowest jobs, for instance
+DEAD_LISTED = 1000  # of all dead jobs
 GROUPS = 20  # reasons of failures that are shown, of at most 1000 that are told apart
 BARS = 8000  # of a Gantt chart
 LANES = 64
@@ -4437,6 +4471,11 @@ class History(NamedTuple):
     job: Job
     runs: list[Attempt]
 
+    @property
+    def took(self) -> float:
+        """The seconds that the last attempt took."""
+        return sum(run.finished - run.started for run in self.runs[-1:])
+
     def failures(self) -> list[Attempt]:
         """Return the attempts that failed; an exit with 75 that postponed the job did not."""
         final = self.runs[-1] if self.job.state == DEAD and self.runs else None
@@ -4445,6 +4484,25 @@ class History(NamedTuple):
             for run in self.runs
             if run is final or (run.outcome not in BLAMELESS and run.exit_code != TRY_LATER)
         ]
+
+
+def changed_jobs(reader: Reader, chosen: Selection, since: float) -> Iterator[Job]:
+    """Yield the jobs of a selection that changed at a time or later; an index finds them.
+
+    Those that have ended come first, so that a job that ends meanwhile is not read twice.
+    """
+    now = reader.clock()
+    kinds = [(state, READY) for state in (*FINISHED, PROCESSING)]
+    kinds += [(PENDING, readiness) for readiness in READINESS_WORDS]
+    for kind in kinds if since and not chosen.ids else ():
+        seqs = reader.seqs_in_state(*kind, since)
+        while numbers := list(islice(seqs, SLICE)):
+            jobs = reader.by_seqs(numbers)
+            yield from (
+                job for job in jobs if kind == (job.state, job.readiness) and chosen.takes(job, now)
+            )
+    if chosen.ids or not since:
+        yield from (job for job in reader.selected(chosen) if job.updated_at >= since)
 
 
 def histories(reader: Reader, jobs: Iterable[Job], since: float = 0) -> Iterator[History]:
@@ -4461,7 +4519,6 @@ class Distribution:
 
     def __init__(self) -> None:
         self.number = 0
-        self.sum = 0.0
         self.max = 0.0
         self.buckets: dict[int, list[float]] = {}  # the number of durations, and the longest
 
@@ -4471,7 +4528,6 @@ class Distribution:
         bucket[0] += 1
         bucket[1] = max(bucket[1], seconds)
         self.number += 1
-        self.sum += seconds
         self.max = max(self.max, seconds)
 
     def quantile(self, part: float) -> float:
@@ -4482,10 +4538,9 @@ class Distribution:
                 return longest
         return 0.0
 
-    def facts(self) -> dict[str, float]:
-        quantiles = {"p50": self.quantile(0.5), "p95": self.quantile(0.95)}
-        facts = {"number": self.number, "sum": self.sum, **quantiles, "max": self.max}
-        return {key: round(value, 3) for key, value in facts.items()}
+    def facts(self, name: str) -> dict[str, float]:
+        facts = {"p50": self.quantile(0.5), "p95": self.quantile(0.95), "max": self.max}
+        return {f"{name}_{key}": round(value, 3) for key, value in facts.items()}
 
     def histogram(self) -> list[tuple[float, float, int]]:
         """Return the lower and upper end of eighths of decades, and the number of durations."""
@@ -4551,22 +4606,20 @@ class Counts:
                 self.seconds[queue].add(run.finished - run.started)
                 self.waits[queue].add(run.waited)
 
-    def queue_facts(self, queue: str) -> dict[str, Any]:
-        times = {"seconds": self.seconds[queue].facts(), "waits": self.waits[queue].facts()}
-        jobs = ((state, ready, n) for (name, state, ready), n in self.jobs.items() if name == queue)
-        return {"queue": queue, **tally(jobs), **times}
+    def facts_of(self, queue: str) -> dict[str, Any]:
+        jobs = ((key[1:], n) for key, n in self.jobs.items() if queue in ("", key[0]))
+        times = {**self.seconds[queue].facts("took"), **self.waits[queue].facts("waited")}
+        attempts = self.seconds[queue].number
+        return {**tally((*kind, n) for kind, n in jobs), "attempts": attempts, **times}
 
     def facts(self) -> dict[str, Any]:
-        jobs = ((state, readiness, n) for (_, state, readiness), n in self.jobs.items())
+        queues = sorted({key[0] for key in self.jobs})
         return {
-            **tally(jobs),
             "jobs": sum(self.jobs.values()),
-            "attempts": self.seconds[""].number,
+            **self.facts_of(""),
             "outcomes": dict(self.outcomes),
-            "seconds": self.seconds[""].facts(),
-            "waits": self.waits[""].facts(),
             "histogram": self.seconds[""].histogram(),
-            "queues": [self.queue_facts(queue) for queue in sorted({key[0] for key in self.jobs})],
+            "queues": [{"queue": queue, **self.facts_of(queue)} for queue in queues],
         }
 
 
@@ -4717,11 +4770,16 @@ class Ranking:
         return [item for _, _, item in sorted(self.heap, reverse=True)]
 
 
+def last_line(output: str) -> str:
+    return quoted(next(filter(str.strip, reversed(output.split("\n"))), "").strip())
+
+
 class Failures:
     """The attempts that failed, by reason."""
 
     def __init__(self) -> None:
         self.groups: dict[str, dict[str, Any]] = {}
+        self.dead: list[dict[str, Any]] = []  # the first of the dead jobs
 
     def add(self, history: History) -> None:
         job = history.job
@@ -4733,21 +4791,24 @@ class Failures:
                 reason, {"reason": reason, "attempts": 0, "dead": 0, "when": 0.0, "jobs": []}
             )
             group["attempts"] += 1
-            is_dead = job.state == DEAD and run is history.runs[-1]
-            group["dead"] += is_dead
+            if job.state == DEAD and run is history.runs[-1]:
+                group["dead"] += 1
+                facts = {"id": job.id, "queue": job.queue, "run": run.run, "reason": reason}
+                self.dead += [{**facts, "seq": job.seq}] * (len(self.dead) < DEAD_LISTED)
             if not group["jobs"] or group["jobs"][-1] != job.id:
                 group["jobs"] = [*group["jobs"], job.id][-LISTED:]
             if run.finished >= group["when"]:
                 group.update(when=run.finished, seq=job.seq, id=job.id, run=run.run)
 
-    def facts(self, reader: Reader) -> list[dict[str, Any]]:
-        """Return the most frequent reasons, each with the end of the output of its last attempt."""
+    def facts(self, reader: Reader) -> dict[str, Any]:
+        """Return dead jobs, and the most frequent reasons with the end of one output each."""
         groups = sorted(self.groups.values(), key=lambda g: (g["dead"], g["attempts"], g["when"]))
         shown = groups[: -GROUPS - 1 : -1]
         for group in shown:
             group["when"] = format_time(group["when"])
             group["output"] = reader.output_tail(group.pop("seq"), group["run"], TAIL)
-        return shown
+            group["last_line"] = last_line(group["output"])
+        return {"failures": shown, "dead_jobs": self.dead}
 
 
 class Notable:
@@ -4763,7 +4824,7 @@ class Notable:
         facts: dict[str, Any] = {"id": job.id, "queue": job.queue, "state": job.state}
         for run in history.runs:
             seconds = round(run.finished - run.started, 3)
-            self.slowest.add(seconds, {**facts, "run": run.run, "seconds": seconds})
+            self.slowest.add(seconds, {**facts, "run": run.run, "took": seconds})
         failures = history.failures()
         facts.update(
             failures=len(failures), reason=quoted(failures[-1].error or "") if failures else ""
@@ -4778,54 +4839,82 @@ class Notable:
         return {**lists, "flaky_number": self.flaky.number}
 
 
-def schedule_facts(reader: Reader, queue: str | None = None) -> Iterator[dict[str, Any]]:
+def schedule_facts(reader: Reader, queues: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield the active schedules: when each is next due, and how late its last job started."""
     for job in reader.schedules():
-        if queue not in (None, job.queue):
+        if queues and job.queue not in queues:
             continue
-        facts = {"id": job.schedule_id, "queue": job.queue, "rule": rule_text(job), "next": job.id}
+        facts = {"schedule": job.schedule_id, "queue": job.queue, "rule": rule_text(job)}
         last = reader.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id)
         runs = reader.runs(last) if last else []
         started = runs[0].started if runs else last and last.locked_at
         late = started and last and max(0.0, started - (last.scheduled_for or started))
         yield {
             **facts,
-            "next_at": format_time(job.scheduled_for),
-            "last": last and last.id,
-            "last_state": last and last.state,
-            "last_start": format_time(started),
-            "late": None if late is None else round(late, 3),
+            "next": format_time(job.scheduled_for),
+            "id": last and last.id,
+            "state": last and last.state,
+            "started": format_time(started),
+            "started_late": None if late is None else round(late, 3),
         }
 
 
-def report_facts(
-    reader: Reader, jobs: Iterable[Job], *, queue: str | None = None, since: float = 0
-) -> dict[str, Any]:
-    """Return all facts of a report about jobs, as JSON has them; read once, in bounded memory.
+class Report(NamedTuple):
+    """What a report is about: each renderer takes one and yields text."""
 
-    `queue` limits the schedules and the workers' queues too; attempts that ended before `since`
-    are left out.
-    """
-    now = reader.clock()
-    counts, course, gantt = Counts(), Course(since), Gantt(now)
-    failures, notable = Failures(), Notable()
-    for history in histories(reader, jobs, since):
-        for part in (counts, course, gantt, failures, notable):
-            part.add(history)
-    return {
-        "path": reader.db.path,
-        "version": __version__,
-        "time": format_time(now),
-        "since": format_time(since) if since else None,
-        **counts.facts(),
-        **course.facts(),
-        **notable.facts(),
-        "gantt": gantt.facts(),
-        "failures": failures.facts(reader),
-        "paused": reader.paused(),
-        "workers": list(worker_facts(reader)),
-        "schedules": list(islice(schedule_facts(reader, queue), 100)),
-    }
+    reader: Reader
+    histories: Callable[[], Iterable[History]]  # is called once by a renderer that needs them
+    queues: Sequence[str] = ()  # limit the schedules and the metrics; none: all
+    since: float = 0.0
+
+    def facts(self) -> dict[str, Any]:
+        """Return all facts, as JSON has them; the histories are read once, in bounded memory."""
+        reader = self.reader
+        now = reader.clock()
+        counts, course, gantt = Counts(), Course(self.since), Gantt(now)
+        failures, notable = Failures(), Notable()
+        for history in self.histories():
+            for part in (counts, course, gantt, failures, notable):
+                part.add(history)
+        return {
+            "path": reader.db.path,
+            "version": __version__,
+            "time": format_time(now),
+            "since": format_time(self.since) if self.since else None,
+            **counts.facts(),
+            **course.facts(),
+            **notable.facts(),
+            **failures.facts(reader),
+            "gantt": gantt.facts(),
+            "paused": reader.paused(),
+            "workers": list(worker_facts(reader)),
+            "schedules": list(islice(schedule_facts(reader, self.queues), 100)),
+        }
+
+
+# The tables that text, HTML and Markdown show: of each list of facts, the columns.
+TIMES = tuple(f"{name}_{part}" for name in ("took", "waited") for part in ("p50", "p95", "max"))
+COLUMNS = {
+    "queues": ("queue", "attempts", *TIMES),
+    "failures": ("reason", "attempts", "dead", "id", "last_line"),
+    "slowest": ("id", "queue", "state", "run", "took"),
+    "retried": ("id", "queue", "state", "attempts", "reason"),
+    "flaky": ("id", "queue", "failures", "reason"),
+    "schedules": ("schedule", "rule", "next", "id", "state", "started", "started_late"),
+}
+HEADINGS = {"slowest": "Slowest attempts", "retried": "Most attempts"}
+HEADINGS.update(flaky="Completed after failures", queues="Queues", schedules="Schedules")
+
+
+def cell_text(value: object) -> str:
+    """Return a fact for people: a float is a duration in seconds."""
+    if value is None:
+        return ""
+    return format_duration(value) if isinstance(value, float) else str(value)
+
+
+def heading_text(key: str) -> str:
+    return "job" if key == "id" else key.replace("_", " ")
 
 
 # HTML. The page needs no script; everything that a job supplied goes through `safe`.
@@ -4894,8 +4983,8 @@ def safe(text: object) -> str:
     return printable(str(text)).translate(ESCAPED)
 
 
-def safe_lines(text: str) -> str:
-    return "\n".join(map(safe, text.expandtabs().split("\n")))
+def printable_lines(text: str) -> str:
+    return "\n".join(map(printable, text.expandtabs().replace("\r\n", "\n").split("\n")))
 
 
 def html_page(title: str, body: str, *, nonce: str = "", head: str = "") -> str:
@@ -4909,13 +4998,21 @@ def html_page(title: str, body: str, *, nonce: str = "", head: str = "") -> str:
 """
 
 
-def html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table of HTML cells; columns whose headings end with # are numbers."""
-    classes = [' class="number"' if heading[-1:] == "#" else "" for heading in headings]
-    lines = ["".join(f"<td{css}>{cell}</td>" for css, cell in zip(classes, row)) for row in rows]
-    head = "".join(f"<th{css}>{safe(h.rstrip('#'))}</th>" for css, h in zip(classes, headings))
-    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
-    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>' if lines else ""
+def html_table(facts: Facts, name: str, link: Link) -> str:
+    """Return one of COLUMNS with a heading; empty if it has no rows."""
+    items = facts[name][:100]
+    if not items:
+        return ""
+    lines = ""
+    for number, item in enumerate((COLUMNS[name], *items)):
+        tag = "td" if number else "th"
+        for key in COLUMNS[name]:
+            css = ' class="number"' if isinstance(items[0][key], (int, float)) else ""
+            text = cell_text(item[key]) if number else heading_text(key)
+            lines += f"<{tag}{css}>{link(text) if key == 'id' and number else safe(text)}</{tag}>"
+        lines += "</tr>\n<tr>"
+    heading = f"<h3>{HEADINGS[name]}</h3>" if name in HEADINGS else ""
+    return f'{heading}<div class="wide"><table><tr>{lines}</tr></table></div>'
 
 
 def rect(css: str, x: float, y: float, width: float, height: float, title: str = "") -> str:
@@ -4958,12 +5055,10 @@ def legend(outcomes: Iterable[str]) -> str:
 def html_tiles(facts: Facts, _link: Link) -> str:
     tiles: list[tuple[str, ...]] = [(state, f"{facts[state]:,}", state) for state in STATES]
     busy = sum(worker["job"] is not None for worker in facts["workers"])
-    times = {"p50": "p50 duration", "p95": "p95 duration", "max": "longest"}
-    tiles += [
-        ("", f"{facts['rate']:,.3g}", "jobs/s"),
-        ("", f"{busy}/{len(facts['workers'])}", "workers busy"),
-    ]
-    tiles += [("", format_duration(facts["seconds"][key]), words) for key, words in times.items()]
+    times = {"took_p50": "p50 duration", "took_p95": "p95 duration", "took_max": "longest"}
+    workers = f"{busy}/{len(facts['workers'])}"
+    tiles += [("", f"{facts['rate']:,.3g}", "jobs/s"), ("", workers, "workers busy")]
+    tiles += [("", format_duration(facts[key]), words) for key, words in times.items()]
     boxes = (
         f'<div class="tile {css}"><b>{safe(value)}</b><span class="dim">{safe(name)}</span></div>'
         for css, value, name in tiles
@@ -5068,7 +5163,7 @@ def html_finished(facts: Facts, _link: Link) -> str:
     return f"<figure>{caption}{picture}</figure>{time_axis(start, span)}{both}"
 
 
-def html_durations(facts: Facts, _link: Link) -> str:
+def html_durations(facts: Facts, link: Link) -> str:
     """Return how long attempts took, on a logarithmic scale, and a table of the queues."""
     bins = facts["histogram"]
     if not bins:
@@ -5086,21 +5181,14 @@ def html_durations(facts: Facts, _link: Link) -> str:
         size = max(78 * number / most, 1)
         width = (place(end) - place(begin)) * 0.94
         shapes += rect("running", place(begin), 80 - size, width, size, title)
-    for key in ("p50", "p95"):
-        shapes += f'<path class="mark" d="M{place(facts["seconds"][key]):.1f} 0v80"/>'
-    half, most_of = (format_duration(facts["seconds"][key]) for key in ("p50", "p95"))
+    for key in ("took_p50", "took_p95"):
+        shapes += f'<path class="mark" d="M{place(facts[key]):.1f} 0v80"/>'
+    half, most_of = (format_duration(facts[key]) for key in ("took_p50", "took_p95"))
     caption = f"<figcaption>p50 {half}, p95 {most_of} (dashed), at most {most:,} in a bar"
     labels = (format_duration(10.0**n) for n in range(low, high + 1))
     picture = svg(shapes, 80, "durations of attempts")
-    columns = [(key, part) for key in ("seconds", "waits") for part in ("p50", "p95", "max")]
-    rows = (
-        [safe(queue["queue"]), f"{queue['seconds']['number']:,}"]
-        + [format_duration(queue[key][part]) for key, part in columns]
-        for queue in facts["queues"][:100]
-    )
-    headings = ("queue", "attempts#", "took p50#", "p95#", "max#", "waited p50#", "p95#", "max#")
     chart = f"<figure>{caption}</figcaption>{picture}{axis(labels)}</figure>"
-    return chart + html_table(headings, rows)
+    return chart + html_table(facts, "queues", link)
 
 
 def html_failures(facts: Facts, link: Link) -> str:
@@ -5109,7 +5197,11 @@ def html_failures(facts: Facts, link: Link) -> str:
     for place, group in enumerate(facts["failures"]):
         numbers = f"{plural(group['attempts'], 'attempt')}, {plural(group['dead'], 'dead job')}"
         ids = ", ".join(map(link, group["jobs"]))
-        output = f"<pre>{safe_lines(group['output'])}</pre>" if group["output"].strip() else ""
+        output = (
+            f"<pre>{printable_lines(group['output']).translate(ESCAPED)}</pre>"
+            if group["output"].strip()
+            else ""
+        )
         when = safe(group["when"])
         last = f"last by job {link(group['id'])} in run {group['run']}, {when}"
         found += (
@@ -5117,43 +5209,15 @@ def html_failures(facts: Facts, link: Link) -> str:
             f'<span class="dim">{numbers}</span></summary><p class="dim">{last}; jobs: {ids}</p>'
             f"{output}</details>"
         )
-    rows = (
-        (link(job["id"]), safe(job["queue"]), str(job["failures"]), safe(job["reason"]))
-        for job in facts["flaky"]
-    )
-    if facts["flaky"]:
-        found += f"<h3>Completed after failures: {plural(facts['flaky_number'], 'job')}</h3>"
-    found += html_table(("job", "queue", "failures#", "last reason"), rows)
     return found or '<p class="dim">Nothing has failed.</p>'
 
 
-def html_slowest(facts: Facts, link: Link) -> str:
-    slowest = (
-        (link(job["id"]), safe(job["queue"]), safe(job["state"]), format_duration(job["seconds"]))
-        for job in facts["slowest"]
-    )
-    retried = (
-        (link(job["id"]), safe(job["queue"]), safe(job["state"]), str(job["attempts"]))
-        for job in facts["retried"]
-    )
-    first = html_table(("slowest", "queue", "state", "took#"), slowest)
-    return first + html_table(("most attempts", "queue", "state", "attempts#"), retried)
+def html_notable(facts: Facts, link: Link) -> str:
+    return "".join(html_table(facts, name, link) for name in ("flaky", "slowest", "retried"))
 
 
 def html_schedules(facts: Facts, link: Link) -> str:
-    rows = (
-        (
-            safe(item["id"]),
-            safe(item["rule"]),
-            safe(item["next_at"] or ""),
-            link(item["last"]) if item["last"] else "",
-            safe(item["last_state"] or ""),
-            "" if item["late"] is None else format_duration(item["late"]),
-        )
-        for item in facts["schedules"]
-    )
-    headings = ("schedule", "rule", "next", "last job", "state", "started late by#")
-    return html_table(headings, rows)
+    return html_table(facts, "schedules", link)
 
 
 PARTS: dict[str, tuple[str, Callable[[Facts, Link], str]]] = {  # by the id of its element
@@ -5163,8 +5227,8 @@ PARTS: dict[str, tuple[str, Callable[[Facts, Link], str]]] = {  # by the id of i
     "finished": ("Jobs finished", html_finished),
     "depth": ("Jobs by state", html_depth),
     "durations": ("How long attempts took", html_durations),
-    "slowest": ("Slowest and most retried", html_slowest),
-    "schedules": ("Schedules", html_schedules),
+    "notable": ("", html_notable),
+    "schedules": ("", html_schedules),
 }
 
 
@@ -5176,14 +5240,272 @@ def html_part(name: str, facts: Facts, link: Link = safe) -> str:
     return f'<section id="{name}"{"" if body else " hidden"}>{title}{body}</section>\n'
 
 
-def html_report(facts: Facts) -> str:
+def html_report(report: Report) -> Iterator[str]:
+    facts = report.facts()
     about = f"{plural(facts['jobs'], 'job')}, {plural(facts['attempts'], 'attempt')}"
     since = f" since {facts['since']}" if facts["since"] else ""
-    head = (
-        f'<h1>{safe(facts["path"])}</h1><p class="dim">{about}{safe(since)}; {safe(facts["time"])}'
-    )
+    note = safe(f"{about}{since}; made at {facts['time']} by queuectl {__version__}")
     body = "".join(html_part(name, facts) for name in PARTS)
-    return html_page(f"queuectl: {facts['path']}", f"<header>{head}</p></header>\n{body}")
+    header = f'<header><h1>{safe(facts["path"])}</h1><p class="dim">{note}</p></header>'
+    yield html_page(f"queuectl: {facts['path']}", f"{header}\n{body}")
+
+
+# Markdown and plain text.
+
+MARKDOWN_LIMIT = 900_000  # bytes; GitHub refuses a summary of more than 1 MiB
+INERT = {ord(c): f"&#{ord(c)};" for c in "&<>\"'`\\*_[]|~#@:"}
+
+
+def markdown_table(facts: Facts, name: str) -> str:
+    keys = COLUMNS[name]
+    lines = [[heading_text(key) for key in keys], ["---"] * len(keys)]
+    for item in facts[name][:LISTED]:
+        lines.append([printable(cell_text(item[key])).translate(INERT) for key in keys])
+    rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"\n#### {HEADINGS[name]}\n\n{rows}" if facts[name] else ""
+
+
+def fenced(text: str) -> str:
+    """Return text as a code block, whose fence is longer than any run of backticks in it."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{printable_lines(text)}\n{fence}\n"
+
+
+def markdown_blocks(report: Report) -> Iterator[str]:
+    facts = report.facts()
+    counts = ", ".join(f"{facts[state]} {state}" for state in STATES)
+    yield f"### queuectl: {counts}\n\n{facts['rate']:,.3g} jobs/s, {facts['attempts']} attempts\n"
+    yield from (markdown_table(facts, name) for name in ("queues", "flaky", "slowest"))
+    for job in facts["dead_jobs"]:
+        output = report.reader.output_tail(job["seq"], job["run"], TAIL).strip()
+        name, reason = (printable(job[key]).translate(INERT) for key in ("id", "reason"))
+        block = f"\n#### Job {name} is dead: {reason}\n"
+        yield block + (f"\n{fenced(output)}" if output else "")
+    if more := facts[DEAD] - len(facts["dead_jobs"]):
+        yield f"\nand {plural(more, 'more dead job')}\n"
+
+
+def markdown_report(report: Report) -> Iterator[str]:
+    """Yield a summary for CI, within MARKDOWN_LIMIT."""
+    size = left_out = 0
+    for block in markdown_blocks(report):
+        size += len(block.encode())
+        if size > MARKDOWN_LIMIT:
+            left_out += 1
+        else:
+            yield block
+    if left_out:
+        yield f"\n{plural(left_out, 'part')} left out: a summary may not be larger\n"
+
+
+def text_report(report: Report) -> Iterator[str]:
+    """Yield one screen: counts, times by queue, reasons of failures, and notable jobs."""
+    facts = report.facts()
+    counts = ", ".join(f"{facts[state]} {state}" for state in STATES)
+    yield f"{counts}; {facts['rate']:,.3g} jobs/s, {facts['attempts']} attempts\n"
+    for name, number in (
+        ("queues", 5),
+        ("failures", 5),
+        ("slowest", 3),
+        ("retried", 3),
+        ("flaky", 3),
+    ):
+        rows = [[cell_text(item[key]) for key in COLUMNS[name]] for item in facts[name][:number]]
+        headings = [name.upper(), *(heading_text(key).upper() for key in COLUMNS[name][1:])]
+        yield from (line + "\n" for line in section(headings, rows))
+
+
+def json_report(report: Report) -> Iterator[str]:
+    yield json.dumps(report.facts()) + "\n"
+
+
+# JUnit. The elements are in the order of Maven Surefire's schema.
+
+NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+XML_ESCAPED = {ord(c): f"&#{ord(c)};" for c in "&<>\"'\r"}
+XML_BLANKS = {ord(c): f"&#{ord(c)};" for c in "\t\n"}  # an attribute would lose them
+
+
+def xml_text(text: str) -> str:
+    """Return any text for an element; a character that XML cannot hold is written as #x1B."""
+    return NOT_XML.sub(lambda m: f"#x{ord(m[0]):X}", text).translate(XML_ESCAPED)
+
+
+def xml_tag(name: str, /, **attributes: str) -> str:
+    pairs = (f' {k}="{xml_text(v).translate(XML_BLANKS)}"' for k, v in attributes.items())
+    return f"<{name}{''.join(pairs)}>"
+
+
+def junit_failure(reader: Reader, job: Job, run: Attempt, name: str) -> str:
+    reason = run.error or run.outcome
+    text = xml_text(f"{reason}\n{reader.output_tail(job.seq, run.run, TAIL)}")
+    if name in ("rerunFailure", "flakyFailure"):
+        text = f"<stackTrace>{text}</stackTrace>"
+    return f"{xml_tag(name, message=reason, type=run.outcome)}{text}</{name}>\n"
+
+
+def junit_elements(reader: Reader, history: History) -> tuple[str, list[str]]:
+    """Return how a job counts in its suite, and the elements of its case."""
+    job = history.job
+    failures = history.failures()
+    if job.state == COMPLETED:
+        return "", [junit_failure(reader, job, run, "flakyFailure") for run in failures]
+    if job.state == DEAD and failures:
+        *earlier, last = failures
+        found = [junit_failure(reader, job, run, "rerunFailure") for run in earlier]
+        if last.outcome == "failed" and last.exit_code is None:  # it could not start
+            return "errors", [*found, junit_failure(reader, job, last, "error")]
+        return "failures", [junit_failure(reader, job, last, "failure"), *found]
+    reason = job.last_error or job.state
+    if job.readiness == BLOCKED:
+        reason = describe_blockers(reader.parents(job))
+    return "skipped", [xml_tag("skipped", message=reason) + "</skipped>\n"]
+
+
+def junit_case(reader: Reader, history: History) -> tuple[str, str]:
+    job = history.job
+    result, elements = junit_elements(reader, history)
+    names = {"name": job.id, "classname": job.queue, "time": f"{history.took:.3f}"}
+    return result, f"{xml_tag('testcase', **names)}{''.join(elements)}</testcase>\n"
+
+
+def junit_report(report: Report) -> Iterator[str]:
+    """Yield a suite for each queue, with a case for each job; the cases are kept in files."""
+    import tempfile
+
+    suites: dict[str, collections.Counter[str]] = {}
+    with tempfile.TemporaryDirectory() as where:
+        files: dict[str, str] = {}
+        for history in report.histories():
+            queue = history.job.queue
+            suite = suites.setdefault(queue, collections.Counter())
+            path = files.setdefault(queue, os.path.join(where, str(len(files))))
+            result, case = junit_case(report.reader, history)
+            suite.update(("tests", result))
+            suite["ms"] += round(1000 * history.took)
+            with open(path, "a", encoding="utf-8", newline="") as file:
+                file.write(case)
+        yield '<?xml version="1.0" encoding="UTF-8"?>\n<testsuites>\n'
+        for queue, suite in sorted(suites.items()):
+            counts = {key: str(suite[key]) for key in ("tests", "errors", "skipped", "failures")}
+            yield xml_tag("testsuite", name=queue, time=f"{suite['ms'] / 1000:.3f}", **counts)
+            with open(files[queue], encoding="utf-8", newline="") as file:
+                yield from iter(partial(file.read, 1 << 16), "")
+            yield "</testsuite>\n"
+        yield "</testsuites>\n"
+
+
+# Prometheus: the text format 0.0.4.
+
+
+def family(name: str, kind: str, meaning: str, samples: Iterable[tuple[Any, ...]]) -> Iterator[str]:
+    """Yield a family of metrics; a sample is its value, a suffix of the name, and labels."""
+    yield f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n"
+    escapes = {ord("\\"): r"\\", ord('"'): r"\"", ord("\n"): r"\n"}
+    for value, suffix, labels in samples:
+        pairs = ",".join(f'{key}="{text.translate(escapes)}"' for key, text in labels.items())
+        yield f"{name}{suffix}{{{pairs}}} {value:.15g}\n"
+
+
+def summary(name: str, meaning: str, totals: Iterable[tuple[str, int, float]]) -> Iterator[str]:
+    """Yield a family of sums and counts by queue, given numbers and seconds to add up."""
+    numbers: collections.Counter[str] = collections.Counter()
+    seconds: dict[str, float] = collections.defaultdict(float)
+    for queue, number, sum_of_them in totals:
+        numbers[queue] += number
+        seconds[queue] += sum_of_them
+    samples = [(seconds[queue], "_sum", {"queue": queue}) for queue in numbers]
+    samples += [(number, "_count", {"queue": queue}) for queue, number in numbers.items()]
+    yield from family(name, "summary", meaning, samples)
+
+
+def gauges(reader: Reader, queues: Sequence[str]) -> Iterator[str]:
+    """Yield the metrics of the present state of each queue."""
+    counts = collections.Counter({(queue, state): 0 for queue in queues for state in STATES})
+    for queue, state, _, number in reader.counts_by_queue(queues):
+        counts[queue, state] += number
+    samples: list[tuple[float, str, dict[str, str]]] = [
+        (number, "", {"queue": queue, "state": state}) for (queue, state), number in counts.items()
+    ]
+    yield from family("queuectl_jobs", "gauge", "Jobs by queue and state.", samples)
+    now = reader.clock()
+    ages = [(reader.oldest_due(queue), queue) for queue in queues]
+    samples = [(max(0.0, now - due), "", {"queue": name}) for due, name in ages if due is not None]
+    meaning = "How long the ready job that was due first has been due."
+    yield from family("queuectl_oldest_ready_seconds", "gauge", meaning, samples)
+    paused = reader.paused()
+    samples = [("" in paused or name in paused, "", {"queue": name}) for name in queues]
+    yield from family("queuectl_paused", "gauge", "1 where no jobs are started.", samples)
+    if "limit" in SETTINGS:
+        samples = [(reader.settings(name)["limit"], "", {"queue": name}) for name in queues]
+        meaning = "Jobs that may run at once; 0: any number."
+        yield from family("queuectl_limit", "gauge", meaning, samples)
+
+
+def prometheus_report(report: Report) -> Iterator[str]:
+    """Yield the metrics; those of attempts count also the jobs that were deleted meanwhile."""
+    reader = report.reader
+    totals = [row for row in reader.totals() if not report.queues or row.queue in report.queues]
+    known = {row[0] for row in reader.counts_by_queue(report.queues)} | {
+        row.queue for row in totals
+    }
+    yield from gauges(reader, sorted(known))
+    busy = collections.Counter({"idle": 0, "busy": 0})
+    busy.update("busy" if worker["job"] else "idle" for worker in worker_facts(reader))
+    samples = [(number, "", {"state": state}) for state, number in busy.items()]
+    yield from family("queuectl_workers", "gauge", "Living workers.", samples)
+    ended = [(row.number, "", {"queue": row.queue, "outcome": row.outcome}) for row in totals]
+    meaning = "Attempts that have ended."
+    yield from family("queuectl_attempts_total", "counter", meaning, ended)
+    running = ((row.queue, row.number, row.running) for row in totals)
+    yield from summary("queuectl_attempt_seconds", "How long attempts took.", running)
+    waiting = ((row.queue, row.number, row.waiting) for row in totals)
+    yield from summary("queuectl_wait_seconds", "How long jobs were ready before it.", waiting)
+    last = [(row.last, "", {"queue": row.queue}) for row in totals if row.outcome == COMPLETED]
+    name = "queuectl_last_completed_timestamp_seconds"
+    yield from family(name, "gauge", "When a job last completed.", last)
+    version = [(1, "", {"version": __version__})]
+    yield from family("queuectl_build_info", "gauge", "The version of queuectl.", version)
+
+
+# Files.
+
+FORMATS: dict[str, Callable[[Report], Iterator[str]]] = {
+    "text": text_report,
+    "html": html_report,
+    "junit": junit_report,
+    "markdown": markdown_report,
+    "prometheus": prometheus_report,
+    "json": json_report,
+}
+ENDINGS = {".txt": "text", ".html": "html", ".xml": "junit", ".md": "markdown"}
+ENDINGS.update({".prom": "prometheus", ".json": "json"})
+
+
+def format_of(path: str) -> str:
+    """Return the format that the ending of a file stands for, or raise BadInput."""
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in ENDINGS:
+        raise BadInput(f"{quoted(path)} must end in {', '.join(ENDINGS)}, or use --format")
+    return ENDINGS[ending]
+
+
+def write_report(path: str, chunks: Iterable[str]) -> None:
+    """Write a file aside and rename it, so that nobody reads half of it; a device directly."""
+    path = os.path.realpath(path)
+    is_file = os.path.isfile(path) or not os.path.lexists(path)
+    aside = f"{path}.{os.getpid()}.tmp" if is_file else path
+    try:
+        with open(aside, "x" if is_file else "w", encoding="utf-8", newline="") as file:
+            file.writelines(chunk.encode(errors="backslashreplace").decode() for chunk in chunks)
+        if is_file:
+            os.replace(aside, path)
+    except BaseException:
+        if is_file:
+            with contextlib.suppress(OSError):
+                os.unlink(aside)
+        raise
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -5508,6 +5830,23 @@ def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
     print(json.dumps(facts))
 
 
+def cmd_report(args: argparse.Namespace, queue: Queue) -> None:
+    chosen = selection(args)
+    reader = queue._reader
+    style = args.format or (format_of(args.output) if args.output else "text")
+    if style == "prometheus" and (chosen._replace(queues=()) != Selection() or args.since):
+        raise BadInput("metrics are about queues; the only selection they take is --queue")
+    since = reader.clock() - args.since if args.since else 0.0
+    jobs = partial(changed_jobs, reader, chosen, since)
+    report = Report(reader, lambda: histories(reader, jobs(), since), chosen.queues, since)
+    if args.output:
+        write_report(args.output, FORMATS[style](report))
+    elif style == "text":
+        show(line.rstrip("\n") for line in text_report(report))
+    else:
+        sys.stdout.writelines(FORMATS[style](report))
+
+
 def require_ids(args: argparse.Namespace, *, selected: bool = False) -> list[str]:
     """Return the ids that a command names; none where --all or another selection is given."""
     if bool(args.ids) == (args.all or selected):
@@ -5785,6 +6124,13 @@ COMMANDS = {
     "worker list": Command(cmd_worker_list, "read", "list living workers", "worker list", (JSON,)),
     "status": Command(cmd_status, "read", "show counts and workers", "status --watch", (
         QUEUE, flag("--watch", "refresh every second, with the rate and the last failures"), JSON)),
+    "report": Command(cmd_report, "read", "report on jobs, for people, CI and Prometheus",
+        "report -o report.html --since 1d", (
+        arg("--format", None, "the default follows the ending of FILE, or is text",
+            choices=tuple(FORMATS)),
+        arg("-o", "FILE", "write FILE, in one step, instead of stdout", valid_text, dest="output"),
+        arg("--since", "DURATION", "only jobs that changed, and attempts that ended, in this time",
+            parse_duration, default=0.0), *SELECT[:-1], STATE)),
     "list": Command(cmd_list, "read", "list jobs", "list --state dead --limit 20", (
         *SELECT, STATE, flag("--recurring", "list schedules and their next times"), LIMIT, JSON)),
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),

@@ -1823,6 +1823,10 @@ class LockFile:
         SYSTEM.remove_locked(self.fd, self.path)
 
 
+def new_pool_name() -> str:
+    return "pool-" + os.urandom(4).hex()
+
+
 def worker_name(pool: str, number: int) -> str:
     return f"worker-{pool.split('-')[1]}-{number}"
 
@@ -3575,6 +3579,7 @@ class PoolOptions(NamedTuple):
     signals: bool = False
     say: Callable[[str], None] = ignore
     tick: Callable[[], None] = ignore
+    name: str = ""
 
 
 class Agenda:
@@ -3607,7 +3612,7 @@ class PoolFiles:
         import socket
 
         self.run_dir = db.run_dir
-        self.name = "pool-" + os.urandom(4).hex()
+        self.name = options.name or new_pool_name()
         with contextlib.ExitStack() as stack:
             self.lock_file = LockFile(self.run_dir.file(self.name))  # says: this pool is alive
             stack.callback(self.lock_file.close)
@@ -4153,6 +4158,7 @@ def work(  # noqa: PLR0913
     signals: bool = False,
     say: Callable[[str], None] = ignore,
     tick: Callable[[], None] = ignore,
+    name: str = "",
 ) -> int:
     """Run jobs with `count` workers until stopped or, with `drain`, until nothing is left to run.
 
@@ -4160,10 +4166,11 @@ def work(  # noqa: PLR0913
     exit code: 0; 1 if a job died during a drain or is left blocked; 128+n if signal n ended the
     jobs. `signals` lets INT, TERM and HUP stop it, which only a main thread may ask for;
     `queuectl worker stop` always can. `say` gets a line for each event, `tick` is called at least
-    once a second. `insecure` is as in Queue.
+    once a second. `insecure` is as in Queue. `name` names the pool in the run directory.
     """
     validate("count", integer(1, 1000), count)
-    options = PoolOptions(count, as_list(queues), drain, horizon, insecure, signals, say, tick)
+    hooks = (say, tick, name)
+    options = PoolOptions(count, as_list(queues), drain, horizon, insecure, signals, *hooks)
     end_a_thread()
     with Queue(path, insecure=insecure) as queue:
         queue.config()  # with damaged settings no worker could begin
@@ -4466,24 +4473,26 @@ BUCKETS = (*SHORT_BUCKETS, 36000, 108000, 216000, 432000, 864000, 6048000)  # 1 
 
 
 class History(NamedTuple):
-    """A job and those of its attempts that have ended, oldest first, without their output."""
+    """A job and those of its attempts that have ended, oldest first, without their output.
+
+    `failures` are the attempts that failed. An exit with 75 that postponed the job did not.
+    """
 
     job: Job
     runs: list[Attempt]
+    failures: list[Attempt]
 
     @property
     def took(self) -> float:
         """The seconds that the last attempt took."""
         return sum(run.finished - run.started for run in self.runs[-1:])
 
-    def failures(self) -> list[Attempt]:
-        """Return the attempts that failed; an exit with 75 that postponed the job did not."""
-        final = self.runs[-1] if self.job.state == DEAD and self.runs else None
-        return [
-            run
-            for run in self.runs
-            if run is final or (run.outcome not in BLAMELESS and run.exit_code != TRY_LATER)
-        ]
+
+def history(job: Job, runs: list[Attempt]) -> History:
+    failures = [run for run in runs if run.outcome not in BLAMELESS and run.exit_code != TRY_LATER]
+    if job.state == DEAD and runs and runs[-1] not in failures[-1:]:
+        failures.append(runs[-1])
+    return History(job, runs, failures)
 
 
 def changed_jobs(reader: Reader, chosen: Selection, since: float) -> Iterator[Job]:
@@ -4509,7 +4518,19 @@ def histories(reader: Reader, jobs: Iterable[Job], since: float = 0) -> Iterator
     """Yield jobs with their attempts that ended at a time or later: the data of every report."""
     for job in jobs:
         runs = reader.runs(job) if job.run else []
-        yield History(job, [run for run in runs if run.finished >= since])
+        yield history(job, [run for run in runs if run.finished >= since])
+
+
+def drain_histories(
+    reader: Reader, queues: Sequence[str], pool: str, since: float
+) -> Iterator[History]:
+    """Yield the jobs that a pool ran since it began, and those that it left waiting."""
+    changed = Selection(queues=queues, states=(*FINISHED, PROCESSING, "scheduled"))
+    for found in histories(reader, changed_jobs(reader, changed, since), since):
+        if found.job.state == CANCELLED or any(pool_of(run.worker) == pool for run in found.runs):
+            yield found
+    waiting = Selection(queues=queues, states=("ready", "blocked"))
+    yield from histories(reader, reader.selected(waiting), since)
 
 
 class Distribution:
@@ -4701,10 +4722,9 @@ class Gantt:
 
     def add(self, history: History) -> None:
         job = history.job
-        failures = history.failures()
         for run in history.runs:
             times = (run.started, run.finished, run.waited)
-            failed = int(run in failures)
+            failed = int(run in history.failures)
             reason = quoted(run.error or "")
             self.bars.append(Bar(run.worker, *times, run.outcome, 1, failed, job.id, reason))
         if job.state == PROCESSING:
@@ -4783,7 +4803,7 @@ class Failures:
 
     def add(self, history: History) -> None:
         job = history.job
-        for run in history.failures():
+        for run in history.failures:
             reason = quoted(run.error or run.outcome)
             if reason not in self.groups and len(self.groups) >= 1000:
                 reason = "other reasons"
@@ -4825,7 +4845,7 @@ class Notable:
         for run in history.runs:
             seconds = round(run.finished - run.started, 3)
             self.slowest.add(seconds, {**facts, "run": run.run, "took": seconds})
-        failures = history.failures()
+        failures = history.failures
         facts.update(
             failures=len(failures), reason=quoted(failures[-1].error or "") if failures else ""
         )
@@ -5348,7 +5368,7 @@ def junit_failure(reader: Reader, job: Job, run: Attempt, name: str) -> str:
 def junit_elements(reader: Reader, history: History) -> tuple[str, list[str]]:
     """Return how a job counts in its suite, and the elements of its case."""
     job = history.job
-    failures = history.failures()
+    failures = history.failures
     if job.state == COMPLETED:
         return "", [junit_failure(reader, job, run, "flakyFailure") for run in failures]
     if job.state == DEAD and failures:
@@ -5715,16 +5735,38 @@ def detach(args: argparse.Namespace) -> int:
     return shell_code(pool.returncode)
 
 
+def check_reports(args: argparse.Namespace) -> None:
+    """Raise BadInput where a report could not be written once the drain is over."""
+    if args.reports and not args.drain:
+        raise BadInput("--report requires --drain")
+    for path in args.reports:
+        format_of(path)
+        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            raise BadInput(f"{quoted(path)}: there is no such directory")
+
+
+def write_drain_reports(args: argparse.Namespace, pool: str, began: float) -> None:
+    with Queue(args.db, readonly=True, insecure=args.insecure) as queue:
+        found = partial(drain_histories, queue._reader, args.queues, pool, began)
+        report = Report(queue._reader, found, args.queues, began)
+        for path in args.reports:
+            write_report(path, FORMATS[format_of(path)](report))
+
+
 def cmd_worker_start(args: argparse.Namespace) -> int:
     if args.horizon < LONGEST and not args.drain:
         raise BadInput("--horizon requires --drain")
     if args.detach:
         return detach(args)
+    check_reports(args)
     keys = ("drain", "horizon", "insecure", "queues")
     options: dict[str, Any] = {key: getattr(args, key) for key in keys}
     if not args.quiet:
         options["say"] = lambda text: SCREEN.line(time.strftime("%H:%M:%S ") + text)
     with contextlib.ExitStack() as stack:
+        if args.reports:
+            options["name"] = new_pool_name()
+            stack.callback(write_drain_reports, args, options["name"], time.time())
         if terminal_width(sys.stderr) and not args.quiet:
             queue = stack.enter_context(Queue(args.db, insecure=args.insecure))
             reader = queue._reader
@@ -6116,6 +6158,9 @@ COMMANDS = {
             flag("--drain", "exit when nothing is left to run; with 1 if a job died or is blocked"),
             arg("--horizon", "DURATION", "with --drain: do not wait for jobs that are due later "
                 "than this", parse_duration, default=LONGEST),
+            arg("--report", "FILE", "with --drain: write a report about it at the end; its format "
+                "follows the ending, as in: report -o FILE; repeatable", valid_text,
+                dest="reports", action="append", default=[]),
             flag("--detach", "run in the background; the log is in the queue's .run directory"),
             flag("--quiet", "print no event lines"))),
     "worker stop": Command(

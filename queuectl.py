@@ -47,6 +47,7 @@ The sections of this file, in order. Each one uses only the sections above it.
     pool            the process that starts workers and recovers the jobs of dead ones
     words           jobs, workers and counts as text and as JSON; not the event lines
     report          jobs and attempts over time, as text, HTML, JUnit, Markdown, Prometheus, JSON
+    web             the report as a live page: who may see it, the server, pages and actions
     command line    the commands, their arguments, and main
 
 To add a setting: SETTINGS. A field of a job: Job, FIELDS, SCHEMA, INSERTED, the options of enqueue
@@ -970,6 +971,26 @@ WITH RECURSIVE
     UNION ALL SELECT (SELECT max(priority) FROM ready WHERE priority < level) FROM levels
     WHERE level IS NOT NULL LIMIT 1000)
 SELECT min((SELECT min(run_after) FROM ready WHERE priority = level)) FROM levels"""
+LAST_RUNS = ATTEMPT.replace("output FROM", "x'' FROM")
+LAST_RUNS += "WHERE job = :seq ORDER BY run DESC LIMIT :limit"
+JOBS_BEFORE = JOB + "WHERE seq < :seq ORDER BY seq DESC LIMIT :limit"
+IN_STATE_BEFORE = f"""
+SELECT * FROM (
+  {JOB}WHERE state = :state AND readiness = :readiness
+    AND updated_at = :updated_at AND seq < :seq ORDER BY seq DESC LIMIT :limit)
+UNION ALL SELECT * FROM (
+  {JOB}WHERE state = :state AND readiness = :readiness
+    AND updated_at < :updated_at ORDER BY updated_at DESC, seq DESC LIMIT :limit)
+LIMIT :limit"""
+LAST_DEAD = """
+SELECT id, seq, updated_at, coalesce(last_error, '') AS reason FROM jobs
+WHERE state = 'dead' AND readiness = 1 ORDER BY updated_at DESC LIMIT :limit"""
+DEAD_REASONS = f"""
+SELECT reason, count(*), max(updated_at), max(seq) FROM ({LAST_DEAD})
+GROUP BY reason ORDER BY count(*) DESC LIMIT 100"""
+DEAD_LIKE = f"""
+SELECT id FROM ({LAST_DEAD})
+WHERE reason = (SELECT coalesce(last_error, '') FROM jobs WHERE id = :id) LIMIT 1000"""
 POSITION = """
 SELECT count(*) FROM (
   SELECT 1 FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue
@@ -4316,7 +4337,8 @@ def job_row(reader: Reader, job: Job, settings: Settings) -> tuple[object, ...]:
     return job.id, job.state, queue, tries, distance, reason or "", job.command
 
 
-def job_text(reader: Reader, job: Job) -> Iterator[str]:
+def job_details(reader: Reader, job: Job) -> Iterator[tuple[str, object]]:
+    """Yield the facts about a job that people want to see, by name."""
     hidden = "seq run cancel_requested blocked rule scheduled_for snoozes waited".split()
     facts = job_facts(job, reader.settings(job.queue))
     facts = {key: value for key, value in facts.items() if key not in hidden}
@@ -4325,7 +4347,12 @@ def job_text(reader: Reader, job: Job) -> Iterator[str]:
         facts["state"] += " (being cancelled)"
     for key, value in facts.items():
         if value not in (None, {}, "", 0) or key in ("priority", "timeout"):
-            yield f"{key:<12} {value}"
+            yield key, value
+
+
+def job_text(reader: Reader, job: Job) -> Iterator[str]:
+    for key, value in job_details(reader, job):
+        yield f"{key:<12} {value}"
     rows = []
     for run in reader.attempts(job):
         took = format_duration(run.finished - run.started)
@@ -5528,6 +5555,871 @@ def write_report(path: str, chunks: Iterable[str]) -> None:
         raise
 
 
+# --- web: the report as a live page, for a browser on this machine --------------------------------
+
+WEB_PORT = 8642
+MAX_CONNECTIONS = 32  # each has a thread
+CONNECTION_SECONDS = 10.0  # how long a connection may last
+QUERY_SECONDS = 2.0  # how long the statements of one page may take
+LARGEST_BODY = 1 << 18  # bytes of a POST
+LARGEST_RAW = 16 << 20  # bytes of output that are sent as a file
+SHOWN_OUTPUT = 1 << 16  # bytes of output on a page
+PAGE_SIZE = 100  # jobs, attempts or schedules on a page
+OVERVIEW_JOBS = 1000  # the latest jobs, about which the overview reports
+EXAMINED = 10_000  # dead jobs that are grouped by reason
+SEARCHED = 500  # jobs that a search reads at a time
+SEARCH_SECONDS = 0.15
+LAST = 10**17  # a number after that of every job
+LOOPBACK_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.IGNORECASE)
+HTTP_STATUS = {BadInput: 400, NotFound: 404, TimedOut: 503, Fault: 503}
+
+
+class Refused(Exception):
+    """A request that is not answered, with the status that tells why."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class Request(NamedTuple):
+    """A request; `fields` are those of the query or, for a POST, of the form."""
+
+    method: str
+    path: str
+    fields: Mapping[str, list[str]]
+    headers: Any
+
+    def text(self, name: str) -> str:
+        """Return the last value of a field, empty if there is none."""
+        return self.fields.get(name, [""])[-1]
+
+    def number(self, name: str) -> int:
+        """Return the value of a field, 0 if it is empty."""
+        return int(validate(name, integer(0, 1 << 53), self.text(name) or 0))
+
+    def header(self, name: str) -> str:
+        """Return the value of a header that may not be repeated, empty if there is none."""
+        values = self.headers.get_all(name, [""])
+        if len(values) > 1:
+            raise Refused(400, f"more than one {name} header")
+        return str(values[0]).strip()
+
+    @property
+    def url(self) -> str:
+        return address(self.path, **self.fields)
+
+
+class Response(NamedTuple):
+    """A response: a page, unless it has another type."""
+
+    status: int
+    body: str | bytes = ""
+    kind: str = "text/html"
+    nonce: str = ""  # of the styles and scripts that the page may have
+    headers: Mapping[str, str] = {}
+
+
+class Page(NamedTuple):
+    """A page: `parts` are kept up to date while it is open, `top` is not."""
+
+    title: str
+    parts: Mapping[str, str]
+    top: str = ""
+
+
+def address(path: str, **fields: Any) -> str:
+    """Return the URL of a page, without the fields that are empty."""
+    from urllib.parse import urlencode
+
+    query = urlencode({key: value for key, value in fields.items() if value}, doseq=True)
+    return f"{path}?{query}" if query else path
+
+
+def parse_fields(text: str) -> dict[str, list[str]]:
+    from urllib.parse import parse_qs
+
+    try:
+        return parse_qs(text, keep_blank_values=True, max_num_fields=5000)
+    except ValueError:
+        raise Refused(400, "too many fields") from None
+
+
+class Gate:
+    """Lets in the browser and the scripts of the user who started the server, and nobody else.
+
+    A page of another site can make the browser send requests here, even under a name that leads to
+    this machine. So the Host must be a loopback name, the Origin ours, and the token must be sent.
+    """
+
+    def __init__(self, port: int) -> None:
+        import secrets
+
+        self.token = secrets.token_urlsafe(32)
+        self.cookie = f"queuectl-{port}"  # the cookies of all ports are sent to each
+
+    def is_token(self, word: str) -> bool:
+        import hmac
+
+        return hmac.compare_digest(word.encode(), self.token.encode())
+
+    def admit(self, request: Request) -> Response | None:
+        """Return None for a request to be answered, or the response to a login; else Refused."""
+        self.check_host(request)
+        is_login = request.method != "POST" and request.path == "/" and "token" in request.fields
+        site = request.header("Sec-Fetch-Site") or "none"
+        if is_login and self.is_token(request.text("token")):
+            return self.log_in(is_direct=site == "none")
+        if site not in ("same-origin", "none"):
+            raise Refused(403, f"a request from another site ({quoted(site)})")
+        if is_login or not (self.has_bearer(request) or self.has_cookie(request)):
+            how = "open the address that `queuectl web` printed; each start has a new one"
+            raise Refused(401, f"no valid token: {how}")
+        return None
+
+    def check_host(self, request: Request) -> None:
+        hosts = request.headers.get_all("Host", [])
+        if len(hosts) != 1 or not LOOPBACK_HOST.fullmatch(hosts[0].strip()):
+            raise Refused(421, "the Host must be 127.0.0.1 or localhost")
+        origin = request.header("Origin")
+        if origin and origin.lower() != f"http://{hosts[0].strip().lower()}":
+            raise Refused(403, f"a request from another origin ({quoted(origin)})")
+
+    def has_bearer(self, request: Request) -> bool:
+        kind, _, word = request.header("Authorization").partition(" ")
+        return kind.lower() == "bearer" and self.is_token(word.strip())
+
+    def has_cookie(self, request: Request) -> bool:
+        """Tell whether the cookie is sent; a POST must have an Origin too, as browsers do it."""
+        pairs = (pair.strip().partition("=") for pair in request.header("Cookie").split(";"))
+        sent = any(name == self.cookie and self.is_token(word) for name, _, word in pairs)
+        if sent and request.method == "POST" and not request.header("Origin"):
+            raise Refused(403, "a POST without an Origin")
+        return sent
+
+    def log_in(self, *, is_direct: bool) -> Response:
+        """Exchange the token in the URL for a cookie, and lead to the URL without it.
+
+        After a redirect, the browser still counts the request as that of the page with the link,
+        and withholds the cookie if that was another site's, such as a file.
+        """
+        cookie = f"{self.cookie}={self.token}; HttpOnly; SameSite=Strict; Path=/"
+        if is_direct:
+            return Response(303, headers={"Set-Cookie": cookie, "Location": "/"})
+        return Response(200, headers={"Set-Cookie": cookie, "Refresh": "0; url=/"})
+
+
+class Connections:
+    """The open connections, oldest first. Idle ones give way to new ones."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.opened: dict[Any, float] = {}  # when, on the monotonic clock
+
+    def has_room(self) -> bool:
+        return len(self.opened) < 2 * MAX_CONNECTIONS  # threads that are about to end included
+
+    def add(self, connection: Any) -> None:
+        with self.lock:
+            self.opened[connection] = time.monotonic()
+        self.end_old()
+
+    def remove(self, connection: Any) -> None:
+        with self.lock:
+            self.opened.pop(connection, None)
+
+    def end_old(self) -> None:
+        """End the oldest connections, if there are too many, and those that last too long."""
+        with self.lock:
+            excess = len(self.opened) - MAX_CONNECTIONS
+            for number, (connection, since) in enumerate(self.opened.items()):
+                if number < excess or time.monotonic() > since + CONNECTION_SECONDS:
+                    with contextlib.suppress(OSError):  # its thread, which waits for it, ends
+                        connection.shutdown(2)
+
+
+def security_headers(nonce: str) -> dict[str, str]:
+    own = f"'nonce-{nonce}'" if nonce else "'none'"
+    allowed = f"style-src {own}; script-src {own}; connect-src 'self'; img-src 'self'"
+    denied = "base-uri 'none'; frame-ancestors 'none'"
+    return {
+        "Content-Security-Policy": f"default-src 'none'; {allowed}; form-action 'self'; {denied}",
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Connection": "close",
+    }
+
+
+def encode_response(response: Response, *, head_only: bool) -> bytes:
+    from http import HTTPStatus
+
+    body = response.body.encode() if isinstance(response.body, str) else response.body
+    headers = {**security_headers(response.nonce), **response.headers}
+    headers.update({"Content-Type": f"{response.kind}; charset=utf-8"})
+    headers.update({"Content-Length": str(len(body))})
+    lines = [f"HTTP/1.0 {response.status} {HTTPStatus(response.status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    head = "\r\n".join(lines).encode("ascii") + b"\r\n\r\n"
+    return head if head_only else head + body
+
+
+def refusal(error: Refused) -> Response:
+    more = {401: {"WWW-Authenticate": "Bearer"}, 405: {"Allow": "GET, HEAD, POST"}}
+    return Response(error.status, f"{error}\n", "text/plain", headers=more.get(error.status, {}))
+
+
+def read_form(headers: Any, file: Any) -> str:
+    """Return the body of a POST, or refuse it."""
+    lengths = headers.get_all("Content-Length", [])
+    if len(lengths) != 1 or "Transfer-Encoding" in headers:
+        raise Refused(411, "a POST needs one Content-Length")
+    if not re.fullmatch("[0-9]{1,18}", lengths[0].strip()):
+        raise Refused(400, "the Content-Length must be a number")
+    length = int(lengths[0])
+    if length > LARGEST_BODY:
+        raise Refused(413, f"a POST must not have more than {LARGEST_BODY} bytes")
+    body = file.read(length)
+    if headers.get_content_type() != "application/x-www-form-urlencoded":
+        raise Refused(415, "a POST must be a form")
+    if len(body) < length:
+        raise Refused(400, "the body is shorter than its Content-Length")
+    return str(body, "ascii", "replace")
+
+
+def handler_class(respond: Callable[[Request], Response]) -> Any:
+    """Return the class of which an object handles one connection: one request, by HTTP/1.0.
+
+    With HTTP/1.1, the body of a refused POST could be taken for the next request.
+    """
+    from http.server import BaseHTTPRequestHandler
+
+    class Handler(BaseHTTPRequestHandler):
+        """Reads a request, and writes the response."""
+
+        timeout = CONNECTION_SECONDS
+
+        def do_GET(self) -> None:
+            path, _, text = self.path.partition("?")
+            try:
+                if self.command == "POST":
+                    text = read_form(self.headers, self.rfile)
+                request = Request(self.command, path, parse_fields(text), self.headers)
+                response = respond(request)
+            except Refused as error:
+                response = refusal(error)
+            head_only = self.command == "HEAD"
+            self.wfile.write(encode_response(response, head_only=head_only))
+
+        do_HEAD = do_POST = do_GET  # noqa: N815
+
+        def send_error(self, code: int, *_: Any) -> None:
+            error = Refused(405 if code == 501 else code, "this request is not understood")
+            self.wfile.write(encode_response(refusal(error), head_only=False))
+
+        def log_message(self, *_: Any) -> None:
+            """Log nothing: a request may contain the token."""
+
+    return Handler
+
+
+def server_class() -> Any:
+    """Return the class of a server that handles each connection in a thread."""
+    from socketserver import ThreadingTCPServer
+
+    connections = Connections()
+
+    class Server(ThreadingTCPServer):
+        """Limits the number of connections, and the time that each takes."""
+
+        allow_reuse_address = not WINDOWS  # there, another program could take the same port
+        daemon_threads = True
+        request_queue_size = 1024
+
+        def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002
+            return any(connections.has_room() for _ in polling(1.0))
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            connections.add(request)
+            super().process_request(request, client_address)
+
+        def shutdown_request(self, request: Any) -> None:
+            connections.remove(request)
+            super().shutdown_request(request)
+
+        def service_actions(self) -> None:
+            connections.end_old()
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            if not isinstance(sys.exc_info()[1], OSError):  # else the other side is gone
+                super().handle_error(request, client_address)
+
+    return Server
+
+
+def make_server(port: int, respond: Callable[[Request], Response]) -> Any:
+    """Return a server on the loopback interface; port 0 is any free one."""
+    try:
+        return server_class()(("127.0.0.1", port), handler_class(respond))
+    except OSError as error:
+        hint = "choose another one with --port, or 0 for any that is free"
+        raise Fault(f"port {port}: {error.strerror}; {hint}") from None
+
+
+# The pages. Whatever a job supplied goes through `safe`, or through a function that calls it.
+
+WEB_STYLE = """
+nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; align-items: baseline; }
+nav h1 { flex: 1 1 18rem; }
+a { color: var(--running); }
+[aria-current] { color: inherit; font-weight: 600; text-decoration: none; }
+form { margin: .4rem 0; }
+td form { margin: 0; }
+label { margin-right: .8rem; }
+td { vertical-align: top; }
+td:last-child, td code { overflow-wrap: anywhere; min-width: 12rem; }
+td code { display: block; }
+button, input { font: inherit; }
+pre.output { max-height: 60vh; }
+"""
+WEB_SCRIPT = """
+"use strict";
+const button = document.getElementById("pause");
+const note = document.getElementById("live");
+let paused = false;
+function isRead() {
+  const active = document.activeElement;
+  return document.hidden || !getSelection().isCollapsed || (active && active.closest("[data-tag]"))
+    || document.querySelector("[data-tag] input:checked");
+}
+function replace(part) {
+  const old = document.getElementById(part.id);
+  const both = (kind) => {
+    const after = part.querySelectorAll(kind);
+    return [...old.querySelectorAll(kind)].slice(0, after.length).map((e, i) => [e, after[i]]);
+  };
+  const outputs = both("pre").map(([e, after]) =>
+    [after, e.scrollTop + e.clientHeight >= e.scrollHeight - 4 ? 1e9 : e.scrollTop]);
+  for (const [e, after] of both("details")) after.open = e.open;
+  old.replaceWith(part);
+  for (const [e, place] of outputs) e.scrollTop = place;
+}
+async function update() {
+  const tags = [...document.querySelectorAll("[data-tag]")].map((e) => e.dataset.tag);
+  const answer = await fetch(location.href, {headers: {"X-Queuectl-Tags": tags.join(" ")}});
+  if (answer.status === 401) throw new Error("The server was started anew: open its new address");
+  if (!answer.ok) throw new Error("The queue cannot be read; trying again");
+  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  if (!isRead()) page.querySelectorAll("[data-tag]").forEach(replace);
+}
+async function turn() {
+  const began = performance.now();
+  note.textContent = paused ? "paused" : isRead() ? "paused while you select" : "live";
+  if (note.textContent === "live") {
+    try {
+      await update();
+    } catch (error) {
+      note.textContent = error instanceof TypeError ? "the server is gone" : error.message;
+    }
+  }
+  setTimeout(turn, Math.max(1000, 20 * (performance.now() - began)));
+}
+button.hidden = false;
+button.onclick = () => {
+  paused = !paused;
+  button.textContent = paused ? "Resume updates" : "Pause updates";
+};
+document.querySelectorAll(".output").forEach((e) => { e.scrollTop = 1e9; });
+setTimeout(turn, 1000);
+"""
+ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><g fill="#2f7fd1">
+<rect width="16" height="4"/><rect y="6" width="11" height="4"/><rect y="12" width="6" height="4"/>
+</g></svg>"""
+STATE_TABS: Mapping[str, tuple[State, int]] = {
+    **{word: (PENDING, readiness) for readiness, word in READINESS_WORDS.items()},
+    **{state: (state, READY) for state in (PROCESSING, *FINISHED)},
+}
+
+
+def element(tag: str, content: str = "", /, **attributes: object) -> str:
+    """Return an HTML element; its content is HTML, the values of its attributes are text."""
+    words = (f' {key.strip("_").replace("_", "-")}="{safe(v)}"' for key, v in attributes.items())
+    end = "" if tag == "input" else f"</{tag}>"
+    return f"<{tag}{''.join(words)}>{content}{end}"
+
+
+def html_grid(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of HTML cells; columns whose headings end with # are numbers."""
+    classes = [' class="number"' if heading[-1:] == "#" else "" for heading in headings]
+    lines = ["".join(f"<td{css}>{cell}</td>" for css, cell in zip(classes, row)) for row in rows]
+    head = "".join(f"<th{css}>{safe(h.rstrip('#'))}</th>" for css, h in zip(classes, headings))
+    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>' if lines else ""
+
+
+def link(text: object, path: str, **fields: object) -> str:
+    return element("a", safe(text), href=address(path, **fields))
+
+
+def job_link(job_id: str) -> str:
+    return link(job_id, "/job", id=job_id)
+
+
+def code(text: str) -> str:
+    return element("code", safe(shorten(text, 160)))
+
+
+def time_cell(when: float, now: float) -> str:
+    return element("span", safe(format_distance(when, now)), title=format_time(when))
+
+
+def action_form(
+    content: str, actions: Iterable[str], back: str, fields: Iterable[tuple[str, str]] = ()
+) -> str:
+    """Return a form around some HTML, with a button for each action; `back` is its page."""
+    hidden = "".join(
+        element("input", type="hidden", name=name, value=value)
+        for name, value in (*fields, ("back", back))
+    )
+    buttons = " ".join(
+        element("button", action.capitalize(), name="action", value=action) for action in actions
+    )
+    return element("form", hidden + content + buttons, method="post", action="/act")
+
+
+def queues_html(reader: Reader, back: str) -> str:
+    """Return a table of the queues, with buttons to pause and resume them."""
+    counts: dict[str, dict[str, int]] = {}
+    for queue, state, _, number in reader.counts_by_queue():
+        counts.setdefault(queue, dict.fromkeys(STATES, 0))[state] += number
+    paused = reader.paused()
+    rows = []
+    for queue in sorted({*counts, *paused} - {""})[:PAGE_SIZE]:
+        numbers = [f"{n:,}" for n in counts.get(queue, dict.fromkeys(STATES, 0)).values()]
+        action = "resume" if queue in paused else "pause"
+        word = "paused" if {"", queue} & {*paused} else ""
+        form = action_form("", (action,), back, [("queue", queue)])
+        rows.append((link(queue, "/jobs", queue=queue), *numbers, word, form))
+    action = "resume" if "" in paused else "pause"
+    everything = action_form("All queues: ", (action,), back, [("queue", "")])
+    return html_grid(("queue", *(f"{state}#" for state in STATES), "", ""), rows) + everything
+
+
+def card(content: str, heading: str = "") -> str:
+    title = element("h2", heading) if heading else ""
+    return element("section", title + content) if content else ""
+
+
+def overview_page(reader: Reader, request: Request) -> Page:
+    """Show the report about the jobs that ran last, and the counts of all jobs."""
+    asked = {"readiness": READY, "updated_at": NEVER, "seq": LAST, "limit": OVERVIEW_JOBS}
+    states = (PROCESSING, *FINISHED)
+    found = [
+        job for state in states for job in reader.select(IN_STATE_BEFORE, state=state, **asked)
+    ]
+    latest = sorted(found, key=lambda job: job.updated_at)[-OVERVIEW_JOBS:]
+    report = Report(reader, lambda: (history(job, reader.runs(job)) for job in latest))
+    facts = {**report.facts(), **reader.counts()}
+    parts = {name: html_part(name, facts, job_link) for name in PARTS}
+    queues = card(queues_html(reader, request.url), "Queues")
+    note = f"Below: the {plural(len(latest), 'job')} that ran last."
+    parts = {"tiles": parts.pop("tiles"), "queues": queues + note, **parts}
+    return Page("Overview", parts)
+
+
+class JobFilter(NamedTuple):
+    """The filters of the page of jobs, which its URL has, and the job after which it begins.
+
+    That is given by its time of change and its number, since it may have changed or be gone.
+    """
+
+    state: str = ""
+    queue: str = ""
+    match: str = ""
+    reason: str = ""
+    at: str = ""
+    after: str = ""
+
+    def start(self) -> tuple[float, int]:
+        """Return the time and the number after which the page begins."""
+        try:
+            at = float(self.at or NEVER)
+        except ValueError:
+            raise BadInput("at must be a number") from None
+        return at, validate("after", integer(0, LAST), self.after or LAST)
+
+    def following(self, reader: Reader, at: float, seq: int) -> list[Job]:
+        """Return the jobs that follow a place in the order of the page, matching or not."""
+        if not self.state:
+            return reader.select(JOBS_BEFORE, seq=seq, limit=SEARCHED)
+        state, readiness = STATE_TABS[self.state]
+        place = {"updated_at": at, "seq": seq, "limit": SEARCHED}
+        return reader.select(IN_STATE_BEFORE, state=state, readiness=readiness, **place)
+
+
+def find_jobs(reader: Reader, chosen: JobFilter) -> tuple[list[Job], JobFilter | None]:
+    """Return a page of jobs that match, and the next page, None if there is none.
+
+    The search takes a limited time, since of a million jobs few may match.
+    """
+    wanted = Selection(queues=[chosen.queue] if chosen.queue else [], match=chosen.match)
+    found: list[Job] = []
+    at, seq = chosen.start()
+    deadline = time.monotonic() + SEARCH_SECONDS
+    while len(found) < PAGE_SIZE and time.monotonic() < deadline:
+        jobs = chosen.following(reader, at, seq)
+        for job in jobs:
+            at, seq = job.updated_at, job.seq
+            if wanted.takes(job, 0) and chosen.reason in ("", job.last_error):
+                found.append(job)
+                if len(found) == PAGE_SIZE:
+                    break
+        else:
+            if len(jobs) < SEARCHED:
+                return found, None
+    return found, chosen._replace(at=repr(at), after=str(seq))
+
+
+def jobs_html(reader: Reader, jobs: Iterable[Job]) -> str:
+    settings = {queue: reader.settings(queue) for queue in {job.queue for job in jobs}}
+    rows = []
+    for job in jobs:
+        row = job_row(reader, job, settings[job.queue])
+        _, state, _, tries, distance, reason, command = map(str, row)
+        box = element("input", type="checkbox", name="id", value=job.id, aria_label=job.id)
+        word = element("span", state, class_=state)
+        why = safe(shorten(reason, 160))
+        cells = (box, job_link(job.id), word, safe(job.queue), tries, distance, why)
+        rows.append((*cells, code(command)))
+    return html_grid(("", "id", "state", "queue", "tries", "when", "why", "command"), rows)
+
+
+def tabs_html(reader: Reader, chosen: JobFilter) -> str:
+    counts = tally(
+        row[1:] for row in reader.counts_by_queue([chosen.queue] if chosen.queue else [])
+    )
+    links = []
+    for tab in ("", *STATE_TABS):
+        number = counts[tab] if tab else sum(counts[state] for state in STATES)
+        url = address("/jobs", state=tab, queue=chosen.queue, match=chosen.match)
+        current = {"aria_current": "page"} if tab == chosen.state else {}
+        links.append(element("a", f"{tab or 'all'} {number:,}", href=url, **current))
+    return element("nav", " ".join(links))
+
+
+def filter_form(chosen: JobFilter) -> str:
+    inputs = element("input", type="hidden", name="state", value=chosen.state)
+    for name in ("queue", "match", *["reason"] * bool(chosen.reason)):
+        box = element("input", name=name, value=getattr(chosen, name), placeholder="any")
+        inputs += element("label", f"{name} {box}")
+    return card(element("form", inputs + element("button", "Filter"), action="/jobs"))
+
+
+def jobs_page(reader: Reader, request: Request) -> Page:
+    chosen = JobFilter(*map(request.text, JobFilter._fields))
+    if chosen.state and chosen.state not in STATE_TABS:
+        hint = suggestion(chosen.state, STATE_TABS)
+        raise BadInput(f"unknown state {quoted(chosen.state)}{hint}")
+    jobs, rest = find_jobs(reader, chosen)
+    table = action_form(jobs_html(reader, jobs), ("retry", "cancel"), request.url) if jobs else ""
+    end = element("p", "no more jobs" if jobs or chosen.after else "no jobs", class_="dim")
+    if rest:
+        end = link("older jobs" if jobs else "none so far; search on", "/jobs", **rest._asdict())
+    parts = {"tabs": card(tabs_html(reader, chosen)), "jobs": card(table + end)}
+    return Page("Jobs", parts, filter_form(chosen))
+
+
+def time_line(job: Job, runs: Sequence[Attempt], now: float) -> str:
+    """Return a picture of a job's attempts over time; pointing at one shows its facts."""
+    spans = [(run.run, run.started, run.finished, run.outcome, run.error or "") for run in runs]
+    if job.state == PROCESSING:
+        spans.append((job.run, job.locked_at or now, now, "running", ""))
+    if not spans:
+        return ""
+    begin = spans[0][1]
+    scale = 1000 / max(spans[-1][2] - begin, 0.001)
+    bars = ""
+    for run, started, finished, outcome, error in spans:
+        title = f"run {run}: {error or outcome}, {format_duration(max(0.0, finished - started))}"
+        width = max((finished - started) * scale, 2)
+        bars += rect(outcome, min((started - begin) * scale, 998), 2, width, 16, title)
+    return svg(bars, 20, "attempts over time") + time_axis(begin, 1000 / scale)
+
+
+def runs_html(job: Job, runs: Iterable[Attempt], now: float) -> str:
+    rows = (
+        (
+            link(run.run, "/job", id=job.id, run=run.run),
+            time_cell(run.started, now),
+            format_duration(run.finished - run.started),
+            format_duration(run.waited),
+            element("span", safe(run.error or COMPLETED), class_=run.outcome.replace(" ", "-")),
+            safe(run.worker),
+        )
+        for run in runs
+    )
+    return html_grid(("run", "started", "took#", "waited#", "ended", "worker"), rows)
+
+
+def read_output(reader: Reader, job: Job, run: int, limit: int) -> bytes:
+    """Return the end of the output of an attempt, which may still run."""
+    path = reader.db.run_dir.output_file(job._replace(run=run))
+    with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=open_own) as file:
+        return last_bytes(file.fileno(), limit)[1]
+    asked = {"seq": job.seq, "run": run, "start": -limit}
+    return b"".join(bytes(row[0]) for row in reader.db.rows(OUTPUT_TAIL, asked))
+
+
+def output_html(reader: Reader, job: Job, run: int) -> str:
+    output = read_output(reader, job, run, SHOWN_OUTPUT)
+    note = f", its last {SHOWN_OUTPUT} bytes" if len(output) == SHOWN_OUTPUT else ""
+    raw = link("as text", "/output", id=job.id, run=run)
+    text = printable_lines(output.decode(errors="backslashreplace")).translate(ESCAPED)
+    pre = element("pre", text, class_="output", tabindex=0)
+    return card(pre, f"Output of run {run}{note} ({raw})")
+
+
+def job_page(reader: Reader, request: Request) -> Page:
+    job = reader.get(request.text("id"))
+    now = reader.clock()
+    run = request.number("run") or job.run
+    rows = reader.db.rows(LAST_RUNS, {"seq": job.seq, "limit": PAGE_SIZE})
+    runs = [Attempt(*row) for row in rows]
+    facts = ((safe(key), safe(value)) for key, value in job_details(reader, job))
+    action = {COMPLETED: "", DEAD: "retry", CANCELLED: "retry"}.get(job.state, "cancel")
+    form = action_form("", (action,), request.url, [("id", job.id)]) if action else ""
+    parts = {
+        "facts": card(form + html_grid(("", ""), facts)),
+        "runs": card(time_line(job, runs[::-1], now) + runs_html(job, runs, now)),
+        "output": output_html(reader, job, run) if run else "",
+    }
+    return Page(f"Job {job.id}", parts)
+
+
+def dead_page(reader: Reader, request: Request) -> Page:
+    """Group the jobs that died last by the reason, each group with its newest job."""
+    now = reader.clock()
+    rows = []
+    for reason, number, when, seq in reader.db.rows(DEAD_REASONS, {"limit": EXAMINED}):
+        if job := reader.by_seq(seq):
+            jobs = link(f"{number:,}", "/jobs", state=DEAD, reason=reason)
+            output = code(last_line(reader.output_tail(seq, job.run, 2000)))
+            retry = action_form("", ("retry",), request.url, [("like", job.id)])
+            name = safe(shorten(reason, 160))
+            rows.append((name, jobs, time_cell(when, now), job_link(job.id), output, retry))
+    headings = ("reason", "jobs#", "last", "newest job", "end of its output", "")
+    return Page("Dead letters", {"dead": card(html_grid(headings, rows) or "No job is dead.")})
+
+
+def schedules_page(reader: Reader, request: Request) -> Page:
+    now = reader.clock()
+    rows = []
+    for job in reader.select(SCHEDULES + " LIMIT :limit", limit=PAGE_SIZE):
+        last = reader.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id)
+        ran = f"{job_link(last.id)} {last.state}" if last else ""
+        cancel = action_form("", ("cancel",), request.url, [("id", job.id)])
+        due = time_cell(job.run_after, now)
+        names = (safe(job.schedule_id), safe(rule_text(job)), due, job_link(job.id), ran)
+        rows.append((*names, code(job.command), cancel))
+    headings = ("schedule", "rule", "next", "job", "last", "command", "")
+    table = html_grid(headings, rows) or "There are no schedules."
+    return Page("Schedules", {"schedules": card(table)})
+
+
+def workers_page(reader: Reader, _request: Request) -> Page:
+    rows = []
+    for name, pid, job, since, command in worker_rows(worker_facts(reader), reader.clock()):
+        claimed = job_link(str(job)) if since else "idle"
+        rows.append((safe(name), safe(pid), claimed, safe(since), code(str(command))))
+    headings = [heading.lower() for heading in WORKER_HEADINGS]
+    table = html_grid(headings, rows) or "No worker is running (queuectl worker start)."
+    return Page("Workers", {"workers": card(table)})
+
+
+PAGES: Mapping[str, Callable[[Reader, Request], Page]] = {
+    "/": overview_page,
+    "/jobs": jobs_page,
+    "/dead": dead_page,
+    "/schedules": schedules_page,
+    "/workers": workers_page,
+    "/job": job_page,
+}
+MENU = {"/": "Overview", "/jobs": "Jobs", "/dead": "Dead letters"}
+MENU.update({"/schedules": "Schedules", "/workers": "Workers"})
+
+
+# Actions. A POST shows what would be done; another one, from that page, does it.
+
+ACTIONS: Mapping[str, Callable[[Queue, Any], object]] = {
+    "retry": Queue.retry,
+    "cancel": Queue.cancel,
+    "pause": Queue.pause,
+    "resume": Queue.resume,
+}
+
+
+def subjects(reader: Reader, request: Request) -> list[str]:
+    """Return the ids of the jobs or the names of the queues that an action is about."""
+    if request.text("action") in ("pause", "resume"):
+        queues = request.fields.get("queue", [])
+        return [queue and validate("queue", valid_name, queue) for queue in queues]
+    if like := request.text("like"):
+        return [row[0] for row in reader.db.rows(DEAD_LIKE, {"id": like, "limit": EXAMINED})]
+    return list(request.fields.get("id", []))
+
+
+def confirmation(action: str, names: Sequence[str], back: str) -> Page:
+    noun = "queue" if action in ("pause", "resume") else "job"
+    which = f"{noun} {names[0] or 'all'}" if len(names) == 1 else plural(len(names), noun)
+    title = f"{action.capitalize()} {'all queues' if '' in names else which}?"
+    items = "".join(element("li", safe(name)) for name in names[:PAGE_SIZE] if name)
+    more = len(names) - PAGE_SIZE
+    rest = element("p", f"and {more} more") if more > 0 else ""
+    key = "queue" if noun == "queue" else "id"
+    fields = [(key, name) for name in names]
+    form = action_form("", (action,), back, [*fields, ("confirmed", "yes")])
+    leave = element("a", "Change nothing", href=back)
+    return Page(title, {}, card(element("ul", items) + rest + form + leave, safe(title)))
+
+
+def way_back(url: str) -> str:
+    """Return the URL of the page to show after an action: one of ours, written anew."""
+    path, _, query = url.partition("?")
+    return address(path, **parse_fields(query)) if path in PAGES else "/"
+
+
+def act(queue: Queue, request: Request) -> Page | str:
+    """Return the page that asks for confirmation or, once an action is done, the URL to show."""
+    action = request.text("action")
+    if action not in ACTIONS:
+        raise BadInput(f"unknown action {quoted(action)}{suggestion(action, ACTIONS)}")
+    names = subjects(queue._reader, request)
+    if not names:
+        raise BadInput(f"nothing is selected; select what to {action}")
+    back = way_back(request.text("back"))
+    if request.text("confirmed") != "yes":
+        return confirmation(action, names, back)
+    for subject in names if action in ("pause", "resume") else [names]:
+        ACTIONS[action](queue, subject)
+    return back
+
+
+# The site.
+
+
+def frame(page: Page, parts: str, path: str, db: str) -> Response:
+    """Return a whole page. Its script and styles have a nonce; nothing else may run.
+
+    The referrer policy lets a browser send the Origin with a POST; no other site is ever linked.
+    """
+    import secrets
+
+    nonce = secrets.token_urlsafe(16)
+    links = []
+    for url, name in MENU.items():
+        current = {"aria_current": "page"} if url == path else {}
+        links.append(element("a", name, href=url, **current))
+    state = element("span", "", id="live", class_="dim", role="status")
+    pause = element("button", "Pause updates", id="pause", type="button", hidden="")
+    menu = element("nav", element("h1", safe(db)) + " ".join((*links, pause, state)))
+    script = element("script", WEB_SCRIPT, nonce=nonce) if page.parts else ""
+    head = '<meta name="referrer" content="same-origin"><link rel="icon" href="/icon.svg">'
+    head += element("style", WEB_STYLE, nonce=nonce)
+    body = f"{menu}<main>{page.top}{parts}</main>{script}"
+    html = html_page(f"{page.title} - queuectl", body, nonce=nonce, head=head)
+    return Response(200, html, nonce=nonce)
+
+
+class Site:
+    """The pages and actions of a queue. Each request opens it anew, to read it or to act."""
+
+    def __init__(self, path: str, port: int, *, insecure: bool) -> None:
+        self.path = path
+        self.insecure = insecure
+        self.server = make_server(port, self.respond)
+        self.port = int(self.server.server_address[1])
+        self.gate = Gate(self.port)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/?token={self.gate.token}"
+
+    def serve(self) -> None:
+        with self.server:
+            self.server.serve_forever()
+
+    def respond(self, request: Request) -> Response:
+        if login := self.gate.admit(request):
+            return login
+        if (request.method == "POST") != (request.path == "/act"):
+            raise Refused(405, "an action is a POST to /act, a page a GET")
+        is_final = request.method == "POST" and request.text("confirmed") == "yes"
+        options: Any = {"readonly": not is_final, "create": False, "insecure": self.insecure}
+        try:
+            with Queue(self.path, **options) as queue, queue._db.translate_errors():
+                self.limit_time(queue._db)
+                return self.answer(queue, request)
+        except QueueError as error:
+            status = next(n for kind, n in HTTP_STATUS.items() if isinstance(error, kind))
+            page = Page("Not possible", {}, card(safe(error), "This is not possible"))
+            return self.show(page, request)._replace(status=status)
+
+    def limit_time(self, db: Database) -> None:
+        """Let no request take long, whatever the queue contains and whoever has locked it."""
+        deadline = time.monotonic() + QUERY_SECONDS
+        db.keep_waiting = lambda waited: waited < QUERY_SECONDS
+        db.connection.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
+
+    def answer(self, queue: Queue, request: Request) -> Response:
+        reader = queue._reader
+        if request.path == "/act":
+            done = act(queue, request)
+            if isinstance(done, str):
+                return Response(303, headers={"Location": done})
+            return self.show(done, request)
+        if request.path == "/icon.svg":
+            return Response(200, ICON, "image/svg+xml")
+        if request.path == "/metrics":
+            metrics = "".join(prometheus_report(Report(reader, tuple)))
+            return Response(200, metrics, "text/plain; version=0.0.4")
+        if request.path == "/output":
+            job = reader.get(request.text("id"))
+            run = request.number("run") or job.run
+            return Response(200, read_output(reader, job, run, LARGEST_RAW), "text/plain")
+        if request.path not in PAGES:
+            raise NotFound("there is no such page")
+        return self.show(PAGES[request.path](reader, request), request)
+
+    def show(self, page: Page, request: Request) -> Response:
+        """Return a page or, to its script, the parts that have changed: it names those it has."""
+        import hashlib
+
+        known = request.header("X-Queuectl-Tags").split()
+        parts = ""
+        for name, html in page.parts.items():
+            tag = hashlib.sha256(f"{name} {html}".encode()).hexdigest()[:16]
+            if tag not in known:
+                parts += element("div", html, id=f"part-{name}", data_tag=tag)
+        if "X-Queuectl-Tags" in request.headers:
+            return Response(200, parts)
+        return frame(page, parts, request.path, self.path)
+
+
+def open_browser(url: str, file: str) -> None:
+    """Open a URL in the browser by a file that leads there: all users can read arguments."""
+    import pathlib
+    import webbrowser
+
+    with open(open_own(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as page:
+        page.write(f'<meta http-equiv="refresh" content="0;url={safe(url)}">')
+    threading.Thread(
+        target=webbrowser.open, args=[pathlib.Path(file).as_uri()], daemon=True
+    ).start()
+
+
 # --- command line ---------------------------------------------------------------------------------
 
 
@@ -5859,6 +6751,18 @@ def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
     show_list(args, facts, ("ID", "SCHEDULE", "NEXT", "JOB", "COMMAND"), rows)
 
 
+def cmd_web(args: argparse.Namespace, queue: Queue) -> None:
+    site = Site(queue.path, args.port, insecure=args.insecure)
+    print(site.url, flush=True)
+    with contextlib.ExitStack() as stack:
+        if args.open:
+            queue._db.run_dir.make()  # the database may have been copied here
+            file = queue._db.run_dir.file(f"web-{site.port}.html")
+            stack.callback(os.unlink, file)
+            open_browser(site.url, file)
+        site.serve()
+
+
 def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
     job = queue.get(args.id)
     reader = queue._reader
@@ -6182,6 +7086,10 @@ COMMANDS = {
     "logs": Command(cmd_logs, "read", "print the output of a job", "logs 7 -f", (
         ID, flag("-f --follow", "continue until the attempt ends"),
         arg("--run", "N", "print attempt N instead of the last", integer(1, 10**9)))),
+    "web": Command(cmd_web, "read", "show the jobs in a browser on this machine", "web --open", (
+        arg("--port", "N", f"the port (default: {WEB_PORT}; 0: any that is free)",
+            integer(0, 65535), default=WEB_PORT),
+        flag("--open", "open the page in the browser"))),
     "wait": Command(cmd_wait, "read", "wait for jobs; exit with the code of the first that failed",
         "wait 7 8", (IDS, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
     "cancel": Command(cmd_cancel, "write", "cancel waiting or running jobs", "cancel 7", (

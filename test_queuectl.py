@@ -22,6 +22,7 @@ The classes mirror the sections of queuectl.py, in the same order:
     pool             PoolRecovery PoolFalseAlarms PoolStop PoolDispatch PoolDispatchLive PoolFiles
                      PoolTrouble PoolTroubleLive
     words            WordsWhy WordsProgress
+    web              PageParser Web WebGate WebServer WebCommand WebPages WebActions WebHostile
     command line     CliEnqueue CliEnqueueLive CliBadInput CliWorkers CliStatus CliStatusLive
                      CliList CliListLive CliShow CliLogs CliLogsLive CliWait CliWaitLive CliCancel
                      CliCancelLive CliDlq CliConfig CliHelp CliCompletion CliSignals CliTerminal
@@ -50,6 +51,7 @@ import faulthandler
 import functools
 import glob
 import hashlib
+import html.parser
 import io
 import itertools
 import json
@@ -60,6 +62,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import sqlite3
 import stat
 import struct
@@ -70,8 +73,11 @@ import tempfile
 import threading
 import time
 import unittest
+import urllib.parse
+import urllib.request
 from concurrent import futures
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator, NamedTuple
 from unittest import mock
 
@@ -4900,6 +4906,619 @@ class WordsProgress(Clocked):
         self.assertNotIn("next ", self.stdout("status"))
         self.queue.enqueue("true", run_at=time.time() + 9 * 3600 + 60)
         self.assertRegex(self.stdout("status"), r"\nnext +due in 9h")
+
+
+# --- web ------------------------------------------------------------------------------------------
+
+
+class PageParser(html.parser.HTMLParser):
+    """Collects the elements of a page, with their attributes, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.elements and self.elements[-1][0] not in ("script", "style"):
+            self.text += data
+
+
+class Web(Case):
+    """A queue and its server, in a thread, which the tests of a class share."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        home = os.path.realpath(tempfile.mkdtemp(prefix="queuectl-test-"))
+        cls.addClassCleanup(shutil.rmtree, home)
+        cls.db = os.path.join(home, "queuectl.db")
+        with Queue(cls.db) as queue:
+            cls.fill(queue)
+        cls.site = queuectl.Site(cls.db, 0, insecure=False)
+        cls.host = f"127.0.0.1:{cls.site.port}"
+        cls.cookie = f"{cls.site.gate.cookie}={cls.site.gate.token}"
+        server = cls.site.server
+        cls.thread = threading.Thread(target=server.serve_forever, args=[0.02])
+        cls.thread.start()
+        for cleanup in (cls.thread.join, server.server_close, server.shutdown):
+            cls.addClassCleanup(cleanup)
+
+    @classmethod
+    def fill(cls, queue: Queue) -> None:
+        """Put jobs into the queue: one completed, two dead for one reason, and waiting ones."""
+        queue.configure("max_retries", "1")
+        for job_id, code, output in (
+            ("done", 0, b"fine\n"),
+            ("bad", 3, b"oh\n"),
+            ("worse", 3, b""),
+        ):
+            queue.enqueue("true", id=job_id, queue="gpu")
+            outcome = Outcome("exited", 1e9, 1e9 + 1, code, queuectl.explain_exit(code), 0, output)
+            queue._ledger.finish(claim(queue, "worker-1", ["gpu"]), outcome)
+        queue.enqueue("make all", id="next")
+        queue.enqueue("true", id="blocked", after="next")
+        queue.enqueue("true", id="nightly", cron="@daily")
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.path = self.db
+
+    def raw(self, data: bytes) -> bytes:
+        """Send bytes; return everything that is sent back until the connection is closed."""
+        with socket.create_connection(("127.0.0.1", self.site.port), timeout=10) as connection:
+            connection.sendall(data)
+            return b"".join(iter(partial(connection.recv, 1 << 16), b""))
+
+    def ask(self, target: str = "/jobs", method: str = "GET", body: str = "", **more: Any) -> Any:
+        """Send a request with a good Host and cookie unless told otherwise; return the response."""
+        headers = {"Host": self.host, "Cookie": self.cookie, **more}
+        if method == "POST":
+            headers = {"Origin": f"http://{self.host}", **headers}
+            headers.setdefault("Content-Length", str(len(body)))
+            headers.setdefault("Content-Type", "application/x-www-form-urlencoded")
+        lines = [f"{method} {target} HTTP/1.0"]
+        for name, value in headers.items():
+            values = value if isinstance(value, list) else [value] * (value is not None)
+            lines += [f"{name.replace('_', '-')}: {item}" for item in values]
+        answer = self.raw("\r\n".join([*lines, "", body]).encode("utf-8", "surrogateescape"))
+        head, _, page = answer.decode().partition("\r\n\r\n")
+        first, *fields = head.split("\r\n")
+        self.assertEqual(answer.count(b"HTTP/1.0 "), 1)
+        return SimpleNamespace(
+            status=int(first.split()[1]), headers=dict(f.split(": ", 1) for f in fields), page=page
+        )
+
+    def status(self, *args: Any, **more: Any) -> int:
+        return int(self.ask(*args, **more).status)
+
+    def act(self, confirmed: str = "yes", **fields: Any) -> Any:
+        body = urllib.parse.urlencode({"confirmed": confirmed, **fields}, doseq=True)
+        return self.ask("/act", "POST", body)
+
+    def files(self) -> dict[str, Any]:
+        """Return the digests of the database and its -wal."""
+        return {path: digest(path) for path in (self.db, self.db + "-wal") if os.path.exists(path)}
+
+
+@internal
+class WebGate(Web):
+    """Who may use the page."""
+
+    def test_only_a_request_with_the_token_is_answered(self) -> None:
+        token = self.site.gate.token
+        cases: list[tuple[int, dict[str, Any]]] = [
+            (200, {}),
+            (200, {"Cookie": f"a=b; {self.cookie}; c"}),
+            (200, {"Cookie": f"{self.site.gate.cookie}=old; {self.cookie}"}),
+            (200, {"Cookie": None, "Authorization": f"Bearer {token}"}),
+            (200, {"Cookie": None, "Authorization": f"bearer {token} "}),
+            (401, {"Cookie": None}),
+            (401, {"Cookie": ""}),
+            (401, {"Cookie": self.cookie[:-1]}),
+            (401, {"Cookie": self.cookie + "x"}),
+            (401, {"Cookie": f"queuectl-1={token}"}),
+            (401, {"Cookie": f"{self.site.gate.cookie}="}),
+            (401, {"Cookie": None, "Authorization": "Bearer"}),
+            (401, {"Cookie": None, "Authorization": "Bearer \u20ac"}),
+            (401, {"Cookie": None, "Authorization": f"Basic {token}"}),
+            (400, {"Authorization": [f"Bearer {token}"] * 2}),
+        ]
+        for status, headers in cases:
+            with self.subTest(headers):
+                self.assertEqual(self.status(**headers), status)
+        self.assertEqual(self.status(f"/jobs?token={token}", Cookie=None), 401)
+        self.assertEqual(self.status("/?token=", Cookie=None), 401)
+        self.assertEqual(self.status("/?token=wrong"), 401)
+        self.assertNotIn("done", self.ask(Cookie=None).page)
+
+    def test_only_a_loopback_host_is_answered(self) -> None:
+        """A name of an attacker may lead here: DNS rebinding."""
+        port = self.site.port
+        for host in (self.host, f"localhost:{port}", "LOCALHOST", "[::1]:9000", "127.0.0.1:9000"):
+            with self.subTest(host):
+                self.assertEqual(self.status(Host=host), 200)
+        bad = [
+            "evil.example",
+            f"127.0.0.1.evil.example:{port}",
+            "localhost.evil.example",
+            "0.0.0.0",
+        ]
+        bad += [
+            f"a@{self.host}",
+            f"{self.host}, evil.example",
+            "127.0.0.1:",
+            "127.0.0.1:1234567",
+            "",
+        ]
+        for value in [*bad, None, [self.host, self.host], [self.host, "evil.example"]]:
+            with self.subTest(value):
+                self.assertEqual(self.status(Host=value), 421)
+        self.assertEqual(self.status(f"/?token={self.site.gate.token}", Host="evil.example"), 421)
+
+    def test_requests_from_other_sites_are_refused(self) -> None:
+        own = f"http://{self.host}"
+        port = self.site.port
+        foreign = ["null", "http://evil.example", f"http://localhost:{port}", "http://127.0.0.1:1"]
+        foreign += [own.replace("http", "https"), own + ".evil.example", own + "/", "x", [own, own]]
+        body = "action=pause&queue="
+        for method in ("GET", "HEAD", "POST"):
+            target = "/act" if method == "POST" else "/jobs"
+            for origin in foreign:
+                with self.subTest(method, origin=origin):
+                    status = self.status(target, method, body, Origin=origin)
+                    self.assertIn(status, (400, 403))
+            for site in ("cross-site", "same-site", "nonsense"):
+                with self.subTest(method, site=site):
+                    self.assertEqual(self.status(target, method, body, Sec_Fetch_Site=site), 403)
+            for site in ("same-origin", "none"):
+                status = self.status(target, method, body, Sec_Fetch_Site=site, Origin=own)
+                self.assertEqual(status, 200)
+        self.assertEqual(self.status("/act", "POST", body, Origin=None), 403)
+        bearer = f"Bearer {self.site.gate.token}"  # a script, which sends none
+        options = {"Origin": None, "Cookie": None, "Authorization": bearer}
+        self.assertEqual(self.status("/act", "POST", body, **options), 200)
+
+    def test_token_in_the_address_becomes_a_cookie(self) -> None:
+        target = f"/?token={self.site.gate.token}"
+        direct = self.ask(target, Cookie=None)
+        self.assertEqual((direct.status, direct.headers["Location"]), (303, "/"))
+        cookie = self.cookie + "; HttpOnly; SameSite=Strict; Path=/"
+        self.assertEqual(direct.headers["Set-Cookie"], cookie)
+        linked = self.ask(target, Cookie=None, Sec_Fetch_Site="cross-site")
+        self.assertEqual((linked.status, linked.headers["Refresh"]), (200, "0; url=/"))
+        self.assertEqual(linked.headers["Set-Cookie"], cookie)
+        self.assertNotIn("Set-Cookie", self.ask("/jobs").headers)
+        self.assertNotIn(self.site.gate.token, self.ask("/").page)
+        self.assertGreaterEqual(len(self.site.gate.token), 43)
+        self.assertNotEqual(queuectl.Gate(1).token, queuectl.Gate(1).token)
+
+    def test_only_get_head_and_post_exist_and_a_page_is_no_action(self) -> None:
+        for method in "PUT DELETE OPTIONS TRACE CONNECT PATCH LINK get".split():
+            with self.subTest(method):
+                answer = self.ask(method=method)
+                self.assertEqual((answer.status, answer.headers["Allow"]), (405, "GET, HEAD, POST"))
+        self.assertEqual(self.status("/act?action=pause&queue=&confirmed=yes"), 405)
+        self.assertEqual(self.status("/jobs", "POST"), 405)
+        head, page = self.ask("/job?id=done", "HEAD"), self.ask("/job?id=done")
+        self.assertEqual((head.status, head.page), (200, ""))
+        self.assertEqual(head.headers["Content-Length"], str(len(page.page.encode())))
+
+    def test_every_response_has_the_headers_that_restrict_a_browser(self) -> None:
+        for target, status in (
+            ("/", 200),
+            ("/nothing", 404),
+            ("/output?id=done", 200),
+            ("/act", 405),
+        ):
+            answer = self.ask(target)
+            self.assertEqual(answer.status, status)
+            policy = answer.headers["Content-Security-Policy"]
+            self.assertIn("default-src 'none'", policy)
+            self.assertIn("frame-ancestors 'none'", policy)
+            self.assertNotIn("unsafe", policy)
+            self.assertEqual(answer.headers["X-Content-Type-Options"], "nosniff")
+            self.assertEqual(answer.headers["Cache-Control"], "no-store")
+            self.assertEqual(answer.headers["Referrer-Policy"], "no-referrer")
+        policies = {self.ask("/").headers["Content-Security-Policy"] for _ in range(2)}
+        self.assertEqual(len(policies), 2)  # a nonce is used once
+
+    def test_body_of_a_refused_post_is_not_another_request(self) -> None:
+        inner = f"GET /jobs HTTP/1.1\r\nHost: {self.host}\r\nCookie: {self.cookie}\r\n\r\n"
+        for headers in (
+            {"Cookie": None},
+            {"Cookie": None, "Content-Length": "0"},
+            {"Content-Length": "0", "Connection": "keep-alive"},
+            {"Transfer-Encoding": "chunked"},
+        ):
+            with self.subTest(headers):
+                answer = self.ask("/act", "POST", inner, **headers)  # checks that it is one
+                self.assertGreaterEqual(answer.status, 400)
+        pipelined = self.raw(inner.encode() * 2)
+        self.assertEqual(pipelined.count(b"HTTP/1.0 200"), 1)
+
+    def test_bad_posts_are_refused(self) -> None:
+        cases = {
+            411: [{"Content-Length": None}, {"Content-Length": ["3", "3"]}],
+            400: [{"Content-Length": "-1"}, {"Content-Length": "+3"}, {"Content-Length": "x"}],
+            413: [{"Content-Length": str(1 << 40)}, {"Content-Length": "9" * 18}],
+            415: [{"Content-Type": "text/plain"}, {"Content-Type": None}],
+        }
+        for status, headers in ((s, h) for s, many in cases.items() for h in many):
+            with self.subTest(headers):
+                self.assertEqual(self.status("/act", "POST", "a=b", **headers), status)
+
+    def test_get_never_writes(self) -> None:
+        before = self.files()
+        self.assertTrue(before)
+        for path in [*queuectl.PAGES, "/metrics", "/icon.svg", "/output?id=bad", "/job?id=bad"]:
+            for method in ("GET", "HEAD"):
+                self.ask(path, method)
+        self.ask("/act", "POST", "action=pause&queue=&confirmed=yes", Cookie=None)
+        self.act("", action="cancel", id="next")  # not confirmed
+        self.assertEqual(self.files(), before)
+
+    def test_malformed_requests_get_an_error_and_no_traceback(self) -> None:
+        targets = ["/job", "/job?id=", "/job?id=%00", "/job?id=%ff%fe", "/job?id=" + "9" * 5000]
+        targets += ["/job?id=done&run=1e99", "/job?id=done&run=-1", "/job?id=done&run=" + "9" * 400]
+        targets += ["/jobs?after=1e9", "/jobs?after=" + "9" * 30, "/jobs?at=soon", "/jobs?state=x"]
+        targets += [
+            "//evil.example/",
+            "/../../etc/passwd",
+            "/%2e%2e/",
+            "/" + "a" * 60_000,
+            "/jobs/",
+        ]
+        targets += ["http://evil.example/", "*", "/output?id=nobody", "/jobs?" + "a=&" * 6000, "/é"]
+        stderr = io.StringIO()
+        with mock.patch("sys.stderr", stderr):
+            for target in targets:
+                with self.subTest(target[:40]):
+                    self.assertIn(self.status(target), (400, 404))
+            for target in ("/jobs?at=nan", "/jobs?at=inf&after=0", "/jobs?match=%00&queue=%F0"):
+                self.assertEqual(self.status(target), 200)
+            for data in (
+                b"\r\n\r\n",
+                b"GET\r\n\r\n",
+                b"\0\xff\x16\x03\r\n\r\n",
+                b"GET / HTTP/9\r\n\r\n",
+            ):
+                self.assertRegex(self.raw(data), rb"\A(HTTP/1.0 (400|505) |\Z)")
+            self.assertIn(b" 414 ", self.raw(b"GET /" + b"a" * 70_000)[:20])
+            self.assertIn(b" 431 ", self.raw(b"GET / HTTP/1.0\r\n" + b"a: b\r\n" * 200)[:20])
+            self.assertEqual(self.status(X=["y" * 60_000, "z"]), 200)
+        self.assertEqual(stderr.getvalue(), "")
+
+
+@internal
+class WebServer(Web):
+    """The server: its connections, threads and end."""
+
+    def connect(self, number: int, data: bytes = b"") -> list[socket.socket]:
+        found = []
+        for _ in range(number):
+            found.append(socket.create_connection(("127.0.0.1", self.site.port), timeout=10))
+            self.addCleanup(found[-1].close)
+            found[-1].sendall(data)
+        return found
+
+    @unittest.skipUnless(POSIX, "needs a limit of open files")
+    def test_thousand_idle_sockets_hang_nothing_and_leave_no_thread(self) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+        before = threading.active_count()
+        idle = self.connect(500) + self.connect(500, b"GET / HTTP/1.0\r\nHost:")
+        began = time.monotonic()
+        self.assertEqual(self.status(), 200)
+        self.assertLess(time.monotonic() - began, 2)
+        most = 2 * queuectl.MAX_CONNECTIONS
+        self.assertLessEqual(threading.active_count(), before + most)
+        for connection in idle:
+            connection.close()
+        wait_until(lambda: threading.active_count() == before)
+
+    def test_connection_that_lasts_too_long_is_ended(self) -> None:
+        with mock.patch.object(queuectl, "CONNECTION_SECONDS", 0.1):
+            for connection in self.connect(1) + self.connect(1, b"GET / HTT"):
+                self.assertEqual(connection.recv(1), b"")
+
+    def test_reader_that_takes_nothing_is_ended(self) -> None:
+        request = (
+            f"GET /output?id=large HTTP/1.0\r\nHost: {self.host}\r\nCookie: {self.cookie}\r\n\r\n"
+        )
+        with Queue(self.db) as queue:
+            queue.configure("output_limit", str(1 << 27))
+            queue.enqueue("true", id="large", priority=9)
+            outcome = Outcome("exited", 1.0, 2.0, 0, None, 0, b"x" * 8_000_000)
+            queue._ledger.finish(claim(queue), outcome)
+        before = threading.active_count()
+        with mock.patch.object(queuectl, "CONNECTION_SECONDS", 0.2):
+            self.connect(1, request.encode())
+            wait_until(lambda: threading.active_count() > before)
+            wait_until(lambda: threading.active_count() == before)
+        self.assertEqual(len(self.ask("/output?id=large").page), 8_000_000)
+
+
+class WebCommand(Live):
+    """`queuectl web` as a process."""
+
+    def test_url_is_printed_once_and_ctrl_c_ends_it_at_once(self) -> None:
+        self.enqueue("true", id="x")
+        web = self.start("web", "--port", "0")
+        url = web.stdout.readline()
+        self.assertRegex(url, r"\Ahttp://127\.0\.0\.1:\d+/\?token=[\w-]{43}\n\Z")
+        with urllib.request.urlopen(
+            urllib.request.Request(
+                url.partition("?")[0] + "job?id=x",
+                headers={"Authorization": f"Bearer {url.strip().partition('=')[2]}"},
+            )
+        ) as page:
+            self.assertIn("no worker is running", page.read().decode())
+        port = re.findall(r":(\d+)/", url)[0]
+        self.assertIn("--port", self.assert_refused("web", "--port", port, code=4, real=True))
+        idle = socket.create_connection(("127.0.0.1", int(port)))
+        began = time.monotonic()
+        web.send_signal(signal.SIGINT)
+        self.assertEqual(web.wait(10), -signal.SIGINT)
+        self.assertLess(time.monotonic() - began, 1)
+        idle.close()
+        self.assertEqual(web.stdout.read(), "")
+
+    def test_without_a_queue_it_reports_one_line(self) -> None:
+        self.assertIn("there is no queue", self.assert_refused("web", code=1))
+        self.assert_refused("web", "--host", "0.0.0.0")
+        for port in ("-1", "65536", "x"):
+            self.assert_refused("web", "--port", port)
+
+    def test_browser_is_opened_without_the_token_in_any_argument(self) -> None:
+        self.enqueue("true")
+        script = (
+            'printf \'%s\\n\' "$@" > args; ls -l "${1#file://}" > mode; cat "${1#file://}" > page'
+        )
+        self.write("browser", "#!/bin/sh\n" + script + "; echo > done")
+        os.chmod(self.file("browser"), 0o700)
+        env = {**os.environ, "BROWSER": self.file("browser") + " %s"}
+        web = self.start("web", "--port", "0", "--open", env=env)
+        token = web.stdout.readline().strip().partition("token=")[2]
+        wait_until(lambda: self.read("done"))
+        self.assertNotIn(token, self.read("args"))
+        self.assertIn(token, self.read("page"))
+        self.assertTrue(self.read("mode").startswith("-rw-------"))
+        with open(f"/proc/{web.pid}/cmdline") if LINUX else io.StringIO() as file:
+            self.assertNotIn(token, file.read())
+        web.send_signal(signal.SIGINT)
+        web.wait(10)
+        self.assertEqual(glob.glob(self.file("queuectl.db.run/*.html")), [])
+
+
+@internal
+class WebPages(Web):
+    """The pages, and what they show."""
+
+    def test_pages_show_the_jobs(self) -> None:
+        cases = {
+            "/": ["gpu", "exit code 3", "Attempts by worker slot"],
+            "/jobs": ["make all", "blocked by next", "all 46"],
+            "/jobs?state=dead": ["bad", "worse", "exit code 3"],
+            "/jobs?queue=gpu&match=DON": ["done"],
+            "/job?id=done": ["completed", "fine", "worker-1"],
+            "/job?id=next": ["no worker is running", "make all"],
+            "/job?id=nightly": ["nightly.1", "due in"],
+            "/dead": ["exit code 3", "worse"],
+            "/schedules": ["nightly", "@daily"],
+            "/workers": ["No worker is running"],
+        }
+        for target, words in cases.items():
+            page = self.ask(target)
+            text = PageParser(page.page).text
+            for word in words:
+                with self.subTest(target, word=word):
+                    self.assertIn(word, text)
+        self.assertNotIn("done", PageParser(self.ask("/jobs?state=dead").page).text)
+        self.assertNotIn("bad", PageParser(self.ask("/jobs?queue=gpu&match=DON").page).text)
+        self.assertIn("did you mean worse", self.ask("/job?id=worsee").page)
+
+    def test_script_is_sent_only_the_parts_that_changed(self) -> None:
+        tags = re.findall(r'data-tag="(\w+)"', self.ask("/schedules").page)
+        more = {"X-Queuectl-Tags": " ".join(tags)}
+        self.assertEqual(self.ask("/schedules", **more).page, "")
+        part = self.ask("/schedules", **{"X-Queuectl-Tags": "old"}).page
+        self.assertRegex(part, r'\A<div id="part-schedules" data-tag="')
+        self.assertNotIn("<script", part)
+
+    def test_jobs_are_paged_by_key(self) -> None:
+        for state in ("", "state=ready&", "state=completed&"):
+            shown: list[str] = []
+            target = f"/jobs?{state}queue=many"
+            with mock.patch.object(queuectl, "PAGE_SIZE", 7):
+                while target:
+                    page = self.ask(target).page
+                    shown += re.findall(r'name="id" value="(many\d+)"', page)
+                    links = [e for tag, e in PageParser(page).elements if tag == "a"]
+                    target = next((e["href"] for e in links if "after=" in str(e["href"])), "")
+            with self.subTest(state):
+                self.assertEqual(len(shown), len(set(shown)))
+                self.assertEqual(len(shown), {"": 40, "state=ready&": 25}.get(state, 15))
+
+    def test_search_takes_a_limited_time_and_can_be_continued(self) -> None:
+        with mock.patch.multiple(queuectl, SEARCHED=5, SEARCH_SECONDS=-1):
+            page = self.ask("/jobs?match=many0").page
+        self.assertIn("none so far", page)
+
+    def test_output_is_sent_as_it_is_only_as_text(self) -> None:
+        answer = self.ask("/output?id=done")
+        self.assertEqual(answer.headers["Content-Type"], "text/plain; charset=utf-8")
+        self.assertEqual(answer.page, "fine\n")
+
+    @classmethod
+    def fill(cls, queue: Queue) -> None:
+        many = [{"command": "true", "id": f"many{n}", "queue": "many"} for n in range(40)]
+        list(queue.enqueue_many(many))
+        for _ in range(15):
+            outcome = Outcome("exited", 1.0, 2.0, 0, None)
+            queue._ledger.finish(claim(queue, "worker-1", ["many"]), outcome)
+        super().fill(queue)
+
+
+@internal
+class WebActions(Web):
+    """Retry, cancel, pause and resume, after a confirmation."""
+
+    def state(self, job_id: str) -> str:
+        return str(self.job(job_id).state)
+
+    def test_action_takes_place_only_after_its_confirmation(self) -> None:
+        page = self.act("", action="retry", id=["bad", "worse"], back="/jobs?state=dead")
+        self.assertIn("Retry 2 jobs?", page.page)
+        self.assertEqual(self.state("bad"), "dead")
+        fields = [
+            (item["name"], item["value"])
+            for tag, item in PageParser(page.page).elements
+            if tag in ("input", "button") and "name" in item
+        ]
+        done = self.ask("/act", "POST", urllib.parse.urlencode(fields))
+        self.assertEqual((done.status, done.headers["Location"]), (303, "/jobs?state=dead"))
+        self.assertEqual([self.state("bad"), self.state("worse")], ["pending"] * 2)
+
+    def test_all_dead_jobs_of_one_reason_are_retried(self) -> None:
+        with Queue(self.db) as queue:
+            for job_id, code in (("x1", 9), ("x2", 9), ("y1", 8)):
+                queue.enqueue("true", id=job_id, queue="x")
+                outcome = Outcome("exited", 1.0, 2.0, code, queuectl.explain_exit(code))
+                queue._ledger.finish(claim(queue, "worker-1", ["x"]), outcome)
+        page = self.act("", action="retry", like="x2").page
+        self.assertIn("Retry 2 jobs?", page)
+        self.assertNotIn("y1", page)
+
+    def test_waiting_job_is_cancelled_and_a_queue_paused_and_resumed(self) -> None:
+        self.assertEqual(self.act(action="cancel", id="next").status, 303)
+        self.assertEqual(self.state("next"), "cancelled")
+        for names, action, paused in (
+            (["gpu", "cpu"], "pause", ["cpu", "gpu"]),
+            (["cpu"], "resume", ["gpu"]),
+            ([""], "pause", ["", "gpu"]),
+            ([""], "resume", []),
+        ):
+            self.assertEqual(self.act(action=action, queue=names).status, 303)
+            with Queue(self.db, readonly=True) as queue:
+                self.assertEqual(sorted(queue._reader.paused()), paused)
+
+    def test_impossible_actions_change_nothing_and_name_the_reason(self) -> None:
+        before = self.states()
+        cases = [
+            (400, "nothing is selected", {"action": "retry"}),
+            (400, "unknown action", {"action": "enqueue", "id": "x", "command": "id"}),
+            (400, "unknown action", {"action": "edit", "id": "done"}),
+            (400, "unknown action", {"action": "purge", "id": "done"}),
+            (400, "queue must be", {"action": "pause", "queue": "a b"}),
+            (404, "there is no job", {"action": "retry", "id": ["done", "nobody"]}),
+            (404, "done is completed", {"action": "retry", "id": "done"}),
+        ]
+        for status, words, fields in cases:
+            with self.subTest(fields):
+                answer = self.act(**fields)
+                self.assertEqual(answer.status, status)
+                self.assertIn(words, PageParser(answer.page).text)
+        self.assertEqual(self.states(), before)
+
+    def test_way_back_is_a_page_of_this_site(self) -> None:
+        bad = [
+            "//evil.example",
+            "http://evil.example/",
+            "/\\evil",
+            "/jobs\r\nX: y",
+            "javascript:1",
+            "",
+        ]
+        for url in bad:
+            with self.subTest(url):
+                done = self.act(action="resume", queue="gpu", back=url)
+                self.assertEqual(done.headers["Location"], "/")
+        done = self.act(action="resume", queue="gpu", back="/jobs?match=%0d%0aX:y")
+        self.assertEqual(done.headers["Location"], "/jobs?match=%0D%0AX%3Ay")
+
+    def test_locked_queue_is_reported_after_a_limited_time(self) -> None:
+        hold_write_lock(self)
+        with mock.patch.object(queuectl, "QUERY_SECONDS", 0.1):
+            answer = self.act(action="pause", queue="gpu")
+        self.assertEqual(answer.status, 503)
+        self.assertIn("locked by another program", answer.page)
+        self.assertEqual(self.status(), 200)  # reading needs no lock
+
+
+@internal
+class WebHostile(Web):
+    """Jobs whose names, commands and outputs are attacks on the page."""
+
+    TAGS = set(
+        "html head meta title link style body nav h1 h2 h3 a button span main div section table tr "
+        "th td form input label p b i ul li pre code svg path rect title script details summary "
+        "figure figcaption".split()
+    )
+    BAD = '<script>alert(1)</script><img/src=x/onerror=alert(1)>"onmouseover="alert(1)\'`&lt;'
+
+    @classmethod
+    def fill(cls, queue: Queue) -> None:
+        queue.configure("max_retries", "1")
+        ugly = cls.BAD + "]]>\x1b[31m\u202e\x07\x85\n\t"
+        for number, reason in enumerate((None, ugly, "x" * 100_000)):
+            queue.enqueue(ugly, id=f"{cls.BAD}{number}", queue=cls.BAD, cwd="/" + cls.BAD)
+            code = 1 if reason else 0
+            output = ugly.encode() * 20_000 + RAW + b"\0\xed\xa0\x80"
+            outcome = Outcome("exited", 1e9, 1e9 + 1, code, reason, 0, output)
+            queue._ledger.finish(claim(queue, cls.BAD), outcome)
+        queue.enqueue(ugly, id=cls.BAD, queue=cls.BAD, cron="@daily")
+        queue.enqueue(ugly, id="waits", queue=cls.BAD, after=f"{cls.BAD}1")
+        queue.pause(cls.BAD)
+
+    def pages(self) -> Iterator[tuple[str, str]]:
+        query = urllib.parse.urlencode({"id": self.BAD + "1"})
+        targets = [
+            "/",
+            "/jobs",
+            "/dead",
+            "/schedules",
+            "/workers",
+            f"/job?{query}",
+            "/job?id=waits",
+        ]
+        bad = urllib.parse.quote(self.BAD)
+        targets += [f"/jobs?{name}={bad}" for name in ("state", "queue", "match", "reason", "at")]
+        targets += [
+            f"/jobs?state=dead&reason={bad}",
+            f"/{bad}",
+            f"/job?id={bad}x",
+            f"/job?run={bad}",
+        ]
+        for target in targets:
+            yield target, self.ask(target).page
+        yield "confirmation", self.act("", action="retry", id=self.BAD, back=self.BAD).page
+        yield "error", self.act(action="retry", id=self.BAD + "0").page
+        yield "unknown", self.act(action=self.BAD, queue=self.BAD).page
+
+    def test_no_byte_of_a_job_is_markup(self) -> None:
+        for target, page in self.pages():
+            with self.subTest(target):
+                parser = PageParser(page)
+                self.assertLessEqual({tag for tag, _ in parser.elements}, self.TAGS)
+                names = {name for _, attributes in parser.elements for name in attributes}
+                self.assertEqual([n for n in names if n.startswith("on") or n == "style"], [])
+                scripts = [item for tag, item in parser.elements if tag == "script"]
+                self.assertTrue(all(item["nonce"] for item in scripts) and len(scripts) <= 1)
+                links = [item.get("href", "/") for _, item in parser.elements]
+                self.assertEqual([url for url in links if not url or url[0] != "/"], [])
+                self.assertTrue(page.replace("\n", "").isprintable())
+                self.assertLess(len(page), 500_000)
+
+    def test_hostile_output_is_shown_escaped(self) -> None:
+        page = self.ask("/job?" + urllib.parse.urlencode({"id": self.BAD + "1"})).page
+        text = PageParser(page).text
+        self.assertIn(self.BAD + "]]>\\x1b[31m\\u202e\\x07", text)
+        self.assertIn("its last 65536 bytes", text)
 
 
 # --- command line ---------------------------------------------------------------------------------

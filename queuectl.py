@@ -4489,6 +4489,7 @@ class Progress:
 # --- report: jobs and attempts as text, HTML, JUnit, Markdown, Prometheus and JSON ----------------
 
 TAIL = 4096  # bytes of an attempt's output that a report shows
+SHORT_TAIL = 1500  # where it shows one for each reason of failures
 LISTED = 10  # entries of a list of the slowest jobs, for instance
 DEAD_LISTED = 1000  # of all dead jobs
 GROUPS = 20  # reasons of failures that are shown, of at most 1000 that are told apart
@@ -4594,7 +4595,7 @@ class Distribution:
         """Return the lower and upper end of eighths of decades, and the number of durations."""
         bins: collections.Counter[int] = collections.Counter()
         for bucket, (number, _) in self.buckets.items():
-            bins[math.floor(bucket * self.STEP / math.log(10) * 8)] += int(number)
+            bins[max(-24, math.floor(bucket * self.STEP / math.log(10) * 8))] += int(number)
         return [(10 ** (n / 8), 10 ** ((n + 1) / 8), number) for n, number in sorted(bins.items())]
 
 
@@ -4853,7 +4854,7 @@ class Failures:
         shown = groups[: -GROUPS - 1 : -1]
         for group in shown:
             group["when"] = format_time(group["when"])
-            group["output"] = reader.output_tail(group.pop("seq"), group["run"], TAIL)
+            group["output"] = reader.output_tail(group.pop("seq"), group["run"], SHORT_TAIL)
             group["last_line"] = last_line(group["output"])
         return {"failures": shown, "dead_jobs": self.dead}
 
@@ -4985,7 +4986,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .dim, figcaption { color: var(--dim); font-size: .85rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(6.5rem, 1fr)); gap: .6rem; }
 .tile { border-left: 3px solid var(--line); padding: 0 .6rem; }
-.tile b { display: block; font-size: 1.35rem; font-weight: 600; }
+.tile b { display: block; font-size: 1.35rem; font-weight: 600; white-space: nowrap; }
 figure { margin: 0 0 .7rem; }
 figure:last-child { margin-bottom: 0; }
 svg { display: block; }
@@ -5013,14 +5014,13 @@ rect, path { fill: var(--dead); }
 table { border-collapse: collapse; width: 100%; font-size: .87rem; }
 th { text-align: left; color: var(--dim); font-weight: 500; }
 th, td { padding: .22rem .7rem .22rem 0; border-bottom: 1px solid var(--line); }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 summary { cursor: pointer; overflow-wrap: anywhere; }
-pre { margin: .4rem 0; padding: .6rem; background: var(--page); border-radius: 4px; overflow: auto;
-  max-height: 14rem; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { margin: .4rem 0; padding: .6rem; background: var(--page); border-radius: 4px; font-size: .8rem;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
 @media print { :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --dim: #444;
-  --line: #bbb; } body { padding: 0; max-width: none; } section { break-inside: avoid; }
-  rect, path, i { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  pre { max-height: none; } }
+  --line: #bbb; } body { padding: 0; max-width: none; } figure, details, tr { break-inside: avoid; }
+  rect, path, i { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 ESCAPED = {ord(c): f"&#{ord(c)};" for c in "&<>\"'`="}
 
@@ -5080,7 +5080,8 @@ def svg(shapes: str, height: int, label: str) -> str:
 
 def time_label(when: float, span: float) -> str:
     style = "%H:%M:%S" if span < 3600 else "%H:%M" if span < 86400 else "%d %b %H:%M"
-    return datetime.fromtimestamp(when, timezone.utc).astimezone().strftime(style)
+    label = datetime.fromtimestamp(when, timezone.utc).astimezone().strftime(style)
+    return f"{label}.{int(when * 10) % 10}" if span < 20 else label
 
 
 def axis(labels: Iterable[str]) -> str:
@@ -7217,7 +7218,7 @@ def menu_parser(name: str) -> argparse.ArgumentParser:
     hidden = argparse.SUPPRESS
     prog = f"queuectl {name}".strip()
     lines = "".join(f"  {word:<11} {meaning}\n" for word, meaning in menu(name).items())
-    about = lines if name else HELP.replace("COMMANDS\n", lines + "\n")
+    about = lines if name else HELP.replace("COMMANDS\n", lines)
     globals_usage = "" if name else " [--db PATH] [--insecure] [--version]"
     usage = f"{prog}{globals_usage} COMMAND [--help] ..."
     parser = new_parser(prog, usage=usage, description=about, add_help=False)

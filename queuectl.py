@@ -962,15 +962,13 @@ OUTPUT_TAIL = """
 SELECT coalesce(substr(output, :start), x'') FROM attempts WHERE job = :seq AND run = :run"""
 TOTALS = "SELECT queue, outcome, number, running, waiting, last FROM totals"
 # By priority, of which there are few: the index has no order by time alone.
-OLDEST_DUE = """
-WITH RECURSIVE
-  ready AS (SELECT priority, run_after FROM jobs
-    WHERE state = 'pending' AND readiness = 1 AND queue = :queue),
-  levels (level) AS (
-    SELECT max(priority) FROM ready
-    UNION ALL SELECT (SELECT max(priority) FROM ready WHERE priority < level) FROM levels
-    WHERE level IS NOT NULL LIMIT 1000)
-SELECT min((SELECT min(run_after) FROM ready WHERE priority = level)) FROM levels"""
+IS_READY = "INDEXED BY jobs_ready WHERE state = 'pending' AND readiness = 1 AND queue = :queue"
+OLDEST_DUE = f"""
+WITH RECURSIVE levels (level) AS (
+  SELECT max(priority) FROM jobs {IS_READY}
+  UNION ALL SELECT (SELECT max(priority) FROM jobs {IS_READY} AND priority < level) FROM levels
+  WHERE level IS NOT NULL LIMIT 1000)
+SELECT min((SELECT min(run_after) FROM jobs {IS_READY} AND priority = level)) FROM levels"""
 LAST_RUNS = ATTEMPT.replace("output FROM", "x'' FROM")
 LAST_RUNS += "WHERE job = :seq ORDER BY run DESC LIMIT :limit"
 JOBS_BEFORE = JOB + "WHERE seq < :seq ORDER BY seq DESC LIMIT :limit"
@@ -5583,6 +5581,23 @@ class Refused(Exception):
         self.status = status
 
 
+def address(path: str, **fields: Any) -> str:
+    """Return the URL of a page, without the fields that are empty."""
+    from urllib.parse import urlencode
+
+    query = urlencode({key: value for key, value in fields.items() if value}, doseq=True)
+    return f"{path}?{query}" if query else path
+
+
+def parse_fields(text: str) -> dict[str, list[str]]:
+    from urllib.parse import parse_qs
+
+    try:
+        return parse_qs(text, keep_blank_values=True, max_num_fields=5000)
+    except ValueError:
+        raise Refused(400, "too many fields") from None
+
+
 class Request(NamedTuple):
     """A request; `fields` are those of the query or, for a POST, of the form."""
 
@@ -5627,23 +5642,6 @@ class Page(NamedTuple):
     title: str
     parts: Mapping[str, str]
     top: str = ""
-
-
-def address(path: str, **fields: Any) -> str:
-    """Return the URL of a page, without the fields that are empty."""
-    from urllib.parse import urlencode
-
-    query = urlencode({key: value for key, value in fields.items() if value}, doseq=True)
-    return f"{path}?{query}" if query else path
-
-
-def parse_fields(text: str) -> dict[str, list[str]]:
-    from urllib.parse import parse_qs
-
-    try:
-        return parse_qs(text, keep_blank_values=True, max_num_fields=5000)
-    except ValueError:
-        raise Refused(400, "too many fields") from None
 
 
 class Gate:

@@ -5820,7 +5820,7 @@ def handler_class(respond: Callable[[Request], Response]) -> Any:
             self.wfile.write(encode_response(refusal(error), head_only=False))
 
         def log_message(self, *_: Any) -> None:
-            """Log nothing: a request may contain the token."""
+            """Log nothing: a request may have the token in it."""
 
     return Handler
 
@@ -6131,21 +6131,10 @@ def jobs_page(reader: Reader, request: Request) -> Page:
     return Page("Jobs", parts, filter_form(chosen))
 
 
-def time_line(job: Job, runs: Sequence[Attempt], now: float) -> str:
-    """Return a picture of a job's attempts over time; pointing at one shows its facts."""
-    spans = [(run.run, run.started, run.finished, run.outcome, run.error or "") for run in runs]
-    if job.state == PROCESSING:
-        spans.append((job.run, job.locked_at or now, now, "running", ""))
-    if not spans:
-        return ""
-    begin = spans[0][1]
-    scale = 1000 / max(spans[-1][2] - begin, 0.001)
-    bars = ""
-    for run, started, finished, outcome, error in spans:
-        title = f"run {run}: {error or outcome}, {format_duration(max(0.0, finished - started))}"
-        width = max((finished - started) * scale, 2)
-        bars += rect(outcome, min((started - begin) * scale, 998), 2, width, 16, title)
-    return svg(bars, 20, "attempts over time") + time_axis(begin, 1000 / scale)
+def time_line(job: Job, runs: list[Attempt], now: float) -> str:
+    gantt = Gantt(now)
+    gantt.add(history(job, runs))
+    return html_gantt({"gantt": gantt.facts()}, job_link) if job.run else ""
 
 
 def runs_html(job: Job, runs: Iterable[Attempt], now: float) -> str:
@@ -6325,7 +6314,7 @@ def frame(page: Page, parts: str, path: str, db: str) -> Response:
     pause = element("button", "Pause updates", id="pause", type="button", hidden="")
     menu = element("nav", element("h1", safe(db)) + " ".join((*links, pause, state)))
     script = element("script", WEB_SCRIPT, nonce=nonce) if page.parts else ""
-    head = '<meta name="referrer" content="same-origin"><link rel="icon" href="/icon.svg">'
+    head = '<meta name="referrer" content="same-origin">'
     head += element("style", WEB_STYLE, nonce=nonce)
     body = f"{menu}<main>{page.top}{parts}</main>{script}"
     html = html_page(f"{page.title} - queuectl", body, nonce=nonce, head=head)
@@ -6379,7 +6368,7 @@ class Site:
             if isinstance(done, str):
                 return Response(303, headers={"Location": done})
             return self.show(done, request)
-        if request.path == "/icon.svg":
+        if request.path == "/favicon.ico":
             return Response(200, ICON, "image/svg+xml")
         if request.path == "/metrics":
             metrics = "".join(prometheus_report(Report(reader, tuple)))

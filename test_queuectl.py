@@ -5038,6 +5038,7 @@ class WebGate(Web):
     def test_only_a_loopback_host_is_answered(self) -> None:
         """A name of an attacker may lead here: DNS rebinding."""
         port = self.site.port
+        self.assertEqual(self.site.server.socket.getsockname(), ("127.0.0.1", port))
         for host in (self.host, f"localhost:{port}", "LOCALHOST", "[::1]:9000", "127.0.0.1:9000"):
             with self.subTest(host):
                 self.assertEqual(self.status(Host=host), 200)
@@ -5086,7 +5087,8 @@ class WebGate(Web):
         target = f"/?token={self.site.gate.token}"
         direct = self.ask(target, Cookie=None)
         self.assertEqual((direct.status, direct.headers["Location"]), (303, "/"))
-        cookie = self.cookie + "; HttpOnly; SameSite=Strict; Path=/"
+        name_and_token = f"queuectl-{self.site.port}={self.site.gate.token}"
+        cookie = name_and_token + "; HttpOnly; SameSite=Strict; Path=/"
         self.assertEqual(direct.headers["Set-Cookie"], cookie)
         linked = self.ask(target, Cookie=None, Sec_Fetch_Site="cross-site")
         self.assertEqual((linked.status, linked.headers["Refresh"]), (200, "0; url=/"))
@@ -5154,11 +5156,14 @@ class WebGate(Web):
     def test_get_never_writes(self) -> None:
         before = self.files()
         self.assertTrue(before)
-        for path in [*queuectl.PAGES, "/metrics", "/icon.svg", "/output?id=bad", "/job?id=bad"]:
-            for method in ("GET", "HEAD"):
+        paths = ["/metrics", "/favicon.ico", "/output?id=bad", "/job?id=bad"]
+        with mock.patch.object(queuectl, "Queue", side_effect=Queue) as opened:
+            for path, method in itertools.product([*queuectl.PAGES, *paths], ("GET", "HEAD")):
                 self.ask(path, method)
-        self.ask("/act", "POST", "action=pause&queue=&confirmed=yes", Cookie=None)
-        self.act("", action="cancel", id="next")  # not confirmed
+            self.act("", action="cancel", id="next")  # not confirmed
+        self.assertTrue(all(call.kwargs["readonly"] for call in opened.mock_calls))
+        body = "action=pause&queue=&confirmed=yes"
+        self.assertEqual(self.status("/act", "POST", body, Cookie=None), 401)
         self.assertEqual(self.files(), before)
 
     def test_malformed_requests_get_an_error_and_no_traceback(self) -> None:
@@ -5214,12 +5219,12 @@ class WebServer(Web):
         idle = self.connect(500) + self.connect(500, b"GET / HTTP/1.0\r\nHost:")
         began = time.monotonic()
         self.assertEqual(self.status(), 200)
-        self.assertLess(time.monotonic() - began, 2)
-        most = 2 * queuectl.MAX_CONNECTIONS
+        self.assertLess(time.monotonic() - began, 5)
+        most = 3 * queuectl.MAX_CONNECTIONS  # with those that are about to end
         self.assertLessEqual(threading.active_count(), before + most)
         for connection in idle:
             connection.close()
-        wait_until(lambda: threading.active_count() == before)
+        wait_until(lambda: threading.active_count() <= before)
 
     def test_connection_that_lasts_too_long_is_ended(self) -> None:
         with mock.patch.object(queuectl, "CONNECTION_SECONDS", 0.1):

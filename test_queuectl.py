@@ -22,7 +22,8 @@ The classes mirror the sections of queuectl.py, in the same order:
     pool             PoolRecovery PoolFalseAlarms PoolStop PoolDispatch PoolDispatchLive PoolFiles
                      PoolTrouble PoolTroubleLive
     words            WordsWhy WordsProgress
-    web              PageParser Web WebGate WebServer WebCommand WebPages WebActions WebHostile
+    web              PageParser Web WebGate WebServer WebCommand WebPages WebActions WebCost
+                     WebHostile
     command line     CliEnqueue CliEnqueueLive CliBadInput CliWorkers CliStatus CliStatusLive
                      CliList CliListLive CliShow CliLogs CliLogsLive CliWait CliWaitLive CliCancel
                      CliCancelLive CliDlq CliConfig CliHelp CliCompletion CliSignals CliTerminal
@@ -5453,6 +5454,41 @@ class WebActions(Web):
         self.assertEqual(answer.status, 503)
         self.assertIn("locked by another program", answer.page)
         self.assertEqual(self.status(), 200)  # reading needs no lock
+
+
+@internal
+class WebCost(Clocked):
+    """What the pages cost."""
+
+    def costs(self, number: int) -> dict[str, int]:
+        """Return the cost of each page once this many more jobs are in several states."""
+        jobs = [{"command": "true", "queue": f"q{n % 3}"} for n in range(number)]
+        list(self.queue.enqueue_many(jobs))
+        for remainder, state in enumerate(("completed", "dead", "cancelled")):
+            fields = {"state": state, "remainder": remainder, "now": self.now}
+            self.queue._db.execute(
+                "UPDATE jobs SET state = :state, run = 1, last_error = 'bad', updated_at = :now"
+                " WHERE seq % 4 = :remainder",
+                fields,
+            )
+        found = {}
+        for target in (*queuectl.PAGES, "/jobs?state=dead", "/jobs?state=ready", "/job?id=1"):
+            path, _, query = target.partition("?")
+            request = queuectl.Request(
+                "GET", path, {"id": ["1"], **urllib.parse.parse_qs(query)}, {}
+            )
+            page = partial(queuectl.PAGES[path], self.queue._reader, request)
+            found[target] = self.sqlite_steps(page)
+        return found
+
+    def test_pages_cost_the_same_with_many_more_jobs(self) -> None:
+        """Promise 8: looking at the queue costs the same, however long its history is."""
+        limits = {"OVERVIEW_JOBS": 20, "EXAMINED": 50, "SEARCHED": 50, "PAGE_SIZE": 20}
+        with mock.patch.multiple(queuectl, **limits):
+            few, many = self.costs(400), self.costs(6000)
+        for target, cost in few.items():
+            with self.subTest(target, few=cost, many=many[target]):
+                self.assertLess(many[target], 1.5 * cost + 10)
 
 
 @internal

@@ -5570,7 +5570,7 @@ SEARCHED = 500  # jobs that a search reads at a time
 SEARCH_SECONDS = 0.15
 LAST = 10**17  # a number after that of every job
 LOOPBACK_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.IGNORECASE)
-HTTP_STATUS = {BadInput: 400, NotFound: 404, TimedOut: 503, Fault: 503}
+HTTP_STATUS = {BadInput: 400, NotFound: 404, Fault: 503}
 
 
 class Refused(Exception):
@@ -5581,7 +5581,7 @@ class Refused(Exception):
         self.status = status
 
 
-def address(path: str, **fields: Any) -> str:
+def address(path: str, /, **fields: Any) -> str:
     """Return the URL of a page, without the fields that are empty."""
     from urllib.parse import urlencode
 
@@ -5734,7 +5734,7 @@ class Connections:
             for number, (connection, since) in enumerate(self.opened.items()):
                 if number < excess or time.monotonic() > since + CONNECTION_SECONDS:
                     with contextlib.suppress(OSError):  # its thread, which waits for it, ends
-                        connection.shutdown(2)
+                        connection.shutdown(2)  # SHUT_RDWR
 
 
 def security_headers(nonce: str) -> dict[str, str]:
@@ -5910,6 +5910,7 @@ async function update() {
   const tags = [...document.querySelectorAll("[data-tag]")].map((e) => e.dataset.tag);
   const answer = await fetch(location.href, {headers: {"X-Queuectl-Tags": tags.join(" ")}});
   if (answer.status === 401) throw new Error("The server was started anew: open its new address");
+  if (answer.status === 404) throw new Error("It no longer exists");
   if (!answer.ok) throw new Error("The queue cannot be read; trying again");
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
   if (!isRead()) page.querySelectorAll("[data-tag]").forEach(replace);

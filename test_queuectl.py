@@ -5184,7 +5184,12 @@ class WebGate(Web):
             for target in targets:
                 with self.subTest(target[:40]):
                     self.assertIn(self.status(target), (400, 404))
-            for target in ("/jobs?at=nan", "/jobs?at=inf&after=0", "/jobs?match=%00&queue=%F0"):
+            for target in (
+                "/jobs?path=x&self=y&=z",
+                "/jobs?at=nan",
+                "/jobs?at=inf&after=0",
+                "/jobs?match=%00&queue=%F0",
+            ):
                 self.assertEqual(self.status(target), 200)
             for data in (
                 b"\r\n\r\n",

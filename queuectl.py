@@ -428,6 +428,11 @@ def valid_states(value: str) -> list[str]:
     return words
 
 
+def valid_file(value: str) -> str:
+    require(value, "not be empty")
+    return valid_text(value)
+
+
 def valid_directory(value: object) -> str:
     """Validate a directory, which need not exist yet, and make it absolute."""
     path = valid_text(os.fspath(value) if isinstance(value, os.PathLike) else value)
@@ -960,16 +965,14 @@ RUNS = ATTEMPTS.replace("output FROM", "x'' FROM")
 OUTPUT_TAIL = """
 SELECT coalesce(substr(output, :start), x'') FROM attempts WHERE job = :seq AND run = :run"""
 TOTALS = "SELECT queue, outcome, number, running, waiting, last FROM totals"
+READY_IN_QUEUE = "FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue"
 # By priority, of which there are few: the index has no order by time alone.
-OLDEST_DUE = """
-WITH RECURSIVE
-  ready AS (SELECT priority, run_after FROM jobs
-    WHERE state = 'pending' AND readiness = 1 AND queue = :queue),
-  levels (level) AS (
-    SELECT max(priority) FROM ready
-    UNION ALL SELECT (SELECT max(priority) FROM ready WHERE priority < level) FROM levels
-    WHERE level IS NOT NULL LIMIT 1000)
-SELECT min((SELECT min(run_after) FROM ready WHERE priority = level)) FROM levels"""
+OLDEST_DUE = f"""
+WITH RECURSIVE levels (level) AS (
+  SELECT max(priority) {READY_IN_QUEUE}
+  UNION ALL SELECT (SELECT max(priority) {READY_IN_QUEUE} AND priority < level) FROM levels
+  WHERE level IS NOT NULL LIMIT 1000)
+SELECT min((SELECT min(run_after) {READY_IN_QUEUE} AND priority = level)) FROM levels"""
 POSITION = """
 SELECT count(*) FROM (
   SELECT 1 FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue
@@ -4989,7 +4992,7 @@ th { text-align: left; color: var(--dim); font-weight: 500; }
 th, td { padding: .22rem .7rem .22rem 0; border-bottom: 1px solid var(--line); }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 summary { cursor: pointer; overflow-wrap: anywhere; }
-pre { margin: .4rem 0; padding: .6rem; background: var(--page); border-radius: 4px; font-size: .8rem;
+pre { margin: .4rem 0; padding: .6rem; background: var(--page); font-size: .8rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 @media print { :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --dim: #444;
   --line: #bbb; } body { padding: 0; max-width: none; } figure, details, tr { break-inside: avoid; }
@@ -6160,7 +6163,7 @@ COMMANDS = {
             arg("--horizon", "DURATION", "with --drain: do not wait for jobs that are due later "
                 "than this", parse_duration, default=LONGEST),
             arg("--report", "FILE", "with --drain: write a report about it at the end; its format "
-                "follows the ending, as in: report -o FILE; repeatable", valid_text,
+                "follows the ending, as in: report -o FILE; repeatable", valid_file,
                 dest="reports", action="append", default=[]),
             flag("--detach", "run in the background; the log is in the queue's .run directory"),
             flag("--quiet", "print no event lines"))),
@@ -6174,7 +6177,8 @@ COMMANDS = {
         "report -o report.html --since 1d", (
         arg("--format", None, "the default follows the ending of FILE, or is text",
             choices=tuple(FORMATS)),
-        arg("-o", "FILE", "write FILE, in one step, instead of stdout", valid_text, dest="output"),
+        arg("-o", "FILE", "write FILE, in one step, instead of stdout", valid_file,
+            dest="output"),
         arg("--since", "DURATION", "only jobs that changed, and attempts that ended, in this time",
             parse_duration, default=0.0), *SELECT[:-1], STATE)),
     "list": Command(cmd_list, "read", "list jobs", "list --state dead --limit 20", (

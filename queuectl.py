@@ -4542,23 +4542,28 @@ class Distribution:
 
     STEP = math.log(1.02)
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Iterable[Distribution] = ()) -> None:
         self.number = 0
         self.max = 0.0
-        self.buckets: dict[int, list[float]] = {}  # the number of durations, and the longest
+        self.buckets: dict[int, tuple[int, float]] = {}  # the number of durations, and the longest
+        for part in parts:
+            for bucket, (number, longest) in part.buckets.items():
+                self.put(bucket, number, longest)
+
+    def put(self, bucket: int, number: int, longest: float) -> None:
+        before = self.buckets.get(bucket, (0, 0.0))
+        self.buckets[bucket] = (before[0] + number, max(before[1], longest))
+        self.number += number
+        self.max = max(self.max, longest)
 
     def add(self, seconds: float) -> None:
         seconds = max(0.0, seconds)
-        bucket = self.buckets.setdefault(round(math.log(max(seconds, 0.001)) / self.STEP), [0, 0])
-        bucket[0] += 1
-        bucket[1] = max(bucket[1], seconds)
-        self.number += 1
-        self.max = max(self.max, seconds)
+        self.put(round(math.log(max(seconds, 0.001)) / self.STEP), 1, seconds)
 
     def quantile(self, part: float) -> float:
         rest = math.ceil(self.number * part)
         for _, (number, longest) in sorted(self.buckets.items()):
-            rest -= int(number)
+            rest -= number
             if rest <= 0:
                 return longest
         return 0.0
@@ -4571,7 +4576,7 @@ class Distribution:
         """Return the lower and upper end of eighths of decades, and the number of durations."""
         bins: collections.Counter[int] = collections.Counter()
         for bucket, (number, _) in self.buckets.items():
-            bins[max(-24, math.floor(bucket * self.STEP / math.log(10) * 8))] += int(number)
+            bins[max(-24, math.floor(bucket * self.STEP / math.log(10) * 8))] += number
         return [(10 ** (n / 8), 10 ** ((n + 1) / 8), number) for n, number in sorted(bins.items())]
 
 
@@ -4627,24 +4632,24 @@ class Counts:
         self.jobs[job.queue, job.state, job.readiness] += 1
         for run in history.runs:
             self.outcomes[run.outcome] += 1
-            for queue in ("", job.queue):  # "" stands for all of them
-                self.seconds[queue].add(run.finished - run.started)
-                self.waits[queue].add(run.waited)
+            self.seconds[job.queue].add(run.finished - run.started)
+            self.waits[job.queue].add(run.waited)
 
-    def facts_of(self, queue: str) -> dict[str, Any]:
-        jobs = ((key[1:], n) for key, n in self.jobs.items() if queue in ("", key[0]))
-        times = {**self.seconds[queue].facts("took"), **self.waits[queue].facts("waited")}
-        attempts = self.seconds[queue].number
-        return {**tally((*kind, n) for kind, n in jobs), "attempts": attempts, **times}
+    def facts_of(self, queues: Sequence[str]) -> dict[str, Any]:
+        jobs = ((key[1:], number) for key, number in self.jobs.items() if key[0] in queues)
+        took = Distribution(self.seconds[queue] for queue in queues)
+        waited = Distribution(self.waits[queue] for queue in queues)
+        counts = tally((*kind, number) for kind, number in jobs)
+        facts = {**counts, "attempts": took.number, **took.facts("took"), **waited.facts("waited")}
+        return {**facts, "histogram": took.histogram()}
 
     def facts(self) -> dict[str, Any]:
         queues = sorted({key[0] for key in self.jobs})
         return {
             "jobs": sum(self.jobs.values()),
-            **self.facts_of(""),
+            **self.facts_of(queues),
             "outcomes": dict(self.outcomes),
-            "histogram": self.seconds[""].histogram(),
-            "queues": [{"queue": queue, **self.facts_of(queue)} for queue in queues],
+            "queues": [{"queue": queue, **self.facts_of([queue])} for queue in queues],
         }
 
 
@@ -5346,14 +5351,19 @@ def json_report(report: Report) -> Iterator[str]:
 
 # JUnit. The elements are in the order of Maven Surefire's schema.
 
-NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-XML_ESCAPED = {ord(c): f"&#{ord(c)};" for c in "&<>\"'\r"}
 XML_BLANKS = {ord(c): f"&#{ord(c)};" for c in "\t\n"}  # an attribute would lose them
+
+
+@lru_cache(maxsize=None)
+def xml_escapes() -> dict[int, str]:
+    refused = {*range(32), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF} - {*b"\t\n\r"}
+    escapes = {number: f"#x{number:X}" for number in refused}
+    return {**escapes, **{ord(c): f"&#{ord(c)};" for c in "&<>\"'\r"}}
 
 
 def xml_text(text: str) -> str:
     """Return any text for an element; a character that XML cannot hold is written as #x1B."""
-    return NOT_XML.sub(lambda m: f"#x{ord(m[0]):X}", text).translate(XML_ESCAPED)
+    return text.translate(xml_escapes())
 
 
 def xml_tag(name: str, /, **attributes: str) -> str:

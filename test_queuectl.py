@@ -477,7 +477,7 @@ SELECT i, 'q' || i % 5, 'true', '/', 0, CASE WHEN i % 9 THEN 'completed' ELSE 'd
 FAKE_ATTEMPTS = """
 INSERT INTO attempts SELECT (i + 1) / 2, 1 + i % 2, 'worker-aa-' || i % 8,
   CASE WHEN i % 2 AND i / 2 % 9 THEN 'completed' ELSE 'failed' END, i % 100, 1e6 + i,
-  1e6 + i + i % 7, i % 2 = 0, 'exit code ' || i % 30, 0, zeroblob(5000) FROM n"""
+  1e6 + i + i % 7, i % 2 = 0, 'exit code ' || i % 30, 0, CAST(hex(zeroblob(2500)) AS BLOB) FROM n"""
 
 
 RUN_UNTIL_GO = "until [ -e go ]; do sleep 0.02; done"  # a job that runs until the test says go
@@ -5106,7 +5106,7 @@ class ReportFacts(Reported):
 
         with self.queue._db.transaction():
             self.queue._db.execute(f"WITH {NUMBERS} {FAKE_JOBS}", {"number": 50000})
-            self.queue._db.execute(f"WITH {NUMBERS} {FAKE_ATTEMPTS}", {"number": 100000})
+            self.queue._db.execute(f"WITH {NUMBERS} {FAKE_ATTEMPTS}", {"number": 60000})
         for style in queuectl.FORMATS:
             began = time.process_time()
             text = self.report(style)

@@ -25,7 +25,8 @@ The classes mirror the sections of queuectl.py, in the same order:
     report           ReportFacts ReportFormats ReportDrain
     command line     CliEnqueue CliEnqueueLive CliBadInput CliWorkers CliStatus CliStatusLive
                      CliList CliListLive CliShow CliLogs CliLogsLive CliWait CliWaitLive CliCancel
-                     CliCancelLive CliDlq CliConfig CliHelp CliCompletion CliSignals CliTerminal
+                     CliCancelLive CliSelectionLive CliDlq CliConfig CliHelp CliCompletion
+                     CliSignals CliTerminal
     whole program    Library Vendored AnySystem AsOnMacOS Readme Layout Speed
 
 A test marked @internal calls functions that are not public; it may change with them. The others
@@ -2781,6 +2782,54 @@ class QueueSelection(Clocked):
         for words in ("list ready --queue gpu", "list --state done", "list --match ed --queue="):
             self.assert_refused(*words.split())
 
+    CHANGES = {  # the command, and the ids of the jobs that it changes
+        "cancel --queue gpu": "later BLOCKED",
+        "cancel --state ready,scheduled --older-than 1d": "ready later",
+        "cancel --cascade --match later": "later BLOCKED",
+        "dlq retry --all": "failed",
+        "dlq retry --state dead,cancelled": "failed none",
+        "dlq purge --match FAIL": "failed",
+        "dlq purge --older-than 0 --queue gpu": "",
+        "prune": "ended none",
+        "prune --state dead --state completed": "ended failed",
+        "prune none": "none",
+    }
+
+    def test_command_changes_the_selected_jobs_and_none_in_a_dry_run(self) -> None:
+        before = self.ids(), self.queue.counts()
+        for words, ids in self.CHANGES.items():
+            with self.subTest(words):
+                dry = self.stdout(*words.split(), "--dry-run")
+                self.assertEqual((self.ids(), self.queue.counts()), before)
+                copy = self.file(str(len(words)) + ".db")
+                with contextlib.closing(sqlite3.connect(copy)) as db:
+                    self.queue._db.connection.backup(db)
+                os.chmod(copy, 0o600)
+                found = self.stdout("--db", copy, *words.split(), "--ids")
+                self.assertEqual([dry.split(), found.split()], [ids.split()] * 2)
+                with Queue(copy) as queue:
+                    changed = {job.id for job in self.queue.jobs()} - {
+                        job.id for job in queue.jobs()
+                    }
+                    changed |= {job.id for job in queue.jobs() if job != self.queue.get(job.id)}
+                self.assertEqual(changed, set(ids.split()))
+        self.assertEqual(self.result("dlq", "retry", "none", "ended", "-n")[:2], (1, "none\n"))
+
+    @internal
+    def test_change_of_many_jobs_is_made_in_short_transactions(self) -> None:
+        """Each is stored by itself, and jobs that another process changed meanwhile are left."""
+        ledger = self.queue._ledger
+        seqs = [job.seq for job in self.queue.jobs()]
+        seen = []
+        with mock.patch.multiple(queuectl, HOLD=1e-9, LET_IN=0):
+            for jobs in ledger.in_slices(seqs, ledger.check_retry, ledger.retry):
+                seen.append(" ".join(job.id for job in jobs))
+                if len(seen) == 2:
+                    self.queue.purge("none")
+                with Queue(self.path) as other:
+                    self.assertEqual(other.counts()["pending"], 3 + ("failed" in seen))
+        self.assertEqual(seen, ["", "failed", "", "", "", ""])
+
 
 class QueueOrder(Clocked):
     """The order in which jobs are claimed."""
@@ -5112,7 +5161,7 @@ class ReportFacts(Reported):
             text = self.report(style)
             with self.subTest(style):
                 self.assertLess(time.process_time() - began, 5)
-                self.assertLess(len(text), 5e6 if style != "junit" else 50e6)
+                self.assertTrue(len(text) < 5e6 or style == "junit")
         peaks = []
         for number in (10000, 40000):
             jobs = itertools.islice(self.queue._reader.all(), number)
@@ -5711,7 +5760,8 @@ class CliBadInput(Case):
         "enqueue ls -l": "several words goes after --, as in: enqueue -- ls -l",
         "status --db x.db": "--db goes before the command",
         "list --state done": "cancelled",
-        "prune --state pending": "(see queuectl prune --help)",
+        "prune --state pending": "must be of completed, dead, cancelled here, not pending",
+        "cancel": "name the jobs, or select them by --queue,",
         "--db new.db worker start --horizon 5": "--horizon requires --drain",
         "wait --all 1": "either name the jobs or use --all",
     }
@@ -6264,6 +6314,24 @@ class CliCancelLive(Live):
             self.assertEqual(cancel.wait(5), 0)
 
 
+class CliSelectionLive(Live):
+    """Changes of many jobs."""
+
+    @NEEDS_SHELL
+    def test_interrupted_change_keeps_and_reports_what_is_done(self) -> None:
+        with Queue(self.path) as queue:
+            queue.enqueue_many({"command": "true", "queue": "q"} for _ in range(10_000))
+            cancel = self.start("cancel", "--queue", "q", stderr=subprocess.PIPE)
+            wait_until(lambda: queue.counts()["cancelled"])
+            cancel.send_signal(signal.SIGINT)
+            out, err = cancel.communicate()
+            done = queue.counts()["cancelled"]
+            self.assertEqual([job.id for job in queue.jobs("cancelled")], out.split())
+        self.assertLess(done, 10_000)
+        self.assertEqual(err, f"queuectl: interrupted; {done} jobs of 10000 changed\n")
+        self.assertEqual(cancel.returncode, -signal.SIGINT)
+
+
 class CliDlq(Case):
     """`dlq`."""
 
@@ -6294,7 +6362,8 @@ class CliDlq(Case):
         self.enqueue("true", id="x")
         self.assertEqual(self.result("dlq", "retry", "--all"), (0, "", ""))
         self.result("cancel", "x")
-        hint = "queuectl: no job is dead; 1 cancelled job can be retried by id\n"
+        hint = "queuectl: no job is dead; 1 cancelled job can be retried by id or with "
+        hint += "--state cancelled\n"
         self.assertEqual(self.result("dlq", "retry", "--all"), (0, "", hint))
 
     @internal

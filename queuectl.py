@@ -261,7 +261,7 @@ class Selection(NamedTuple):
     queues: Sequence[str] = ()
     states: Sequence[str] = ()
     match: str = ""
-    older_than: float = 0.0
+    older_than: float | None = None
 
     def takes_state(self, state: State, readiness: int) -> bool:
         words = (state, READINESS_WORDS[readiness]) if state == PENDING else (state,)
@@ -427,6 +427,11 @@ def valid_states(value: str) -> list[str]:
         if word not in STATE_WORDS:
             raise ValueError(f"has no state {quoted(word)}{suggestion(word, STATE_WORDS)}")
     return words
+
+
+def valid_file(value: str) -> str:
+    require(value, "not be empty")
+    return valid_text(value)
 
 
 def valid_directory(value: object) -> str:
@@ -961,14 +966,14 @@ RUNS = ATTEMPTS.replace("output FROM", "x'' FROM")
 OUTPUT_TAIL = """
 SELECT coalesce(substr(output, :start), x'') FROM attempts WHERE job = :seq AND run = :run"""
 TOTALS = "SELECT queue, outcome, number, running, waiting, last FROM totals"
+READY_IN_QUEUE = "FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue"
 # By priority, of which there are few: the index has no order by time alone.
-IS_READY = "INDEXED BY jobs_ready WHERE state = 'pending' AND readiness = 1 AND queue = :queue"
 OLDEST_DUE = f"""
 WITH RECURSIVE levels (level) AS (
-  SELECT max(priority) FROM jobs {IS_READY}
-  UNION ALL SELECT (SELECT max(priority) FROM jobs {IS_READY} AND priority < level) FROM levels
+  SELECT max(priority) {READY_IN_QUEUE}
+  UNION ALL SELECT (SELECT max(priority) {READY_IN_QUEUE} AND priority < level) FROM levels
   WHERE level IS NOT NULL LIMIT 1000)
-SELECT min((SELECT min(run_after) FROM jobs {IS_READY} AND priority = level)) FROM levels"""
+SELECT min((SELECT min(run_after) {READY_IN_QUEUE} AND priority = level)) FROM levels"""
 LAST_RUNS = ATTEMPT.replace("output FROM", "x'' FROM")
 LAST_RUNS += "WHERE job = :seq ORDER BY run DESC LIMIT :limit"
 JOBS_BEFORE = JOB + "WHERE seq < :seq ORDER BY seq DESC LIMIT :limit"
@@ -2701,6 +2706,10 @@ class Reader:
             yield
 
 
+HOLD = 0.02  # seconds after which a change of many jobs ends a transaction and begins another
+LET_IN = 0.006  # seconds between the two, for others: they try again sooner
+
+
 class Claim(NamedTuple):
     """A job that a worker has claimed, and the settings that apply to it."""
 
@@ -2846,14 +2855,28 @@ class Ledger:
                 self.change(RESCHEDULE, seq=job.seq, when=when, scheduled_for=planned, now=now)
         return True
 
-    def retry(self, job: Job) -> None:
-        if not self.change(RETRY, seq=job.seq, now=self.clock()):
-            raise NotFound(f"job {printable(job.id)} is {job.state}, not dead or cancelled")
+    def require_state(self, job: Job, states: Sequence[str]) -> None:
+        if job.state not in states:
+            raise NotFound(f"job {printable(job.id)} is {job.state}, not {' or '.join(states)}")
+
+    def check_retry(self, job: Job) -> None:
+        """Raise NotFound where a job cannot return to the queue."""
+        self.require_state(job, (DEAD, CANCELLED))
         name = {"id": job.schedule_id}
-        taken = job.rule and self.db.rows(BY_ID, name)
-        if taken or len(self.db.rows(ACTIVE_OF_SCHEDULE, name)) > 1:
+        if job.rule and (self.db.rows(BY_ID, name) or self.db.rows(ACTIVE_OF_SCHEDULE, name)):
             schedule = printable(str(job.schedule_id))
-            raise BadInput(f"schedule {schedule} is active already, or its name is taken")
+            raise NotFound(f"schedule {schedule} is active already, or its name is taken")
+
+    def retry(self, job: Job) -> None:
+        self.check_retry(job)
+        self.change(RETRY, seq=job.seq, now=self.clock())
+
+    def check_delete(self, job: Job, states: Sequence[str]) -> None:
+        """Raise NotFound where a job is in none of these states, or another one waits for it."""
+        self.require_state(job, states)
+        if child := self.reader.first(BLOCKED_CHILDREN, seq=job.seq):
+            name = printable(job.id)
+            raise NotFound(f"job {printable(child.id)} waits for {name}; cancel that first")
 
     def cancel(self, seq: int) -> None:
         if not self.change(CANCEL_WAITING, seq=seq, now=self.clock()):
@@ -2870,6 +2893,32 @@ class Ledger:
             for (seq,) in rows:
                 self.delete(seq)
         return len(rows)
+
+    def in_slices(
+        self, seqs: Iterable[int], check: Callable[[Job], None], act: Callable[[Job], None]
+    ) -> Iterator[list[Job]]:
+        """Change jobs in short transactions; yield the jobs, as they were before, of each.
+
+        Jobs for which the check raises NotFound are left as they are. What was yielded is stored,
+        whatever happens to the caller later.
+        """
+        left = collections.deque(seqs)
+        while left:
+            changed = []
+            with self.db.transaction(notify=True):
+                until = time.monotonic() + HOLD
+                while left:
+                    job = self.reader.by_seq(left.popleft())
+                    with contextlib.suppress(NotFound):
+                        if job:
+                            check(job)
+                            act(job)
+                            changed.append(job)
+                    if time.monotonic() > until:
+                        break
+            yield changed
+            if left and not self.db.connection.in_block:
+                time.sleep(LET_IN)
 
 
 class JobWatch:
@@ -3042,10 +3091,15 @@ class Queue:
         return [self.get(job.id) for job in jobs.values()]
 
     def retry(self, ids: Iterable[str] | None = None) -> list[str]:
-        """Return dead or cancelled jobs to the queue, all or none; without ids, all dead ones."""
+        """Return dead or cancelled jobs to the queue, all or none; return their ids.
+
+        Without ids, return all dead jobs, in slices, so that nobody else waits for long.
+        """
+        if ids is None:
+            seqs = [row[1] for row in self._reader.dead()]
+            slices = self._ledger.in_slices(seqs, self._ledger.check_retry, self._ledger.retry)
+            return [job.id for jobs in slices for job in jobs]
         with self._db.transaction(notify=True):
-            if ids is None:
-                ids = [row[0] for row in self._reader.dead()]
             jobs = self._reader.named(ids)
             for job in jobs:
                 self._ledger.retry(job)
@@ -3053,16 +3107,16 @@ class Queue:
 
     def purge(self, ids: Iterable[str]) -> int:
         """Delete dead or cancelled jobs, all or none; return how many."""
+        return len(self._delete(ids, (DEAD, CANCELLED)))
+
+    def _delete(self, ids: Iterable[str], states: Sequence[str]) -> list[Job]:
+        """Delete the named jobs, all or none; return them."""
         with self._db.transaction():
             jobs = self._reader.named(ids)
             for job in jobs:
-                name = printable(job.id)
-                if job.state not in (DEAD, CANCELLED):
-                    raise NotFound(f"job {name} is {job.state}, not dead or cancelled")
-                for child in self._reader.select(BLOCKED_CHILDREN, seq=job.seq):
-                    raise NotFound(f"job {printable(child.id)} waits for {name}; cancel that first")
+                self._ledger.check_delete(job, states)
                 self._ledger.delete(job.seq)
-        return len(jobs)
+        return jobs
 
     def prune(self, older_than: float = 0, states: Sequence[str] = PRUNED_BY_DEFAULT) -> int:
         """Delete jobs that ended `older_than` seconds ago or earlier; return how many.
@@ -3070,18 +3124,14 @@ class Queue:
         A job that a blocked job waits for is kept. The work is done in slices, so that nobody else
         waits for long.
         """
-        before = self._reader.clock() - older_than
         wanted = as_list(states)
         if not set(wanted) <= set(FINISHED):
             raise BadInput(f"only jobs in the states {', '.join(FINISHED)} can be pruned")
-        total = 0
-        for state in wanted:
-            began = time.monotonic()
-            while deleted := self._ledger.delete_slice(state, before):
-                total += deleted
-                time.sleep(min(time.monotonic() - began, 0.05))
-                began = time.monotonic()
-        return total
+        chosen = Selection(states=wanted, older_than=older_than)
+        seqs = [job.seq for job in self._reader.selected(chosen)]
+        check = partial(self._ledger.check_delete, states=wanted)
+        slices = self._ledger.in_slices(seqs, check, lambda job: self._ledger.delete(job.seq))
+        return sum(map(len, slices))
 
     def pause(self, queue: str = "") -> None:
         """Start no more jobs of a queue, or of any; running jobs continue."""
@@ -4564,23 +4614,28 @@ class Distribution:
 
     STEP = math.log(1.02)
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Iterable[Distribution] = ()) -> None:
         self.number = 0
         self.max = 0.0
-        self.buckets: dict[int, list[float]] = {}  # the number of durations, and the longest
+        self.buckets: dict[int, tuple[int, float]] = {}  # the number of durations, and the longest
+        for part in parts:
+            for bucket, (number, longest) in part.buckets.items():
+                self.put(bucket, number, longest)
+
+    def put(self, bucket: int, number: int, longest: float) -> None:
+        before = self.buckets.get(bucket, (0, 0.0))
+        self.buckets[bucket] = (before[0] + number, max(before[1], longest))
+        self.number += number
+        self.max = max(self.max, longest)
 
     def add(self, seconds: float) -> None:
         seconds = max(0.0, seconds)
-        bucket = self.buckets.setdefault(round(math.log(max(seconds, 0.001)) / self.STEP), [0, 0])
-        bucket[0] += 1
-        bucket[1] = max(bucket[1], seconds)
-        self.number += 1
-        self.max = max(self.max, seconds)
+        self.put(round(math.log(max(seconds, 0.001)) / self.STEP), 1, seconds)
 
     def quantile(self, part: float) -> float:
         rest = math.ceil(self.number * part)
         for _, (number, longest) in sorted(self.buckets.items()):
-            rest -= int(number)
+            rest -= number
             if rest <= 0:
                 return longest
         return 0.0
@@ -4593,7 +4648,7 @@ class Distribution:
         """Return the lower and upper end of eighths of decades, and the number of durations."""
         bins: collections.Counter[int] = collections.Counter()
         for bucket, (number, _) in self.buckets.items():
-            bins[max(-24, math.floor(bucket * self.STEP / math.log(10) * 8))] += int(number)
+            bins[max(-24, math.floor(bucket * self.STEP / math.log(10) * 8))] += number
         return [(10 ** (n / 8), 10 ** ((n + 1) / 8), number) for n, number in sorted(bins.items())]
 
 
@@ -4649,24 +4704,24 @@ class Counts:
         self.jobs[job.queue, job.state, job.readiness] += 1
         for run in history.runs:
             self.outcomes[run.outcome] += 1
-            for queue in ("", job.queue):  # "" stands for all of them
-                self.seconds[queue].add(run.finished - run.started)
-                self.waits[queue].add(run.waited)
+            self.seconds[job.queue].add(run.finished - run.started)
+            self.waits[job.queue].add(run.waited)
 
-    def facts_of(self, queue: str) -> dict[str, Any]:
-        jobs = ((key[1:], n) for key, n in self.jobs.items() if queue in ("", key[0]))
-        times = {**self.seconds[queue].facts("took"), **self.waits[queue].facts("waited")}
-        attempts = self.seconds[queue].number
-        return {**tally((*kind, n) for kind, n in jobs), "attempts": attempts, **times}
+    def facts_of(self, queues: Sequence[str]) -> dict[str, Any]:
+        jobs = ((key[1:], number) for key, number in self.jobs.items() if key[0] in queues)
+        took = Distribution(self.seconds[queue] for queue in queues)
+        waited = Distribution(self.waits[queue] for queue in queues)
+        counts = tally((*kind, number) for kind, number in jobs)
+        facts = {**counts, "attempts": took.number, **took.facts("took"), **waited.facts("waited")}
+        return {**facts, "histogram": took.histogram()}
 
     def facts(self) -> dict[str, Any]:
         queues = sorted({key[0] for key in self.jobs})
         return {
             "jobs": sum(self.jobs.values()),
-            **self.facts_of(""),
+            **self.facts_of(queues),
             "outcomes": dict(self.outcomes),
-            "histogram": self.seconds[""].histogram(),
-            "queues": [{"queue": queue, **self.facts_of(queue)} for queue in queues],
+            "queues": [{"queue": queue, **self.facts_of([queue])} for queue in queues],
         }
 
 
@@ -5014,7 +5069,7 @@ th { text-align: left; color: var(--dim); font-weight: 500; }
 th, td { padding: .22rem .7rem .22rem 0; border-bottom: 1px solid var(--line); }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 summary { cursor: pointer; overflow-wrap: anywhere; }
-pre { margin: .4rem 0; padding: .6rem; background: var(--page); border-radius: 4px; font-size: .8rem;
+pre { margin: .4rem 0; padding: .6rem; background: var(--page); font-size: .8rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 @media print { :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --dim: #444;
   --line: #bbb; } body { padding: 0; max-width: none; } figure, details, tr { break-inside: avoid; }
@@ -5368,14 +5423,19 @@ def json_report(report: Report) -> Iterator[str]:
 
 # JUnit. The elements are in the order of Maven Surefire's schema.
 
-NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-XML_ESCAPED = {ord(c): f"&#{ord(c)};" for c in "&<>\"'\r"}
 XML_BLANKS = {ord(c): f"&#{ord(c)};" for c in "\t\n"}  # an attribute would lose them
+
+
+@lru_cache(maxsize=None)
+def xml_escapes() -> dict[int, str]:
+    refused = {*range(32), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF} - {*b"\t\n\r"}
+    escapes = {number: f"#x{number:X}" for number in refused}
+    return {**escapes, **{ord(c): f"&#{ord(c)};" for c in "&<>\"'\r"}}
 
 
 def xml_text(text: str) -> str:
     """Return any text for an element; a character that XML cannot hold is written as #x1B."""
-    return NOT_XML.sub(lambda m: f"#x{ord(m[0]):X}", text).translate(XML_ESCAPED)
+    return text.translate(xml_escapes())
 
 
 def xml_tag(name: str, /, **attributes: str) -> str:
@@ -6696,12 +6756,79 @@ def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
             return
 
 
+def selection_options(args: argparse.Namespace) -> dict[str, Any]:
+    options = {key: getattr(args, key) for key in Selection._fields}
+    return {key: value for key, value in options.items() if value not in (None, "", [])}
+
+
 def selection(args: argparse.Namespace, states: Sequence[str] = ()) -> Selection:
     """Return the jobs that the arguments select, by default among those in some states."""
-    given = {key: value for key, value in vars(args).items() if key in Selection._fields and value}
+    given = selection_options(args)
     if args.ids and len(given) > 1:
         raise BadInput("either name the jobs or select them by options, not both")
     return Selection(**{"states": states, **given})
+
+
+def targets(
+    args: argparse.Namespace,
+    states: Sequence[str],
+    usual: Sequence[str],
+    *,
+    everything: bool = False,
+) -> Selection:
+    """Return the jobs that a command is to change: those in some states, by default the usual ones.
+
+    Unless `everything` or --all is meant, at least one id or option must be given.
+    """
+    all_given = vars(args).get("all", False)
+    if args.ids and all_given:
+        raise BadInput("either name the jobs or use --all")
+    known = (*states, *READINESS_WORDS.values()) if PENDING in states else states
+    for word in args.states:
+        if word not in known:
+            raise BadInput(f"--state must be of {', '.join(known)} here, not {word}")
+    if not (everything or all_given or selection_options(args)):
+        raise BadInput("name the jobs, or select them by --queue, --state, --match, --older-than")
+    return selection(args, usual)
+
+
+def dry_run(jobs: Iterable[Job], check: Callable[[Job], None], *, named: bool) -> int:
+    """Print the ids of the jobs that a command would change; report the others of named ones."""
+    code = Exit.OK
+    for job in jobs:
+        try:
+            check(job)
+            print(job.id)
+        except NotFound as error:
+            if named:
+                say(str(error))
+                code = Exit.NO
+    return code
+
+
+def change_jobs(
+    queue: Queue,
+    seqs: Iterable[int],
+    check: Callable[[Job], None],
+    act: Callable[[Job], None],
+    report: Callable[[list[Job]], None],
+) -> int:
+    """Change jobs in slices, and report each slice; a signal to stop ends it after a slice."""
+    numbers: list[int] = []
+    changed = 0
+    left = list(seqs)
+    with handle_signals(lambda number, _frame: numbers.append(number), None):
+        for jobs in queue._ledger.in_slices(left, check, act):
+            report(jobs)
+            changed += len(jobs)
+            if numbers:
+                say(f"interrupted; {plural(changed, 'job')} of {len(left)} changed")
+                return -numbers[0]
+    return Exit.OK
+
+
+def show_ids(jobs: Iterable[Job]) -> None:
+    show((job.id for job in jobs), whole=True)
 
 
 def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str] = ()) -> None:
@@ -6715,7 +6842,7 @@ def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str] = ()
     if limit:
         jobs, total = reader.latest_selected(chosen, limit)
     if args.ids_only:
-        show((job.id for job in jobs), whole=True)
+        show_ids(jobs)
         return
     facts = (job_facts(job, settings) for job in jobs)
     headings = ("ID", "STATE", "QUEUE", "TRIES", "WHEN", "WHY", "COMMAND")
@@ -6782,9 +6909,9 @@ def cmd_report(args: argparse.Namespace, queue: Queue) -> None:
         sys.stdout.writelines(FORMATS[style](report))
 
 
-def require_ids(args: argparse.Namespace, *, selected: bool = False) -> list[str]:
-    """Return the ids that a command names; none where --all or another selection is given."""
-    if bool(args.ids) == (args.all or selected):
+def require_ids(args: argparse.Namespace) -> list[str]:
+    """Return the ids that a command names; none where --all is given."""
+    if bool(args.ids) == args.all:
         raise BadInput("either name the jobs or use --all")
     return list(args.ids)
 
@@ -6937,8 +7064,33 @@ def report_cancelled(args: argparse.Namespace, queue: Queue, job: Job) -> int:
     return Exit.OK
 
 
-def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
-    jobs = queue.cancel(args.ids, cascade=args.cascade)
+def to_cancel(args: argparse.Namespace, queue: Queue, chosen: Selection) -> Iterable[Job]:
+    """Return the selected jobs and, with --cascade, those that wait for them."""
+    jobs = {job.seq: job for job in queue._reader.selected(chosen)}
+    for seq in list(jobs) if args.cascade else []:
+        jobs.update((job.seq, job) for job in queue._reader.select(DESCENDANTS, seq=seq))
+    return jobs.values()
+
+
+def cancel_waiting(args: argparse.Namespace, queue: Queue, chosen: Selection) -> int:
+    """Cancel the jobs that wait, in slices."""
+    ledger = queue._ledger
+    ended: list[Job] = []
+
+    def report(jobs: list[Job]) -> None:
+        show_ids(jobs)
+        ended.extend(job for job in jobs if job.rule)
+
+    check = partial(ledger.require_state, states=(PENDING,))
+    seqs = [job.seq for job in to_cancel(args, queue, chosen)]
+    code = change_jobs(queue, seqs, check, lambda job: ledger.cancel(job.seq), report)
+    for job in ended:
+        say(f"schedule {job.schedule_id} has ended with {job.id}")
+    return code
+
+
+def cancel_named(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> int:
+    jobs = queue.cancel(ids, cascade=args.cascade)
     run_dir = queue._db.run_dir
     notices = Notices(say, NEVER)
     report_at = time.monotonic() + 1
@@ -6953,6 +7105,21 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
     return max(report_cancelled(args, queue, job) for job in jobs)
 
 
+def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
+    states = (PENDING, PROCESSING)
+    chosen = targets(args, states, states)
+    if args.dry_run:
+        check = partial(queue._ledger.require_state, states=states)
+        return dry_run(to_cancel(args, queue, chosen), check, named=bool(chosen.ids))
+    ids = chosen.ids
+    if not ids:
+        if code := cancel_waiting(args, queue, chosen):
+            return code
+        running = (job for job in queue._reader.selected(chosen) if job.state == PROCESSING)
+        ids = [job.id for job in running]
+    return cancel_named(args, queue, ids) if ids else Exit.OK
+
+
 def cmd_pause(args: argparse.Namespace, queue: Queue) -> None:
     for name in args.queues or [""]:
         queue.pause(name)
@@ -6965,20 +7132,58 @@ def cmd_resume(args: argparse.Namespace, queue: Queue) -> None:
         say("all queues are still paused; resume without --queue resumes them")
 
 
-def cmd_dlq_retry(args: argparse.Namespace, queue: Queue) -> None:
-    ids = queue.retry(require_ids(args) or None)
-    show(ids)
-    if not ids and (cancelled := queue.counts()[CANCELLED]):
-        say(f"no job is dead; {plural(cancelled, 'cancelled job')} can be retried by id")
+def cmd_dlq_retry(args: argparse.Namespace, queue: Queue) -> int:
+    ledger = queue._ledger
+    chosen = targets(args, (DEAD, CANCELLED), (DEAD,))
+    if args.dry_run:
+        jobs = queue._reader.selected(chosen)
+        return dry_run(jobs, ledger.check_retry, named=bool(chosen.ids))
+    if chosen.ids:
+        show(queue.retry(chosen.ids))
+        return Exit.OK
+    counts = queue.counts()
+    if chosen.states == (DEAD,) and not counts[DEAD] and counts[CANCELLED]:
+        cancelled = plural(counts[CANCELLED], "cancelled job")
+        say(f"no job is dead; {cancelled} can be retried by id or with --state cancelled")
+    seqs = [job.seq for job in queue._reader.selected(chosen)]
+    return change_jobs(queue, seqs, ledger.check_retry, ledger.retry, show_ids)
 
 
-def cmd_dlq_purge(args: argparse.Namespace, queue: Queue) -> None:
-    ids = require_ids(args, selected=args.older_than is not None)
-    print(queue.purge(ids) if ids else queue.prune(args.older_than or 0, (DEAD,)), "purged")
+def delete_jobs(
+    args: argparse.Namespace, queue: Queue, chosen: Selection, states: Sequence[str], done: str
+) -> int:
+    """Delete jobs in some states, the named ones all or none; print their number or their ids."""
+    ledger = queue._ledger
+    check = partial(ledger.check_delete, states=states)
+    if args.dry_run:
+        return dry_run(queue._reader.selected(chosen), check, named=bool(chosen.ids))
+    deleted = 0
+
+    def report(jobs: list[Job]) -> None:
+        nonlocal deleted
+        deleted += len(jobs)
+        if args.ids_only:
+            show_ids(jobs)
+
+    code: int = Exit.OK
+    if chosen.ids:
+        report(queue._delete(chosen.ids, states))
+    else:
+        seqs = [job.seq for job in queue._reader.selected(chosen)]
+        code = change_jobs(queue, seqs, check, lambda job: ledger.delete(job.seq), report)
+    if not args.ids_only:
+        print(deleted, done)
+    return code
 
 
-def cmd_prune(args: argparse.Namespace, queue: Queue) -> None:
-    print(queue.prune(args.older_than, args.state or PRUNED_BY_DEFAULT), "pruned")
+def cmd_dlq_purge(args: argparse.Namespace, queue: Queue) -> int:
+    chosen = targets(args, (DEAD, CANCELLED), (DEAD,))
+    return delete_jobs(args, queue, chosen, (DEAD, CANCELLED), "purged")
+
+
+def cmd_prune(args: argparse.Namespace, queue: Queue) -> int:
+    chosen = targets(args, FINISHED, PRUNED_BY_DEFAULT, everything=True)
+    return delete_jobs(args, queue, chosen, FINISHED, "pruned")
 
 
 def setting_text(value: object) -> str:
@@ -7016,11 +7221,12 @@ IDS = arg("ids", "ID", nargs="*")
 STATE = arg("--state", "STATE,...", "only jobs in these states: " + ", ".join(STATE_WORDS),
             valid_states, dest="states", action="extend", default=[])
 MATCH = arg("--match", "TEXT", "only jobs with this text in the id or the command, in upper or "
-            "lower case", valid_text, default="")
+            "lower case", valid_command)
 OLDER_THAN = arg("--older-than", "DURATION", "only jobs that have been in their state for at "
-                 "least this time", parse_duration, default=0.0)
+                 "least this time", parse_duration)
 IDS_ONLY = flag("--ids", "print the ids alone", dest="ids_only")
-SELECT = (IDS, QUEUES, MATCH, OLDER_THAN, IDS_ONLY)
+SELECT = (IDS, QUEUES, STATE, MATCH, OLDER_THAN, IDS_ONLY)
+CHANGE = (*SELECT, flag("-n --dry-run", "print the ids of the jobs, and change nothing"))
 ALL_DEAD = flag("--all", "all dead jobs")
 KEY = arg("key", "KEY", "one of: " + ", ".join(SETTINGS), validate_setting)
 
@@ -7052,7 +7258,7 @@ COMMANDS = {
             arg("--horizon", "DURATION", "with --drain: do not wait for jobs that are due later "
                 "than this", parse_duration, default=LONGEST),
             arg("--report", "FILE", "with --drain: write a report about it at the end; its format "
-                "follows the ending, as in: report -o FILE; repeatable", valid_text,
+                "follows the ending, as in: report -o FILE; repeatable", valid_file,
                 dest="reports", action="append", default=[]),
             flag("--detach", "run in the background; the log is in the queue's .run directory"),
             flag("--quiet", "print no event lines"))),
@@ -7066,11 +7272,12 @@ COMMANDS = {
         "report -o report.html --since 1d", (
         arg("--format", None, "the default follows the ending of FILE, or is text",
             choices=tuple(FORMATS)),
-        arg("-o", "FILE", "write FILE, in one step, instead of stdout", valid_text, dest="output"),
+        arg("-o", "FILE", "write FILE, in one step, instead of stdout", valid_file,
+            dest="output"),
         arg("--since", "DURATION", "only jobs that changed, and attempts that ended, in this time",
-            parse_duration, default=0.0), *SELECT[:-1], STATE)),
+            parse_duration, default=0.0), *SELECT[:-1])),
     "list": Command(cmd_list, "read", "list jobs", "list --state dead --limit 20", (
-        *SELECT, STATE, flag("--recurring", "list schedules and their next times"), LIMIT, JSON)),
+        *SELECT, flag("--recurring", "list schedules and their next times"), LIMIT, JSON)),
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
     "logs": Command(cmd_logs, "read", "print the output of a job", "logs 7 -f", (
         ID, flag("-f --follow", "continue until the attempt ends"),
@@ -7082,23 +7289,18 @@ COMMANDS = {
     "wait": Command(cmd_wait, "read", "wait for jobs; exit with the code of the first that failed",
         "wait 7 8", (IDS, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
     "cancel": Command(cmd_cancel, "write", "cancel waiting or running jobs", "cancel 7", (
-        arg("ids", "ID", nargs="+"), flag("--cascade", "also cancel the jobs that wait for them"))),
+        *CHANGE, flag("--cascade", "also cancel the jobs that wait for them"))),
     "pause": Command(cmd_pause, "create", "start no new jobs until resume",
         "pause --queue gpu", (QUEUES,)),
     "resume": Command(cmd_resume, "write", "start jobs again after pause", "resume", (QUEUES,)),
     "dlq list": Command(lambda args, queue: show_jobs(args, queue, (DEAD,)), "read",
         "list the dead letter queue", "dlq list", (*SELECT, LIMIT, JSON)),
     "dlq retry": Command(cmd_dlq_retry, "write", "return dead or cancelled jobs to the queue",
-        "dlq retry 7", (IDS, ALL_DEAD)),
+        "dlq retry 7", (*CHANGE, ALL_DEAD)),
     "dlq purge": Command(cmd_dlq_purge, "write", "delete dead or cancelled jobs",
-        "dlq purge --older-than 30d", (IDS, ALL_DEAD, arg("--older-than", "DURATION",
-            "only jobs that died at least this long ago", parse_duration))),
-    "prune": Command(
-        cmd_prune, "write", "delete completed and cancelled jobs", "prune --older-than 7d", (
-            arg("--older-than", "DURATION", "only jobs that ended at least this long ago",
-                parse_duration, default=0.0),
-            arg("--state", None, "only this state (default: completed and cancelled); repeatable",
-                action="append", choices=FINISHED))),
+        "dlq purge --older-than 30d", (*CHANGE, ALL_DEAD)),
+    "prune": Command(cmd_prune, "write", "delete completed and cancelled jobs",
+        "prune --older-than 7d", CHANGE),
     "config get": Command(
         lambda args, queue: show([setting_text(queue.config()[args.key])], whole=True),
         "read", "print a setting", "config get timeout", (KEY,)),

@@ -22,11 +22,13 @@ The classes mirror the sections of queuectl.py, in the same order:
     pool             PoolRecovery PoolFalseAlarms PoolStop PoolDispatch PoolDispatchLive PoolFiles
                      PoolTrouble PoolTroubleLive
     words            WordsWhy WordsProgress
+    report           ReportFacts ReportFormats ReportDrain
     web              PageParser Web WebGate WebServer WebCommand WebPages WebActions WebCost
                      WebHostile
     command line     CliEnqueue CliEnqueueLive CliBadInput CliWorkers CliStatus CliStatusLive
                      CliList CliListLive CliShow CliLogs CliLogsLive CliWait CliWaitLive CliCancel
-                     CliCancelLive CliDlq CliConfig CliHelp CliCompletion CliSignals CliTerminal
+                     CliCancelLive CliSelectionLive CliDlq CliConfig CliHelp CliCompletion
+                     CliSignals CliTerminal
     whole program    Library Vendored AnySystem AsOnMacOS Readme Layout Speed
 
 A test marked @internal calls functions that are not public; it may change with them. The others
@@ -76,6 +78,7 @@ import time
 import unittest
 import urllib.parse
 import urllib.request
+import xml.etree.ElementTree
 from concurrent import futures
 from functools import partial
 from types import SimpleNamespace
@@ -404,6 +407,84 @@ class Clocked(Case):
         act()
         self.queue._db.connection.set_progress_handler(None, 0)
         return len(taken)
+
+
+class Tags(html.parser.HTMLParser):
+    """The elements of an HTML page, with their attributes, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, Any]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+HOSTILE = "NUL\0 ]]> \x1b[31mred\x1b[m <script>alert(1)</script> \u202eevil\u2066 ``` x | y & \"'"
+HOSTILE_ID = "<script>`|\"'*_[x](y)&amp;]]>"
+
+
+class Reported(Clocked):
+    """A queue whose attempts take as long, and end as, a test says."""
+
+    def attempt(self, code: Any = 0, took: float = 1.0, **more: Any) -> Any:
+        """Run the next job: None stands for one that could not start; return its new record."""
+        job = claim(self.queue, more.pop("worker", "worker-aa-1"))
+        started, self.now = self.now, self.now + took
+        error = "cannot start: no" if code is None else queuectl.explain_exit(code)
+        given = {"end": "exited", "exit_code": code, "error": error, **more}
+        outcome = Outcome(started=started, finished=self.now, **given)
+        return self.queue._ledger.finish(job, outcome)[0]
+
+    def run_jobs(self) -> None:
+        """Make one job of each kind."""
+        configure = self.queue.configure
+        configure("backoff_base", "1")
+        self.queue.enqueue("true", id="good")
+        self.attempt(took=4)
+        self.queue.enqueue("true", id="flaky")
+        self.attempt(1, output=b"first\n")
+        self.now += 1
+        self.attempt(75)
+        self.now += 1
+        self.attempt(took=3)
+        self.queue.enqueue("true", id=HOSTILE_ID, queue=HOSTILE_ID, max_retries=2)
+        self.attempt(3, output=HOSTILE.encode() + b"\xff\n")
+        self.now += 1
+        self.attempt(3, output=HOSTILE.encode() + b"\xff\n")
+        self.queue.enqueue("true", id="nowhere", max_retries=1)
+        self.attempt(None)
+        self.queue.enqueue("true", id="blocked", after=["nowhere"])
+        self.queue.enqueue("true", id="cancelled")
+        self.queue.cancel(["cancelled"])
+        self.queue.enqueue("true", id="nightly", every=3600, run_at=self.now + 100)
+
+    def report(self, style: str, *args: str) -> str:
+        """Return a report as the command prints it, by the clock of the test."""
+        chosen = queuectl.parse(["report", "--format", style, *args])
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            queuectl.cmd_report(chosen, self.queue)
+        return out.getvalue()
+
+    def facts(self, *args: str) -> Any:
+        return json.loads(self.report("json", *args))
+
+
+NUMBERS = "n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :number)"
+FAKE_JOBS = """
+INSERT INTO jobs (id, queue, command, cwd, priority, state, readiness, created_at, updated_at,
+  run_after, run, attempts)
+SELECT i, 'q' || i % 5, 'true', '/', 0, CASE WHEN i % 9 THEN 'completed' ELSE 'dead' END, 1,
+  1e6, 1e6 + i, 1e6, 2, 2 FROM n"""
+FAKE_ATTEMPTS = """
+INSERT INTO attempts SELECT (i + 1) / 2, 1 + i % 2, 'worker-aa-' || i % 8,
+  CASE WHEN i % 2 AND i / 2 % 9 THEN 'completed' ELSE 'failed' END, i % 100, 1e6 + i,
+  1e6 + i + i % 7, i % 2 = 0, 'exit code ' || i % 30, 0, CAST(hex(zeroblob(2500)) AS BLOB) FROM n"""
 
 
 RUN_UNTIL_GO = "until [ -e go ]; do sleep 0.02; done"  # a job that runs until the test says go
@@ -1053,6 +1134,9 @@ class SqlPlans(Clocked):
         "MARK_MET": "PRIMARY KEY",
         "PARENTS": "needs_child",
         "BY_ID": "sqlite_autoindex_jobs_1",
+        "RUNS": "PRIMARY KEY",
+        "OUTPUT_TAIL": "PRIMARY KEY",
+        "OLDEST_DUE": "jobs_ready",
     }
 
     @internal
@@ -2703,6 +2787,54 @@ class QueueSelection(Clocked):
         self.assertEqual(self.stdout("dlq", "list", "--ids"), "failed\n")
         for words in ("list ready --queue gpu", "list --state done", "list --match ed --queue="):
             self.assert_refused(*words.split())
+
+    CHANGES = {  # the command, and the ids of the jobs that it changes
+        "cancel --queue gpu": "later BLOCKED",
+        "cancel --state ready,scheduled --older-than 1d": "ready later",
+        "cancel --cascade --match later": "later BLOCKED",
+        "dlq retry --all": "failed",
+        "dlq retry --state dead,cancelled": "failed none",
+        "dlq purge --match FAIL": "failed",
+        "dlq purge --older-than 0 --queue gpu": "",
+        "prune": "ended none",
+        "prune --state dead --state completed": "ended failed",
+        "prune none": "none",
+    }
+
+    def test_command_changes_the_selected_jobs_and_none_in_a_dry_run(self) -> None:
+        before = self.ids(), self.queue.counts()
+        for words, ids in self.CHANGES.items():
+            with self.subTest(words):
+                dry = self.stdout(*words.split(), "--dry-run")
+                self.assertEqual((self.ids(), self.queue.counts()), before)
+                copy = self.file(str(len(words)) + ".db")
+                with contextlib.closing(sqlite3.connect(copy)) as db:
+                    self.queue._db.connection.backup(db)
+                os.chmod(copy, 0o600)
+                found = self.stdout("--db", copy, *words.split(), "--ids")
+                self.assertEqual([dry.split(), found.split()], [ids.split()] * 2)
+                with Queue(copy) as queue:
+                    changed = {job.id for job in self.queue.jobs()} - {
+                        job.id for job in queue.jobs()
+                    }
+                    changed |= {job.id for job in queue.jobs() if job != self.queue.get(job.id)}
+                self.assertEqual(changed, set(ids.split()))
+        self.assertEqual(self.result("dlq", "retry", "none", "ended", "-n")[:2], (1, "none\n"))
+
+    @internal
+    def test_change_of_many_jobs_is_made_in_short_transactions(self) -> None:
+        """Each is stored by itself, and jobs that another process changed meanwhile are left."""
+        ledger = self.queue._ledger
+        seqs = [job.seq for job in self.queue.jobs()]
+        seen = []
+        with mock.patch.multiple(queuectl, HOLD=1e-9, LET_IN=0):
+            for jobs in ledger.in_slices(seqs, ledger.check_retry, ledger.retry):
+                seen.append(" ".join(job.id for job in jobs))
+                if len(seen) == 2:
+                    self.queue.purge("none")
+                with Queue(self.path) as other:
+                    self.assertEqual(other.counts()["pending"], 3 + ("failed" in seen))
+        self.assertEqual(seen, ["", "failed", "", "", "", ""])
 
 
 class QueueOrder(Clocked):
@@ -4909,6 +5041,385 @@ class WordsProgress(Clocked):
         self.assertRegex(self.stdout("status"), r"\nnext +due in 9h")
 
 
+# --- report ---------------------------------------------------------------------------------------
+
+
+@NEEDS_SHELL
+class ReportFacts(Reported):
+    """The facts of a report, as its JSON has them."""
+
+    def test_facts_of_jobs_attempts_failures_and_schedules(self) -> None:
+        self.run_jobs()
+        facts = self.facts()
+        states = {state: facts[state] for state in queuectl.STATES}
+        expected = {"pending": 2, "processing": 0, "completed": 2, "dead": 2, "cancelled": 1}
+        self.assertEqual(states, expected)
+        keys = ("jobs", "attempts", "took_p50", "took_p95", "took_max", "flaky_number")
+        self.assertEqual([facts[key] for key in keys], [7, 7, 1.0, 4.0, 4.0, 1])
+        self.assertEqual(facts["outcomes"], {"completed": 2, "failed": 5})
+        groups = {group["reason"]: group for group in facts["failures"]}
+        self.assertEqual(set(groups), {"exit code 3", "exit code 1", "cannot start: no"})
+        group = groups["exit code 3"]
+        self.assertEqual((group["attempts"], group["dead"], group["run"]), (2, 1, 2))
+        self.assertEqual(group["last_line"], queuectl.printable(HOSTILE + "\\xff"))
+        self.assertEqual([job["id"] for job in facts["dead_jobs"]], [HOSTILE_ID, "nowhere"])
+        self.assertEqual([job["took"] for job in facts["slowest"][:3]], [4.0, 3.0, 1.0])
+        self.assertEqual([job["attempts"] for job in facts["retried"]], [3, 2])
+        self.assertEqual([(job["id"], job["failures"]) for job in facts["flaky"]], [("flaky", 1)])
+        self.assertEqual(facts["schedules"][0]["rule"], "every 1h")
+        self.now += 107
+        self.attempt()
+        self.assertEqual(self.facts("nightly.1")["schedules"][0]["started_late"], 7.0)
+
+    def test_selection_and_since_limit_jobs_attempts_and_charts(self) -> None:
+        self.run_jobs()
+        cases = {
+            ("good", "flaky"): (2, 4),
+            ("--queue", HOSTILE_ID): (1, 2),
+            ("--state", "dead"): (2, 3),
+            ("--match", "NO"): (1, 1),
+            ("--since", "1m"): (7, 7),
+            ("--since", "3.5s"): (5, 3),  # the attempts of the last 3.5 seconds
+            ("--since", "0.5s", "--state", "dead"): (1, 1),
+            ("--since", "5s", "good"): (0, 0),
+        }
+        for args, numbers in cases.items():
+            with self.subTest(args):
+                facts = self.facts(*args)
+                self.assertEqual((facts["jobs"], facts["attempts"]), numbers)
+                number = sum(b["number"] for lane in facts["gantt"]["lanes"] for b in lane)
+                self.assertEqual(number, numbers[1])
+
+    @internal
+    def test_quantiles_are_exact_to_2_percent_in_bounded_memory(self) -> None:
+        values = [0.001 * 1.0003**n for n in range(50000)]
+        found = queuectl.Distribution()
+        for value in values[::-1]:
+            found.add(value)
+        for part in (0.5, 0.95, 1.0):
+            exact = values[int(len(values) * part) - 1]
+            self.assertLess(abs(found.quantile(part) / exact - 1), 0.02)
+        self.assertLess(len(found.buckets), 1000)
+        self.assertEqual(sum(number for *_, number in found.histogram()), len(values))
+        few = queuectl.Distribution()
+        for value in (0.0, 3.21, 3.22, 4.56):
+            few.add(value)
+        facts = {"x_p50": 3.21, "x_p95": 4.56, "x_max": 4.56}
+        self.assertEqual(few.facts("x")["x_max"], facts["x_max"])
+        self.assertLess(abs(few.facts("x")["x_p50"] / facts["x_p50"] - 1), 0.02)
+
+    @internal
+    def test_timeline_keeps_its_sums_in_bounded_memory(self) -> None:
+        found = queuectl.Timeline(100)
+        for n in range(3000):
+            found.add(1e9 + n * n, "x", 1 + n % 2)
+        facts = found.facts(["x", "y"])
+        self.assertEqual(sum(facts["x"]), 4500)
+        self.assertLessEqual(len(facts["x"]), 100)
+        self.assertEqual(facts["width"], 604800)
+        self.assertLessEqual(facts["start"], 1e9)
+        self.assertGreater(facts["start"] + facts["width"] * len(facts["x"]), 1e9 + 2999**2)
+
+    @internal
+    def test_depth_over_time_ends_with_the_present_counts(self) -> None:
+        self.run_jobs()
+        self.queue.enqueue("true", id="now", priority=9)
+        self.claim()
+        facts = self.facts()
+        for state in queuectl.STATES:
+            with self.subTest(state):
+                depth = facts["depth"][state]
+                self.assertEqual((depth[-1], min(depth) >= 0), (facts[state], True))
+        self.assertEqual(facts["gantt"]["lanes"][0][-1]["outcome"], "running")
+        finished = facts["finished"]
+        self.assertEqual((sum(finished["completed"]), sum(finished["dead"])), (2, 2))
+
+    @internal
+    def test_gantt_merges_short_attempts_and_keeps_failures_visible(self) -> None:
+        job = make_job(id="x", state="completed")
+        gantt = queuectl.Gantt(0.0)
+        for n in range(40000):
+            name = f"worker-aa-{n % 2 + 1 + 2 * (n > 20000)}"
+            outcome = "failed" if n == 777 else "completed"
+            took = 500.0 if n == 39000 else 0.01
+            run = queuectl.Attempt(n, name, outcome, 0.0, n, n + took, 0, None, 0, b"")
+            gantt.add(queuectl.history(job, [run]))
+            self.assertLessEqual(len(gantt.bars), 2 * queuectl.BARS)
+        facts = gantt.facts()
+        self.assertEqual(len(facts["lanes"]), 2)  # workers 3 and 4 replaced 1 and 2
+        bars = [bar for lane in facts["lanes"] for bar in lane]
+        self.assertEqual(sum(bar["number"] for bar in bars), 40000)
+        self.assertLess(len(bars), 2100)
+        (failed,) = [bar for bar in bars if bar["failures"]]
+        self.assertEqual((failed["outcome"], failed["failures"]), ("failed", 1))
+        self.assertEqual([b["number"] for b in bars if b["finished"] - b["started"] == 500], [1])
+
+    @SLOW
+    @internal
+    def test_50000_jobs_take_5_s_and_5_mb_and_memory_does_not_grow(self) -> None:
+        import tracemalloc
+
+        with self.queue._db.transaction():
+            self.queue._db.execute(f"WITH {NUMBERS} {FAKE_JOBS}", {"number": 50000})
+            self.queue._db.execute(f"WITH {NUMBERS} {FAKE_ATTEMPTS}", {"number": 60000})
+        for style in queuectl.FORMATS:
+            began = time.process_time()
+            text = self.report(style)
+            with self.subTest(style):
+                self.assertLess(time.process_time() - began, 5)
+                self.assertTrue(len(text) < 5e6 or style == "junit")
+        peaks = []
+        for number in (10000, 40000):
+            jobs = itertools.islice(self.queue._reader.all(), number)
+            found = partial(queuectl.histories, self.queue._reader, jobs)
+            tracemalloc.start()
+            queuectl.Report(self.queue._reader, found).facts()
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        self.assertLess(peaks[1], 1.3 * peaks[0])
+
+
+@NEEDS_SHELL
+class ReportFormats(Reported):
+    """What each format holds; hostile jobs in all of them."""
+
+    def test_html_has_every_part_and_nothing_that_runs_or_is_loaded(self) -> None:
+        self.run_jobs()
+        page = self.report("html")
+        tags = Tags(page)
+        ids = [attrs["id"] for tag, attrs in tags.found if tag == "section"]
+        self.assertEqual(ids, list(queuectl.PARTS))
+        names = {name for _, attrs in tags.found for name in attrs}
+        self.assertEqual([n for n in names if n[:2] == "on" or n in ("style", "src", "href")], [])
+        self.assertLessEqual(
+            {"svg", "rect", "title", "details", "pre", "table"}, dict(tags.found).keys()
+        )
+        self.assertFalse({"script", "link", "img", "iframe", "a"} & dict(tags.found).keys())
+        self.assertNotIn("url(", page)
+        self.assertIn(HOSTILE_ID, tags.text)
+        self.assertIn(queuectl.printable(HOSTILE) + "\\xff", tags.text)
+        self.assertRegex(tags.text, r"job good completed; \S+ to \S+ \(4 s\)")
+        self.assertEqual([c for c in page if not c.isprintable() and c != "\n"], [])
+
+    @internal
+    def test_html_of_an_empty_queue_and_with_a_nonce(self) -> None:
+        self.assertIn("No attempts yet", self.report("html"))
+        page = queuectl.html_page("<&\ud800", "<p>body</p>", nonce='n"', head="<meta>")
+        self.assertIn("<title>&#60;&#38;\\ud800</title>", page)
+        self.assertEqual(dict(Tags(page).found)["style"], {"nonce": 'n"'})
+        self.assertIn("<meta></head>\n<body><p>body</p></body>", page)
+
+    def test_junit_cases_by_outcome_in_the_order_of_the_schema(self) -> None:
+        self.run_jobs()
+        self.now += 200
+        root = xml.etree.ElementTree.fromstring(self.report("junit"))
+        suites = {suite.get("name"): suite for suite in root}
+        self.assertEqual(set(suites), {"default", HOSTILE_ID})
+        attributes = {"name": "default", "tests": "6", "errors": "1", "skipped": "3"}
+        attributes.update(failures="0", time="8.000")
+        self.assertEqual(suites["default"].attrib, attributes)
+        cases = {case.get("name"): [item.tag for item in case] for case in root.iter("testcase")}
+        expected = {"good": [], "flaky": ["flakyFailure"], "nowhere": ["error"]}
+        expected.update({name: ["skipped"] for name in ("blocked", "cancelled", "nightly.1")})
+        self.assertEqual(cases, {**expected, HOSTILE_ID: ["failure", "rerunFailure"]})
+        (case,) = suites[HOSTILE_ID]
+        named = {"name": HOSTILE_ID, "classname": HOSTILE_ID, "time": "1.000"}
+        self.assertEqual(case.attrib, named)
+        self.assertEqual(case[0].attrib, {"message": "exit code 3", "type": "failed"})
+        text = HOSTILE.replace("\0", "#x0").replace("\x1b", "#x1B") + "\\xff\n"
+        self.assertEqual(case[0].text, f"exit code 3\n{text}")
+        self.assertEqual([item.tag for item in case[1]], ["stackTrace"])
+        messages = {
+            case.get("name"): case[0].get("message") for case in root.iterfind(".//skipped/..")
+        }
+        reasons = ("blocked by nowhere (dead)", "cancelled by the operator", "pending")
+        self.assertEqual(messages, dict(zip(("blocked", "cancelled", "nightly.1"), reasons)))
+
+    @internal
+    def test_xml_holds_any_character(self) -> None:
+        every = "".join(map(chr, (*range(0x300), 0xD800, 0xDFFF, 0xFFFE, 0x10FFFF)))
+        tag = queuectl.xml_tag("a", b=every) + queuectl.xml_text(every) + "</a>"
+        found = xml.etree.ElementTree.fromstring(tag)
+        shown = re.sub(
+            "[\0-\x08\x0b\x0c\x0e-\x1f\ud800\udfff\ufffe]", lambda m: f"#x{ord(m[0]):X}", every
+        )
+        self.assertEqual((found.text, found.get("b")), (shown, shown))
+
+    def test_markdown_is_inert_and_within_the_limit_of_github(self) -> None:
+        self.run_jobs()
+        found = self.report("markdown")
+        self.assertIn("\n````text\n" + queuectl.printable(HOSTILE) + "\\xff\n````\n", found)
+        outside = re.sub(r"(?s)````text.*?````", "", found)
+        self.assertNotIn("<script>", outside)
+        rows = [line for line in outside.splitlines() if line.startswith("|")]
+        self.assertLess(len(rows), 30)
+        for row in rows:
+            self.assertIn(row.count("|"), (5, 6, 9))
+        self.queue.configure("max_retries", "1")
+        noise = bytes([240, 159, 152, 128]) * 1100  # four bytes each
+        for _ in range(250):
+            self.queue.enqueue("false")
+            self.attempt(1, output=noise)
+        found = self.report("markdown")
+        self.assertLess(len(found.encode()), 900_000)
+        self.assertGreater(len(found.encode()), 880_000)
+        self.assertRegex(found, r"\n\d\d parts left out: a summary may not be larger\n\Z")
+
+    def metrics(self, *args: str) -> dict[str, str]:
+        """Return the metrics by name and labels, after checking the form of each line."""
+        text = self.report("prometheus", *args)
+        families = re.findall(r"(?m)^# TYPE (\w+) (?:gauge|counter|summary)$", text)
+        self.assertEqual(re.findall(r"(?m)^# HELP (\w+) .", text), families)
+        self.assertEqual(len(set(families)), len(families))
+        for tool in filter(None, [shutil.which("promtool")]):
+            done = self.process(tool, "check", "metrics", input=text)
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+        samples = [line.rpartition(" ") for line in text.splitlines() if line[0] != "#"]
+        for name, _, value in samples:
+            self.assertRegex(name, r'\Aqueuectl_\w+\{\w+="([^\\"]|\\.)*"(,\w+="\w[\w ]*")*\}\Z')
+            float(value)
+        return {name: value for name, _, value in samples}
+
+    def test_prometheus_metrics_and_counters_survive_a_prune(self) -> None:
+        self.run_jobs()
+        self.queue.pause("default")
+        self.queue.enqueue("true", id="ready")
+        before = self.metrics()
+        label = HOSTILE_ID.replace('"', r"\"")
+        expected = {
+            'jobs{queue="default",state="pending"}': "3",
+            f'jobs{{queue="{label}",state="dead"}}': "1",
+            'attempts_total{queue="default",outcome="failed"}': "3",
+            'attempt_seconds_sum{queue="default"}': "10",
+            'attempt_seconds_count{queue="default"}': "5",
+            'wait_seconds_count{queue="default"}': "5",
+            'paused{queue="default"}': "1",
+            f'paused{{queue="{label}"}}': "0",
+            'workers{state="busy"}': "0",
+            'last_completed_timestamp_seconds{queue="default"}': "1000011",
+            f'build_info{{version="{queuectl.__version__}"}}': "1",
+        }
+        for name, value in expected.items():
+            with self.subTest(name):
+                self.assertEqual(before["queuectl_" + name], value)
+        self.assertEqual([name for name in before if "flaky" in name or 'ready"' in name], [])
+        self.queue.prune(states=queuectl.FINISHED)
+        after = self.metrics()
+        for name, value in before.items():
+            if "_jobs{" not in name and "_ready_" not in name:
+                self.assertEqual(after.get(name), value, name)
+        self.assertLess(len(self.metrics("--queue", HOSTILE_ID)), 25)
+        self.assert_refused("report", "--format", "prometheus", "--state", "dead")
+
+    @internal
+    def test_oldest_due_is_found_at_each_priority(self) -> None:
+        for priority, age in ((0, 5), (9, 1), (-3, 7), (4, 2)):
+            self.queue.enqueue("true", priority=priority, run_at=self.now - age)
+        self.queue.enqueue("true", queue="other", run_at=self.now - 99)
+        self.assertEqual(self.queue._reader.oldest_due("default"), self.now - 7)
+        self.assertIsNone(self.queue._reader.oldest_due("none"))
+        name = 'queuectl_oldest_ready_seconds{queue="default"}'
+        self.assertEqual(self.metrics()[name], "7")
+
+    def test_text_fits_on_a_screen_and_json_is_one_ascii_object(self) -> None:
+        self.run_jobs()
+        lines = self.stdout("report").splitlines()
+        self.assertLess(len(lines), 30)
+        self.assertTrue(all(line.isprintable() for line in lines))
+        for word in ("2 completed, 2 dead", "QUEUES", "FAILURES", "SLOWEST", "RETRIED", "FLAKY"):
+            self.assertIn(word, "\n".join(lines))
+        text = self.report("json")
+        self.assertTrue(text.isascii())
+        self.assertEqual(text.count("\n"), 1)
+
+    def test_format_follows_the_ending_and_files_are_replaced_whole(self) -> None:
+        self.run_jobs()
+        starts = {".html": "<!DOCTYPE", ".xml": "<?xml", ".md": "### ", ".prom": "# HELP"}
+        for ending, start in {**starts, ".json": "{", ".txt": "2 pending"}.items():
+            self.write(f"r{ending}", "old")
+            self.stdout("report", "-o", f"r{ending}")
+            self.assertEqual(self.read(f"r{ending}")[: len(start)], start)
+        self.stdout("report", "-o", "summary", "--format", "markdown")
+        self.assertIn("### ", self.read("summary"))
+        self.write("r.xml", "old")
+        with mock.patch.object(queuectl, "junit_case", side_effect=OSError(28, "full")):
+            self.assertEqual(self.result("report", "-o", "r.xml").returncode, 4)
+        self.assertEqual(self.read("r.xml"), "old")
+        self.assertEqual(glob.glob(self.file("*.tmp")), [])
+        for args in (("-o", "r.pdf"), ("-o", ""), ("--format", "pdf"), ("--since", "x")):
+            self.assert_refused("report", *args)
+        self.assert_refused("report", "-o", "none/r.html", code=4)
+        self.assert_refused("report", "unknown", code=1)
+
+    def test_junit_is_understood_by_junitparser(self) -> None:
+        try:
+            import junitparser
+        except ImportError:
+            self.skipTest("junitparser is not installed")
+        self.run_jobs()
+        self.stdout("report", "-o", "r.xml")
+        suites = {suite.name: suite for suite in junitparser.JUnitXml.fromfile(self.file("r.xml"))}
+        self.assertEqual(suites["default"].errors, 1)
+        results = [type(item).__name__ for case in suites[HOSTILE_ID] for item in case.result]
+        self.assertEqual(results[0], "Failure")
+
+
+class ReportDrain(Live):
+    """Reports about a drain."""
+
+    def cases(self, name: str = "r.xml") -> dict[str, list[str]]:
+        root = xml.etree.ElementTree.parse(self.file(name)).getroot()
+        return {str(case.get("name")): [e.tag for e in case] for case in root.iter("testcase")}
+
+    def test_drain_writes_reports_about_what_it_ran_whatever_the_outcome(self) -> None:
+        self.enqueue("true", id="earlier")
+        self.enqueue("false", id="dead", max_retries=1, priority=-1)
+        self.drain("--queue", "none", "--report", "none.json")
+        self.assertEqual(json.loads(self.read("none.json"))["jobs"], 0)
+        with Queue(self.path) as queue:
+            queue._ledger.finish(claim(queue), Outcome("exited", time.time(), time.time(), 0, None))
+        self.enqueue("true", id="blocked", after=["dead"])
+        self.enqueue("true", id="later", delay=1000)
+        reports = ("--report", "r.xml", "--report", "r.json")
+        self.run_cli("worker", "start", "--drain", "--horizon", "0", *reports, code=1)
+        self.assertEqual(self.cases(), {"dead": ["failure"], "blocked": ["skipped"]})
+        self.assertEqual(json.loads(self.read("r.json"))["jobs"], 2)
+
+    def stopped_drain(self, stop: Callable[[Any], Any]) -> Any:
+        """Stop a drain while its second job runs; return its exit code."""
+        self.enqueue("true", id="good", priority=1)
+        self.enqueue("touch begun; sleep 100", id="long")
+        pool = self.pool("--drain", "--report", "r.xml")
+        wait_until(lambda: os.path.exists(self.file("begun")))
+        stop(pool)
+        pool.wait(10)
+        self.assertEqual(self.cases(), {"good": [], "long": ["skipped"]})
+        return pool.returncode
+
+    def test_drain_that_is_stopped_writes_its_report(self) -> None:
+        self.assertEqual(self.stopped_drain(lambda _: self.stdout("worker", "stop", "--now")), 0)
+
+    @SLOW
+    def test_drain_that_a_second_signal_ends_writes_its_report(self) -> None:
+        def signal_twice(pool: Any) -> None:
+            pool.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            wait_until(lambda: time.monotonic() > began + 1.1)
+            pool.send_signal(signal.SIGTERM)
+
+        self.assertEqual(self.stopped_drain(signal_twice), -signal.SIGTERM)
+
+    def test_report_that_could_not_be_written_is_refused_before_the_drain(self) -> None:
+        start = ("worker", "start", "--report")
+        for args in (
+            (*start, "r.xml"),
+            (*start, "r.pdf", "--drain"),
+            (*start, "no/r.md", "--drain"),
+        ):
+            self.assert_refused(*args)
+        self.assertEqual(os.listdir(self.dir), [])
+
+
 # --- web ------------------------------------------------------------------------------------------
 
 
@@ -5913,7 +6424,8 @@ class CliBadInput(Case):
         "enqueue ls -l": "several words goes after --, as in: enqueue -- ls -l",
         "status --db x.db": "--db goes before the command",
         "list --state done": "cancelled",
-        "prune --state pending": "(see queuectl prune --help)",
+        "prune --state pending": "must be of completed, dead, cancelled here, not pending",
+        "cancel": "name the jobs, or select them by --queue,",
         "--db new.db worker start --horizon 5": "--horizon requires --drain",
         "wait --all 1": "either name the jobs or use --all",
     }
@@ -6466,6 +6978,24 @@ class CliCancelLive(Live):
             self.assertEqual(cancel.wait(5), 0)
 
 
+class CliSelectionLive(Live):
+    """Changes of many jobs."""
+
+    @NEEDS_SHELL
+    def test_interrupted_change_keeps_and_reports_what_is_done(self) -> None:
+        with Queue(self.path) as queue:
+            queue.enqueue_many({"command": "true", "queue": "q"} for _ in range(10_000))
+            cancel = self.start("cancel", "--queue", "q", stderr=subprocess.PIPE)
+            wait_until(lambda: queue.counts()["cancelled"])
+            cancel.send_signal(signal.SIGINT)
+            out, err = cancel.communicate()
+            done = queue.counts()["cancelled"]
+            self.assertEqual([job.id for job in queue.jobs("cancelled")], out.split())
+        self.assertLess(done, 10_000)
+        self.assertEqual(err, f"queuectl: interrupted; {done} jobs of 10000 changed\n")
+        self.assertEqual(cancel.returncode, -signal.SIGINT)
+
+
 class CliDlq(Case):
     """`dlq`."""
 
@@ -6496,7 +7026,8 @@ class CliDlq(Case):
         self.enqueue("true", id="x")
         self.assertEqual(self.result("dlq", "retry", "--all"), (0, "", ""))
         self.result("cancel", "x")
-        hint = "queuectl: no job is dead; 1 cancelled job can be retried by id\n"
+        hint = "queuectl: no job is dead; 1 cancelled job can be retried by id or with "
+        hint += "--state cancelled\n"
         self.assertEqual(self.result("dlq", "retry", "--all"), (0, "", hint))
 
     @internal
@@ -7268,7 +7799,8 @@ class Layout(unittest.TestCase):
                 found.append((bar, []))
             else:
                 found[-1][1].append(name)
-        self.assertEqual(found[0], ("helpers", ["Result", "Case", "Clocked", "Live", "Terminal"]))
+        helpers = ["Result", "Case", "Clocked", "Tags", "Reported", "Live", "Terminal"]
+        self.assertEqual(found[0], ("helpers", helpers))
         self.assertEqual(listed, found[1:])
 
     def test_docstring_of_the_program_lists_its_sections_in_order(self) -> None:

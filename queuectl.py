@@ -6381,7 +6381,7 @@ COMMANDS = {
         arg("-o", "FILE", "write FILE, in one step, instead of stdout", valid_file,
             dest="output"),
         arg("--since", "DURATION", "only jobs that changed, and attempts that ended, in this time",
-            parse_duration, default=0.0), *SELECT[:-1], STATE)),
+            parse_duration, default=0.0), *SELECT[:-1])),
     "list": Command(cmd_list, "read", "list jobs", "list --state dead --limit 20", (
         *SELECT, flag("--recurring", "list schedules and their next times"), LIMIT, JSON)),
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),

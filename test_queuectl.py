@@ -5297,6 +5297,7 @@ class ReportFormats(Reported):
             with self.subTest(name):
                 self.assertEqual(before["queuectl_" + name], value)
         self.assertEqual([name for name in before if "flaky" in name or 'ready"' in name], [])
+        self.assertEqual(any("_limit{" in name for name in before), "limit" in queuectl.SETTINGS)
         self.queue.prune(states=queuectl.FINISHED)
         after = self.metrics()
         for name, value in before.items():

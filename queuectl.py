@@ -51,7 +51,7 @@ The sections of this file, in order. Each one uses only the sections above it.
     command line    the commands, their arguments, and main
 
 To add a setting: SETTINGS. A field of a job: Job, FIELDS, SCHEMA, INSERTED, the options of enqueue
-in COMMANDS, job_facts. A column of `list`: job_row and show_jobs.
+in COMMANDS, job_facts. A column of `list`: job_row and show_jobs. A page of `web`: PAGES and MENU.
 
 To follow a job: cmd_enqueue, Queue.enqueue_many, RunDirectory.notify, Pool.turn, Crew.dispatch,
 Worker.main, Ledger.claim, Worker.run, Ledger.finish, after_attempt. To follow a killed worker:

@@ -5733,13 +5733,11 @@ class WebServer(Web):
             found[-1].sendall(data)
         return found
 
-    @unittest.skipUnless(POSIX, "needs a limit of open files")
-    def test_thousand_idle_sockets_hang_nothing_and_leave_no_thread(self) -> None:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+    def check_idle(self, number: int) -> None:
+        """Check that idle connections hold up no other one, and that their threads end."""
         before = threading.active_count()
-        idle = self.connect(500) + self.connect(500, b"GET / HTTP/1.0\r\nHost:")
+        idle = self.connect(number // 2)
+        idle += self.connect(number // 2, b"GET / HTTP/1.0\r\nHost:")
         began = time.monotonic()
         self.assertEqual(self.status(), 200)
         self.assertLess(time.monotonic() - began, 5)
@@ -5748,6 +5746,17 @@ class WebServer(Web):
         for connection in idle:
             connection.close()
         wait_until(lambda: threading.active_count() <= before)
+
+    def test_idle_sockets_hang_nothing_and_leave_no_thread(self) -> None:
+        self.check_idle(150)
+
+    @SLOW
+    @unittest.skipUnless(POSIX, "needs a limit of open files")
+    def test_thousand_idle_sockets_hang_nothing_and_leave_no_thread(self) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+        self.check_idle(1000)
 
     def test_connection_that_lasts_too_long_is_ended(self) -> None:
         with mock.patch.object(queuectl, "CONNECTION_SECONDS", 0.1):

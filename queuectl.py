@@ -51,11 +51,13 @@ The sections of this file, in order. Each one uses only the sections above it.
     worker          the process that runs one job at a time
     pool            the process that starts workers and recovers the jobs of dead ones
     words           jobs as text, workers and counts as text and as JSON; not the event lines
+    report          jobs and attempts over time, as text, HTML, JUnit, Markdown, Prometheus, JSON
+    web             the report as a live page: who may see it, the server, pages and actions
     doctor          trials of a machine and a directory
     command line    the commands, their arguments, and main
 
 To add a setting: SETTINGS. A field of a job: Job, FIELDS, SCHEMA, INSERTED, the options of enqueue
-in COMMANDS, job_facts. A column of `list`: job_row and show_jobs.
+in COMMANDS, job_facts. A column of `list`: job_row and show_jobs. A page of `web`: PAGES and MENU.
 
 To follow a job: cmd_enqueue, Queue.enqueue_many, RunDirectory.notify, Pool.turn, Crew.dispatch,
 Worker.main, Ledger.claim, Worker.run, Ledger.finish, after_attempt. To follow a killed worker:
@@ -83,6 +85,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -95,7 +98,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from enum import IntEnum
 from functools import lru_cache, partial
-from itertools import chain, islice, starmap
+from itertools import accumulate, chain, islice, starmap
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, Union
 
 if TYPE_CHECKING:
@@ -105,6 +108,7 @@ if TYPE_CHECKING:
     Argument = tuple[tuple[str, ...], dict[str, Any]]
     Environ = Mapping[str, str]
     Facts = Mapping[str, Any]
+    Link = Callable[[str], str]  # returns the HTML for a job's id
     Rows = Iterable[Sequence[object]]
     Path = Union[str, os.PathLike[str]]
     Settings = Mapping[str, Any]
@@ -506,6 +510,11 @@ def valid_states(value: str) -> list[str]:
         if word not in STATE_WORDS:
             raise ValueError(f"has no state {quoted(word)}{suggestion(word, STATE_WORDS)}")
     return words
+
+
+def valid_file(value: str) -> str:
+    require(value, "not be empty")
+    return valid_text(value)
 
 
 def valid_directory(value: object) -> str:
@@ -1088,14 +1097,16 @@ CREATE TABLE totals (                   -- of all attempts ever, kept by a trigg
   number INTEGER NOT NULL,
   running REAL NOT NULL,                -- seconds
   waiting REAL NOT NULL,
+  last REAL NOT NULL,                   -- when the last one ended
   PRIMARY KEY (queue, outcome)
 ) WITHOUT ROWID;
 CREATE TRIGGER totals_insert AFTER INSERT ON attempts BEGIN
   INSERT INTO totals
-    SELECT queue, new.outcome, 1, new.finished - new.started, new.waited
+    SELECT queue, new.outcome, 1, new.finished - new.started, new.waited, new.finished
     FROM jobs WHERE seq = new.job
     ON CONFLICT (queue, outcome) DO UPDATE SET number = number + 1,
-      running = running + excluded.running, waiting = waiting + excluded.waiting;
+      running = running + excluded.running, waiting = waiting + excluded.waiting,
+      last = max(last, excluded.last);
 END;
 """
 
@@ -1158,6 +1169,38 @@ WHERE notifies IS NOT NULL AND state = :state AND {IN_QUEUE}"""
 WAITING_SUMMARY = f"""
 {JOB}INDEXED BY jobs_notifies WHERE notifies IS NOT NULL AND state = 'pending'
 AND event = '{SUMMARY}' AND queue = :queue AND command = :command AND cwd = :cwd"""
+RUNS = ATTEMPTS.replace("output FROM", "x'' FROM")
+OUTPUT_TAIL = """
+SELECT coalesce(substr(output, :start), x'') FROM attempts WHERE job = :seq AND run = :run"""
+TOTALS = "SELECT queue, outcome, number, running, waiting, last FROM totals"
+READY_IN_QUEUE = "FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue"
+# By priority, of which there are few: the index has no order by time alone.
+OLDEST_DUE = f"""
+WITH RECURSIVE levels (level) AS (
+  SELECT max(priority) {READY_IN_QUEUE}
+  UNION ALL SELECT (SELECT max(priority) {READY_IN_QUEUE} AND priority < level) FROM levels
+  WHERE level IS NOT NULL LIMIT 1000)
+SELECT min((SELECT min(run_after) {READY_IN_QUEUE} AND priority = level)) FROM levels"""
+LAST_RUNS = ATTEMPT.replace("output FROM", "x'' FROM")
+LAST_RUNS += "WHERE job = :seq ORDER BY run DESC LIMIT :limit"
+JOBS_BEFORE = JOB + "WHERE seq < :seq ORDER BY seq DESC LIMIT :limit"
+IN_STATE_BEFORE = f"""
+SELECT * FROM (
+  {JOB}WHERE state = :state AND readiness = :readiness
+    AND updated_at = :updated_at AND seq < :seq ORDER BY seq DESC LIMIT :limit)
+UNION ALL SELECT * FROM (
+  {JOB}WHERE state = :state AND readiness = :readiness
+    AND updated_at < :updated_at ORDER BY updated_at DESC, seq DESC LIMIT :limit)
+LIMIT :limit"""
+LAST_DEAD = """
+SELECT id, seq, updated_at, coalesce(last_error, '') AS reason FROM jobs
+WHERE state = 'dead' AND readiness = 1 ORDER BY updated_at DESC LIMIT :limit"""
+DEAD_REASONS = f"""
+SELECT reason, count(*), max(updated_at), max(seq) FROM ({LAST_DEAD})
+GROUP BY reason ORDER BY count(*) DESC LIMIT 100"""
+DEAD_LIKE = f"""
+SELECT id FROM ({LAST_DEAD})
+WHERE reason = (SELECT coalesce(last_error, '') FROM jobs WHERE id = :id) LIMIT 1000"""
 POSITION = """
 SELECT count(*) FROM (
   SELECT 1 FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue
@@ -2038,6 +2081,10 @@ class LockFile:
         SYSTEM.remove_locked(self.fd, self.path)
 
 
+def new_pool_name() -> str:
+    return "pool-" + os.urandom(4).hex()
+
+
 def worker_name(pool: str, number: int) -> str:
     return f"worker-{pool.split('-')[1]}-{number}"
 
@@ -2651,6 +2698,17 @@ def network_file_system(path: str) -> str | None:
 # --- queue: reading jobs, changing their state, and the public interface --------------------------
 
 
+class Totals(NamedTuple):
+    """The attempts of a queue with one outcome, ever: seconds, and when the last one ended."""
+
+    queue: str
+    outcome: str
+    number: int
+    running: float
+    waiting: float
+    last: float
+
+
 SHARE = 4  # an index finds jobs in states that fewer than one of so many jobs are in
 
 
@@ -2695,8 +2753,9 @@ class Reader:
             yield from jobs
             seq = jobs[-1].seq
 
-    def seqs_in_state(self, state: State, readiness: int) -> Iterator[int]:
-        rows = [(-NEVER, 0)]
+    def seqs_in_state(self, state: State, readiness: int, since: float = -NEVER) -> Iterator[int]:
+        """Yield the numbers of jobs in the order of their last change, from a time on."""
+        rows = [(since, 0)]
         while rows:
             updated_at, seq = rows[-1]
             asked = {"state": state, "readiness": readiness, "updated_at": updated_at, "seq": seq}
@@ -2760,6 +2819,15 @@ class Reader:
         facts["why"] = None
         facts["after"] = [parent.id for parent in self.parents(job)]
         return {**facts, "runs": [attempt_facts(attempt) for attempt in attempts]}
+
+    def runs(self, job: Job) -> list[Attempt]:
+        """Return the attempts without their output."""
+        return [Attempt(*row) for row in self.db.rows(RUNS, {"seq": job.seq})]
+
+    def output_tail(self, seq: int, run: int, limit: int) -> str:
+        """Return the end of an attempt's output; bytes that are not UTF-8 are escaped."""
+        rows = self.db.rows(OUTPUT_TAIL, {"seq": seq, "run": run, "start": -limit})
+        return "".join(bytes(row[0]).decode(errors="backslashreplace") for row in rows)
 
     def schedules(self) -> list[Job]:
         return self.select(SCHEDULES)
@@ -2853,6 +2921,14 @@ class Reader:
             held = state == PENDING and ("" in paused or queue in paused)
             found[queue] = held and found.get(queue, True)
         return found
+
+    def totals(self) -> list[Totals]:
+        return [Totals(*row) for row in self.db.rows(TOTALS)]
+
+    def oldest_due(self, queue: str) -> float | None:
+        """Return when the ready job of a queue that was due first was due."""
+        due: float | None = self.db.rows(OLDEST_DUE, {"queue": queue})[0][0]
+        return due
 
     def data_version(self) -> int:
         return self.number(GET_DATA_VERSION)
@@ -3976,6 +4052,7 @@ class PoolOptions(NamedTuple):
     signals: bool = False
     say: Callable[[str], None] = ignore
     tick: Callable[[], None] = ignore
+    name: str = ""
 
 
 class Agenda:
@@ -4008,7 +4085,7 @@ class PoolFiles:
         import socket
 
         self.run_dir = db.run_dir
-        self.name = "pool-" + os.urandom(4).hex()
+        self.name = options.name or new_pool_name()
         with contextlib.ExitStack() as stack:
             self.lock_file = LockFile(self.run_dir.file(self.name))  # says: this pool is alive
             stack.callback(self.lock_file.close)
@@ -4565,6 +4642,7 @@ def work(  # noqa: PLR0913
     signals: bool = False,
     say: Callable[[str], None] = ignore,
     tick: Callable[[], None] = ignore,
+    name: str = "",
 ) -> int:
     """Run jobs with `count` workers until stopped or, with `drain`, until nothing is left to run.
 
@@ -4572,10 +4650,11 @@ def work(  # noqa: PLR0913
     exit code: 0; 1 if a job died during a drain or is left blocked; 128+n if signal n ended the
     jobs. `signals` lets INT, TERM and HUP stop it, which only a main thread may ask for;
     `queuectl worker stop` always can. `say` gets a line for each event, `tick` is called at least
-    once a second. `insecure` is as in Queue.
+    once a second. `insecure` is as in Queue. `name` names the pool in the run directory.
     """
     validate("count", integer(1, 1000), count)
-    options = PoolOptions(count, as_list(queues), drain, horizon, insecure, signals, say, tick)
+    hooks = (say, tick, name)
+    options = PoolOptions(count, as_list(queues), drain, horizon, insecure, signals, *hooks)
     end_a_thread()
     with Queue(path, insecure=insecure) as queue:
         queue.config()  # with damaged settings no worker could begin
@@ -4701,7 +4780,8 @@ def job_row(reader: Reader, job: Job, settings: Settings) -> tuple[object, ...]:
     return job.id, job.state, queue, tries, distance, reason or "", job.command
 
 
-def job_text(reader: Reader, job: Job) -> Iterator[str]:
+def job_details(reader: Reader, job: Job) -> Iterator[tuple[str, object]]:
+    """Yield the facts about a job that people want to see, by name."""
     hidden = "seq run cancel_requested blocked rule scheduled_for snoozes waited".split()
     hidden += ["notifies", "event", "stdin_size"]
     facts = job_facts(job, reader.settings(job.queue))
@@ -4712,7 +4792,12 @@ def job_text(reader: Reader, job: Job) -> Iterator[str]:
         facts["state"] += " (being cancelled)"
     for key, value in facts.items():
         if value not in (None, {}, "", 0) or key in ("priority", "timeout"):
-            yield f"{key:<12} {value}"
+            yield key, value
+
+
+def job_text(reader: Reader, job: Job) -> Iterator[str]:
+    for key, value in job_details(reader, job):
+        yield f"{key:<12} {value}"
     rows = []
     for run in reader.attempts(job):
         took = format_duration(run.finished - run.started)
@@ -4855,6 +4940,1941 @@ class Progress:
             f"{now['blocked']} blocked": now["blocked"],
         }
         return ", ".join(part for part, is_shown in parts.items() if is_shown)
+
+
+# --- report: jobs and attempts as text, HTML, JUnit, Markdown, Prometheus and JSON ----------------
+
+TAIL = 4096  # bytes of an attempt's output that a report shows
+SHORT_TAIL = 1500  # where it shows one for each reason of failures
+LISTED = 10  # entries of a list of the slowest jobs, for instance
+DEAD_LISTED = 1000  # of all dead jobs
+GROUPS = 20  # reasons of failures that are shown, of at most 1000 that are told apart
+BARS = 8000  # of a Gantt chart
+LANES = 64
+BLAMELESS = (COMPLETED, "released", CANCELLED)  # outcomes of attempts that did not fail
+SHORT_BUCKETS = (1, 5, 10, 50, 150, 300, 600, 3000, 9000, 18000)  # widths in tenths of a second
+BUCKETS = (*SHORT_BUCKETS, 36000, 108000, 216000, 432000, 864000, 6048000)  # 1 h to a week
+
+
+class History(NamedTuple):
+    """A job and those of its attempts that have ended, oldest first, without their output.
+
+    `failures` are the attempts that failed. An exit with 75 that postponed the job did not.
+    """
+
+    job: Job
+    runs: list[Attempt]
+    failures: list[Attempt]
+
+    @property
+    def took(self) -> float:
+        """The seconds that the last attempt took."""
+        return sum(run.finished - run.started for run in self.runs[-1:])
+
+
+def history(job: Job, runs: list[Attempt]) -> History:
+    failures = [run for run in runs if run.outcome not in BLAMELESS and run.exit_code != TRY_LATER]
+    if job.state == DEAD and runs and runs[-1] not in failures[-1:]:
+        failures.append(runs[-1])
+    return History(job, runs, failures)
+
+
+def changed_jobs(reader: Reader, chosen: Selection, since: float) -> Iterator[Job]:
+    """Yield the jobs of a selection that changed at a time or later; an index finds them.
+
+    Those that have ended come first, so that a job that ends meanwhile is not read twice.
+    """
+    now = reader.clock()
+    kinds = [(state, READY) for state in (*FINISHED, PROCESSING)]
+    kinds += [(PENDING, readiness) for readiness in READINESS_WORDS]
+    for kind in kinds if since and not chosen.ids else ():
+        seqs = reader.seqs_in_state(*kind, since)
+        while numbers := list(islice(seqs, SLICE)):
+            jobs = reader.by_seqs(numbers)
+            yield from (
+                job for job in jobs if kind == (job.state, job.readiness) and chosen.takes(job, now)
+            )
+    if chosen.ids or not since:
+        yield from (job for job in reader.selected(chosen) if job.updated_at >= since)
+
+
+def histories(reader: Reader, jobs: Iterable[Job], since: float = 0) -> Iterator[History]:
+    """Yield jobs with their attempts that ended at a time or later: the data of every report."""
+    for job in jobs:
+        runs = reader.runs(job) if job.run else []
+        yield history(job, [run for run in runs if run.finished >= since])
+
+
+def drain_histories(
+    reader: Reader, queues: Sequence[str], pool: str, since: float
+) -> Iterator[History]:
+    """Yield the jobs that a pool ran since it began, and those that it left waiting."""
+    changed = Selection(queues=queues, states=(*FINISHED, PROCESSING, "scheduled"))
+    for found in histories(reader, changed_jobs(reader, changed, since), since):
+        if found.job.state == CANCELLED or any(pool_of(run.worker) == pool for run in found.runs):
+            yield found
+    waiting = Selection(queues=queues, states=("ready", "blocked"))
+    yield from histories(reader, reader.selected(waiting), since)
+
+
+class Distribution:
+    """Durations in logarithmic buckets: quantiles are exact to 2 %, whatever their number."""
+
+    STEP = math.log(1.02)
+
+    def __init__(self, parts: Iterable[Distribution] = ()) -> None:
+        self.number = 0
+        self.max = 0.0
+        self.buckets: dict[int, tuple[int, float]] = {}  # the number of durations, and the longest
+        for part in parts:
+            for bucket, (number, longest) in part.buckets.items():
+                self.put(bucket, number, longest)
+
+    def put(self, bucket: int, number: int, longest: float) -> None:
+        before = self.buckets.get(bucket, (0, 0.0))
+        self.buckets[bucket] = (before[0] + number, max(before[1], longest))
+        self.number += number
+        self.max = max(self.max, longest)
+
+    def add(self, seconds: float) -> None:
+        seconds = max(0.0, seconds)
+        self.put(round(math.log(max(seconds, 0.001)) / self.STEP), 1, seconds)
+
+    def quantile(self, part: float) -> float:
+        rest = math.ceil(self.number * part)
+        for _, (number, longest) in sorted(self.buckets.items()):
+            rest -= number
+            if rest <= 0:
+                return longest
+        return 0.0
+
+    def facts(self, name: str) -> dict[str, float]:
+        facts = {"p50": self.quantile(0.5), "p95": self.quantile(0.95), "max": self.max}
+        return {f"{name}_{key}": round(value, 3) for key, value in facts.items()}
+
+    def histogram(self) -> list[tuple[float, float, int]]:
+        """Return the lower and upper end of eighths of decades, and the number of durations."""
+        bins: collections.Counter[int] = collections.Counter()
+        for bucket, (number, _) in self.buckets.items():
+            bins[max(-24, math.floor(bucket * self.STEP / math.log(10) * 8))] += number
+        return [(10 ** (n / 8), 10 ** ((n + 1) / 8), number) for n, number in sorted(bins.items())]
+
+
+class Timeline:
+    """Numbers by time and key, in at most `limit` buckets, which widen as the time span grows."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.width = BUCKETS[0]  # in tenths of a second
+        self.numbers: collections.Counter[tuple[int, str]] = collections.Counter()
+        self.first = self.last = 0
+
+    def add(self, when: float, key: str, number: int = 1) -> None:
+        slot = int(when * 10) // self.width
+        self.first = min(self.first, slot) if self.numbers else slot
+        self.last = max(self.last, slot) if self.numbers else slot
+        self.numbers[slot, key] += number
+        while self.last - self.first >= self.limit:
+            self.widen()
+
+    def widen(self) -> None:
+        wider = next((width for width in BUCKETS if width > self.width), self.width * 2)
+        factor = wider // self.width
+        numbers = self.numbers
+        self.width = wider
+        self.numbers = collections.Counter()
+        for (slot, key), number in numbers.items():
+            self.numbers[slot // factor, key] += number
+        self.first //= factor
+        self.last //= factor
+
+    def facts(self, keys: Sequence[str], *, running_sum: bool = False) -> dict[str, Any]:
+        """Return where it starts, the width of a bucket, and of each key the numbers in order."""
+        facts: dict[str, Any] = {"start": self.first * self.width / 10, "width": self.width / 10}
+        slots = range(self.first, self.last + 1) if self.numbers else ()
+        for key in keys:
+            values = [self.numbers[slot, key] for slot in slots]
+            facts[key] = list(accumulate(values)) if running_sum else values
+        return facts
+
+
+class Counts:
+    """How many jobs there are by queue and state, and how long their attempts took and waited."""
+
+    def __init__(self) -> None:
+        self.jobs: collections.Counter[tuple[str, State, int]] = collections.Counter()
+        self.seconds: dict[str, Distribution] = collections.defaultdict(Distribution)
+        self.waits: dict[str, Distribution] = collections.defaultdict(Distribution)
+        self.outcomes: collections.Counter[str] = collections.Counter()
+
+    def add(self, history: History) -> None:
+        job = history.job
+        self.jobs[job.queue, job.state, job.readiness] += 1
+        for run in history.runs:
+            self.outcomes[run.outcome] += 1
+            self.seconds[job.queue].add(run.finished - run.started)
+            self.waits[job.queue].add(run.waited)
+
+    def facts_of(self, queues: Sequence[str]) -> dict[str, Any]:
+        jobs = ((key[1:], number) for key, number in self.jobs.items() if key[0] in queues)
+        took = Distribution(self.seconds[queue] for queue in queues)
+        waited = Distribution(self.waits[queue] for queue in queues)
+        counts = tally((*kind, number) for kind, number in jobs)
+        facts = {**counts, "attempts": took.number, **took.facts("took"), **waited.facts("waited")}
+        return {**facts, "histogram": took.histogram()}
+
+    def facts(self) -> dict[str, Any]:
+        queues = sorted({key[0] for key in self.jobs})
+        return {
+            "jobs": sum(self.jobs.values()),
+            **self.facts_of(queues),
+            "outcomes": dict(self.outcomes),
+            "queues": [{"queue": queue, **self.facts_of([queue])} for queue in queues],
+        }
+
+
+class Course:
+    """How many jobs were in each state over time, and how many finished in each bucket of it."""
+
+    def __init__(self, since: float) -> None:
+        self.since = since
+        self.depth = Timeline(240)
+        self.finished = Timeline(100)
+        self.first = NEVER  # the first start and the last end of an attempt
+        self.last = 0.0
+
+    def move(self, when: float, before: str, after: str) -> None:
+        if before:
+            self.depth.add(max(when, self.since), before, -1)
+        self.depth.add(max(when, self.since), after)
+
+    def add(self, history: History) -> None:
+        job = history.job
+        state: str = PENDING
+        self.move(job.created_at, "", PENDING)
+        for run in history.runs:
+            self.first = min(self.first, run.started)
+            self.last = max(self.last, run.finished)
+            state = job.state if run is history.runs[-1] and job.state in FINISHED else PENDING
+            self.move(run.started, PENDING, PROCESSING)
+            self.move(run.finished, PROCESSING, state)
+        if job.state != state:  # it runs, or was cancelled while it waited
+            self.move(job.updated_at, state, job.state)
+        if job.state in FINISHED:
+            self.finished.add(job.updated_at, job.state)
+
+    def facts(self) -> dict[str, Any]:
+        finished = self.finished.facts(FINISHED)
+        number = sum(map(sum, (finished[COMPLETED], finished[DEAD])))
+        span = max(0.0, self.last - self.first)
+        return {
+            "first_start": format_time(self.first) if self.last else None,
+            "last_end": format_time(self.last) if self.last else None,
+            "rate": round(number / max(span, 0.001), 3) if self.last else 0.0,
+            "depth": self.depth.facts(STATES, running_sum=True),
+            "finished": finished,
+        }
+
+
+class Bar(NamedTuple):
+    """An attempt in a Gantt chart, or several that are too short to be told apart there."""
+
+    worker: str
+    started: float
+    finished: float
+    waited: float
+    outcome: str
+    number: int
+    failures: int
+    id: str
+    reason: str
+
+    def merged(self, other: Bar) -> Bar:
+        """Return a bar for both; it shows a failure if there is one."""
+        shown = other if self.outcome == COMPLETED else self
+        return shown._replace(
+            started=min(self.started, other.started),
+            finished=max(self.finished, other.finished),
+            waited=max(self.waited, other.waited),
+            number=self.number + other.number,
+            failures=self.failures + other.failures,
+        )
+
+
+class Gantt:
+    """The attempts of each worker over time; where there are too many, short ones are merged."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+        self.width = 0.001  # seconds; shorter attempts may have been merged
+        self.bars: list[Bar] = []
+
+    def add(self, history: History) -> None:
+        job = history.job
+        for run in history.runs:
+            times = (run.started, run.finished, run.waited)
+            failed = int(run in history.failures)
+            reason = quoted(run.error or "")
+            self.bars.append(Bar(run.worker, *times, run.outcome, 1, failed, job.id, reason))
+        if job.state == PROCESSING:
+            began = job.locked_at or self.now
+            times = (began, max(began, self.now), job.waited)
+            self.bars.append(Bar(job.locked_by or "", *times, "running", 1, 0, job.id, ""))
+        while len(self.bars) > 2 * BARS:
+            self.merge(self.width * 2)
+
+    def merge(self, width: float) -> None:
+        """Merge the attempts of a worker that are shorter than a width and begin within it."""
+        self.width = width
+        merged: dict[tuple[str, int], Bar] = {}
+        long = []
+        for bar in self.bars:
+            key = (bar.worker, int(bar.started / width))
+            if bar.finished - bar.started >= width:
+                long.append(bar)
+            else:
+                merged[key] = merged[key].merged(bar) if key in merged else bar
+        self.bars = [*long, *merged.values()]
+
+    def lanes(self) -> list[list[Bar]]:
+        """Return the bars by lane: a worker takes the lane of one that had ended before it."""
+        by_worker: dict[str, list[Bar]] = {}
+        for bar in sorted(self.bars, key=lambda bar: bar.started):
+            by_worker.setdefault(bar.worker, []).append(bar)
+        lanes: list[list[Bar]] = []
+        for bars in by_worker.values():
+            free = (lane for lane in lanes if lane[-1].finished <= bars[0].started)
+            lane = next(free, None)
+            if lane is None:
+                lanes.append(lane := [])
+            lane += bars
+        return lanes
+
+    def facts(self) -> dict[str, Any]:
+        start = min((bar.started for bar in self.bars), default=self.now)
+        end = max((bar.finished for bar in self.bars), default=self.now)
+        self.merge(max((end - start) / 1000, self.width))
+        while len(self.bars) > BARS and self.width < end - start:
+            self.merge(self.width * 2)
+        lanes = self.lanes()
+        shown = [[bar._asdict() for bar in lane] for lane in lanes[:LANES]]
+        return {"start": start, "end": end, "lanes": shown, "hidden": len(lanes) - len(shown)}
+
+
+class Ranking:
+    """The largest of many items."""
+
+    def __init__(self) -> None:
+        self.heap: list[tuple[float, int, dict[str, Any]]] = []
+        self.number = 0
+
+    def add(self, size: float, item: dict[str, Any]) -> None:
+        import heapq
+
+        self.number += 1
+        push = heapq.heappush if len(self.heap) < LISTED else heapq.heappushpop
+        push(self.heap, (size, self.number, item))
+
+    def facts(self) -> list[dict[str, Any]]:
+        return [item for _, _, item in sorted(self.heap, reverse=True)]
+
+
+def last_line(output: str) -> str:
+    return quoted(next(filter(str.strip, reversed(output.split("\n"))), "").strip())
+
+
+class Failures:
+    """The attempts that failed, by reason."""
+
+    def __init__(self) -> None:
+        self.groups: dict[str, dict[str, Any]] = {}
+        self.dead: list[dict[str, Any]] = []  # the first of the dead jobs
+
+    def add(self, history: History) -> None:
+        job = history.job
+        for run in history.failures:
+            reason = quoted(run.error or run.outcome)
+            if reason not in self.groups and len(self.groups) >= 1000:
+                reason = "other reasons"
+            group = self.groups.setdefault(
+                reason, {"reason": reason, "attempts": 0, "dead": 0, "when": 0.0, "jobs": []}
+            )
+            group["attempts"] += 1
+            if job.state == DEAD and run is history.runs[-1]:
+                group["dead"] += 1
+                facts = {"id": job.id, "queue": job.queue, "run": run.run, "reason": reason}
+                self.dead += [{**facts, "seq": job.seq}] * (len(self.dead) < DEAD_LISTED)
+            if not group["jobs"] or group["jobs"][-1] != job.id:
+                group["jobs"] = [*group["jobs"], job.id][-LISTED:]
+            if run.finished >= group["when"]:
+                group.update(when=run.finished, seq=job.seq, id=job.id, run=run.run)
+
+    def facts(self, reader: Reader) -> dict[str, Any]:
+        """Return dead jobs, and the most frequent reasons with the end of one output each."""
+        groups = sorted(self.groups.values(), key=lambda g: (g["dead"], g["attempts"], g["when"]))
+        shown = groups[: -GROUPS - 1 : -1]
+        for group in shown:
+            group["when"] = format_time(group["when"])
+            group["output"] = reader.output_tail(group.pop("seq"), group["run"], SHORT_TAIL)
+            group["last_line"] = last_line(group["output"])
+        return {"failures": shown, "dead_jobs": self.dead}
+
+
+class Notable:
+    """The slowest attempts, the jobs with the most attempts, and those that failed before."""
+
+    def __init__(self) -> None:
+        self.slowest = Ranking()
+        self.retried = Ranking()
+        self.flaky = Ranking()
+
+    def add(self, history: History) -> None:
+        job = history.job
+        facts: dict[str, Any] = {"id": job.id, "queue": job.queue, "state": job.state}
+        for run in history.runs:
+            seconds = round(run.finished - run.started, 3)
+            self.slowest.add(seconds, {**facts, "run": run.run, "took": seconds})
+        failures = history.failures
+        facts.update(
+            failures=len(failures), reason=quoted(failures[-1].error or "") if failures else ""
+        )
+        if len(history.runs) > 1:
+            self.retried.add(len(history.runs), {**facts, "attempts": len(history.runs)})
+        if failures and job.state == COMPLETED:
+            self.flaky.add(job.updated_at, facts)
+
+    def facts(self) -> dict[str, Any]:
+        lists = {key: ranking.facts() for key, ranking in vars(self).items()}
+        return {**lists, "flaky_number": self.flaky.number}
+
+
+def schedule_facts(reader: Reader, queues: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the active schedules: when each is next due, and how late its last job started."""
+    for job in reader.schedules():
+        if queues and job.queue not in queues:
+            continue
+        facts = {"schedule": job.schedule_id, "queue": job.queue, "rule": rule_text(job)}
+        last = reader.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id)
+        runs = reader.runs(last) if last else []
+        started = runs[0].started if runs else last and last.locked_at
+        late = started and last and max(0.0, started - (last.scheduled_for or started))
+        yield {
+            **facts,
+            "next": format_time(job.scheduled_for),
+            "id": last and last.id,
+            "state": last and last.state,
+            "started": format_time(started),
+            "started_late": None if late is None else round(late, 3),
+        }
+
+
+class Report(NamedTuple):
+    """What a report is about: each renderer takes one and yields text."""
+
+    reader: Reader
+    histories: Callable[[], Iterable[History]]  # is called once by a renderer that needs them
+    queues: Sequence[str] = ()  # limit the schedules and the metrics; none: all
+    since: float = 0.0
+
+    def facts(self) -> dict[str, Any]:
+        """Return all facts, as JSON has them; the histories are read once, in bounded memory."""
+        reader = self.reader
+        now = reader.clock()
+        counts, course, gantt = Counts(), Course(self.since), Gantt(now)
+        failures, notable = Failures(), Notable()
+        for history in self.histories():
+            for part in (counts, course, gantt, failures, notable):
+                part.add(history)
+        return {
+            "path": reader.db.path,
+            "version": __version__,
+            "time": format_time(now),
+            "since": format_time(self.since) if self.since else None,
+            **counts.facts(),
+            **course.facts(),
+            **notable.facts(),
+            **failures.facts(reader),
+            "gantt": gantt.facts(),
+            "paused": reader.paused(),
+            "workers": list(worker_facts(reader)),
+            "schedules": list(islice(schedule_facts(reader, self.queues), 100)),
+        }
+
+
+# The tables that text, HTML and Markdown show: of each list of facts, the columns.
+TIMES = tuple(f"{name}_{part}" for name in ("took", "waited") for part in ("p50", "p95", "max"))
+COLUMNS = {
+    "queues": ("queue", "attempts", *TIMES),
+    "failures": ("reason", "attempts", "dead", "id", "last_line"),
+    "slowest": ("id", "queue", "state", "run", "took"),
+    "retried": ("id", "queue", "state", "attempts", "reason"),
+    "flaky": ("id", "queue", "failures", "reason"),
+    "schedules": ("schedule", "rule", "next", "id", "state", "started", "started_late"),
+}
+HEADINGS = {"slowest": "Slowest attempts", "retried": "Most attempts"}
+HEADINGS.update(flaky="Completed after failures", queues="Queues", schedules="Schedules")
+
+
+def cell_text(value: object) -> str:
+    """Return a fact for people: a float is a duration in seconds."""
+    if value is None:
+        return ""
+    return format_duration(value) if isinstance(value, float) else str(value)
+
+
+def heading_text(key: str) -> str:
+    return "job" if key == "id" else key.replace("_", " ")
+
+
+# HTML. The page needs no script; everything that a job supplied goes through `safe`.
+
+STYLE = """
+:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b1f24; --dim: #59636e;
+  --line: #d8dee4; --completed: #2f9e60; --dead: #d1353f; --late: #d9822b; --running: #2f7fd1;
+  --pending: #8593a3; --cancelled: #8a6fc0; --crashed: #b43c96; }
+@media (prefers-color-scheme: dark) { :root { --page: #0f1216; --card: #181c22; --ink: #e3e7ec;
+  --dim: #97a1ad; --line: #2c333c; --completed: #3fb272; --dead: #f0606a; --late: #e79a4a;
+  --running: #5aa2ee; --pending: #7d8a99; --cancelled: #a993dd; --crashed: #e07cc6; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--page); color: var(--ink);
+  font: 15px/1.45 system-ui, sans-serif; }
+h1 { font-size: 1.2rem; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1rem; margin: 0 0 .6rem; }
+p { margin: .2rem 0 .4rem; }
+h3 { font-size: .9rem; margin: 1rem 0 .3rem; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
+  margin: .8rem 0; padding: .8rem 1rem; }
+.dim, figcaption { color: var(--dim); font-size: .85rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(6.5rem, 1fr)); gap: .6rem; }
+.tile { border-left: 3px solid var(--line); padding: 0 .6rem; }
+.tile b { display: block; font-size: 1.35rem; font-weight: 600; white-space: nowrap; }
+figure { margin: 0 0 .7rem; }
+figure:last-child { margin-bottom: 0; }
+svg { display: block; }
+.lane { display: grid; grid-template-columns: 1.8rem 1fr; align-items: center; font-size: .75rem; }
+.axis { display: flex; justify-content: space-between; color: var(--dim); font-size: .75rem;
+  border-top: 1px solid var(--line); }
+.lane + .axis { margin-left: 1.8rem; }
+.legend span { margin-right: .9rem; white-space: nowrap; }
+.legend i { display: inline-block; width: .7rem; height: .7rem; margin-right: .3rem;
+  background: currentColor; }
+rect, path { fill: var(--dead); }
+.completed { fill: var(--completed); color: var(--completed); border-color: var(--completed); }
+.dead, .failed { fill: var(--dead); color: var(--dead); border-color: var(--dead); }
+.timed-out { fill: var(--late); color: var(--late); }
+.crashed { fill: var(--crashed); color: var(--crashed); }
+.processing, .running { fill: var(--running); color: var(--running); border-color: var(--running); }
+.pending { fill: var(--pending); color: var(--pending); border-color: var(--pending); }
+.cancelled, .released { fill: var(--cancelled); color: var(--cancelled);
+  border-color: var(--cancelled); }
+.legend span, .tile { fill: none; color: inherit; }
+.grid { stroke: var(--line); fill: none; vector-effect: non-scaling-stroke; }
+.wait { fill: var(--pending); }
+.mark { stroke: var(--ink); stroke-dasharray: 3 3; vector-effect: non-scaling-stroke; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .87rem; }
+th { text-align: left; color: var(--dim); font-weight: 500; }
+th, td { padding: .22rem .7rem .22rem 0; border-bottom: 1px solid var(--line); }
+.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+summary { cursor: pointer; overflow-wrap: anywhere; }
+pre { margin: .4rem 0; padding: .6rem; background: var(--page); font-size: .8rem;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+@media print { :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --dim: #444;
+  --line: #bbb; } body { padding: 0; max-width: none; } figure, details, tr { break-inside: avoid; }
+  rect, path, i { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+"""
+ESCAPED = {ord(c): f"&#{ord(c)};" for c in "&<>\"'`="}
+
+
+def safe(text: object) -> str:
+    """Return any text as HTML, for an element or a quoted attribute; it cannot reorder others."""
+    return printable(str(text)).translate(ESCAPED)
+
+
+def printable_lines(text: str) -> str:
+    return "\n".join(map(printable, text.expandtabs().replace("\r\n", "\n").split("\n")))
+
+
+def html_page(title: str, body: str, *, nonce: str = "", head: str = "") -> str:
+    """Return a complete page; with a nonce, its style obeys a Content-Security-Policy."""
+    allowed = f' nonce="{safe(nonce)}"' if nonce else ""
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{safe(title)}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style{allowed}>{STYLE}</style>{head}</head>
+<body>{body}</body></html>
+"""
+
+
+def html_table(facts: Facts, name: str, link: Link) -> str:
+    """Return one of COLUMNS with a heading; empty if it has no rows."""
+    items = facts[name][:100]
+    if not items:
+        return ""
+    lines = ""
+    for number, item in enumerate((COLUMNS[name], *items)):
+        tag = "td" if number else "th"
+        for key in COLUMNS[name]:
+            css = ' class="number"' if isinstance(items[0][key], (int, float)) else ""
+            text = cell_text(item[key]) if number else heading_text(key)
+            lines += f"<{tag}{css}>{link(text) if key == 'id' and number else safe(text)}</{tag}>"
+        lines += "</tr>\n<tr>"
+    heading = f"<h3>{HEADINGS[name]}</h3>" if name in HEADINGS else ""
+    return f'{heading}<div class="wide"><table><tr>{lines}</tr></table></div>'
+
+
+def rect(css: str, x: float, y: float, width: float, height: float, title: str = "") -> str:
+    name = css.replace(" ", "-")
+    box = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+    return f'<rect class="{safe(name)}" {box}><title>{safe(title)}</title></rect>'
+
+
+def svg(shapes: str, height: int, label: str) -> str:
+    """Return a picture 1000 units wide that fills its column; lines mark the quarters."""
+    grid = "".join(f"M{x} 0v{height}" for x in (250, 500, 750))
+    return (
+        f'<svg viewBox="0 0 1000 {height}" width="100%" height="{height}" role="img" '
+        f'aria-label="{safe(label)}" preserveAspectRatio="none">'
+        f'<path class="grid" d="{grid}"/>{shapes}</svg>'
+    )
+
+
+def time_label(when: float, span: float) -> str:
+    style = "%H:%M:%S" if span < 3600 else "%H:%M" if span < 86400 else "%d %b %H:%M"
+    label = datetime.fromtimestamp(when, timezone.utc).astimezone().strftime(style)
+    return f"{label}.{int(when * 10) % 10}" if span < 20 else label
+
+
+def axis(labels: Iterable[str]) -> str:
+    return f'<div class="axis">{"".join(f"<span>{safe(label)}</span>" for label in labels)}</div>'
+
+
+def time_axis(start: float, span: float) -> str:
+    return axis(time_label(start + span * n / 4, span) for n in range(5))
+
+
+def legend(outcomes: Iterable[str]) -> str:
+    items = (
+        f'<span><i class="{safe(word.replace(" ", "-"))}"></i>{safe(word)}</span>'
+        for word in outcomes
+    )
+    return f'<p class="legend dim">{"".join(items)}</p>'
+
+
+def html_tiles(facts: Facts, _link: Link) -> str:
+    tiles: list[tuple[str, ...]] = [(state, f"{facts[state]:,}", state) for state in STATES]
+    busy = sum(worker["job"] is not None for worker in facts["workers"])
+    times = {"took_p50": "p50 duration", "took_p95": "p95 duration", "took_max": "longest"}
+    workers = f"{busy}/{len(facts['workers'])}"
+    tiles += [("", f"{facts['rate']:,.3g}", "jobs/s"), ("", workers, "workers busy")]
+    tiles += [("", format_duration(facts[key]), words) for key, words in times.items()]
+    boxes = (
+        f'<div class="tile {css}"><b>{safe(value)}</b><span class="dim">{safe(name)}</span></div>'
+        for css, value, name in tiles
+    )
+    paused = ", ".join(name or "all queues" for name in facts["paused"])
+    note = f'<p class="dim">paused: {safe(paused)}</p>' if paused else ""
+    return f'<div class="tiles">{"".join(boxes)}</div>{note}'
+
+
+def describe_bar(bar: Facts, span: float) -> str:
+    times = f"{time_label(bar['started'], span)} to {time_label(bar['finished'], span)}"
+    took = format_duration(bar["finished"] - bar["started"])
+    wait = f", after waiting {format_duration(bar['waited'])}" if bar["waited"] >= 0.001 else ""
+    reason = f": {bar['reason']}" if bar["reason"] else ""
+    if bar["number"] > 1:
+        many = f"{bar['number']} attempts, {bar['failures']} failed, {times}"
+        return f"{many}; job {bar['id']} {bar['outcome']}{reason}"
+    return f"job {bar['id']} {bar['outcome']}{reason}; {times} ({took}){wait}"
+
+
+def bar_shapes(bar: Facts, start: float, span: float) -> str:
+    """Return an attempt as a rectangle; of merged ones, the part that failed is in its colour."""
+    left = min((bar["started"] - start) / span * 1000, 999.2)
+    width = max((bar["finished"] - bar["started"]) / span * 1000, 0.8)
+    title = describe_bar(bar, span)
+    if bar["number"] == 1 or not bar["failures"]:
+        return rect(bar["outcome"], left, 2, width, 12, title)
+    part = max(2.0, 12 * bar["failures"] / bar["number"])
+    completed = rect(COMPLETED, left, 2, width, 12, title)
+    return completed + rect(bar["outcome"], left, 2, width, part, title)
+
+
+def waits_of(lane: Iterable[Facts]) -> list[list[float]]:
+    """Return the times in which jobs of a lane waited, joined where they overlap."""
+    found: list[list[float]] = []
+    for start, end in sorted((bar["started"] - bar["waited"], bar["started"]) for bar in lane):
+        if found and start <= found[-1][1]:
+            found[-1][1] = max(end, found[-1][1])
+        else:
+            found.append([start, end])
+    return found
+
+
+def html_gantt(facts: Facts, _link: Link) -> str:
+    """Return a lane for each worker slot: its attempts, and their waits as a thin line."""
+    gantt = facts["gantt"]
+    start = gantt["start"]
+    span = max(gantt["end"] - start, 0.001)
+    rows = []
+    for number, lane in enumerate(gantt["lanes"], 1):
+        shapes = ""
+        for begin, end in waits_of(lane):
+            left = max(0.0, begin - start) / span * 1000
+            shapes += rect("wait", left, 7.5, (end - start) / span * 1000 - left, 1)
+        shapes += "".join(bar_shapes(bar, start, span) for bar in lane)
+        picture = svg(shapes, 16, f"the attempts of worker slot {number}")
+        rows.append(f'<div class="lane"><span class="dim">{number}</span>{picture}</div>')
+    if not rows:
+        return '<p class="dim">No attempts yet.</p>'
+    hidden = f'<p class="dim">and {gantt["hidden"]} more slots</p>' if gantt["hidden"] else ""
+    outcomes = {bar["outcome"]: 1 for lane in gantt["lanes"] for bar in lane}
+    return "".join(rows) + time_axis(start, span) + hidden + legend(sorted(outcomes))
+
+
+def html_depth(facts: Facts, _link: Link) -> str:
+    """Return how many jobs were in each state over time: an area for each state that occurred."""
+    depth = facts["depth"]
+    found = ""
+    for state in STATES:
+        values = depth[state]
+        most = max(values, default=0)
+        if most:
+            step = 1000 / len(values)
+            line = "".join(f"V{40 - 38 * v / most:.1f}h{step:.2f}" for v in values)
+            picture = svg(f'<path class="{state}" d="M0 40{line}V40z"/>', 40, f"jobs {state}")
+            caption = f"<figcaption>{state}: {values[-1]:,}, at most {most:,}</figcaption>"
+            found += f"<figure>{caption}{picture}</figure>"
+    span = depth["width"] * len(depth[PENDING])
+    return found + time_axis(depth["start"], span) if found else '<p class="dim">No jobs yet.</p>'
+
+
+def html_finished(facts: Facts, _link: Link) -> str:
+    """Return bars of the jobs that finished in each bucket of time, those that died on top."""
+    finished = facts["finished"]
+    start, width = finished["start"], finished["width"]
+    pairs = list(zip(finished[COMPLETED], finished[DEAD]))
+    most = max(map(sum, pairs), default=0)
+    if not most:
+        return '<p class="dim">No job has finished yet.</p>'
+    step = 1000 / len(pairs)
+    span = width * len(pairs)
+    shapes = ""
+    for n, (completed, dead) in enumerate(pairs):
+        low, high = 78 * completed / most, 78 * dead / most
+        title = f"{time_label(start + n * width, span)}: {completed} completed, {dead} dead"
+        for state, base, size in ((COMPLETED, 0.0, low), (DEAD, low, high)):
+            if size:
+                shapes += rect(state, n * step, 80 - base - size, step * 0.9, size, title)
+    caption = f"<figcaption>in {format_duration(width)} each, at most {most:,}</figcaption>"
+    picture = svg(shapes, 80, "jobs finished over time")
+    both = legend((COMPLETED, DEAD))
+    return f"<figure>{caption}{picture}</figure>{time_axis(start, span)}{both}"
+
+
+def html_durations(facts: Facts, link: Link) -> str:
+    """Return how long attempts took, on a logarithmic scale, and a table of the queues."""
+    bins = facts["histogram"]
+    if not bins:
+        return '<p class="dim">No attempt has ended yet.</p>'
+    low = math.floor(math.log10(bins[0][0] * 1.01))
+    high = math.ceil(math.log10(bins[-1][1] * 0.99))
+    most = max(number for *_, number in bins)
+
+    def place(seconds: float) -> float:
+        return (math.log10(max(seconds, 1e-3)) - low) / (high - low) * 1000
+
+    shapes = ""
+    for begin, end, number in bins:
+        title = f"{format_duration(begin)} to {format_duration(end)}: {plural(number, 'attempt')}"
+        size = max(78 * number / most, 1)
+        width = (place(end) - place(begin)) * 0.94
+        shapes += rect("running", place(begin), 80 - size, width, size, title)
+    for key in ("took_p50", "took_p95"):
+        shapes += f'<path class="mark" d="M{place(facts[key]):.1f} 0v80"/>'
+    half, most_of = (format_duration(facts[key]) for key in ("took_p50", "took_p95"))
+    caption = f"<figcaption>p50 {half}, p95 {most_of} (dashed), at most {most:,} in a bar"
+    labels = (format_duration(10.0**n) for n in range(low, high + 1))
+    picture = svg(shapes, 80, "durations of attempts")
+    chart = f"<figure>{caption}</figcaption>{picture}{axis(labels)}</figure>"
+    return chart + html_table(facts, "queues", link)
+
+
+def html_failures(facts: Facts, link: Link) -> str:
+    """Return the failed attempts by reason, with the end of one output each; then flaky jobs."""
+    found = ""
+    for place, group in enumerate(facts["failures"]):
+        numbers = f"{plural(group['attempts'], 'attempt')}, {plural(group['dead'], 'dead job')}"
+        ids = ", ".join(map(link, group["jobs"]))
+        output = (
+            f"<pre>{printable_lines(group['output']).translate(ESCAPED)}</pre>"
+            if group["output"].strip()
+            else ""
+        )
+        when = safe(group["when"])
+        last = f"last by job {link(group['id'])} in run {group['run']}, {when}"
+        found += (
+            f"<details{' open' * (place < 3)}><summary><b>{safe(group['reason'])}</b> "
+            f'<span class="dim">{numbers}</span></summary><p class="dim">{last}; jobs: {ids}</p>'
+            f"{output}</details>"
+        )
+    return found or '<p class="dim">Nothing has failed.</p>'
+
+
+def html_notable(facts: Facts, link: Link) -> str:
+    return "".join(html_table(facts, name, link) for name in ("flaky", "slowest", "retried"))
+
+
+def html_schedules(facts: Facts, link: Link) -> str:
+    return html_table(facts, "schedules", link)
+
+
+PARTS: dict[str, tuple[str, Callable[[Facts, Link], str]]] = {  # by the id of its element
+    "tiles": ("", html_tiles),
+    "failures": ("Failures by reason", html_failures),
+    "gantt": ("Attempts by worker slot", html_gantt),
+    "finished": ("Jobs finished", html_finished),
+    "depth": ("Jobs by state", html_depth),
+    "durations": ("How long attempts took", html_durations),
+    "notable": ("", html_notable),
+    "schedules": ("", html_schedules),
+}
+
+
+def html_part(name: str, facts: Facts, link: Link = safe) -> str:
+    """Return a part of the overview as a section whose id is the name; hidden if it is empty."""
+    heading, render = PARTS[name]
+    body = render(facts, link)
+    title = f"<h2>{heading}</h2>" if heading else ""
+    return f'<section id="{name}"{"" if body else " hidden"}>{title}{body}</section>\n'
+
+
+def html_report(report: Report) -> Iterator[str]:
+    facts = report.facts()
+    about = f"{plural(facts['jobs'], 'job')}, {plural(facts['attempts'], 'attempt')}"
+    since = f" since {facts['since']}" if facts["since"] else ""
+    note = safe(f"{about}{since}; made at {facts['time']} by queuectl {__version__}")
+    body = "".join(html_part(name, facts) for name in PARTS)
+    header = f'<header><h1>{safe(facts["path"])}</h1><p class="dim">{note}</p></header>'
+    yield html_page(f"queuectl: {facts['path']}", f"{header}\n{body}")
+
+
+# Markdown and plain text.
+
+MARKDOWN_LIMIT = 900_000  # bytes; GitHub refuses a summary of more than 1 MiB
+INERT = {ord(c): f"&#{ord(c)};" for c in "&<>\"'`\\*_[]|~#@:"}
+
+
+def markdown_table(facts: Facts, name: str) -> str:
+    keys = COLUMNS[name]
+    lines = [[heading_text(key) for key in keys], ["---"] * len(keys)]
+    for item in facts[name][:LISTED]:
+        lines.append([printable(cell_text(item[key])).translate(INERT) for key in keys])
+    rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"\n#### {HEADINGS[name]}\n\n{rows}" if facts[name] else ""
+
+
+def fenced(text: str) -> str:
+    """Return text as a code block, whose fence is longer than any run of backticks in it."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{printable_lines(text)}\n{fence}\n"
+
+
+def markdown_blocks(report: Report) -> Iterator[str]:
+    facts = report.facts()
+    counts = ", ".join(f"{facts[state]} {state}" for state in STATES)
+    yield f"### queuectl: {counts}\n\n{facts['rate']:,.3g} jobs/s, {facts['attempts']} attempts\n"
+    yield from (markdown_table(facts, name) for name in ("queues", "flaky", "slowest"))
+    for job in facts["dead_jobs"]:
+        output = report.reader.output_tail(job["seq"], job["run"], TAIL).strip()
+        name, reason = (printable(job[key]).translate(INERT) for key in ("id", "reason"))
+        block = f"\n#### Job {name} is dead: {reason}\n"
+        yield block + (f"\n{fenced(output)}" if output else "")
+    if more := facts[DEAD] - len(facts["dead_jobs"]):
+        yield f"\nand {plural(more, 'more dead job')}\n"
+
+
+def markdown_report(report: Report) -> Iterator[str]:
+    """Yield a summary for CI, within MARKDOWN_LIMIT."""
+    size = left_out = 0
+    for block in markdown_blocks(report):
+        size += len(block.encode())
+        if size > MARKDOWN_LIMIT:
+            left_out += 1
+        else:
+            yield block
+    if left_out:
+        yield f"\n{plural(left_out, 'part')} left out: a summary may not be larger\n"
+
+
+def text_report(report: Report) -> Iterator[str]:
+    """Yield one screen: counts, times by queue, reasons of failures, and notable jobs."""
+    facts = report.facts()
+    counts = ", ".join(f"{facts[state]} {state}" for state in STATES)
+    yield f"{counts}; {facts['rate']:,.3g} jobs/s, {facts['attempts']} attempts\n"
+    for name, number in (
+        ("queues", 5),
+        ("failures", 5),
+        ("slowest", 3),
+        ("retried", 3),
+        ("flaky", 3),
+    ):
+        rows = [[cell_text(item[key]) for key in COLUMNS[name]] for item in facts[name][:number]]
+        headings = [name.upper(), *(heading_text(key).upper() for key in COLUMNS[name][1:])]
+        yield from (line + "\n" for line in section(headings, rows))
+
+
+def json_report(report: Report) -> Iterator[str]:
+    yield json.dumps(report.facts()) + "\n"
+
+
+# JUnit. The elements are in the order of Maven Surefire's schema.
+
+XML_BLANKS = {ord(c): f"&#{ord(c)};" for c in "\t\n"}  # an attribute would lose them
+
+
+@lru_cache(maxsize=None)
+def xml_escapes() -> dict[int, str]:
+    refused = {*range(32), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF} - {*b"\t\n\r"}
+    escapes = {number: f"#x{number:X}" for number in refused}
+    return {**escapes, **{ord(c): f"&#{ord(c)};" for c in "&<>\"'\r"}}
+
+
+def xml_text(text: str) -> str:
+    """Return any text for an element; a character that XML cannot hold is written as #x1B."""
+    return text.translate(xml_escapes())
+
+
+def xml_tag(name: str, /, **attributes: str) -> str:
+    pairs = (f' {k}="{xml_text(v).translate(XML_BLANKS)}"' for k, v in attributes.items())
+    return f"<{name}{''.join(pairs)}>"
+
+
+def junit_failure(reader: Reader, job: Job, run: Attempt, name: str) -> str:
+    reason = run.error or run.outcome
+    text = xml_text(f"{reason}\n{reader.output_tail(job.seq, run.run, TAIL)}")
+    if name in ("rerunFailure", "flakyFailure"):
+        text = f"<stackTrace>{text}</stackTrace>"
+    return f"{xml_tag(name, message=reason, type=run.outcome)}{text}</{name}>\n"
+
+
+def junit_elements(reader: Reader, history: History) -> tuple[str, list[str]]:
+    """Return how a job counts in its suite, and the elements of its case."""
+    job = history.job
+    failures = history.failures
+    if job.state == COMPLETED:
+        return "", [junit_failure(reader, job, run, "flakyFailure") for run in failures]
+    if job.state == DEAD and failures:
+        *earlier, last = failures
+        found = [junit_failure(reader, job, run, "rerunFailure") for run in earlier]
+        if last.outcome == "failed" and last.exit_code is None:  # it could not start
+            return "errors", [*found, junit_failure(reader, job, last, "error")]
+        return "failures", [junit_failure(reader, job, last, "failure"), *found]
+    reason = job.last_error or job.state
+    if job.readiness == BLOCKED:
+        reason = describe_blockers(reader.parents(job))
+    return "skipped", [xml_tag("skipped", message=reason) + "</skipped>\n"]
+
+
+def junit_case(reader: Reader, history: History) -> tuple[str, str]:
+    job = history.job
+    result, elements = junit_elements(reader, history)
+    names = {"name": job.id, "classname": job.queue, "time": f"{history.took:.3f}"}
+    return result, f"{xml_tag('testcase', **names)}{''.join(elements)}</testcase>\n"
+
+
+def junit_report(report: Report) -> Iterator[str]:
+    """Yield a suite for each queue, with a case for each job; the cases are kept in files."""
+    import tempfile
+
+    suites: dict[str, collections.Counter[str]] = {}
+    with tempfile.TemporaryDirectory() as where:
+        files: dict[str, str] = {}
+        for history in report.histories():
+            queue = history.job.queue
+            suite = suites.setdefault(queue, collections.Counter())
+            path = files.setdefault(queue, os.path.join(where, str(len(files))))
+            result, case = junit_case(report.reader, history)
+            suite.update(("tests", result))
+            suite["ms"] += round(1000 * history.took)
+            with open(path, "a", encoding="utf-8", newline="") as file:
+                file.write(case)
+        yield '<?xml version="1.0" encoding="UTF-8"?>\n<testsuites>\n'
+        for queue, suite in sorted(suites.items()):
+            counts = {key: str(suite[key]) for key in ("tests", "errors", "skipped", "failures")}
+            yield xml_tag("testsuite", name=queue, time=f"{suite['ms'] / 1000:.3f}", **counts)
+            with open(files[queue], encoding="utf-8", newline="") as file:
+                yield from iter(partial(file.read, 1 << 16), "")
+            yield "</testsuite>\n"
+        yield "</testsuites>\n"
+
+
+# Prometheus: the text format 0.0.4.
+
+
+def family(name: str, kind: str, meaning: str, samples: Iterable[tuple[Any, ...]]) -> Iterator[str]:
+    """Yield a family of metrics; a sample is its value, a suffix of the name, and labels."""
+    yield f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n"
+    escapes = {ord("\\"): r"\\", ord('"'): r"\"", ord("\n"): r"\n"}
+    for value, suffix, labels in samples:
+        pairs = ",".join(f'{key}="{text.translate(escapes)}"' for key, text in labels.items())
+        yield f"{name}{suffix}{{{pairs}}} {value:.15g}\n"
+
+
+def summary(name: str, meaning: str, totals: Iterable[tuple[str, int, float]]) -> Iterator[str]:
+    """Yield a family of sums and counts by queue, given numbers and seconds to add up."""
+    numbers: collections.Counter[str] = collections.Counter()
+    seconds: dict[str, float] = collections.defaultdict(float)
+    for queue, number, sum_of_them in totals:
+        numbers[queue] += number
+        seconds[queue] += sum_of_them
+    samples = [(seconds[queue], "_sum", {"queue": queue}) for queue in numbers]
+    samples += [(number, "_count", {"queue": queue}) for queue, number in numbers.items()]
+    yield from family(name, "summary", meaning, samples)
+
+
+def gauges(reader: Reader, queues: Sequence[str]) -> Iterator[str]:
+    """Yield the metrics of the present state of each queue."""
+    counts = collections.Counter({(queue, state): 0 for queue in queues for state in STATES})
+    for queue, state, _, number in reader.counts_by_queue(queues):
+        counts[queue, state] += number
+    samples: list[tuple[float, str, dict[str, str]]] = [
+        (number, "", {"queue": queue, "state": state}) for (queue, state), number in counts.items()
+    ]
+    yield from family("queuectl_jobs", "gauge", "Jobs by queue and state.", samples)
+    now = reader.clock()
+    ages = [(reader.oldest_due(queue), queue) for queue in queues]
+    samples = [(max(0.0, now - due), "", {"queue": name}) for due, name in ages if due is not None]
+    meaning = "How long the ready job that was due first has been due."
+    yield from family("queuectl_oldest_ready_seconds", "gauge", meaning, samples)
+    paused = reader.paused()
+    samples = [("" in paused or name in paused, "", {"queue": name}) for name in queues]
+    yield from family("queuectl_paused", "gauge", "1 where no jobs are started.", samples)
+    if "limit" in SETTINGS:
+        samples = [(reader.settings(name)["limit"], "", {"queue": name}) for name in queues]
+        meaning = "Jobs that may run at once; 0: any number."
+        yield from family("queuectl_limit", "gauge", meaning, samples)
+
+
+def prometheus_report(report: Report) -> Iterator[str]:
+    """Yield the metrics; those of attempts count also the jobs that were deleted meanwhile."""
+    reader = report.reader
+    totals = [row for row in reader.totals() if not report.queues or row.queue in report.queues]
+    known = {row[0] for row in reader.counts_by_queue(report.queues)} | {
+        row.queue for row in totals
+    }
+    yield from gauges(reader, sorted(known))
+    busy = collections.Counter({"idle": 0, "busy": 0})
+    busy.update("busy" if worker["job"] else "idle" for worker in worker_facts(reader))
+    samples = [(number, "", {"state": state}) for state, number in busy.items()]
+    yield from family("queuectl_workers", "gauge", "Living workers.", samples)
+    ended = [(row.number, "", {"queue": row.queue, "outcome": row.outcome}) for row in totals]
+    meaning = "Attempts that have ended."
+    yield from family("queuectl_attempts_total", "counter", meaning, ended)
+    running = ((row.queue, row.number, row.running) for row in totals)
+    yield from summary("queuectl_attempt_seconds", "How long attempts took.", running)
+    waiting = ((row.queue, row.number, row.waiting) for row in totals)
+    yield from summary("queuectl_wait_seconds", "How long jobs were ready before it.", waiting)
+    last = [(row.last, "", {"queue": row.queue}) for row in totals if row.outcome == COMPLETED]
+    name = "queuectl_last_completed_timestamp_seconds"
+    yield from family(name, "gauge", "When a job last completed.", last)
+    version = [(1, "", {"version": __version__})]
+    yield from family("queuectl_build_info", "gauge", "The version of queuectl.", version)
+
+
+# Files.
+
+FORMATS: dict[str, Callable[[Report], Iterator[str]]] = {
+    "text": text_report,
+    "html": html_report,
+    "junit": junit_report,
+    "markdown": markdown_report,
+    "prometheus": prometheus_report,
+    "json": json_report,
+}
+ENDINGS = {".txt": "text", ".html": "html", ".xml": "junit", ".md": "markdown"}
+ENDINGS.update({".prom": "prometheus", ".json": "json"})
+
+
+def format_of(path: str) -> str:
+    """Return the format that the ending of a file stands for, or raise BadInput."""
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in ENDINGS:
+        raise BadInput(f"{quoted(path)} must end in {', '.join(ENDINGS)}, or use --format")
+    return ENDINGS[ending]
+
+
+def write_report(path: str, chunks: Iterable[str]) -> None:
+    """Write a file aside and rename it, so that nobody reads half of it; a device directly."""
+    path = os.path.realpath(path)
+    is_file = os.path.isfile(path) or not os.path.lexists(path)
+    aside = f"{path}.{os.getpid()}.tmp" if is_file else path
+    try:
+        with open(aside, "x" if is_file else "w", encoding="utf-8", newline="") as file:
+            file.writelines(chunk.encode(errors="backslashreplace").decode() for chunk in chunks)
+        if is_file:
+            os.replace(aside, path)
+    except BaseException:
+        if is_file:
+            with contextlib.suppress(OSError):
+                os.unlink(aside)
+        raise
+
+
+# --- web: the report as a live page, for a browser on this machine --------------------------------
+
+WEB_PORT = 8642
+MAX_CONNECTIONS = 32  # each has a thread
+CONNECTION_SECONDS = 10.0  # how long a connection may last
+QUERY_SECONDS = 2.0  # how long the statements of one page may take
+LARGEST_BODY = 1 << 18  # bytes of a POST
+LARGEST_RAW = 16 << 20  # bytes of output that are sent as a file
+SHOWN_OUTPUT = 1 << 16  # bytes of output on a page
+PAGE_SIZE = 100  # jobs, attempts or schedules on a page
+OVERVIEW_JOBS = 1000  # the latest jobs, about which the overview reports
+EXAMINED = 10_000  # dead jobs that are grouped by reason
+SEARCHED = 500  # jobs that a search reads at a time
+SEARCH_SECONDS = 0.15
+LAST = 10**17  # a number after that of every job
+LOOPBACK_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.IGNORECASE)
+HTTP_STATUS = {BadInput: 400, NotFound: 404, Fault: 503}
+
+
+class Refused(Exception):
+    """A request that is not answered, with the status that tells why."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def address(path: str, /, **fields: Any) -> str:
+    """Return the URL of a page, without the fields that are empty."""
+    from urllib.parse import urlencode
+
+    query = urlencode({key: value for key, value in fields.items() if value}, doseq=True)
+    return f"{path}?{query}" if query else path
+
+
+def parse_fields(text: str) -> dict[str, list[str]]:
+    from urllib.parse import parse_qs
+
+    try:
+        return parse_qs(text, keep_blank_values=True, max_num_fields=5000)
+    except ValueError:
+        raise Refused(400, "too many fields") from None
+
+
+class Request(NamedTuple):
+    """A request; `fields` are those of the query or, for a POST, of the form."""
+
+    method: str
+    path: str
+    fields: Mapping[str, list[str]]
+    headers: Any
+
+    def text(self, name: str) -> str:
+        """Return the last value of a field, empty if there is none."""
+        return self.fields.get(name, [""])[-1]
+
+    def number(self, name: str) -> int:
+        """Return the value of a field, 0 if it is empty."""
+        return int(validate(name, integer(0, 1 << 53), self.text(name) or 0))
+
+    def header(self, name: str) -> str:
+        """Return the value of a header that may not be repeated, empty if there is none."""
+        values = self.headers.get_all(name, [""])
+        if len(values) > 1:
+            raise Refused(400, f"more than one {name} header")
+        return str(values[0]).strip()
+
+    @property
+    def url(self) -> str:
+        return address(self.path, **self.fields)
+
+
+class Response(NamedTuple):
+    """A response: a page, unless it has another type."""
+
+    status: int
+    body: str | bytes = ""
+    kind: str = "text/html"
+    nonce: str = ""  # of the styles and scripts that the page may have
+    headers: Mapping[str, str] = {}
+
+
+class Page(NamedTuple):
+    """A page: `parts` are kept up to date while it is open, `top` is not."""
+
+    title: str
+    parts: Mapping[str, str]
+    top: str = ""
+
+
+class Gate:
+    """Lets in the browser and the scripts of the user who started the server, and nobody else.
+
+    A page of another site can make the browser send requests here, even under a name that leads to
+    this machine. So the Host must be a loopback name, the Origin ours, and the token must be sent.
+    """
+
+    def __init__(self, port: int) -> None:
+        import secrets
+
+        self.token = secrets.token_urlsafe(32)
+        self.cookie = f"queuectl-{port}"  # the cookies of all ports are sent to each
+
+    def is_token(self, word: str) -> bool:
+        import hmac
+
+        return hmac.compare_digest(word.encode(), self.token.encode())
+
+    def admit(self, request: Request) -> Response | None:
+        """Return None for a request to be answered, or the response to a login; else Refused."""
+        self.check_host(request)
+        is_login = request.method != "POST" and request.path == "/" and "token" in request.fields
+        site = request.header("Sec-Fetch-Site") or "none"
+        if is_login and self.is_token(request.text("token")):
+            return self.log_in(is_direct=site == "none")
+        if site not in ("same-origin", "none"):
+            raise Refused(403, f"a request from another site ({quoted(site)})")
+        if is_login or not (self.has_bearer(request) or self.has_cookie(request)):
+            how = "open the address that `queuectl web` printed; each start has a new one"
+            raise Refused(401, f"no valid token: {how}")
+        return None
+
+    def check_host(self, request: Request) -> None:
+        hosts = request.headers.get_all("Host", [])
+        if len(hosts) != 1 or not LOOPBACK_HOST.fullmatch(hosts[0].strip()):
+            raise Refused(421, "the Host must be 127.0.0.1 or localhost")
+        origin = request.header("Origin")
+        if origin and origin.lower() != f"http://{hosts[0].strip().lower()}":
+            raise Refused(403, f"a request from another origin ({quoted(origin)})")
+
+    def has_bearer(self, request: Request) -> bool:
+        kind, _, word = request.header("Authorization").partition(" ")
+        return kind.lower() == "bearer" and self.is_token(word.strip())
+
+    def has_cookie(self, request: Request) -> bool:
+        """Tell whether the cookie is sent; a POST must have an Origin too, as browsers do it."""
+        pairs = (pair.strip().partition("=") for pair in request.header("Cookie").split(";"))
+        sent = any(name == self.cookie and self.is_token(word) for name, _, word in pairs)
+        if sent and request.method == "POST" and not request.header("Origin"):
+            raise Refused(403, "a POST without an Origin")
+        return sent
+
+    def log_in(self, *, is_direct: bool) -> Response:
+        """Exchange the token in the URL for a cookie, and lead to the URL without it.
+
+        After a redirect, the browser still counts the request as that of the page with the link,
+        and withholds the cookie if that was another site's, such as a file.
+        """
+        cookie = f"{self.cookie}={self.token}; HttpOnly; SameSite=Strict; Path=/"
+        if is_direct:
+            return Response(303, headers={"Set-Cookie": cookie, "Location": "/"})
+        return Response(200, headers={"Set-Cookie": cookie, "Refresh": "0; url=/"})
+
+
+class Connections:
+    """The open connections, oldest first. Idle ones give way to new ones."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.opened: dict[Any, float] = {}  # when, on the monotonic clock
+
+    def has_room(self) -> bool:
+        return len(self.opened) < 2 * MAX_CONNECTIONS  # threads that are about to end included
+
+    def add(self, connection: Any) -> None:
+        with self.lock:
+            self.opened[connection] = time.monotonic()
+        self.end_old()
+
+    def remove(self, connection: Any) -> None:
+        with self.lock:
+            self.opened.pop(connection, None)
+
+    def end_old(self) -> None:
+        """End the oldest connections, if there are too many, and those that last too long."""
+        with self.lock:
+            excess = len(self.opened) - MAX_CONNECTIONS
+            for number, (connection, since) in enumerate(self.opened.items()):
+                if number < excess or time.monotonic() > since + CONNECTION_SECONDS:
+                    with contextlib.suppress(OSError):  # its thread, which waits for it, ends
+                        connection.shutdown(2)  # SHUT_RDWR
+
+
+def security_headers(nonce: str) -> dict[str, str]:
+    own = f"'nonce-{nonce}'" if nonce else "'none'"
+    allowed = f"style-src {own}; script-src {own}; connect-src 'self'; img-src 'self'"
+    denied = "base-uri 'none'; frame-ancestors 'none'"
+    return {
+        "Content-Security-Policy": f"default-src 'none'; {allowed}; form-action 'self'; {denied}",
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Connection": "close",
+    }
+
+
+def encode_response(response: Response, *, head_only: bool) -> bytes:
+    from http import HTTPStatus
+
+    body = response.body.encode() if isinstance(response.body, str) else response.body
+    headers = {**security_headers(response.nonce), **response.headers}
+    headers.update({"Content-Type": f"{response.kind}; charset=utf-8"})
+    headers.update({"Content-Length": str(len(body))})
+    lines = [f"HTTP/1.0 {response.status} {HTTPStatus(response.status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    head = "\r\n".join(lines).encode("ascii") + b"\r\n\r\n"
+    return head if head_only else head + body
+
+
+def refusal(error: Refused) -> Response:
+    more = {401: {"WWW-Authenticate": "Bearer"}, 405: {"Allow": "GET, HEAD, POST"}}
+    return Response(error.status, f"{error}\n", "text/plain", headers=more.get(error.status, {}))
+
+
+def read_form(headers: Any, file: Any) -> str:
+    """Return the body of a POST, or refuse it."""
+    lengths = headers.get_all("Content-Length", [])
+    if len(lengths) != 1 or "Transfer-Encoding" in headers:
+        raise Refused(411, "a POST needs one Content-Length")
+    if not re.fullmatch("[0-9]{1,18}", lengths[0].strip()):
+        raise Refused(400, "the Content-Length must be a number")
+    length = int(lengths[0])
+    if length > LARGEST_BODY:
+        raise Refused(413, f"a POST must not have more than {LARGEST_BODY} bytes")
+    body = file.read(length)
+    if headers.get_content_type() != "application/x-www-form-urlencoded":
+        raise Refused(415, "a POST must be a form")
+    if len(body) < length:
+        raise Refused(400, "the body is shorter than its Content-Length")
+    return str(body, "ascii", "replace")
+
+
+def handler_class(respond: Callable[[Request], Response]) -> Any:
+    """Return the class of which an object handles one connection: one request, by HTTP/1.0.
+
+    With HTTP/1.1, the body of a refused POST could be taken for the next request.
+    """
+    from http.server import BaseHTTPRequestHandler
+
+    class Handler(BaseHTTPRequestHandler):
+        """Reads a request, and writes the response."""
+
+        timeout = CONNECTION_SECONDS
+
+        def do_GET(self) -> None:
+            path, _, text = self.path.partition("?")
+            try:
+                if self.command == "POST":
+                    text = read_form(self.headers, self.rfile)
+                request = Request(self.command, path, parse_fields(text), self.headers)
+                response = respond(request)
+            except Refused as error:
+                response = refusal(error)
+            head_only = self.command == "HEAD"
+            self.wfile.write(encode_response(response, head_only=head_only))
+
+        do_HEAD = do_POST = do_GET  # noqa: N815
+
+        def send_error(self, code: int, *_: Any) -> None:
+            error = Refused(405 if code == 501 else code, "this request is not understood")
+            self.wfile.write(encode_response(refusal(error), head_only=False))
+
+        def log_message(self, *_: Any) -> None:
+            """Log nothing: a request may have the token in it."""
+
+    return Handler
+
+
+def server_class() -> Any:
+    """Return the class of a server that handles each connection in a thread."""
+    from socketserver import ThreadingTCPServer
+
+    connections = Connections()
+
+    class Server(ThreadingTCPServer):
+        """Limits the number of connections, and the time that each takes."""
+
+        allow_reuse_address = not WINDOWS  # there, another program could take the same port
+        daemon_threads = True
+        request_queue_size = 1024
+
+        def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002
+            return any(connections.has_room() for _ in polling(1.0))
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            connections.add(request)
+            super().process_request(request, client_address)
+
+        def shutdown_request(self, request: Any) -> None:
+            connections.remove(request)
+            super().shutdown_request(request)
+
+        def service_actions(self) -> None:
+            connections.end_old()
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            if not isinstance(sys.exc_info()[1], OSError):  # else the other side is gone
+                super().handle_error(request, client_address)
+
+    return Server
+
+
+def make_server(port: int, respond: Callable[[Request], Response]) -> Any:
+    """Return a server on the loopback interface; port 0 is any free one."""
+    try:
+        return server_class()(("127.0.0.1", port), handler_class(respond))
+    except OSError as error:
+        hint = "choose another one with --port, or 0 for any that is free"
+        raise Fault(f"port {port}: {error.strerror}; {hint}") from None
+
+
+# The pages. Whatever a job supplied goes through `safe`, or through a function that calls it.
+
+WEB_STYLE = """
+nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; align-items: baseline; }
+nav h1 { flex: 1 1 18rem; }
+a { color: var(--running); }
+[aria-current] { color: inherit; font-weight: 600; text-decoration: none; }
+form { margin: .4rem 0; }
+td form { margin: 0; }
+label { margin-right: .8rem; }
+td { vertical-align: top; }
+td:last-child, td code { overflow-wrap: anywhere; min-width: 12rem; }
+td code { display: block; }
+button, input { font: inherit; }
+pre.output { max-height: 60vh; }
+"""
+WEB_SCRIPT = """
+"use strict";
+const button = document.getElementById("pause");
+const note = document.getElementById("live");
+let paused = false;
+function isRead() {
+  const active = document.activeElement;
+  return document.hidden || !getSelection().isCollapsed || (active && active.closest("[data-tag]"))
+    || document.querySelector("[data-tag] input:checked");
+}
+function replace(part) {
+  const old = document.getElementById(part.id);
+  const both = (kind) => {
+    const after = part.querySelectorAll(kind);
+    return [...old.querySelectorAll(kind)].slice(0, after.length).map((e, i) => [e, after[i]]);
+  };
+  const outputs = both("pre").map(([e, after]) =>
+    [after, e.scrollTop + e.clientHeight >= e.scrollHeight - 4 ? 1e9 : e.scrollTop]);
+  for (const [e, after] of both("details")) after.open = e.open;
+  old.replaceWith(part);
+  for (const [e, place] of outputs) e.scrollTop = place;
+}
+async function update() {
+  const tags = [...document.querySelectorAll("[data-tag]")].map((e) => e.dataset.tag);
+  const answer = await fetch(location.href, {headers: {"X-Queuectl-Tags": tags.join(" ")}});
+  if (answer.status === 401) throw new Error("The server was started anew: open its new address");
+  if (answer.status === 404) throw new Error("It no longer exists");
+  if (!answer.ok) throw new Error("The queue cannot be read; trying again");
+  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  if (!isRead()) page.querySelectorAll("[data-tag]").forEach(replace);
+}
+async function turn() {
+  const began = performance.now();
+  note.textContent = paused ? "paused" : isRead() ? "paused while you select" : "live";
+  if (note.textContent === "live") {
+    try {
+      await update();
+    } catch (error) {
+      note.textContent = error instanceof TypeError ? "the server is gone" : error.message;
+    }
+  }
+  setTimeout(turn, Math.max(1000, 20 * (performance.now() - began)));
+}
+button.hidden = false;
+button.onclick = () => {
+  paused = !paused;
+  button.textContent = paused ? "Resume updates" : "Pause updates";
+};
+document.querySelectorAll(".output").forEach((e) => { e.scrollTop = 1e9; });
+setTimeout(turn, 1000);
+"""
+ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><g fill="#2f7fd1">
+<rect width="16" height="4"/><rect y="6" width="11" height="4"/><rect y="12" width="6" height="4"/>
+</g></svg>"""
+STATE_TABS: Mapping[str, tuple[State, int]] = {
+    **{word: (PENDING, readiness) for readiness, word in READINESS_WORDS.items()},
+    **{state: (state, READY) for state in (PROCESSING, *FINISHED)},
+}
+
+
+def element(tag: str, content: str = "", /, **attributes: object) -> str:
+    """Return an HTML element; its content is HTML, the values of its attributes are text."""
+    words = (f' {key.strip("_").replace("_", "-")}="{safe(v)}"' for key, v in attributes.items())
+    end = "" if tag == "input" else f"</{tag}>"
+    return f"<{tag}{''.join(words)}>{content}{end}"
+
+
+def html_grid(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of HTML cells; columns whose headings end with # are numbers."""
+    classes = [' class="number"' if heading[-1:] == "#" else "" for heading in headings]
+    lines = ["".join(f"<td{css}>{cell}</td>" for css, cell in zip(classes, row)) for row in rows]
+    head = "".join(f"<th{css}>{safe(h.rstrip('#'))}</th>" for css, h in zip(classes, headings))
+    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>' if lines else ""
+
+
+def link(text: object, path: str, **fields: object) -> str:
+    return element("a", safe(text), href=address(path, **fields))
+
+
+def job_link(job_id: str) -> str:
+    return link(job_id, "/job", id=job_id)
+
+
+def code(text: str) -> str:
+    return element("code", safe(shorten(text, 160)))
+
+
+def time_cell(when: float, now: float) -> str:
+    return element("span", safe(format_distance(when, now)), title=format_time(when))
+
+
+def action_form(
+    content: str, actions: Iterable[str], back: str, fields: Iterable[tuple[str, str]] = ()
+) -> str:
+    """Return a form around some HTML, with a button for each action; `back` is its page."""
+    hidden = "".join(
+        element("input", type="hidden", name=name, value=value)
+        for name, value in (*fields, ("back", back))
+    )
+    buttons = " ".join(
+        element("button", action.capitalize(), name="action", value=action) for action in actions
+    )
+    return element("form", hidden + content + buttons, method="post", action="/act")
+
+
+def queues_html(reader: Reader, back: str) -> str:
+    """Return a table of the queues, with buttons to pause and resume them."""
+    counts: dict[str, dict[str, int]] = {}
+    for queue, state, _, number in reader.counts_by_queue():
+        counts.setdefault(queue, dict.fromkeys(STATES, 0))[state] += number
+    paused = reader.paused()
+    rows = []
+    for queue in sorted({*counts, *paused} - {""})[:PAGE_SIZE]:
+        numbers = [f"{n:,}" for n in counts.get(queue, dict.fromkeys(STATES, 0)).values()]
+        action = "resume" if queue in paused else "pause"
+        word = "paused" if {"", queue} & {*paused} else ""
+        form = action_form("", (action,), back, [("queue", queue)])
+        rows.append((link(queue, "/jobs", queue=queue), *numbers, word, form))
+    action = "resume" if "" in paused else "pause"
+    everything = action_form("All queues: ", (action,), back, [("queue", "")])
+    return html_grid(("queue", *(f"{state}#" for state in STATES), "", ""), rows) + everything
+
+
+def card(content: str, heading: str = "") -> str:
+    title = element("h2", heading) if heading else ""
+    return element("section", title + content) if content else ""
+
+
+def overview_page(reader: Reader, request: Request) -> Page:
+    """Show the report about the jobs that ran last, and the counts of all jobs."""
+    asked = {"readiness": READY, "updated_at": NEVER, "seq": LAST, "limit": OVERVIEW_JOBS}
+    states = (PROCESSING, *FINISHED)
+    found = [
+        job for state in states for job in reader.select(IN_STATE_BEFORE, state=state, **asked)
+    ]
+    latest = sorted(found, key=lambda job: job.updated_at)[-OVERVIEW_JOBS:]
+    report = Report(reader, lambda: (history(job, reader.runs(job)) for job in latest))
+    facts = {**report.facts(), **reader.counts()}
+    parts = {name: html_part(name, facts, job_link) for name in PARTS}
+    queues = card(queues_html(reader, request.url), "Queues")
+    note = f"Below: the {plural(len(latest), 'job')} that ran last."
+    parts = {"tiles": parts.pop("tiles"), "queues": queues + note, **parts}
+    return Page("Overview", parts)
+
+
+class JobFilter(NamedTuple):
+    """The filters of the page of jobs, which its URL has, and the job after which it begins.
+
+    That is given by its time of change and its number, since it may have changed or be gone.
+    """
+
+    state: str = ""
+    queue: str = ""
+    match: str = ""
+    reason: str = ""
+    at: str = ""
+    after: str = ""
+
+    def start(self) -> tuple[float, int]:
+        """Return the time and the number after which the page begins."""
+        try:
+            at = float(self.at or NEVER)
+        except ValueError:
+            raise BadInput("at must be a number") from None
+        return at, validate("after", integer(0, LAST), self.after or LAST)
+
+    def following(self, reader: Reader, at: float, seq: int) -> list[Job]:
+        """Return the jobs that follow a place in the order of the page, matching or not."""
+        if not self.state:
+            return reader.select(JOBS_BEFORE, seq=seq, limit=SEARCHED)
+        state, readiness = STATE_TABS[self.state]
+        place = {"updated_at": at, "seq": seq, "limit": SEARCHED}
+        return reader.select(IN_STATE_BEFORE, state=state, readiness=readiness, **place)
+
+
+def find_jobs(reader: Reader, chosen: JobFilter) -> tuple[list[Job], JobFilter | None]:
+    """Return a page of jobs that match, and the next page, None if there is none.
+
+    The search takes a limited time, since of a million jobs few may match.
+    """
+    wanted = Selection(queues=[chosen.queue] if chosen.queue else [], match=chosen.match)
+    found: list[Job] = []
+    at, seq = chosen.start()
+    deadline = time.monotonic() + SEARCH_SECONDS
+    while len(found) < PAGE_SIZE and time.monotonic() < deadline:
+        jobs = chosen.following(reader, at, seq)
+        for job in jobs:
+            at, seq = job.updated_at, job.seq
+            if wanted.takes(job, 0) and chosen.reason in ("", job.last_error):
+                found.append(job)
+                if len(found) == PAGE_SIZE:
+                    break
+        else:
+            if len(jobs) < SEARCHED:
+                return found, None
+    return found, chosen._replace(at=repr(at), after=str(seq))
+
+
+def jobs_html(reader: Reader, jobs: Iterable[Job]) -> str:
+    settings = {queue: reader.settings(queue) for queue in {job.queue for job in jobs}}
+    rows = []
+    for job in jobs:
+        row = job_row(reader, job, settings[job.queue])
+        _, state, _, tries, distance, reason, command = map(str, row)
+        box = element("input", type="checkbox", name="id", value=job.id, aria_label=job.id)
+        word = element("span", state, class_=state)
+        why = safe(shorten(reason, 160))
+        cells = (box, job_link(job.id), word, safe(job.queue), tries, distance, why)
+        rows.append((*cells, code(command)))
+    return html_grid(("", "id", "state", "queue", "tries", "when", "why", "command"), rows)
+
+
+def tabs_html(reader: Reader, chosen: JobFilter) -> str:
+    counts = tally(
+        row[1:] for row in reader.counts_by_queue([chosen.queue] if chosen.queue else [])
+    )
+    links = []
+    for tab in ("", *STATE_TABS):
+        number = counts[tab] if tab else sum(counts[state] for state in STATES)
+        url = address("/jobs", state=tab, queue=chosen.queue, match=chosen.match)
+        current = {"aria_current": "page"} if tab == chosen.state else {}
+        links.append(element("a", f"{tab or 'all'} {number:,}", href=url, **current))
+    return element("nav", " ".join(links))
+
+
+def filter_form(chosen: JobFilter) -> str:
+    inputs = element("input", type="hidden", name="state", value=chosen.state)
+    for name in ("queue", "match", *["reason"] * bool(chosen.reason)):
+        box = element("input", name=name, value=getattr(chosen, name), placeholder="any")
+        inputs += element("label", f"{name} {box}")
+    return card(element("form", inputs + element("button", "Filter"), action="/jobs"))
+
+
+def jobs_page(reader: Reader, request: Request) -> Page:
+    chosen = JobFilter(*map(request.text, JobFilter._fields))
+    if chosen.state and chosen.state not in STATE_TABS:
+        hint = suggestion(chosen.state, STATE_TABS)
+        raise BadInput(f"unknown state {quoted(chosen.state)}{hint}")
+    jobs, rest = find_jobs(reader, chosen)
+    table = action_form(jobs_html(reader, jobs), ("retry", "cancel"), request.url) if jobs else ""
+    end = element("p", "no more jobs" if jobs or chosen.after else "no jobs", class_="dim")
+    if rest:
+        end = link("older jobs" if jobs else "none so far; search on", "/jobs", **rest._asdict())
+    parts = {"tabs": card(tabs_html(reader, chosen)), "jobs": card(table + end)}
+    return Page("Jobs", parts, filter_form(chosen))
+
+
+def time_line(job: Job, runs: list[Attempt], now: float) -> str:
+    gantt = Gantt(now)
+    gantt.add(history(job, runs))
+    return html_gantt({"gantt": gantt.facts()}, job_link) if job.run else ""
+
+
+def runs_html(job: Job, runs: Iterable[Attempt], now: float) -> str:
+    rows = (
+        (
+            link(run.run, "/job", id=job.id, run=run.run),
+            time_cell(run.started, now),
+            format_duration(run.finished - run.started),
+            format_duration(run.waited),
+            element("span", safe(run.error or COMPLETED), class_=run.outcome.replace(" ", "-")),
+            safe(run.worker),
+        )
+        for run in runs
+    )
+    return html_grid(("run", "started", "took#", "waited#", "ended", "worker"), rows)
+
+
+def read_output(reader: Reader, job: Job, run: int, limit: int) -> bytes:
+    """Return the end of the output of an attempt, which may still run."""
+    path = reader.db.run_dir.output_file(job._replace(run=run))
+    with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=open_own) as file:
+        return last_bytes(file.fileno(), limit)[1]
+    asked = {"seq": job.seq, "run": run, "start": -limit}
+    return b"".join(bytes(row[0]) for row in reader.db.rows(OUTPUT_TAIL, asked))
+
+
+def output_html(reader: Reader, job: Job, run: int) -> str:
+    output = read_output(reader, job, run, SHOWN_OUTPUT)
+    note = f", its last {SHOWN_OUTPUT} bytes" if len(output) == SHOWN_OUTPUT else ""
+    raw = link("as text", "/output", id=job.id, run=run)
+    text = printable_lines(output.decode(errors="backslashreplace")).translate(ESCAPED)
+    pre = element("pre", text, class_="output", tabindex=0)
+    return card(pre, f"Output of run {run}{note} ({raw})")
+
+
+def job_page(reader: Reader, request: Request) -> Page:
+    job = reader.get(request.text("id"))
+    now = reader.clock()
+    run = request.number("run") or job.run
+    rows = reader.db.rows(LAST_RUNS, {"seq": job.seq, "limit": PAGE_SIZE})
+    runs = [Attempt(*row) for row in rows]
+    facts = ((safe(key), safe(value)) for key, value in job_details(reader, job))
+    action = {COMPLETED: "", DEAD: "retry", CANCELLED: "retry"}.get(job.state, "cancel")
+    form = action_form("", (action,), request.url, [("id", job.id)]) if action else ""
+    parts = {
+        "facts": card(form + html_grid(("", ""), facts)),
+        "runs": card(time_line(job, runs[::-1], now) + runs_html(job, runs, now)),
+        "output": output_html(reader, job, run) if run else "",
+    }
+    return Page(f"Job {job.id}", parts)
+
+
+def dead_page(reader: Reader, request: Request) -> Page:
+    """Group the jobs that died last by the reason, each group with its newest job."""
+    now = reader.clock()
+    rows = []
+    for reason, number, when, seq in reader.db.rows(DEAD_REASONS, {"limit": EXAMINED}):
+        if job := reader.by_seq(seq):
+            jobs = link(f"{number:,}", "/jobs", state=DEAD, reason=reason)
+            output = code(last_line(reader.output_tail(seq, job.run, 2000)))
+            retry = action_form("", ("retry",), request.url, [("like", job.id)])
+            name = safe(shorten(reason, 160))
+            rows.append((name, jobs, time_cell(when, now), job_link(job.id), output, retry))
+    headings = ("reason", "jobs#", "last", "newest job", "end of its output", "")
+    return Page("Dead letters", {"dead": card(html_grid(headings, rows) or "No job is dead.")})
+
+
+def schedules_page(reader: Reader, request: Request) -> Page:
+    now = reader.clock()
+    rows = []
+    for job in reader.select(SCHEDULES + " LIMIT :limit", limit=PAGE_SIZE):
+        last = reader.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id)
+        ran = f"{job_link(last.id)} {last.state}" if last else ""
+        cancel = action_form("", ("cancel",), request.url, [("id", job.id)])
+        due = time_cell(job.run_after, now)
+        names = (safe(job.schedule_id), safe(rule_text(job)), due, job_link(job.id), ran)
+        rows.append((*names, code(job.command), cancel))
+    headings = ("schedule", "rule", "next", "job", "last", "command", "")
+    table = html_grid(headings, rows) or "There are no schedules."
+    return Page("Schedules", {"schedules": card(table)})
+
+
+def workers_page(reader: Reader, _request: Request) -> Page:
+    rows = []
+    for name, pid, job, since, command in worker_rows(worker_facts(reader), reader.clock()):
+        claimed = job_link(str(job)) if since else "idle"
+        rows.append((safe(name), safe(pid), claimed, safe(since), code(str(command))))
+    headings = [heading.lower() for heading in WORKER_HEADINGS]
+    table = html_grid(headings, rows) or "No worker is running (queuectl worker start)."
+    return Page("Workers", {"workers": card(table)})
+
+
+PAGES: Mapping[str, Callable[[Reader, Request], Page]] = {
+    "/": overview_page,
+    "/jobs": jobs_page,
+    "/dead": dead_page,
+    "/schedules": schedules_page,
+    "/workers": workers_page,
+    "/job": job_page,
+}
+MENU = {"/": "Overview", "/jobs": "Jobs", "/dead": "Dead letters"}
+MENU.update({"/schedules": "Schedules", "/workers": "Workers"})
+
+
+# Actions. A POST shows what would be done; another one, from that page, does it.
+
+ACTIONS: Mapping[str, Callable[[Queue, Any], object]] = {
+    "retry": Queue.retry,
+    "cancel": Queue.cancel,
+    "pause": Queue.pause,
+    "resume": Queue.resume,
+}
+
+
+def subjects(reader: Reader, request: Request) -> list[str]:
+    """Return the ids of the jobs or the names of the queues that an action is about."""
+    if request.text("action") in ("pause", "resume"):
+        queues = request.fields.get("queue", [])
+        return [queue and validate("queue", valid_name, queue) for queue in queues]
+    if like := request.text("like"):
+        return [row[0] for row in reader.db.rows(DEAD_LIKE, {"id": like, "limit": EXAMINED})]
+    return list(request.fields.get("id", []))
+
+
+def confirmation(action: str, names: Sequence[str], back: str) -> Page:
+    noun = "queue" if action in ("pause", "resume") else "job"
+    which = f"{noun} {names[0] or 'all'}" if len(names) == 1 else plural(len(names), noun)
+    title = f"{action.capitalize()} {'all queues' if '' in names else which}?"
+    items = "".join(element("li", safe(name)) for name in names[:PAGE_SIZE] if name)
+    more = len(names) - PAGE_SIZE
+    rest = element("p", f"and {more} more") if more > 0 else ""
+    key = "queue" if noun == "queue" else "id"
+    fields = [(key, name) for name in names]
+    form = action_form("", (action,), back, [*fields, ("confirmed", "yes")])
+    leave = element("a", "Change nothing", href=back)
+    return Page(title, {}, card(element("ul", items) + rest + form + leave, safe(title)))
+
+
+def way_back(url: str) -> str:
+    """Return the URL of the page to show after an action: one of ours, written anew."""
+    path, _, query = url.partition("?")
+    return address(path, **parse_fields(query)) if path in PAGES else "/"
+
+
+def act(queue: Queue, request: Request) -> Page | str:
+    """Return the page that asks for confirmation or, once an action is done, the URL to show."""
+    action = request.text("action")
+    if action not in ACTIONS:
+        raise BadInput(f"unknown action {quoted(action)}{suggestion(action, ACTIONS)}")
+    names = subjects(queue._reader, request)
+    if not names:
+        raise BadInput(f"nothing is selected; select what to {action}")
+    back = way_back(request.text("back"))
+    if request.text("confirmed") != "yes":
+        return confirmation(action, names, back)
+    for subject in names if action in ("pause", "resume") else [names]:
+        ACTIONS[action](queue, subject)
+    return back
+
+
+# The site.
+
+
+def frame(page: Page, parts: str, path: str, db: str) -> Response:
+    """Return a whole page. Its script and styles have a nonce; nothing else may run.
+
+    The referrer policy lets a browser send the Origin with a POST; no other site is ever linked.
+    """
+    import secrets
+
+    nonce = secrets.token_urlsafe(16)
+    links = []
+    for url, name in MENU.items():
+        current = {"aria_current": "page"} if url == path else {}
+        links.append(element("a", name, href=url, **current))
+    state = element("span", "", id="live", class_="dim", role="status")
+    pause = element("button", "Pause updates", id="pause", type="button", hidden="")
+    menu = element("nav", element("h1", safe(db)) + " ".join((*links, pause, state)))
+    script = element("script", WEB_SCRIPT, nonce=nonce) if page.parts else ""
+    head = '<meta name="referrer" content="same-origin">'
+    head += element("style", WEB_STYLE, nonce=nonce)
+    body = f"{menu}<main>{page.top}{parts}</main>{script}"
+    html = html_page(f"{page.title} - queuectl", body, nonce=nonce, head=head)
+    return Response(200, html, nonce=nonce)
+
+
+class Site:
+    """The pages and actions of a queue. Each request opens it anew, to read it or to act."""
+
+    def __init__(self, path: str, port: int, *, insecure: bool) -> None:
+        self.path = path
+        self.insecure = insecure
+        self.server = make_server(port, self.respond)
+        self.port = int(self.server.server_address[1])
+        self.gate = Gate(self.port)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/?token={self.gate.token}"
+
+    def serve(self) -> None:
+        with self.server:
+            self.server.serve_forever()
+
+    def respond(self, request: Request) -> Response:
+        if login := self.gate.admit(request):
+            return login
+        if (request.method == "POST") != (request.path == "/act"):
+            raise Refused(405, "an action is a POST to /act, a page a GET")
+        is_final = request.method == "POST" and request.text("confirmed") == "yes"
+        options: Any = {"readonly": not is_final, "create": False, "insecure": self.insecure}
+        try:
+            with Queue(self.path, **options) as queue, queue._db.translate_errors():
+                self.limit_time(queue._db)
+                return self.answer(queue, request)
+        except QueueError as error:
+            status = next(n for kind, n in HTTP_STATUS.items() if isinstance(error, kind))
+            page = Page("Not possible", {}, card(safe(error), "This is not possible"))
+            return self.show(page, request)._replace(status=status)
+
+    def limit_time(self, db: Database) -> None:
+        """Let no request take long, whatever the queue contains and whoever has locked it."""
+        deadline = time.monotonic() + QUERY_SECONDS
+        db.keep_waiting = lambda waited: waited < QUERY_SECONDS
+        db.connection.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
+
+    def answer(self, queue: Queue, request: Request) -> Response:
+        reader = queue._reader
+        if request.path == "/act":
+            done = act(queue, request)
+            if isinstance(done, str):
+                return Response(303, headers={"Location": done})
+            return self.show(done, request)
+        if request.path == "/favicon.ico":
+            return Response(200, ICON, "image/svg+xml")
+        if request.path == "/metrics":
+            metrics = "".join(prometheus_report(Report(reader, tuple)))
+            return Response(200, metrics, "text/plain; version=0.0.4")
+        if request.path == "/output":
+            job = reader.get(request.text("id"))
+            run = request.number("run") or job.run
+            return Response(200, read_output(reader, job, run, LARGEST_RAW), "text/plain")
+        if request.path not in PAGES:
+            raise NotFound("there is no such page")
+        return self.show(PAGES[request.path](reader, request), request)
+
+    def show(self, page: Page, request: Request) -> Response:
+        """Return a page or, to its script, the parts that have changed: it names those it has."""
+        import hashlib
+
+        known = request.header("X-Queuectl-Tags").split()
+        parts = ""
+        for name, html in page.parts.items():
+            tag = hashlib.sha256(f"{name} {html}".encode()).hexdigest()[:16]
+            if tag not in known:
+                parts += element("div", html, id=f"part-{name}", data_tag=tag)
+        if "X-Queuectl-Tags" in request.headers:
+            return Response(200, parts)
+        return frame(page, parts, request.path, self.path)
+
+
+def open_browser(url: str, file: str) -> None:
+    """Open a URL in the browser by a file that leads there: all users can read arguments."""
+    import pathlib
+    import webbrowser
+
+    with open(open_own(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as page:
+        page.write(f'<meta http-equiv="refresh" content="0;url={safe(url)}">')
+    threading.Thread(
+        target=webbrowser.open, args=[pathlib.Path(file).as_uri()], daemon=True
+    ).start()
 
 
 # --- doctor: whether this machine and this directory can carry a queue ----------------------------
@@ -5295,16 +7315,38 @@ def cpu_count() -> int:
     return os.cpu_count() or 1
 
 
+def check_reports(args: argparse.Namespace) -> None:
+    """Raise BadInput where a report could not be written once the drain is over."""
+    if args.reports and not args.drain:
+        raise BadInput("--report requires --drain")
+    for path in args.reports:
+        format_of(path)
+        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            raise BadInput(f"{quoted(path)}: there is no such directory")
+
+
+def write_drain_reports(args: argparse.Namespace, pool: str, began: float) -> None:
+    with Queue(args.db, readonly=True, insecure=args.insecure) as queue:
+        found = partial(drain_histories, queue._reader, args.queues, pool, began)
+        report = Report(queue._reader, found, args.queues, began)
+        for path in args.reports:
+            write_report(path, FORMATS[format_of(path)](report))
+
+
 def cmd_worker_start(args: argparse.Namespace) -> int:
     if args.horizon < LONGEST and not args.drain:
         raise BadInput("--horizon requires --drain")
     if args.detach:
         return detach(args)
+    check_reports(args)
     keys = ("drain", "horizon", "insecure", "queues")
     options: dict[str, Any] = {key: getattr(args, key) for key in keys}
     if not args.quiet:
         options["say"] = say_event
     with contextlib.ExitStack() as stack:
+        if args.reports:
+            options["name"] = new_pool_name()
+            stack.callback(write_drain_reports, args, options["name"], time.time())
         if terminal_width(sys.stderr) and not args.quiet:
             queue = stack.enter_context(Queue(args.db, insecure=args.insecure))
             reader = queue._reader
@@ -5480,6 +7522,18 @@ def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
     show_list(args, facts, ("ID", "SCHEDULE", "NEXT", "JOB", "COMMAND"), rows)
 
 
+def cmd_web(args: argparse.Namespace, queue: Queue) -> None:
+    site = Site(queue.path, args.port, insecure=args.insecure)
+    print(site.url, flush=True)
+    with contextlib.ExitStack() as stack:
+        if args.open:
+            queue._db.run_dir.make()  # the database may have been copied here
+            file = queue._db.run_dir.file(f"web-{site.port}.html")
+            stack.callback(os.unlink, file)
+            open_browser(site.url, file)
+        site.serve()
+
+
 def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
     job = queue.get(args.id)
     reader = queue._reader
@@ -5488,6 +7542,23 @@ def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
         return
     facts = reader.facts(job, reader.attempts(job))
     print(json.dumps({**facts, "why": reason_to_wait(reader, job) or None}))
+
+
+def cmd_report(args: argparse.Namespace, queue: Queue) -> None:
+    chosen = selection(args)
+    reader = queue._reader
+    style = args.format or (format_of(args.output) if args.output else "text")
+    if style == "prometheus" and (chosen._replace(queues=()) != Selection() or args.since):
+        raise BadInput("metrics are about queues; the only selection they take is --queue")
+    since = reader.clock() - args.since if args.since else 0.0
+    jobs = partial(changed_jobs, reader, chosen, since)
+    report = Report(reader, lambda: histories(reader, jobs(), since), chosen.queues, since)
+    if args.output:
+        write_report(args.output, FORMATS[style](report))
+    elif style == "text":
+        show(line.rstrip("\n") for line in text_report(report))
+    else:
+        sys.stdout.writelines(FORMATS[style](report))
 
 
 def require_ids(args: argparse.Namespace) -> list[str]:
@@ -5896,6 +7967,9 @@ COMMANDS = {
             flag("--drain", "exit when nothing is left to run; with 1 if a job died or is blocked"),
             arg("--horizon", "DURATION", "with --drain: do not wait for jobs that are due later "
                 "than this", parse_duration, default=LONGEST),
+            arg("--report", "FILE", "with --drain: write a report about it at the end; its format "
+                "follows the ending, as in: report -o FILE; repeatable", valid_file,
+                dest="reports", action="append", default=[]),
             flag("--detach", "run in the background; the log is in the queue's .run directory"),
             flag("--quiet", "print no event lines"))),
     "worker stop": Command(
@@ -5907,6 +7981,14 @@ COMMANDS = {
     "worker list": Command(cmd_worker_list, "read", "list living workers", "worker list", (JSON,)),
     "status": Command(cmd_status, "read", "show counts and workers", "status --watch", (
         QUEUE, flag("--watch", "refresh every second, with the rate and the last failures"), JSON)),
+    "report": Command(cmd_report, "read", "report on jobs, for people, CI and Prometheus",
+        "report -o report.html --since 1d", (
+        arg("--format", None, "the default follows the ending of FILE, or is text",
+            choices=tuple(FORMATS)),
+        arg("-o", "FILE", "write FILE, in one step, instead of stdout", valid_file,
+            dest="output"),
+        arg("--since", "DURATION", "only jobs that changed, and attempts that ended, in this time",
+            parse_duration, default=0.0), *SELECT[:-1])),
     "list": Command(cmd_list, "read", "list jobs", "list --state dead --limit 20", (
         *SELECT, flag("--recurring", "list schedules and their next times"),
         flag("--notifications", "also show notifications that have completed"), LIMIT, JSON)),
@@ -5914,6 +7996,10 @@ COMMANDS = {
     "logs": Command(cmd_logs, "read", "print the output of a job", "logs 7 -f", (
         ID, flag("-f --follow", "continue until the attempt ends"),
         arg("--run", "N", "print attempt N instead of the last", integer(1, 10**9)))),
+    "web": Command(cmd_web, "read", "show the jobs in a browser on this machine", "web --open", (
+        arg("--port", "N", f"the port (default: {WEB_PORT}; 0: any that is free)",
+            integer(0, 65535), default=WEB_PORT),
+        flag("--open", "open the page in the browser"))),
     "wait": Command(cmd_wait, "read", "wait for jobs; exit with the code of the first that failed",
         "wait 7 8", (IDS, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
     "cancel": Command(cmd_cancel, "write", "cancel waiting or running jobs", "cancel 7", (
@@ -6033,7 +8119,7 @@ to begin:
 commands:
   jobs      enqueue, list, show, logs, wait, cancel, edit
   workers   worker start, worker stop, worker list
-  queue     status, pause, resume, prune
+  queue     status, report, web, pause, resume, prune
   failures  dlq list, dlq retry, dlq purge
   settings  config get, config set, config unset, config list
   machine   doctor, completion, help

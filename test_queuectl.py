@@ -23,6 +23,9 @@ The classes mirror the sections of queuectl.py, in the same order:
     pool             PoolRecovery PoolFalseAlarms PoolStop PoolDispatch PoolDispatchLive PoolFiles
                      PoolTrouble PoolTroubleLive
     words            WordsWhy WordsProgress
+    report           ReportFacts ReportFormats ReportDrain
+    web              PageParser Web WebGate WebServer WebCommand WebPages WebActions WebCost
+                     WebHostile
     doctor           DoctorTrials
     command line     CliEnqueue CliEnqueueLive CliBadInput CliWorkers CliStatus CliStatusLive
                      CliList CliListLive CliShow CliLogs CliLogsLive CliWait CliWaitLive CliCancel
@@ -54,6 +57,7 @@ import faulthandler
 import functools
 import glob
 import hashlib
+import html.parser
 import io
 import itertools
 import json
@@ -64,6 +68,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import sqlite3
 import stat
 import struct
@@ -74,8 +79,12 @@ import tempfile
 import threading
 import time
 import unittest
+import urllib.parse
+import urllib.request
+import xml.etree.ElementTree
 from concurrent import futures
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator, NamedTuple
 from unittest import mock
 
@@ -401,6 +410,84 @@ class Clocked(Case):
         act()
         self.queue._db.connection.set_progress_handler(None, 0)
         return len(taken)
+
+
+class Tags(html.parser.HTMLParser):
+    """The elements of an HTML page, with their attributes, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, Any]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+HOSTILE = "NUL\0 ]]> \x1b[31mred\x1b[m <script>alert(1)</script> \u202eevil\u2066 ``` x | y & \"'"
+HOSTILE_ID = "<script>`|\"'*_[x](y)&amp;]]>"
+
+
+class Reported(Clocked):
+    """A queue whose attempts take as long, and end as, a test says."""
+
+    def attempt(self, code: Any = 0, took: float = 1.0, **more: Any) -> Any:
+        """Run the next job: None stands for one that could not start; return its new record."""
+        job = claim(self.queue, more.pop("worker", "worker-aa-1"))
+        started, self.now = self.now, self.now + took
+        error = "cannot start: no" if code is None else queuectl.explain_exit(code)
+        given = {"end": "exited", "exit_code": code, "error": error, **more}
+        outcome = Outcome(started=started, finished=self.now, **given)
+        return self.queue._ledger.finish(job, outcome)[0]
+
+    def run_jobs(self) -> None:
+        """Make one job of each kind."""
+        configure = self.queue.configure
+        configure("backoff_base", "1")
+        self.queue.enqueue("true", id="good")
+        self.attempt(took=4)
+        self.queue.enqueue("true", id="flaky")
+        self.attempt(1, output=b"first\n")
+        self.now += 1
+        self.attempt(75)
+        self.now += 1
+        self.attempt(took=3)
+        self.queue.enqueue("true", id=HOSTILE_ID, queue=HOSTILE_ID, max_retries=2)
+        self.attempt(3, output=HOSTILE.encode() + b"\xff\n")
+        self.now += 1
+        self.attempt(3, output=HOSTILE.encode() + b"\xff\n")
+        self.queue.enqueue("true", id="nowhere", max_retries=1)
+        self.attempt(None)
+        self.queue.enqueue("true", id="blocked", after=["nowhere"])
+        self.queue.enqueue("true", id="cancelled")
+        self.queue.cancel(["cancelled"])
+        self.queue.enqueue("true", id="nightly", every=3600, run_at=self.now + 100)
+
+    def report(self, style: str, *args: str) -> str:
+        """Return a report as the command prints it, by the clock of the test."""
+        chosen = queuectl.parse(["report", "--format", style, *args])
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            queuectl.cmd_report(chosen, self.queue)
+        return out.getvalue()
+
+    def facts(self, *args: str) -> Any:
+        return json.loads(self.report("json", *args))
+
+
+NUMBERS = "n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :number)"
+FAKE_JOBS = """
+INSERT INTO jobs (id, queue, command, cwd, priority, state, readiness, created_at, updated_at,
+  run_after, run, attempts)
+SELECT i, 'q' || i % 5, 'true', '/', 0, CASE WHEN i % 9 THEN 'completed' ELSE 'dead' END, 1,
+  1e6, 1e6 + i, 1e6, 2, 2 FROM n"""
+FAKE_ATTEMPTS = """
+INSERT INTO attempts SELECT (i + 1) / 2, 1 + i % 2, 'worker-aa-' || i % 8,
+  CASE WHEN i % 2 AND i / 2 % 9 THEN 'completed' ELSE 'failed' END, i % 100, 1e6 + i,
+  1e6 + i + i % 7, i % 2 = 0, 'exit code ' || i % 30, 0, CAST(hex(zeroblob(2500)) AS BLOB) FROM n"""
 
 
 RUN_UNTIL_GO = "until [ -e go ]; do sleep 0.02; done"  # a job that runs until the test says go
@@ -1095,6 +1182,9 @@ class SqlPlans(Clocked):
         "WAITS_FOR": "needs_child",
         "DROP_NEEDS": "needs_child",
         "BY_ID": "sqlite_autoindex_jobs_1",
+        "RUNS": "PRIMARY KEY",
+        "OUTPUT_TAIL": "PRIMARY KEY",
+        "OLDEST_DUE": "jobs_ready",
     }
 
     @internal
@@ -5565,6 +5655,1058 @@ class WordsProgress(Clocked):
         self.assertRegex(self.stdout("status"), r"\nnext +due in 9h")
 
 
+# --- report ---------------------------------------------------------------------------------------
+
+
+@NEEDS_SHELL
+class ReportFacts(Reported):
+    """The facts of a report, as its JSON has them."""
+
+    def test_facts_of_jobs_attempts_failures_and_schedules(self) -> None:
+        self.run_jobs()
+        facts = self.facts()
+        states = {state: facts[state] for state in queuectl.STATES}
+        expected = {"pending": 2, "processing": 0, "completed": 2, "dead": 2, "cancelled": 1}
+        self.assertEqual(states, expected)
+        keys = ("jobs", "attempts", "took_p50", "took_p95", "took_max", "flaky_number")
+        self.assertEqual([facts[key] for key in keys], [7, 7, 1.0, 4.0, 4.0, 1])
+        self.assertEqual(facts["outcomes"], {"completed": 2, "failed": 5})
+        groups = {group["reason"]: group for group in facts["failures"]}
+        self.assertEqual(set(groups), {"exit code 3", "exit code 1", "cannot start: no"})
+        group = groups["exit code 3"]
+        self.assertEqual((group["attempts"], group["dead"], group["run"]), (2, 1, 2))
+        self.assertEqual(group["last_line"], queuectl.printable(HOSTILE + "\\xff"))
+        self.assertEqual([job["id"] for job in facts["dead_jobs"]], [HOSTILE_ID, "nowhere"])
+        self.assertEqual([job["took"] for job in facts["slowest"][:3]], [4.0, 3.0, 1.0])
+        self.assertEqual([job["attempts"] for job in facts["retried"]], [3, 2])
+        self.assertEqual([(job["id"], job["failures"]) for job in facts["flaky"]], [("flaky", 1)])
+        self.assertEqual(facts["schedules"][0]["rule"], "every 1h")
+        self.now += 107
+        self.attempt()
+        self.assertEqual(self.facts("nightly.1")["schedules"][0]["started_late"], 7.0)
+
+    def test_selection_and_since_limit_jobs_attempts_and_charts(self) -> None:
+        self.run_jobs()
+        cases = {
+            ("good", "flaky"): (2, 4),
+            ("--queue", HOSTILE_ID): (1, 2),
+            ("--state", "dead"): (2, 3),
+            ("--match", "NO"): (1, 1),
+            ("--since", "1m"): (7, 7),
+            ("--since", "3.5s"): (5, 3),  # the attempts of the last 3.5 seconds
+            ("--since", "0.5s", "--state", "dead"): (1, 1),
+            ("--since", "5s", "good"): (0, 0),
+        }
+        for args, numbers in cases.items():
+            with self.subTest(args):
+                facts = self.facts(*args)
+                self.assertEqual((facts["jobs"], facts["attempts"]), numbers)
+                number = sum(b["number"] for lane in facts["gantt"]["lanes"] for b in lane)
+                self.assertEqual(number, numbers[1])
+
+    @internal
+    def test_quantiles_are_exact_to_2_percent_in_bounded_memory(self) -> None:
+        values = [0.001 * 1.0003**n for n in range(50000)]
+        found = queuectl.Distribution()
+        for value in values[::-1]:
+            found.add(value)
+        for part in (0.5, 0.95, 1.0):
+            exact = values[int(len(values) * part) - 1]
+            self.assertLess(abs(found.quantile(part) / exact - 1), 0.02)
+        self.assertLess(len(found.buckets), 1000)
+        self.assertEqual(sum(number for *_, number in found.histogram()), len(values))
+        few = queuectl.Distribution()
+        for value in (0.0, 3.21, 3.22, 4.56):
+            few.add(value)
+        facts = {"x_p50": 3.21, "x_p95": 4.56, "x_max": 4.56}
+        self.assertEqual(few.facts("x")["x_max"], facts["x_max"])
+        self.assertLess(abs(few.facts("x")["x_p50"] / facts["x_p50"] - 1), 0.02)
+
+    @internal
+    def test_timeline_keeps_its_sums_in_bounded_memory(self) -> None:
+        found = queuectl.Timeline(100)
+        for n in range(3000):
+            found.add(1e9 + n * n, "x", 1 + n % 2)
+        facts = found.facts(["x", "y"])
+        self.assertEqual(sum(facts["x"]), 4500)
+        self.assertLessEqual(len(facts["x"]), 100)
+        self.assertEqual(facts["width"], 604800)
+        self.assertLessEqual(facts["start"], 1e9)
+        self.assertGreater(facts["start"] + facts["width"] * len(facts["x"]), 1e9 + 2999**2)
+
+    @internal
+    def test_depth_over_time_ends_with_the_present_counts(self) -> None:
+        self.run_jobs()
+        self.queue.enqueue("true", id="now", priority=9)
+        self.claim()
+        facts = self.facts()
+        for state in queuectl.STATES:
+            with self.subTest(state):
+                depth = facts["depth"][state]
+                self.assertEqual((depth[-1], min(depth) >= 0), (facts[state], True))
+        self.assertEqual(facts["gantt"]["lanes"][0][-1]["outcome"], "running")
+        finished = facts["finished"]
+        self.assertEqual((sum(finished["completed"]), sum(finished["dead"])), (2, 2))
+
+    @internal
+    def test_gantt_merges_short_attempts_and_keeps_failures_visible(self) -> None:
+        job = make_job(id="x", state="completed")
+        gantt = queuectl.Gantt(0.0)
+        for n in range(40000):
+            name = f"worker-aa-{n % 2 + 1 + 2 * (n > 20000)}"
+            outcome = "failed" if n == 777 else "completed"
+            took = 500.0 if n == 39000 else 0.01
+            run = queuectl.Attempt(n, name, outcome, 0.0, n, n + took, 0, None, 0, b"")
+            gantt.add(queuectl.history(job, [run]))
+            self.assertLessEqual(len(gantt.bars), 2 * queuectl.BARS)
+        facts = gantt.facts()
+        self.assertEqual(len(facts["lanes"]), 2)  # workers 3 and 4 replaced 1 and 2
+        bars = [bar for lane in facts["lanes"] for bar in lane]
+        self.assertEqual(sum(bar["number"] for bar in bars), 40000)
+        self.assertLess(len(bars), 2100)
+        (failed,) = [bar for bar in bars if bar["failures"]]
+        self.assertEqual((failed["outcome"], failed["failures"]), ("failed", 1))
+        self.assertEqual([b["number"] for b in bars if b["finished"] - b["started"] == 500], [1])
+
+    @SLOW
+    @internal
+    def test_50000_jobs_take_5_s_and_5_mb_and_memory_does_not_grow(self) -> None:
+        import tracemalloc
+
+        with self.queue._db.transaction():
+            self.queue._db.execute(f"WITH {NUMBERS} {FAKE_JOBS}", {"number": 50000})
+            self.queue._db.execute(f"WITH {NUMBERS} {FAKE_ATTEMPTS}", {"number": 60000})
+        for style in queuectl.FORMATS:
+            began = time.process_time()
+            text = self.report(style)
+            with self.subTest(style):
+                self.assertLess(time.process_time() - began, 5)
+                self.assertTrue(len(text) < 5e6 or style == "junit")
+        peaks = []
+        for number in (10000, 40000):
+            jobs = itertools.islice(self.queue._reader.all(), number)
+            found = partial(queuectl.histories, self.queue._reader, jobs)
+            tracemalloc.start()
+            queuectl.Report(self.queue._reader, found).facts()
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        self.assertLess(peaks[1], 1.3 * peaks[0])
+
+
+@NEEDS_SHELL
+class ReportFormats(Reported):
+    """What each format holds; hostile jobs in all of them."""
+
+    def test_html_has_every_part_and_nothing_that_runs_or_is_loaded(self) -> None:
+        self.run_jobs()
+        page = self.report("html")
+        tags = Tags(page)
+        ids = [attrs["id"] for tag, attrs in tags.found if tag == "section"]
+        self.assertEqual(ids, list(queuectl.PARTS))
+        names = {name for _, attrs in tags.found for name in attrs}
+        self.assertEqual([n for n in names if n[:2] == "on" or n in ("style", "src", "href")], [])
+        self.assertLessEqual(
+            {"svg", "rect", "title", "details", "pre", "table"}, dict(tags.found).keys()
+        )
+        self.assertFalse({"script", "link", "img", "iframe", "a"} & dict(tags.found).keys())
+        self.assertNotIn("url(", page)
+        self.assertIn(HOSTILE_ID, tags.text)
+        self.assertIn(queuectl.printable(HOSTILE) + "\\xff", tags.text)
+        self.assertRegex(tags.text, r"job good completed; \S+ to \S+ \(4 s\)")
+        self.assertEqual([c for c in page if not c.isprintable() and c != "\n"], [])
+
+    @internal
+    def test_html_of_an_empty_queue_and_with_a_nonce(self) -> None:
+        self.assertIn("No attempts yet", self.report("html"))
+        page = queuectl.html_page("<&\ud800", "<p>body</p>", nonce='n"', head="<meta>")
+        self.assertIn("<title>&#60;&#38;\\ud800</title>", page)
+        self.assertEqual(dict(Tags(page).found)["style"], {"nonce": 'n"'})
+        self.assertIn("<meta></head>\n<body><p>body</p></body>", page)
+
+    def test_junit_cases_by_outcome_in_the_order_of_the_schema(self) -> None:
+        self.run_jobs()
+        self.now += 200
+        root = xml.etree.ElementTree.fromstring(self.report("junit"))
+        suites = {suite.get("name"): suite for suite in root}
+        self.assertEqual(set(suites), {"default", HOSTILE_ID})
+        attributes = {"name": "default", "tests": "6", "errors": "1", "skipped": "3"}
+        attributes.update(failures="0", time="8.000")
+        self.assertEqual(suites["default"].attrib, attributes)
+        cases = {case.get("name"): [item.tag for item in case] for case in root.iter("testcase")}
+        expected = {"good": [], "flaky": ["flakyFailure"], "nowhere": ["error"]}
+        expected.update({name: ["skipped"] for name in ("blocked", "cancelled", "nightly.1")})
+        self.assertEqual(cases, {**expected, HOSTILE_ID: ["failure", "rerunFailure"]})
+        (case,) = suites[HOSTILE_ID]
+        named = {"name": HOSTILE_ID, "classname": HOSTILE_ID, "time": "1.000"}
+        self.assertEqual(case.attrib, named)
+        self.assertEqual(case[0].attrib, {"message": "exit code 3", "type": "failed"})
+        text = HOSTILE.replace("\0", "#x0").replace("\x1b", "#x1B") + "\\xff\n"
+        self.assertEqual(case[0].text, f"exit code 3\n{text}")
+        self.assertEqual([item.tag for item in case[1]], ["stackTrace"])
+        messages = {
+            case.get("name"): case[0].get("message") for case in root.iterfind(".//skipped/..")
+        }
+        reasons = ("blocked by nowhere (dead)", "cancelled by the operator", "pending")
+        self.assertEqual(messages, dict(zip(("blocked", "cancelled", "nightly.1"), reasons)))
+
+    @internal
+    def test_xml_holds_any_character(self) -> None:
+        every = "".join(map(chr, (*range(0x300), 0xD800, 0xDFFF, 0xFFFE, 0x10FFFF)))
+        tag = queuectl.xml_tag("a", b=every) + queuectl.xml_text(every) + "</a>"
+        found = xml.etree.ElementTree.fromstring(tag)
+        shown = re.sub(
+            "[\0-\x08\x0b\x0c\x0e-\x1f\ud800\udfff\ufffe]", lambda m: f"#x{ord(m[0]):X}", every
+        )
+        self.assertEqual((found.text, found.get("b")), (shown, shown))
+
+    def test_markdown_is_inert_and_within_the_limit_of_github(self) -> None:
+        self.run_jobs()
+        found = self.report("markdown")
+        self.assertIn("\n````text\n" + queuectl.printable(HOSTILE) + "\\xff\n````\n", found)
+        outside = re.sub(r"(?s)````text.*?````", "", found)
+        self.assertNotIn("<script>", outside)
+        rows = [line for line in outside.splitlines() if line.startswith("|")]
+        self.assertLess(len(rows), 30)
+        for row in rows:
+            self.assertIn(row.count("|"), (5, 6, 9))
+        self.queue.configure("max_retries", "1")
+        noise = bytes([240, 159, 152, 128]) * 1100  # four bytes each
+        for _ in range(250):
+            self.queue.enqueue("false")
+            self.attempt(1, output=noise)
+        found = self.report("markdown")
+        self.assertLess(len(found.encode()), 900_000)
+        self.assertGreater(len(found.encode()), 880_000)
+        self.assertRegex(found, r"\n\d\d parts left out: a summary may not be larger\n\Z")
+
+    def metrics(self, *args: str) -> dict[str, str]:
+        """Return the metrics by name and labels, after checking the form of each line."""
+        text = self.report("prometheus", *args)
+        families = re.findall(r"(?m)^# TYPE (\w+) (?:gauge|counter|summary)$", text)
+        self.assertEqual(re.findall(r"(?m)^# HELP (\w+) .", text), families)
+        self.assertEqual(len(set(families)), len(families))
+        samples = [line.rpartition(" ") for line in text.splitlines() if line[0] != "#"]
+        for name, _, value in samples:
+            self.assertRegex(name, r'\Aqueuectl_\w+\{\w+="([^\\"]|\\.)*"(,\w+="\w[\w ]*")*\}\Z')
+            float(value)
+        return {name: value for name, _, value in samples}
+
+    def test_prometheus_metrics_and_counters_survive_a_prune(self) -> None:
+        self.run_jobs()
+        self.queue.pause("default")
+        self.queue.enqueue("true", id="ready")
+        before = self.metrics()
+        label = HOSTILE_ID.replace('"', r"\"")
+        expected = {
+            'jobs{queue="default",state="pending"}': "3",
+            f'jobs{{queue="{label}",state="dead"}}': "1",
+            'attempts_total{queue="default",outcome="failed"}': "3",
+            'attempt_seconds_sum{queue="default"}': "10",
+            'attempt_seconds_count{queue="default"}': "5",
+            'wait_seconds_count{queue="default"}': "5",
+            'paused{queue="default"}': "1",
+            f'paused{{queue="{label}"}}': "0",
+            'workers{state="busy"}': "0",
+            'last_completed_timestamp_seconds{queue="default"}': "1000011",
+            f'build_info{{version="{queuectl.__version__}"}}': "1",
+        }
+        for name, value in expected.items():
+            with self.subTest(name):
+                self.assertEqual(before["queuectl_" + name], value)
+        self.assertEqual([name for name in before if "flaky" in name or 'ready"' in name], [])
+        self.assertEqual(any("_limit{" in name for name in before), "limit" in queuectl.SETTINGS)
+        self.queue.prune(states=queuectl.FINISHED)
+        after = self.metrics()
+        for name, value in before.items():
+            if "_jobs{" not in name and "_ready_" not in name:
+                self.assertEqual(after.get(name), value, name)
+        self.assertLess(len(self.metrics("--queue", HOSTILE_ID)), 25)
+        self.assert_refused("report", "--format", "prometheus", "--state", "dead")
+
+    @internal
+    def test_oldest_due_is_found_at_each_priority(self) -> None:
+        for priority, age in ((0, 5), (9, 1), (-3, 7), (4, 2)):
+            self.queue.enqueue("true", priority=priority, run_at=self.now - age)
+        self.queue.enqueue("true", queue="other", run_at=self.now - 99)
+        self.assertEqual(self.queue._reader.oldest_due("default"), self.now - 7)
+        self.assertIsNone(self.queue._reader.oldest_due("none"))
+        name = 'queuectl_oldest_ready_seconds{queue="default"}'
+        self.assertEqual(self.metrics()[name], "7")
+
+    def test_text_fits_on_a_screen_and_json_is_one_ascii_object(self) -> None:
+        self.run_jobs()
+        lines = self.stdout("report").splitlines()
+        self.assertLess(len(lines), 30)
+        self.assertTrue(all(line.isprintable() for line in lines))
+        for word in ("2 completed, 2 dead", "QUEUES", "FAILURES", "SLOWEST", "RETRIED", "FLAKY"):
+            self.assertIn(word, "\n".join(lines))
+        text = self.report("json")
+        self.assertTrue(text.isascii())
+        self.assertEqual(text.count("\n"), 1)
+
+    def test_format_follows_the_ending_and_files_are_replaced_whole(self) -> None:
+        self.run_jobs()
+        starts = {".html": "<!DOCTYPE", ".xml": "<?xml", ".md": "### ", ".prom": "# HELP"}
+        for ending, start in {**starts, ".json": "{", ".txt": "2 pending"}.items():
+            self.write(f"r{ending}", "old")
+            self.stdout("report", "-o", f"r{ending}")
+            self.assertEqual(self.read(f"r{ending}")[: len(start)], start)
+        self.stdout("report", "-o", "summary", "--format", "markdown")
+        self.assertIn("### ", self.read("summary"))
+        self.write("r.xml", "old")
+        with mock.patch.object(queuectl, "junit_case", side_effect=OSError(28, "full")):
+            self.assertEqual(self.result("report", "-o", "r.xml").returncode, 4)
+        self.assertEqual(self.read("r.xml"), "old")
+        self.assertEqual(glob.glob(self.file("*.tmp")), [])
+        for args in (("-o", "r.pdf"), ("-o", ""), ("--format", "pdf"), ("--since", "x")):
+            self.assert_refused("report", *args)
+        self.assert_refused("report", "-o", "none/r.html", code=4)
+        self.assert_refused("report", "unknown", code=1)
+
+    def test_metrics_pass_the_check_of_promtool(self) -> None:
+        self.run_jobs()
+        try:
+            done = self.process("promtool", "check", "metrics", input=self.report("prometheus"))
+        except FileNotFoundError:
+            self.skipTest("promtool, of Prometheus, is not installed")
+        self.assertEqual(done, Result(0, "", ""))
+
+    def test_junit_is_understood_by_junitparser(self) -> None:
+        try:
+            import junitparser
+        except ImportError:
+            self.skipTest("junitparser is not installed")
+        self.run_jobs()
+        self.stdout("report", "-o", "r.xml")
+        suites = {suite.name: suite for suite in junitparser.JUnitXml.fromfile(self.file("r.xml"))}
+        self.assertEqual(suites["default"].errors, 1)
+        results = [type(item).__name__ for case in suites[HOSTILE_ID] for item in case.result]
+        self.assertEqual(results[0], "Failure")
+
+
+class ReportDrain(Live):
+    """Reports about a drain."""
+
+    def cases(self, name: str = "r.xml") -> dict[str, list[str]]:
+        root = xml.etree.ElementTree.parse(self.file(name)).getroot()
+        return {str(case.get("name")): [e.tag for e in case] for case in root.iter("testcase")}
+
+    def test_drain_writes_reports_about_what_it_ran_whatever_the_outcome(self) -> None:
+        self.enqueue("true", id="earlier")
+        self.enqueue("false", id="dead", max_retries=1, priority=-1)
+        self.drain("--queue", "none", "--report", "none.json")
+        self.assertEqual(json.loads(self.read("none.json"))["jobs"], 0)
+        with Queue(self.path) as queue:
+            queue._ledger.finish(claim(queue), Outcome("exited", time.time(), time.time(), 0, None))
+        self.enqueue("true", id="blocked", after=["dead"])
+        self.enqueue("true", id="later", delay=1000)
+        reports = ("--report", "r.xml", "--report", "r.json")
+        self.run_cli("worker", "start", "--drain", "--horizon", "0", *reports, code=1)
+        self.assertEqual(self.cases(), {"dead": ["failure"], "blocked": ["skipped"]})
+        self.assertEqual(json.loads(self.read("r.json"))["jobs"], 2)
+
+    def stopped_drain(self, stop: Callable[[Any], Any]) -> Any:
+        """Stop a drain while its second job runs; return its exit code."""
+        self.enqueue("true", id="good", priority=1)
+        self.enqueue("touch begun; sleep 100", id="long")
+        pool = self.pool("--drain", "--report", "r.xml")
+        wait_until(lambda: os.path.exists(self.file("begun")))
+        stop(pool)
+        pool.wait(10)
+        self.assertEqual(self.cases(), {"good": [], "long": ["skipped"]})
+        return pool.returncode
+
+    def test_drain_that_is_stopped_writes_its_report(self) -> None:
+        self.assertEqual(self.stopped_drain(lambda _: self.stdout("worker", "stop", "--now")), 0)
+
+    @SLOW
+    def test_drain_that_a_second_signal_ends_writes_its_report(self) -> None:
+        def signal_twice(pool: Any) -> None:
+            pool.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            wait_until(lambda: time.monotonic() > began + 1.1)
+            pool.send_signal(signal.SIGTERM)
+
+        self.assertEqual(self.stopped_drain(signal_twice), -signal.SIGTERM)
+
+    def test_report_that_could_not_be_written_is_refused_before_the_drain(self) -> None:
+        start = ("worker", "start", "--report")
+        for args in (
+            (*start, "r.xml"),
+            (*start, "r.pdf", "--drain"),
+            (*start, "no/r.md", "--drain"),
+        ):
+            self.assert_refused(*args)
+        self.assertEqual(os.listdir(self.dir), [])
+
+
+# --- web ------------------------------------------------------------------------------------------
+
+
+class PageParser(html.parser.HTMLParser):
+    """Collects the elements of a page, with their attributes, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.elements and self.elements[-1][0] not in ("script", "style"):
+            self.text += data
+
+
+class Web(Case):
+    """A queue and its server, in a thread, which the tests of a class share."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        home = os.path.realpath(tempfile.mkdtemp(prefix="queuectl-test-"))
+        cls.addClassCleanup(shutil.rmtree, home)
+        cls.db = os.path.join(home, "queuectl.db")
+        with Queue(cls.db) as queue:
+            cls.fill(queue)
+        cls.site = queuectl.Site(cls.db, 0, insecure=False)
+        cls.host = f"127.0.0.1:{cls.site.port}"
+        cls.cookie = f"{cls.site.gate.cookie}={cls.site.gate.token}"
+        server = cls.site.server
+        cls.thread = threading.Thread(target=server.serve_forever, args=[0.02])
+        cls.thread.start()
+        for cleanup in (cls.thread.join, server.server_close, server.shutdown):
+            cls.addClassCleanup(cleanup)
+
+    @classmethod
+    def fill(cls, queue: Queue) -> None:
+        """Put jobs into the queue: one completed, two dead for one reason, and waiting ones."""
+        queue.configure("max_retries", "1")
+        for job_id, code, output in (
+            ("done", 0, b"fine\n"),
+            ("bad", 3, b"oh\n"),
+            ("worse", 3, b""),
+        ):
+            queue.enqueue("true", id=job_id, queue="gpu")
+            outcome = Outcome("exited", 1e9, 1e9 + 1, code, queuectl.explain_exit(code), 0, output)
+            queue._ledger.finish(claim(queue, "worker-1", ["gpu"]), outcome)
+        queue.enqueue("make all", id="next")
+        queue.enqueue("true", id="blocked", after="next")
+        queue.enqueue("true", id="nightly", cron="@daily")
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.path = self.db
+
+    def raw(self, data: bytes) -> bytes:
+        """Send bytes; return everything that is sent back until the connection is closed."""
+        with socket.create_connection(("127.0.0.1", self.site.port), timeout=10) as connection:
+            connection.sendall(data)
+            return b"".join(iter(partial(connection.recv, 1 << 16), b""))
+
+    def ask(self, target: str = "/jobs", method: str = "GET", body: str = "", **more: Any) -> Any:
+        """Send a request with a good Host and cookie unless told otherwise; return the response."""
+        headers = {"Host": self.host, "Cookie": self.cookie, **more}
+        if method == "POST":
+            headers = {"Origin": f"http://{self.host}", **headers}
+            headers.setdefault("Content-Length", str(len(body)))
+            headers.setdefault("Content-Type", "application/x-www-form-urlencoded")
+        lines = [f"{method} {target} HTTP/1.0"]
+        for name, value in headers.items():
+            values = value if isinstance(value, list) else [value] * (value is not None)
+            lines += [f"{name.replace('_', '-')}: {item}" for item in values]
+        answer = self.raw("\r\n".join([*lines, "", body]).encode("utf-8", "surrogateescape"))
+        head, _, page = answer.decode().partition("\r\n\r\n")
+        first, *fields = head.split("\r\n")
+        self.assertEqual(answer.count(b"HTTP/1.0 "), 1)
+        return SimpleNamespace(
+            status=int(first.split()[1]), headers=dict(f.split(": ", 1) for f in fields), page=page
+        )
+
+    def status(self, *args: Any, **more: Any) -> int:
+        return int(self.ask(*args, **more).status)
+
+    def act(self, confirmed: str = "yes", **fields: Any) -> Any:
+        body = urllib.parse.urlencode({"confirmed": confirmed, **fields}, doseq=True)
+        return self.ask("/act", "POST", body)
+
+    def files(self) -> dict[str, Any]:
+        """Return the digests of the database and its -wal."""
+        return {path: digest(path) for path in (self.db, self.db + "-wal") if os.path.exists(path)}
+
+
+@internal
+class WebGate(Web):
+    """Who may use the page."""
+
+    def test_only_a_request_with_the_token_is_answered(self) -> None:
+        token = self.site.gate.token
+        cases: list[tuple[int, dict[str, Any]]] = [
+            (200, {}),
+            (200, {"Cookie": f"a=b; {self.cookie}; c"}),
+            (200, {"Cookie": f"{self.site.gate.cookie}=old; {self.cookie}"}),
+            (200, {"Cookie": None, "Authorization": f"Bearer {token}"}),
+            (200, {"Cookie": None, "Authorization": f"bearer {token} "}),
+            (401, {"Cookie": None}),
+            (401, {"Cookie": ""}),
+            (401, {"Cookie": self.cookie[:-1]}),
+            (401, {"Cookie": self.cookie + "x"}),
+            (401, {"Cookie": f"queuectl-1={token}"}),
+            (401, {"Cookie": f"{self.site.gate.cookie}="}),
+            (401, {"Cookie": None, "Authorization": "Bearer"}),
+            (401, {"Cookie": None, "Authorization": "Bearer \u20ac"}),
+            (401, {"Cookie": None, "Authorization": f"Basic {token}"}),
+            (400, {"Authorization": [f"Bearer {token}"] * 2}),
+        ]
+        for status, headers in cases:
+            with self.subTest(headers):
+                self.assertEqual(self.status(**headers), status)
+        self.assertEqual(self.status(f"/jobs?token={token}", Cookie=None), 401)
+        self.assertEqual(self.status("/?token=", Cookie=None), 401)
+        self.assertEqual(self.status("/?token=wrong"), 401)
+        self.assertNotIn("done", self.ask(Cookie=None).page)
+
+    def test_only_a_loopback_host_is_answered(self) -> None:
+        """A name of an attacker may lead here: DNS rebinding."""
+        port = self.site.port
+        self.assertEqual(self.site.server.socket.getsockname(), ("127.0.0.1", port))
+        for host in (self.host, f"localhost:{port}", "LOCALHOST", "[::1]:9000", "127.0.0.1:9000"):
+            with self.subTest(host):
+                self.assertEqual(self.status(Host=host), 200)
+        bad = [
+            "evil.example",
+            f"127.0.0.1.evil.example:{port}",
+            "localhost.evil.example",
+            "0.0.0.0",
+        ]
+        bad += [
+            f"a@{self.host}",
+            f"{self.host}, evil.example",
+            "127.0.0.1:",
+            "127.0.0.1:1234567",
+            "",
+        ]
+        for value in [*bad, None, [self.host, self.host], [self.host, "evil.example"]]:
+            with self.subTest(value):
+                self.assertEqual(self.status(Host=value), 421)
+        self.assertEqual(self.status(f"/?token={self.site.gate.token}", Host="evil.example"), 421)
+
+    def test_requests_from_other_sites_are_refused(self) -> None:
+        own = f"http://{self.host}"
+        port = self.site.port
+        foreign = ["null", "http://evil.example", f"http://localhost:{port}", "http://127.0.0.1:1"]
+        foreign += [own.replace("http", "https"), own + ".evil.example", own + "/", "x", [own, own]]
+        body = "action=pause&queue="
+        for method in ("GET", "HEAD", "POST"):
+            target = "/act" if method == "POST" else "/jobs"
+            for origin in foreign:
+                with self.subTest(method, origin=origin):
+                    status = self.status(target, method, body, Origin=origin)
+                    self.assertIn(status, (400, 403))
+            for site in ("cross-site", "same-site", "nonsense"):
+                with self.subTest(method, site=site):
+                    self.assertEqual(self.status(target, method, body, Sec_Fetch_Site=site), 403)
+            for site in ("same-origin", "none"):
+                status = self.status(target, method, body, Sec_Fetch_Site=site, Origin=own)
+                self.assertEqual(status, 200)
+        self.assertEqual(self.status("/act", "POST", body, Origin=None), 403)
+        bearer = f"Bearer {self.site.gate.token}"  # a script, which sends none
+        options = {"Origin": None, "Cookie": None, "Authorization": bearer}
+        self.assertEqual(self.status("/act", "POST", body, **options), 200)
+
+    def test_token_in_the_address_becomes_a_cookie(self) -> None:
+        target = f"/?token={self.site.gate.token}"
+        direct = self.ask(target, Cookie=None)
+        self.assertEqual((direct.status, direct.headers["Location"]), (303, "/"))
+        name_and_token = f"queuectl-{self.site.port}={self.site.gate.token}"
+        cookie = name_and_token + "; HttpOnly; SameSite=Strict; Path=/"
+        self.assertEqual(direct.headers["Set-Cookie"], cookie)
+        linked = self.ask(target, Cookie=None, Sec_Fetch_Site="cross-site")
+        self.assertEqual((linked.status, linked.headers["Refresh"]), (200, "0; url=/"))
+        self.assertEqual(linked.headers["Set-Cookie"], cookie)
+        self.assertNotIn("Set-Cookie", self.ask("/jobs").headers)
+        self.assertNotIn(self.site.gate.token, self.ask("/").page)
+        self.assertGreaterEqual(len(self.site.gate.token), 43)
+        self.assertNotEqual(queuectl.Gate(1).token, queuectl.Gate(1).token)
+
+    def test_only_get_head_and_post_exist_and_a_page_is_no_action(self) -> None:
+        for method in "PUT DELETE OPTIONS TRACE CONNECT PATCH LINK get".split():
+            with self.subTest(method):
+                answer = self.ask(method=method)
+                self.assertEqual((answer.status, answer.headers["Allow"]), (405, "GET, HEAD, POST"))
+        self.assertEqual(self.status("/act?action=pause&queue=&confirmed=yes"), 405)
+        self.assertEqual(self.status("/jobs", "POST"), 405)
+        head, page = self.ask("/job?id=done", "HEAD"), self.ask("/job?id=done")
+        self.assertEqual((head.status, head.page), (200, ""))
+        self.assertEqual(head.headers["Content-Length"], str(len(page.page.encode())))
+
+    def test_every_response_has_the_headers_that_restrict_a_browser(self) -> None:
+        for target, status in (
+            ("/", 200),
+            ("/nothing", 404),
+            ("/output?id=done", 200),
+            ("/act", 405),
+        ):
+            answer = self.ask(target)
+            self.assertEqual(answer.status, status)
+            policy = answer.headers["Content-Security-Policy"]
+            self.assertIn("default-src 'none'", policy)
+            self.assertIn("frame-ancestors 'none'", policy)
+            self.assertNotIn("unsafe", policy)
+            self.assertEqual(answer.headers["X-Content-Type-Options"], "nosniff")
+            self.assertEqual(answer.headers["Cache-Control"], "no-store")
+            self.assertEqual(answer.headers["Referrer-Policy"], "no-referrer")
+        policies = {self.ask("/").headers["Content-Security-Policy"] for _ in range(2)}
+        self.assertEqual(len(policies), 2)  # a nonce is used once
+
+    def test_body_of_a_refused_post_is_not_another_request(self) -> None:
+        inner = f"GET /jobs HTTP/1.1\r\nHost: {self.host}\r\nCookie: {self.cookie}\r\n\r\n"
+        for headers in (
+            {"Cookie": None},
+            {"Cookie": None, "Content-Length": "0"},
+            {"Content-Length": "0", "Connection": "keep-alive"},
+            {"Transfer-Encoding": "chunked"},
+        ):
+            with self.subTest(headers):
+                answer = self.ask("/act", "POST", inner, **headers)  # checks that it is one
+                self.assertGreaterEqual(answer.status, 400)
+        pipelined = self.raw(inner.encode() * 2)
+        self.assertEqual(pipelined.count(b"HTTP/1.0 200"), 1)
+
+    def test_bad_posts_are_refused(self) -> None:
+        cases = {
+            411: [{"Content-Length": None}, {"Content-Length": ["3", "3"]}],
+            400: [{"Content-Length": "-1"}, {"Content-Length": "+3"}, {"Content-Length": "x"}],
+            413: [{"Content-Length": str(1 << 40)}, {"Content-Length": "9" * 18}],
+            415: [{"Content-Type": "text/plain"}, {"Content-Type": None}],
+        }
+        for status, headers in ((s, h) for s, many in cases.items() for h in many):
+            with self.subTest(headers):
+                self.assertEqual(self.status("/act", "POST", "a=b", **headers), status)
+
+    def test_get_never_writes(self) -> None:
+        before = self.files()
+        self.assertTrue(before)
+        paths = ["/metrics", "/favicon.ico", "/output?id=bad", "/job?id=bad"]
+        with mock.patch.object(queuectl, "Queue", side_effect=Queue) as opened:
+            for path, method in itertools.product([*queuectl.PAGES, *paths], ("GET", "HEAD")):
+                self.ask(path, method)
+            self.act("", action="cancel", id="next")  # not confirmed
+        self.assertTrue(all(call.kwargs["readonly"] for call in opened.mock_calls))
+        body = "action=pause&queue=&confirmed=yes"
+        self.assertEqual(self.status("/act", "POST", body, Cookie=None), 401)
+        self.assertEqual(self.files(), before)
+
+    def test_malformed_requests_get_an_error_and_no_traceback(self) -> None:
+        targets = ["/job", "/job?id=", "/job?id=%00", "/job?id=%ff%fe", "/job?id=" + "9" * 5000]
+        targets += ["/job?id=done&run=1e99", "/job?id=done&run=-1", "/job?id=done&run=" + "9" * 400]
+        targets += ["/jobs?after=1e9", "/jobs?after=" + "9" * 30, "/jobs?at=soon", "/jobs?state=x"]
+        targets += [
+            "//evil.example/",
+            "/../../etc/passwd",
+            "/%2e%2e/",
+            "/" + "a" * 60_000,
+            "/jobs/",
+        ]
+        targets += ["http://evil.example/", "*", "/output?id=nobody", "/jobs?" + "a=&" * 6000, "/é"]
+        stderr = io.StringIO()
+        with mock.patch("sys.stderr", stderr):
+            for target in targets:
+                with self.subTest(target[:40]):
+                    self.assertIn(self.status(target), (400, 404))
+            for target in (
+                "/jobs?path=x&self=y&=z",
+                "/jobs?at=nan",
+                "/jobs?at=inf&after=0",
+                "/jobs?match=%00&queue=%F0",
+            ):
+                self.assertEqual(self.status(target), 200)
+            for data in (
+                b"\r\n\r\n",
+                b"GET\r\n\r\n",
+                b"\0\xff\x16\x03\r\n\r\n",
+                b"GET / HTTP/9\r\n\r\n",
+            ):
+                self.assertRegex(self.raw(data), rb"\A(HTTP/1.0 (400|505) |\Z)")
+            self.assertIn(b" 414 ", self.raw(b"GET /" + b"a" * 70_000)[:20])
+            self.assertIn(b" 431 ", self.raw(b"GET / HTTP/1.0\r\n" + b"a: b\r\n" * 200)[:20])
+            self.assertEqual(self.status(X=["y" * 60_000, "z"]), 200)
+        self.assertEqual(stderr.getvalue(), "")
+
+
+@internal
+class WebServer(Web):
+    """The server: its connections, threads and end."""
+
+    def connect(self, number: int, data: bytes = b"") -> list[socket.socket]:
+        found = []
+        for _ in range(number):
+            found.append(socket.create_connection(("127.0.0.1", self.site.port), timeout=10))
+            self.addCleanup(found[-1].close)
+            found[-1].sendall(data)
+        return found
+
+    def check_idle(self, number: int) -> None:
+        """Check that idle connections hold up no other one, and that their threads end."""
+        before = threading.active_count()
+        idle = self.connect(number // 2)
+        idle += self.connect(number // 2, b"GET / HTTP/1.0\r\nHost:")
+        began = time.monotonic()
+        self.assertEqual(self.status(), 200)
+        self.assertLess(time.monotonic() - began, 5)
+        most = 3 * queuectl.MAX_CONNECTIONS  # with those that are about to end
+        self.assertLessEqual(threading.active_count(), before + most)
+        for connection in idle:
+            connection.close()
+        wait_until(lambda: threading.active_count() <= before)
+
+    def test_idle_sockets_hang_nothing_and_leave_no_thread(self) -> None:
+        self.check_idle(150)
+
+    @SLOW
+    @unittest.skipUnless(POSIX, "needs a limit of open files")
+    def test_thousand_idle_sockets_hang_nothing_and_leave_no_thread(self) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+        self.check_idle(1000)
+
+    def test_connection_that_lasts_too_long_is_ended(self) -> None:
+        with mock.patch.object(queuectl, "CONNECTION_SECONDS", 0.1):
+            for connection in self.connect(1) + self.connect(1, b"GET / HTT"):
+                self.assertEqual(connection.recv(1), b"")
+
+    def test_reader_that_takes_nothing_is_ended(self) -> None:
+        request = (
+            f"GET /output?id=large HTTP/1.0\r\nHost: {self.host}\r\nCookie: {self.cookie}\r\n\r\n"
+        )
+        with Queue(self.db) as queue:
+            queue.configure("output_limit", str(1 << 27))
+            queue.enqueue("true", id="large", priority=9)
+            outcome = Outcome("exited", 1.0, 2.0, 0, None, 0, b"x" * 8_000_000)
+            queue._ledger.finish(claim(queue), outcome)
+        before = threading.active_count()
+        with mock.patch.object(queuectl, "CONNECTION_SECONDS", 0.2):
+            self.connect(1, request.encode())
+            wait_until(lambda: threading.active_count() > before)
+            wait_until(lambda: threading.active_count() == before)
+        self.assertEqual(len(self.ask("/output?id=large").page), 8_000_000)
+
+
+class WebCommand(Live):
+    """`queuectl web` as a process."""
+
+    def test_url_is_printed_once_and_ctrl_c_ends_it_at_once(self) -> None:
+        self.enqueue("true", id="x")
+        web = self.start("web", "--port", "0")
+        url = web.stdout.readline()
+        self.assertRegex(url, r"\Ahttp://127\.0\.0\.1:\d+/\?token=[\w-]{43}\n\Z")
+        with urllib.request.urlopen(
+            urllib.request.Request(
+                url.partition("?")[0] + "job?id=x",
+                headers={"Authorization": f"Bearer {url.strip().partition('=')[2]}"},
+            )
+        ) as page:
+            self.assertIn("no worker is running", page.read().decode())
+        port = re.findall(r":(\d+)/", url)[0]
+        self.assertIn("--port", self.assert_refused("web", "--port", port, code=4, real=True))
+        idle = socket.create_connection(("127.0.0.1", int(port)))
+        began = time.monotonic()
+        web.send_signal(signal.SIGINT)
+        self.assertEqual(web.wait(10), -signal.SIGINT)
+        self.assertLess(time.monotonic() - began, 1)
+        idle.close()
+        self.assertEqual(web.stdout.read(), "")
+
+    def test_without_a_queue_it_reports_one_line(self) -> None:
+        self.assertIn("there is no queue", self.assert_refused("web", code=1))
+        self.assert_refused("web", "--host", "0.0.0.0")
+        for port in ("-1", "65536", "x"):
+            self.assert_refused("web", "--port", port)
+
+    def test_browser_is_opened_without_the_token_in_any_argument(self) -> None:
+        self.enqueue("true")
+        script = (
+            'printf \'%s\\n\' "$@" > args; ls -l "${1#file://}" > mode; cat "${1#file://}" > page'
+        )
+        self.write("browser", "#!/bin/sh\n" + script + "; echo > done")
+        os.chmod(self.file("browser"), 0o700)
+        env = {**os.environ, "BROWSER": self.file("browser") + " %s"}
+        web = self.start("web", "--port", "0", "--open", env=env)
+        token = web.stdout.readline().strip().partition("token=")[2]
+        wait_until(lambda: self.read("done"))
+        self.assertNotIn(token, self.read("args"))
+        self.assertIn(token, self.read("page"))
+        self.assertTrue(self.read("mode").startswith("-rw-------"))
+        with open(f"/proc/{web.pid}/cmdline") if LINUX else io.StringIO() as file:
+            self.assertNotIn(token, file.read())
+        web.send_signal(signal.SIGINT)
+        web.wait(10)
+        self.assertEqual(glob.glob(self.file("queuectl.db.run/*.html")), [])
+
+
+@internal
+class WebPages(Web):
+    """The pages, and what they show."""
+
+    def test_pages_show_the_jobs(self) -> None:
+        cases = {
+            "/": ["gpu", "exit code 3", "Attempts by worker slot"],
+            "/jobs": ["make all", "blocked by next", "all 46"],
+            "/jobs?state=dead": ["bad", "worse", "exit code 3"],
+            "/jobs?queue=gpu&match=DON": ["done"],
+            "/job?id=done": ["completed", "fine", "worker-1"],
+            "/job?id=next": ["no worker is running", "make all"],
+            "/job?id=nightly": ["nightly.1", "due in"],
+            "/dead": ["exit code 3", "worse"],
+            "/schedules": ["nightly", "@daily"],
+            "/workers": ["No worker is running"],
+        }
+        for target, words in cases.items():
+            page = self.ask(target)
+            text = PageParser(page.page).text
+            for word in words:
+                with self.subTest(target, word=word):
+                    self.assertIn(word, text)
+        self.assertNotIn("done", PageParser(self.ask("/jobs?state=dead").page).text)
+        self.assertNotIn("bad", PageParser(self.ask("/jobs?queue=gpu&match=DON").page).text)
+        self.assertIn("did you mean worse", self.ask("/job?id=worsee").page)
+
+    def test_script_is_sent_only_the_parts_that_changed(self) -> None:
+        tags = re.findall(r'data-tag="(\w+)"', self.ask("/schedules").page)
+        more = {"X-Queuectl-Tags": " ".join(tags)}
+        self.assertEqual(self.ask("/schedules", **more).page, "")
+        part = self.ask("/schedules", **{"X-Queuectl-Tags": "old"}).page
+        self.assertRegex(part, r'\A<div id="part-schedules" data-tag="')
+        self.assertNotIn("<script", part)
+
+    def test_jobs_are_paged_by_key(self) -> None:
+        for state in ("", "state=ready&", "state=completed&"):
+            shown: list[str] = []
+            target = f"/jobs?{state}queue=many"
+            with mock.patch.object(queuectl, "PAGE_SIZE", 7):
+                while target:
+                    page = self.ask(target).page
+                    shown += re.findall(r'name="id" value="(many\d+)"', page)
+                    links = [e for tag, e in PageParser(page).elements if tag == "a"]
+                    target = next((e["href"] for e in links if "after=" in str(e["href"])), "")
+            with self.subTest(state):
+                self.assertEqual(len(shown), len(set(shown)))
+                self.assertEqual(len(shown), {"": 40, "state=ready&": 25}.get(state, 15))
+
+    def test_search_takes_a_limited_time_and_can_be_continued(self) -> None:
+        with mock.patch.multiple(queuectl, SEARCHED=5, SEARCH_SECONDS=-1):
+            page = self.ask("/jobs?match=many0").page
+        self.assertIn("none so far", page)
+
+    def test_output_is_sent_as_it_is_only_as_text(self) -> None:
+        answer = self.ask("/output?id=done")
+        self.assertEqual(answer.headers["Content-Type"], "text/plain; charset=utf-8")
+        self.assertEqual(answer.page, "fine\n")
+
+    @classmethod
+    def fill(cls, queue: Queue) -> None:
+        many = [{"command": "true", "id": f"many{n}", "queue": "many"} for n in range(40)]
+        list(queue.enqueue_many(many))
+        for _ in range(15):
+            outcome = Outcome("exited", 1.0, 2.0, 0, None)
+            queue._ledger.finish(claim(queue, "worker-1", ["many"]), outcome)
+        super().fill(queue)
+
+
+@internal
+class WebActions(Web):
+    """Retry, cancel, pause and resume, after a confirmation."""
+
+    def state(self, job_id: str) -> str:
+        return str(self.job(job_id).state)
+
+    def test_action_takes_place_only_after_its_confirmation(self) -> None:
+        page = self.act("", action="retry", id=["bad", "worse"], back="/jobs?state=dead")
+        self.assertIn("Retry 2 jobs?", page.page)
+        self.assertEqual(self.state("bad"), "dead")
+        fields = [
+            (item["name"], item["value"])
+            for tag, item in PageParser(page.page).elements
+            if tag in ("input", "button") and "name" in item
+        ]
+        done = self.ask("/act", "POST", urllib.parse.urlencode(fields))
+        self.assertEqual((done.status, done.headers["Location"]), (303, "/jobs?state=dead"))
+        self.assertEqual([self.state("bad"), self.state("worse")], ["pending"] * 2)
+
+    def test_all_dead_jobs_of_one_reason_are_retried(self) -> None:
+        with Queue(self.db) as queue:
+            for job_id, code in (("x1", 9), ("x2", 9), ("y1", 8)):
+                queue.enqueue("true", id=job_id, queue="x")
+                outcome = Outcome("exited", 1.0, 2.0, code, queuectl.explain_exit(code))
+                queue._ledger.finish(claim(queue, "worker-1", ["x"]), outcome)
+        page = self.act("", action="retry", like="x2").page
+        self.assertIn("Retry 2 jobs?", page)
+        self.assertNotIn("y1", page)
+
+    def test_waiting_job_is_cancelled_and_a_queue_paused_and_resumed(self) -> None:
+        self.assertEqual(self.act(action="cancel", id="next").status, 303)
+        self.assertEqual(self.state("next"), "cancelled")
+        for names, action, paused in (
+            (["gpu", "cpu"], "pause", ["cpu", "gpu"]),
+            (["cpu"], "resume", ["gpu"]),
+            ([""], "pause", ["", "gpu"]),
+            ([""], "resume", []),
+        ):
+            self.assertEqual(self.act(action=action, queue=names).status, 303)
+            with Queue(self.db, readonly=True) as queue:
+                self.assertEqual(sorted(queue._reader.paused()), paused)
+
+    def test_impossible_actions_change_nothing_and_name_the_reason(self) -> None:
+        before = self.states()
+        cases = [
+            (400, "nothing is selected", {"action": "retry"}),
+            (400, "unknown action", {"action": "enqueue", "id": "x", "command": "id"}),
+            (400, "unknown action", {"action": "edit", "id": "done"}),
+            (400, "unknown action", {"action": "purge", "id": "done"}),
+            (400, "queue must be", {"action": "pause", "queue": "a b"}),
+            (404, "there is no job", {"action": "retry", "id": ["done", "nobody"]}),
+            (404, "done is completed", {"action": "retry", "id": "done"}),
+        ]
+        for status, words, fields in cases:
+            with self.subTest(fields):
+                answer = self.act(**fields)
+                self.assertEqual(answer.status, status)
+                self.assertIn(words, PageParser(answer.page).text)
+        self.assertEqual(self.states(), before)
+
+    def test_way_back_is_a_page_of_this_site(self) -> None:
+        bad = [
+            "//evil.example",
+            "http://evil.example/",
+            "/\\evil",
+            "/jobs\r\nX: y",
+            "javascript:1",
+            "",
+        ]
+        for url in bad:
+            with self.subTest(url):
+                done = self.act(action="resume", queue="gpu", back=url)
+                self.assertEqual(done.headers["Location"], "/")
+        done = self.act(action="resume", queue="gpu", back="/jobs?match=%0d%0aX:y")
+        self.assertEqual(done.headers["Location"], "/jobs?match=%0D%0AX%3Ay")
+
+    def test_locked_queue_is_reported_after_a_limited_time(self) -> None:
+        hold_write_lock(self)
+        with mock.patch.object(queuectl, "QUERY_SECONDS", 0.1):
+            answer = self.act(action="pause", queue="gpu")
+        self.assertEqual(answer.status, 503)
+        self.assertIn("locked by another program", answer.page)
+        self.assertEqual(self.status(), 200)  # reading needs no lock
+
+
+@internal
+class WebCost(Clocked):
+    """What the pages cost."""
+
+    def costs(self, number: int) -> dict[str, int]:
+        """Return the cost of each page once this many more jobs are in several states."""
+        jobs = [{"command": "true", "queue": f"q{n % 3}"} for n in range(number)]
+        list(self.queue.enqueue_many(jobs))
+        for remainder, state in enumerate(("completed", "dead", "cancelled")):
+            fields = {"state": state, "remainder": remainder, "now": self.now}
+            self.queue._db.execute(
+                "UPDATE jobs SET state = :state, run = 1, last_error = 'bad', updated_at = :now"
+                " WHERE seq % 4 = :remainder",
+                fields,
+            )
+        found = {}
+        for target in (*queuectl.PAGES, "/jobs?state=dead", "/jobs?state=ready", "/job?id=1"):
+            path, _, query = target.partition("?")
+            request = queuectl.Request(
+                "GET", path, {"id": ["1"], **urllib.parse.parse_qs(query)}, {}
+            )
+            page = partial(queuectl.PAGES[path], self.queue._reader, request)
+            found[target] = self.sqlite_steps(page)
+        return found
+
+    def test_pages_cost_the_same_with_many_more_jobs(self) -> None:
+        """Promise 8: looking at the queue costs the same, however long its history is."""
+        limits = {"OVERVIEW_JOBS": 20, "EXAMINED": 50, "SEARCHED": 50, "PAGE_SIZE": 20}
+        with mock.patch.multiple(queuectl, **limits):
+            few, many = self.costs(400), self.costs(6000)
+        for target, cost in few.items():
+            with self.subTest(target, few=cost, many=many[target]):
+                self.assertLess(many[target], 1.5 * cost + 10)
+
+
+@internal
+class WebHostile(Web):
+    """Jobs whose names, commands and outputs are attacks on the page."""
+
+    TAGS = set(
+        "html head meta title link style body nav h1 h2 h3 a button span main div section table tr "
+        "th td form input label p b i ul li pre code svg path rect title script details summary "
+        "figure figcaption".split()
+    )
+    BAD = '<script>alert(1)</script><img/src=x/onerror=alert(1)>"onmouseover="alert(1)\'`&lt;'
+
+    @classmethod
+    def fill(cls, queue: Queue) -> None:
+        queue.configure("max_retries", "1")
+        ugly = cls.BAD + "]]>\x1b[31m\u202e\x07\x85\n\t"
+        for number, reason in enumerate((None, ugly, "x" * 100_000)):
+            queue.enqueue(ugly, id=f"{cls.BAD}{number}", queue=cls.BAD, cwd="/" + cls.BAD)
+            code = 1 if reason else 0
+            output = ugly.encode() * 20_000 + RAW + b"\0\xed\xa0\x80"
+            outcome = Outcome("exited", 1e9, 1e9 + 1, code, reason, 0, output)
+            queue._ledger.finish(claim(queue, cls.BAD), outcome)
+        queue.enqueue(ugly, id=cls.BAD, queue=cls.BAD, cron="@daily")
+        queue.enqueue(ugly, id="waits", queue=cls.BAD, after=f"{cls.BAD}1")
+        queue.pause(cls.BAD)
+
+    def pages(self) -> Iterator[tuple[str, str]]:
+        query = urllib.parse.urlencode({"id": self.BAD + "1"})
+        targets = [
+            "/",
+            "/jobs",
+            "/dead",
+            "/schedules",
+            "/workers",
+            f"/job?{query}",
+            "/job?id=waits",
+        ]
+        bad = urllib.parse.quote(self.BAD)
+        targets += [f"/jobs?{name}={bad}" for name in ("state", "queue", "match", "reason", "at")]
+        targets += [
+            f"/jobs?state=dead&reason={bad}",
+            f"/{bad}",
+            f"/job?id={bad}x",
+            f"/job?run={bad}",
+        ]
+        for target in targets:
+            yield target, self.ask(target).page
+        yield "confirmation", self.act("", action="retry", id=self.BAD, back=self.BAD).page
+        yield "error", self.act(action="retry", id=self.BAD + "0").page
+        yield "unknown", self.act(action=self.BAD, queue=self.BAD).page
+
+    def test_no_byte_of_a_job_is_markup(self) -> None:
+        for target, page in self.pages():
+            with self.subTest(target):
+                parser = PageParser(page)
+                self.assertLessEqual({tag for tag, _ in parser.elements}, self.TAGS)
+                names = {name for _, attributes in parser.elements for name in attributes}
+                self.assertEqual([n for n in names if n.startswith("on") or n == "style"], [])
+                scripts = [item for tag, item in parser.elements if tag == "script"]
+                self.assertTrue(all(item["nonce"] for item in scripts) and len(scripts) <= 1)
+                links = [item.get("href", "/") for _, item in parser.elements]
+                self.assertEqual([url for url in links if not url or url[0] != "/"], [])
+                self.assertTrue(page.replace("\n", "").isprintable())
+                self.assertLess(len(page), 500_000)
+
+    def test_hostile_output_is_shown_escaped(self) -> None:
+        page = self.ask("/job?" + urllib.parse.urlencode({"id": self.BAD + "1"})).page
+        text = PageParser(page).text
+        self.assertIn(self.BAD + "]]>\\x1b[31m\\u202e\\x07", text)
+        self.assertIn("its last 65536 bytes", text)
+
+
 # --- doctor ---------------------------------------------------------------------------------------
 
 
@@ -7434,7 +8576,8 @@ class Layout(unittest.TestCase):
                 found.append((bar, []))
             else:
                 found[-1][1].append(name)
-        self.assertEqual(found[0], ("helpers", ["Result", "Case", "Clocked", "Live", "Terminal"]))
+        helpers = ["Result", "Case", "Clocked", "Tags", "Reported", "Live", "Terminal"]
+        self.assertEqual(found[0], ("helpers", helpers))
         self.assertEqual(listed, found[1:])
 
     def test_docstring_of_the_program_lists_its_sections_in_order(self) -> None:

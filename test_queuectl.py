@@ -5105,7 +5105,7 @@ class ReportFacts(Reported):
     @internal
     def test_ranking_keeps_the_largest(self) -> None:
         found = queuectl.Ranking()
-        for n in range(50):
+        for n in reversed(range(50)):
             found.add(n * 7 % 50, {"n": n * 7 % 50})
         self.assertEqual([item["n"] for item in found.facts()], list(range(49, 39, -1)))
 

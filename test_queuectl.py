@@ -3440,7 +3440,10 @@ class QueuePrune(Clocked):
             job = claim(self.queue, "worker-1")._replace(waited=0.5)
             outcome = Outcome("exited", started, 1e6 + 10, code, error)
             self.queue._ledger.finish(job, outcome)
-        totals = [("gpu", "completed", 2, 14.0, 1.0), ("gpu", "failed", 1, 5.0, 0.5)]
+        totals = [
+            ("gpu", "completed", 2, 14.0, 1.0, 1000010.0),
+            ("gpu", "failed", 1, 5.0, 0.5, 1000010.0),
+        ]
         self.assertEqual(self.queue._db.rows("SELECT * FROM totals"), totals)
         self.assertEqual(self.queue.prune(0, ["completed", "dead"]), 3)
         self.assertEqual(self.queue._db.rows("SELECT * FROM totals"), totals)

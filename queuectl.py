@@ -5125,11 +5125,12 @@ class Counts:
 
     def facts(self) -> dict[str, Any]:
         queues = sorted({key[0] for key in self.jobs})
+        each = [{"queue": queue, **self.facts_of([queue])} for queue in queues]
         return {
             "jobs": sum(self.jobs.values()),
             **self.facts_of(queues),
             "outcomes": dict(self.outcomes),
-            "queues": [{"queue": queue, **self.facts_of([queue])} for queue in queues],
+            "queues": sorted(each, key=lambda facts: -facts["attempts"]),
         }
 
 
@@ -5191,7 +5192,7 @@ class Bar(NamedTuple):
 
     def merged(self, other: Bar) -> Bar:
         """Return a bar for both; it shows a failure if there is one."""
-        shown = other if self.outcome == COMPLETED else self
+        shown = other if other.failures and not self.failures else self
         return shown._replace(
             started=min(self.started, other.started),
             finished=max(self.finished, other.finished),
@@ -6007,8 +6008,8 @@ def format_of(path: str) -> str:
 
 def write_report(path: str, chunks: Iterable[str]) -> None:
     """Write a file aside and rename it, so that nobody reads half of it; a device directly."""
-    path = os.path.realpath(path)
-    is_file = os.path.isfile(path) or not os.path.lexists(path)
+    is_file = os.path.isfile(path) or not os.path.exists(path)
+    path = os.path.realpath(path) if is_file else path
     aside = f"{path}.{os.getpid()}.tmp" if is_file else path
     try:
         with open(aside, "x" if is_file else "w", encoding="utf-8", newline="") as file:

@@ -4018,7 +4018,10 @@ class QueuePrune(Clocked):
             job = claim(self.queue, "worker-1")._replace(waited=0.5)
             outcome = Outcome("exited", started, 1e6 + 10, code, error)
             self.queue._ledger.finish(job, outcome)
-        totals = [("gpu", "completed", 2, 14.0, 1.0), ("gpu", "failed", 1, 5.0, 0.5)]
+        totals = [
+            ("gpu", "completed", 2, 14.0, 1.0, 1000010.0),
+            ("gpu", "failed", 1, 5.0, 0.5, 1000010.0),
+        ]
         self.assertEqual(self.queue._db.rows("SELECT * FROM totals"), totals)
         self.assertEqual(self.queue.prune(0, ["completed", "dead"]), 3)
         self.assertEqual(self.queue._db.rows("SELECT * FROM totals"), totals)
@@ -5693,7 +5696,7 @@ class ReportFacts(Reported):
             ("--state", "dead"): (2, 3),
             ("--match", "NO"): (1, 1),
             ("--since", "1m"): (7, 7),
-            ("--since", "3.5s"): (5, 3),  # the attempts of the last 3.5 seconds
+            ("--since", "2s"): (5, 2),  # of one job, only the second attempt
             ("--since", "0.5s", "--state", "dead"): (1, 1),
             ("--since", "5s", "good"): (0, 0),
         }
@@ -5721,6 +5724,24 @@ class ReportFacts(Reported):
         facts = {"x_p50": 3.21, "x_p95": 4.56, "x_max": 4.56}
         self.assertEqual(few.facts("x")["x_max"], facts["x_max"])
         self.assertLess(abs(few.facts("x")["x_p50"] / facts["x_p50"] - 1), 0.02)
+
+    @internal
+    def test_ranking_keeps_the_largest(self) -> None:
+        found = queuectl.Ranking()
+        for n in reversed(range(50)):
+            found.add(n * 7 % 50, {"n": n * 7 % 50})
+        self.assertEqual([item["n"] for item in found.facts()], list(range(49, 39, -1)))
+
+    @internal
+    def test_report_of_a_drain_leaves_out_what_other_pools_ran(self) -> None:
+        for job_id, worker in (("before", "aa"), ("ours", "aa"), ("theirs", "bb")):
+            self.queue.enqueue("true", id=job_id)
+            self.now += 10
+            self.attempt(worker=f"worker-{worker}-1")
+        for job_id, more in (("left", {}), ("elsewhere", {"queue": "x"}), ("later", {"delay": 9})):
+            self.queue.enqueue("true", id=job_id, **more)
+        found = queuectl.drain_histories(self.queue._reader, ["default"], "pool-aa", self.now - 15)
+        self.assertEqual([history.job.id for history in found], ["ours", "left"])
 
     @internal
     def test_timeline_keeps_its_sums_in_bounded_memory(self) -> None:

@@ -5442,7 +5442,8 @@ body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--page);
 h1 { font-size: 1.2rem; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1rem; margin: 0 0 .6rem; }
 p { margin: .2rem 0 .4rem; }
-h3 { font-size: .9rem; margin: 1rem 0 .3rem; }
+h3 { font-size: .9rem; margin: .8rem 0 .3rem; }
+h3:first-child { margin-top: 0; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
   margin: .8rem 0; padding: .8rem 1rem; }
 .dim, figcaption { color: var(--dim); font-size: .85rem; }
@@ -5530,9 +5531,9 @@ def rect(css: str, x: float, y: float, width: float, height: float, title: str =
     return f'<rect class="{safe(name)}" {box}><title>{safe(title)}</title></rect>'
 
 
-def svg(shapes: str, height: int, label: str) -> str:
-    """Return a picture 1000 units wide that fills its column; lines mark the quarters."""
-    grid = "".join(f"M{x} 0v{height}" for x in (250, 500, 750))
+def svg(shapes: str, height: int, label: str, parts: int = 4) -> str:
+    """Return a picture 1000 units wide that fills its column; lines divide it into parts."""
+    grid = "".join(f"M{1000 * n / parts:.1f} 0v{height}" for n in range(1, parts))
     return (
         f'<svg viewBox="0 0 1000 {height}" width="100%" height="{height}" role="img" '
         f'aria-label="{safe(label)}" preserveAspectRatio="none">'
@@ -5696,7 +5697,7 @@ def html_durations(facts: Facts, link: Link) -> str:
     half, most_of = (format_duration(facts[key]) for key in ("took_p50", "took_p95"))
     caption = f"<figcaption>p50 {half}, p95 {most_of} (dashed), at most {most:,} in a bar"
     labels = (format_duration(10.0**n) for n in range(low, high + 1))
-    picture = svg(shapes, 80, "durations of attempts")
+    picture = svg(shapes, 80, "durations of attempts", high - low)
     chart = f"<figure>{caption}</figcaption>{picture}{axis(labels)}</figure>"
     return chart + html_table(facts, "queues", link)
 
@@ -5733,7 +5734,7 @@ def html_schedules(facts: Facts, link: Link) -> str:
 PARTS: dict[str, tuple[str, Callable[[Facts, Link], str]]] = {  # by the id of its element
     "tiles": ("", html_tiles),
     "failures": ("Failures by reason", html_failures),
-    "gantt": ("Attempts by worker slot", html_gantt),
+    "gantt": ("Attempts by worker slot, waits as a thin line", html_gantt),
     "finished": ("Jobs finished", html_finished),
     "depth": ("Jobs by state", html_depth),
     "durations": ("How long attempts took", html_durations),

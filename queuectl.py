@@ -632,10 +632,13 @@ def valid_variables(value: Any) -> dict[str, str | None]:
     return dict(value)
 
 
+BY_SETTINGS = {*SETTINGS, "retry_delays"}  # fields of a job that are None where settings decide
+
+
 def change_validator(key: str) -> Validator:
     """Return the validator of a field's new value, which may also take the old one back."""
     check = FIELDS[key]
-    if key in SETTINGS:  # None: the queue's setting decides
+    if key in BY_SETTINGS:
         return lambda value: None if value in (None, "default") else check(value)
     if check is valid_names:
         return lambda value: check(value or [])
@@ -4636,7 +4639,7 @@ def edit_option(names: tuple[str, ...], options: dict[str, Any]) -> Argument:
     if options["type"].args[1] is FIELDS[key]:
         check = partial(parse_edit, EDITABLE[key])
         options = {**options, "type": partial(validate, names[0], check)}
-    if key in SETTINGS:
+    if key in BY_SETTINGS:
         meaning += "; default: as the queue's setting says"
     if FIELDS[key] is valid_names:
         meaning += "; instead of those before, '' for none"
@@ -4870,7 +4873,7 @@ def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
 
 
 def selection_options(args: argparse.Namespace) -> dict[str, Any]:
-    options = {key: getattr(args, key) for key in Selection._fields}
+    options = {key: vars(args).get(key) for key in Selection._fields}
     return {key: value for key, value in options.items() if value not in (None, "", [])}
 
 

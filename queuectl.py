@@ -32,7 +32,7 @@ database or the machine is at fault; 124 timed out; 128+n ended by signal n.
 
 The sections of this file, in order. Each one uses only the sections above it.
 
-    vocabulary      states, exit codes, errors, the records Job and Attempt
+    vocabulary      states, exit codes, errors, the records Job, Attempt, Selection
     rules           pure functions: validation, times, cron, settings, backoff, the retry rule
                     (after_attempt), and the event line about an attempt (describe_end)
     SQL             the schema and every statement
@@ -2552,7 +2552,7 @@ class Reader:
 
     def latest_selected(self, chosen: Selection, limit: int) -> tuple[list[Job], int]:
         """Return the jobs of a selection that changed last, by arrival, and how many there are."""
-        if chosen.match or chosen.older_than:  # they match no index
+        if chosen.ids or chosen.match or chosen.older_than:
             seqs = sorted((job.updated_at, job.seq) for job in self.selected(chosen))
             return list(self.by_seqs(sorted(seq for _, seq in seqs[-limit:]))), len(seqs)
         counts = self.counts_by_queue(chosen.queues)
@@ -3091,7 +3091,10 @@ class Queue:
     def jobs(
         self, states: Sequence[str] = (), limit: int | None = None, queue: str | None = None
     ) -> Iterator[Job]:
-        """Yield jobs in order of arrival; with a limit, those that changed last."""
+        """Yield jobs in order of arrival; with a limit, those that changed last.
+
+        `states` may also name the kinds of pending jobs: ready, scheduled, blocked.
+        """
         wanted = as_list(states) or STATES
         if limit is not None:
             return iter(self._reader.latest(wanted, limit, queue))

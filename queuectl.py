@@ -36,7 +36,7 @@ database or the machine is at fault; 124 timed out; 128+n ended by signal n.
 
 The sections of this file, in order. Each one uses only the sections above it.
 
-    vocabulary      states, exit codes, errors, the records Job and Attempt
+    vocabulary      states, exit codes, errors, the records Job, Attempt, Selection
     rules           pure functions: validation, times, cron, settings, backoff, the retry rule
                     (after_attempt), a job as JSON (job_facts), and the event line about an
                     attempt (describe_end)
@@ -733,10 +733,13 @@ def valid_variables(value: Any) -> dict[str, str | None]:
     return dict(value)
 
 
+BY_SETTINGS = {*SETTINGS, "retry_delays"}  # fields of a job that are None where settings decide
+
+
 def change_validator(key: str) -> Validator:
     """Return the validator of a field's new value, which may also take the old one back."""
     check = FIELDS[key]
-    if key in SETTINGS:  # None: the queue's setting decides
+    if key in BY_SETTINGS:
         return lambda value: None if value in (None, "default") else check(value)
     if check is valid_names:
         return lambda value: check(value or [])
@@ -2790,7 +2793,7 @@ class Reader:
 
     def latest_selected(self, chosen: Selection, limit: int) -> tuple[list[Job], int]:
         """Return the jobs of a selection that changed last, by arrival, and how many there are."""
-        if chosen.match or chosen.older_than:  # they match no index
+        if chosen.ids or chosen.match or chosen.older_than:
             seqs = sorted((job.updated_at, job.seq) for job in self.selected(chosen))
             return list(self.by_seqs(sorted(seq for _, seq in seqs[-limit:]))), len(seqs)
         counts = self.counts_by_queue(chosen.queues)
@@ -3422,7 +3425,8 @@ class Queue:
     ) -> Iterator[Job]:
         """Yield jobs in order of arrival; with a limit, those that changed last.
 
-        Without `notifications`, those that have completed are left out.
+        Without `notifications`, those that have completed are left out. `states` may also name the
+        kinds of pending jobs: ready, scheduled, blocked.
         """
         queues = [queue] if queue else []
         wanted = as_list(states) or STATES
@@ -7106,7 +7110,7 @@ def edit_option(names: tuple[str, ...], options: dict[str, Any]) -> Argument:
     if options["type"].args[1] is FIELDS[key]:
         check = partial(parse_edit, EDITABLE[key])
         options = {**options, "type": partial(validate, names[-1], check)}
-    if key in SETTINGS:
+    if key in BY_SETTINGS:
         meaning += "; default: as the queue's setting says"
     if FIELDS[key] is valid_names:
         meaning += "; instead of those before, '' for none"
@@ -7412,7 +7416,7 @@ def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
 
 def selection_options(args: argparse.Namespace) -> dict[str, Any]:
     filters = ("ids", "queues", "states", "match", "older_than")
-    options = {key: getattr(args, key) for key in filters}
+    options = {key: vars(args).get(key) for key in filters}
     return {key: value for key, value in options.items() if value not in (None, "", [])}
 
 

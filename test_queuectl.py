@@ -2838,6 +2838,8 @@ class QueueSelection(Clocked):
         with mock.patch.object(queuectl, "SHARE", 1):
             jobs = self.queue._reader.selected(queuectl.Selection(states=["ready"]))
             self.assertEqual([job.seq for job in jobs], [3, *range(7, 10027)])
+        dead = queuectl.Selection(states=["dead", "blocked"])
+        self.assertLess(self.sqlite_steps(lambda: list(self.queue._reader.selected(dead))), 50)
 
     def test_list_shows_the_selected_jobs(self) -> None:
         cases = {
@@ -2846,6 +2848,7 @@ class QueueSelection(Clocked):
             "--queue gpu --queue cpu --limit 2": "BLOCKED none",
             "--match ed --limit 2": "failed BLOCKED",
             "none ended": "none ended",
+            "none ended --limit 1": "none",
         }
         self.assert_table(
             cases, lambda words: " ".join(self.stdout("list", "--ids", *words.split()).split())

@@ -72,7 +72,8 @@ import time
 import unittest
 from concurrent import futures
 from functools import partial
-from typing import Any, Callable, Iterator, NamedTuple
+from itertools import filterfalse, product
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 from unittest import mock
 
 import queuectl
@@ -1147,7 +1148,8 @@ class SystemProcesses(Live):
             return queuectl.SYSTEM.processes(queuectl.RunDirectory(self.path).trace(job))
 
         without_proc = mock.patch.object(queuectl, "has_proc", return_value=False)
-        table = mock.patch.object(queuectl, "process_table", queuectl.table_from_ps)
+        from_ps = lambda _: queuectl.table_from_ps()  # noqa: E731
+        table = mock.patch.object(queuectl, "process_table", from_ps)
         with without_proc, table:
             self.assert_table(cases, processes)
 
@@ -1604,7 +1606,7 @@ class DatabaseDamage(Live):
         with open(self.path, "rb") as file:
             intact = file.read()
         pages = range(1, len(intact) // self.PAGE)
-        for page, command in itertools.product(pages, commands):
+        for page, command in product(pages, commands):
             for suffix in ("-wal", "-shm"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path + suffix)
@@ -3396,6 +3398,183 @@ class AttemptLaunch(Live):
             self.addCleanup(os.close, end)
         self.drain("--count", "3", pass_fds=ends)
         self.assertEqual(self.attempts(job)[0].output.decode(), self.expected_fds())
+
+
+class AttemptWithoutShell(Live):
+    """A plain command is started without a shell, and only the time that it takes shows it."""
+
+    FILES = {  # mode and text; a mode of 0 makes a directory
+        "run": (0o755, '#!/bin/sh\nprintf \'<%s>\' "$0" "$@"; exit 7\n'),
+        "bin/tool": (0o755, '#!/bin/sh\nprintf \'<%s>\' "$0" "$@"\n'),
+        "bin/-tool": (0o755, '#!/bin/sh\nprintf \'<%s>\' "$0" "$@"\n'),
+        "bin/bare": (0o755, "printf '<%s>' bare \"$@\"; exit 5\n"),  # without #!
+        "text/tool": (0o644, "not a program\n"),
+        "folder/tool": (0, ""),
+        "lost": (0o755, "#!/no/such/interpreter\n"),
+        "empty": (0o755, ""),
+        "binary": (0o755, "\x7fELF\0\0\0"),
+    }
+    CHARACTERS = [c for c in map(chr, range(33, 128)) if not c.isalnum()]
+    CHARACTERS += "\1\a\b\t\n\v\f\r\33 \x80\x81\x88\xa0\xff\u2003\u3000\ufeff\U0001f600"
+    SHAPES = ("./run x{}y {}", "{}", "./r'un' a'{0}'{0} '{0}' \"{0}\"", "./run '{0}' \"a{0}b\"")
+    COMMANDS = (
+        *("./run", " \t./run\ta  b ", "./run ''", "./run '' a\"\"b ''", "./run 'a b'\"c  d\"e"),
+        *(
+            "./run ~",
+            "./run a=~",
+            "./run *",
+            "./run r?n",
+            "./run [r]un",
+            "./run {a,b}",
+            "./run $HOME",
+        ),
+        *("./run a # b", "./run a#b", "./run a=b", "./run -- -x", "./run 'it'\"'\"'s'", "./run !"),
+        *(
+            "./run 'a\nb'",
+            "./run 'a\\b'",
+            '"./run" "a\\b"',
+            "./run 2>&1",
+            "./run >out",
+            "''",
+            "'' a",
+        ),
+        *(
+            "A=b ./run",
+            "a=b",
+            "'A=b' ./run",
+            "%1",
+            "%tool",
+            "-tool",
+            "--",
+            "./run;./run",
+            "./run &",
+        ),
+        *("'./run' a", "bin/tool a", "../{}/bin/tool", "./lost", "./empty", "./binary", "./folder"),
+        *(
+            "./text/tool",
+            "./bin/bare a 'b c'",
+            "./nowhere",
+            "nowhere",
+            "tool/",
+            "/",
+            "'",
+            '"',
+            "\\",
+        ),
+        *("sh -c 'echo $0 $PWD; exit 3'", "env -u PWD", "/bin/cat", "ls -d ."),
+    )
+    PATHS = (  # in DIR stands for the directory of the job
+        *("DIR/bin", "/nowhere:DIR/text:DIR/folder:DIR/bin", "bin", ":/bin", "/bin:", "", "."),
+        *("DIR/text:/bin", "DIR/folder", "DIR/bin%func:/bin", "~/bin", "/bin::DIR/bin"),
+    )
+    VARIABLES = (
+        *({"PWD": "DIR/link"}, {"PWD": "/"}, {"PWD": "."}, {"PWD": ""}, {"OLDPWD": "/usr"}),
+        *({"a-b": "1"}, {"1a": "1"}, {"\xe9": "1"}, {"IFS": "u"}, {"OPTIND": "9"}),
+        *({"PS4": "x"}, {"LINENO": "7"}, {"_": "x"}, {"SHLVL": "x"}, {"ENV": "./run"}, {"A": "\n"}),
+    )
+
+    def setUp(self) -> None:
+        super().setUp()
+        for name, (mode, text) in self.FILES.items():
+            os.makedirs(self.file(os.path.dirname(name) if mode else name), exist_ok=True)
+            if mode:
+                self.write(name, text)
+                os.chmod(self.file(name), mode)
+        os.symlink(self.dir, self.file("link"))
+
+    def cases(self) -> Iterator[tuple[str, dict[str, str]]]:
+        """Yield commands and their environments."""
+        for command in self.COMMANDS:
+            yield command.replace("{}", os.path.basename(self.dir)), {}
+        for shape, character in product(self.SHAPES, self.CHARACTERS):
+            yield shape.replace("{}", "{0}").format(character), {}
+        for path, command in product(self.PATHS, ("tool a", "bare a", "nowhere", "ls -d .")):
+            yield command, {"PATH": path.replace("DIR", self.dir)}
+        for variables in self.VARIABLES:
+            yield "/usr/bin/env", {k: v.replace("DIR", self.dir) for k, v in variables.items()}
+        yield "/usr/bin/env", {}
+
+    def start_all(self, shell: str, cases: Sequence[tuple[str, dict[str, str]]]) -> Any:
+        """Run commands in a queue of their own, one in nine of them up to twice."""
+        jobs = (
+            {"command": command, "env": env, "cwd": self.dir, "max_retries": 1 + (n % 9 == 0)}
+            for n, (command, env) in enumerate(cases)
+        )
+        with Queue(self.path) as queue:
+            queue.configure("shell", shell)
+            queue.configure("backoff_max", "0")
+            queue.enqueue_many(jobs)
+        return self.pool("--drain", prefix=("env", "PWD=/nowhere"), stdout=subprocess.DEVNULL)
+
+    def ends(self, number: int) -> list[Any]:
+        """Return how the attempts of a job ended, and the sorted lines of their output."""
+        own = re.compile(rb"QUEUECTL_\w+=")
+        return [
+            (
+                *(attempt.outcome, attempt.exit_code, attempt.error),
+                sorted(filterfalse(own.match, attempt.output.split(b"\n"))),
+            )
+            for attempt in self.attempts(str(number + 1))
+        ]
+
+    @internal
+    def test_only_the_time_tells_whether_a_command_was_started_by_a_shell(self) -> None:
+        given = [case for case in self.cases() if case[0].strip()]
+        self.assertGreater(len(given), 300)
+        direct = [case for case in given if queuectl.plain_words(case[0])]
+        self.assertGreater(len(direct), 100)
+        pools = []
+        for shell in ("/bin/sh -c --", "/bin//sh -c --"):  # the latter is not the default
+            self.use_queue(shell.replace("/", "_"))
+            pools.append(self.start_all(shell, direct))
+        self.assertEqual([pool.wait(30) for pool in pools], [1, 1])
+        by_shell = [self.ends(number) for number in range(len(direct))]
+        self.use_queue("_bin_sh -c --")
+        for number, case in enumerate(direct):
+            with self.subTest(case):
+                expected = repr(by_shell[number]).replace("//sh", "/sh")
+                self.assertEqual(repr(self.ends(number)), expected)
+
+    @internal
+    def test_builtins_and_keywords_of_each_shell_need_it(self) -> None:
+        words = set()
+        for shell in filter(None, map(shutil.which, ("sh", "dash", "bash"))):
+            with open(shell, "rb") as file:
+                found = set(re.findall(rb"(?=([!-.:-~]{1,9})\0)", file.read()))
+            tell = 'for word; do type "$word" && echo "is: $word"; done 2>/dev/null'
+            given = [shell, "-c", tell, shell, *map(bytes.decode, found)]
+            told = self.process(*given, env={"PATH": "/"}).stdout
+            words |= set(re.findall("^is: ([^/-].*)", told, re.MULTILINE))
+        self.assertLess({"test", "if", "[", "ulimit", "export", "alias", "exit", "in"}, words)
+        self.assertEqual([word for word in words if queuectl.plain_words(f"{word} a")], [])
+
+    @internal
+    def test_plain_command_starts_no_shell(self) -> None:
+        system = queuectl.SYSTEM
+        for command, spawned in {"./run a": False, "./run a;": True, "./bin/bare": True}.items():
+            with self.subTest(command), open(self.file("out"), "w") as out, mock.patch.object(
+                os, "posix_spawnp", wraps=os.posix_spawnp
+            ) as by_shell, mock.patch.object(system, "child", None):
+                argv = (*queuectl.DEFAULT_SHELL, command)
+                child = system.launch(argv, self.dir, {}, out.fileno(), HERE)
+                os.waitpid(child.pid, 0)
+                self.assertEqual(by_shell.called, spawned)
+
+    @internal
+    def test_words_of_plain_commands(self) -> None:
+        cases = {
+            "a": ["a"],
+            "  a\t 'b c'd \"e'f\" '' ": ["a", "b cd", "e'f", ""],
+            "a b=c %d @+:,./-": ["a", "b=c", "%d", "@+:,./-"],
+            "a 'b\nc$`\\*'": ["a", "b\nc$`\\*"],
+        }
+        self.assert_table(cases, queuectl.plain_words)
+        others = ["", " ", "''", "'", "a '", "a=b", "A=b c", "'a=b'", "%a", "a\n", "a\nb", "\u00e9"]
+        others += [f"a{c}" for c in "~#$&*()[]{}\\|;<>?!^`\v\f\r\x7f\xa0"]
+        others += [f'a "{c}"' for c in "$`\\"] + ["a" * 100_000 + "!", "'a'" * 30_000 + "!"]
+        for command in others:
+            with self.subTest(command[:20]):
+                self.assertIsNone(queuectl.plain_words(command))
 
 
 class AttemptEnd(Live):

@@ -1089,11 +1089,12 @@ def polling(limit: float = NEVER, first: float = 0.0005, longest: float = 0.05) 
         pause = min(pause * 1.5, longest)
 
 
+OWN = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+
+
 def open_own(path: str, flags: int) -> int:
     """Open a file of a queue: never through a symbolic link, never blocking on a FIFO."""
-    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # as far as the system has them
-        flags |= getattr(os, name, 0)
-    return os.open(path, flags, 0o600)
+    return os.open(path, flags | OWN, 0o600)
 
 
 def sync_file(path: str) -> None:
@@ -1675,7 +1676,6 @@ else:
                 os.waitpid(-1, os.WNOHANG)
                 elders = descendants(process_table(), {os.getpid()}, set())
             environ = {**self.inherited, **added}
-            words = [*map(os.fsencode, argv[:-1]), argv[-1].encode()]
             null = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
             streams = [(os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, out, 2), null]
             ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by Python
@@ -1684,7 +1684,9 @@ else:
             options: Any = {"file_actions": streams, "setsid": True, "setsigdef": ignored}
             try:
                 pid = spawn_without_shell(argv, environ, **options)
-                pid = pid or os.posix_spawnp(argv[0], words, environ, **options)
+                if not pid:
+                    words = [*map(os.fsencode, argv[:-1]), argv[-1].encode()]
+                    pid = os.posix_spawnp(argv[0], words, environ, **options)
             finally:
                 with contextlib.suppress(OSError):
                     os.chdir(home)
@@ -3252,7 +3254,7 @@ class Execution:
             self.is_over = self.end_processes(child)
         if self.is_over:
             SYSTEM.release(child)
-        code = child.poll()
+        code = child.returncode
         error = error or explain_exit(code)
         finished = max(self.started, self.clock())
         tail = self.output.tail(self.settings["output_limit"]) if self.output else (0, b"")

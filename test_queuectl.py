@@ -17,7 +17,7 @@ The classes mirror the sections of queuectl.py, in the same order:
     trust            Trust TrustAttacks
     queue            QueueEnqueue QueueReading QueueOrder QueueDependencies QueueSchedules
                      QueueRetries QueuePause QueuePauseLive QueueWait QueuePrune
-    attempt          AttemptLaunch AttemptEnd AttemptOutput
+    attempt          AttemptLaunch AttemptWithoutShell AttemptEnd AttemptOutput
     worker           WorkerFencing WorkerTrouble
     pool             PoolRecovery PoolFalseAlarms PoolStop PoolDispatch PoolDispatchLive PoolFiles
                      PoolTrouble PoolTroubleLive

@@ -1317,6 +1317,9 @@ if sys.platform == "win32":
                 with contextlib.suppress(OSError):  # no console
                     os.kill(pid, signal.CTRL_BREAK_EVENT)
 
+        def kill_group(self, trace: Trace) -> None:
+            """Do nothing: a Job Object is killed as a whole."""
+
         def kill(self, trace: Trace, pids: Iterable[int]) -> None:  # noqa: ARG002
             handle = self.call("OpenJobObjectW", 8, 0, trace.token)  # 8: to terminate
             self.call("TerminateJobObject", handle, 1)
@@ -1764,6 +1767,14 @@ else:
         def terminate(self, trace: Trace, pids: Sequence[int]) -> None:
             """Ask processes to end; a stopped one is continued, to receive it."""
             self.send(trace, pids, signal.SIGTERM, signal.SIGCONT)
+
+        def kill_group(self, trace: Trace) -> None:
+            """Kill the process group of a job of this process, unless its own process has ended.
+
+            Until that has been reaped here, no other process can have its pid.
+            """
+            if self.child and self.child.pid == trace.leader and self.child.poll() is None:
+                os.killpg(trace.leader, signal.SIGKILL)
 
         def kill(self, trace: Trace, pids: Sequence[int]) -> None:
             self.send(trace, pids, signal.SIGKILL)
@@ -3184,6 +3195,8 @@ class Termination:
             self.output.reopen()
             self.output = None
         trace = self.run_dir.trace(self.job)
+        if time.monotonic() >= self.deadline:
+            SYSTEM.kill_group(trace)  # at once, however long it takes to find the others
         self.found = SYSTEM.processes(trace, snapshot())
         now = time.monotonic()
         if now >= self.deadline:

@@ -3728,6 +3728,25 @@ class AttemptEnd(Live):
             self.assertEqual(len(count), 5)
 
     @internal
+    @unittest.skipUnless(LINUX, "there is no /proc")
+    def test_process_group_is_killed_before_the_other_processes_are_found(self) -> None:
+        self.enqueue("true")
+        process = unrelated_process(self)
+        with Queue(self.path) as queue:
+            job = claim(queue, "worker-1")
+            note = queuectl.LockFile(queue._db.run_dir.file("worker-1"))
+            facts = {"leader": process.pid, "namespace": queuectl.pid_namespace()}
+            note.write_note(key=job.key, launched=time.time(), **facts)
+            end = queuectl.Termination(
+                job, queue._db.run_dir, 0, queuectl.Notices(queuectl.ignore), None
+            )
+            child = queuectl.Child(process.pid, set())
+            gone = partial(wait_until, lambda: not alive(process.pid), 2.0)
+            with mock.patch.object(queuectl.SYSTEM, "child", child):
+                end.step(lambda: gone() and queuectl.Snapshot({}, {}))
+            note.close()
+
+    @internal
     def test_system_error_while_processes_are_ended_is_retried(self) -> None:
         self.enqueue("true")
         with Queue(self.path) as queue:

@@ -3422,6 +3422,8 @@ class AttemptWithoutShell(Live):
     FILES = {  # mode and text; a mode of 0 makes a directory
         "run": (0o755, '#!/bin/sh\nprintf \'<%s>\' "$0" "$@"\n'),
         "bin/tool": (0o755, '#!/bin/sh\nprintf \'<%s>\' "$0" "$@"\n'),
+        "tool": (0o755, "#!/bin/sh\necho here\n"),
+        "odd%func/tool": (0o755, "#!/bin/sh\necho odd\n"),
         "bin/-tool": (0o755, '#!/bin/sh\nprintf \'<%s>\' "$0" "$@"\n'),
         "bin/bare": (0o755, "printf '<%s>' bare \"$@\"; exit 5\n"),  # without #!
         "text/tool": (0o644, "not a program\n"),
@@ -3481,7 +3483,8 @@ class AttemptWithoutShell(Live):
     )
     PATHS = (  # in DIR stands for the directory of the job
         *("DIR/bin", "/nowhere:DIR/text:DIR/folder:DIR/bin", "bin", ":/bin", "/bin:", "", "."),
-        *("DIR/text:/bin", "DIR/folder", "DIR/bin%func:/bin", "~/bin", "/bin::DIR/bin"),
+        *("DIR/text:/bin", "DIR/folder", "DIR/bin%func:/bin", "~/bin", "/bin::DIR/bin", ":DIR/bin"),
+        *("DIR/odd%func:DIR/bin", "bin:DIR/bin"),
     )
     VARIABLES = (
         *({"PWD": "DIR/link"}, {"PWD": "/"}, {"PWD": "."}, {"PWD": ""}, {"OLDPWD": "/usr"}),
@@ -3497,6 +3500,8 @@ class AttemptWithoutShell(Live):
                 self.write(name, text)
                 os.chmod(self.file(name), mode)
         os.symlink(self.dir, self.file("link"))
+        is_bash = "bash" in self.process("/bin/sh", "--version").stdout
+        self.own = re.compile(rb"(QUEUECTL_\w+|_|SHLVL)=" if is_bash else rb"QUEUECTL_\w+=")
 
     def cases(self) -> Iterator[tuple[str, dict[str, str]]]:
         """Yield commands and their environments."""
@@ -3527,11 +3532,10 @@ class AttemptWithoutShell(Live):
 
     def ends(self, number: int) -> list[Any]:
         """Return how the attempts of a job ended, and the sorted lines of their output."""
-        own = re.compile(rb"QUEUECTL_\w+=")
         return [
             (
                 *(attempt.outcome, attempt.exit_code, attempt.error),
-                sorted(filterfalse(own.match, attempt.output.split(b"\n"))),
+                sorted(filterfalse(self.own.match, attempt.output.split(b"\n"))),
             )
             for attempt in self.attempts(str(number + 1))
         ]

@@ -541,8 +541,9 @@ SHELL_WORDS = frozenset(
     shopt source suspend test then time times trap true type typeset ulimit umask unalias unset
     until wait while { }""".split()
 )
-# Variables that a shell obeys, or sets for its commands. It drops those that are not names.
-SHELL_VARIABLES = rb"(BASHOPTS|IFS|LINENO|OPTIND|PPID|PS4|SHELLOPTS)\Z"
+# Variables that a shell obeys or sets, or that macOS hides from its own. Others that are not names
+# are dropped by dash.
+SHELL_VARIABLES = rb"(BASHOPTS|DYLD_\w*|IFS|LINENO|OPTIND|PPID|PS4|SHELLOPTS)\Z"
 QUOTED_PART = r"""(?:'[^']*'|"[^"$`\\]*")"""
 PLAIN_PART = r"[\w@%+=:,./ \t-]*"
 PLAIN_COMMAND = f"{PLAIN_PART}(?:{QUOTED_PART}{PLAIN_PART})*"

@@ -3585,6 +3585,14 @@ class AttemptWithoutShell(Live):
                 self.assertEqual(by_shell.called, spawned)
 
     @internal
+    def test_variables_that_a_shell_passes_on_unchanged(self) -> None:
+        names = {b"A": True, b"_b1": True, b"PPIDS": True, b"PWD": True, b"PATH": True}
+        names.update(
+            dict.fromkeys((b"PPID", b"IFS", b"DYLD_X", b"a-b", b"1a", b"\xc3\xa9", b""), False)
+        )
+        self.assert_table(names, queuectl.is_plain_variable)
+
+    @internal
     def test_words_of_plain_commands(self) -> None:
         cases = {
             "a": ["a"],

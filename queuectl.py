@@ -4050,6 +4050,9 @@ class Pool:
     def report_recovered(self, state: str, text: str) -> None:
         self.seen = None  # changes of our own do not show in the data_version
         self.report(state, text)
+        if not self.crew.mode:  # there may be many to recover: the first must not wait for all
+            self.crew.maybe_work = True
+            self.crew.dispatch()
 
     def print_events(self) -> None:
         """Print the events that no late news can precede any more."""

@@ -4259,8 +4259,12 @@ class PoolRecovery(Live):
             for _ in range(20):
                 process_of(self, queue, claim(queue, "worker-dead"), "exec sleep 300")
             pool = make_pool(self, queue)
+            idle = mock.Mock(state="idle")
+            idle.send.side_effect = lambda _: self.assertEqual(queue.counts()["pending"], 1)
+            pool.crew.workers.append(idle)
             wait_until(lambda: pool.recover() or queue.counts()["pending"] == 20)
         self.assertLessEqual(len(count), 3)
+        idle.send.assert_called_once_with("go")  # for the first, while others are recovered
         wait_until(lambda: not self.leftover_processes(), 1.0)
 
     @internal

@@ -672,6 +672,42 @@ def join_words(words: Sequence[str]) -> str:
     return re.sub('([&|<>^%!()"])', r"^\1", line) if special else line
 
 
+# The builtins and keywords of dash and bash; there may be programs of the same name. setsid is not
+# one, but it would wait for its program only where a shell has started it.
+SHELL_WORDS = frozenset(
+    """! . : [ [[ ]] alias bg bind break builtin caller case cd chdir command compgen complete
+    compopt continue coproc declare dirs disown do done echo elif else enable esac eval exec
+    exit export false fc fg fi for function getopts hash help history if in jobs kill let local
+    logout mapfile popd printf pushd pwd read readarray readonly return select set setsid shift
+    shopt source suspend test then time times trap true type typeset ulimit umask unalias unset
+    until wait while { }""".split()
+)
+# Variables that a shell obeys or sets, or that macOS hides from its own. Others that are not names
+# are dropped by dash.
+SHELL_VARIABLES = rb"(BASHOPTS|DYLD_\w*|IFS|LINENO|OPTIND|PPID|PS4|SHELLOPTS)\Z"
+QUOTED_PART = r"""(?:'[^']*'|"[^"$`\\]*")"""
+PLAIN_PART = r"[\w@%+=:,./ \t-]*"
+PLAIN_COMMAND = f"{PLAIN_PART}(?:{QUOTED_PART}{PLAIN_PART})*"
+
+
+def plain_words(command: str) -> list[str] | None:
+    """Return the words of a command that means the same without a shell, None for any other."""
+    if not re.fullmatch(PLAIN_COMMAND, command, re.ASCII):
+        return None
+    words = re.findall(rf"(?:[^ \t'\"]|{QUOTED_PART})+", command)
+    if "'" in command or '"' in command:
+        words = [re.sub(r"""'([^']*)'|"([^"]*)\"""", r"\1\2", word) for word in words]
+    first = words[0] if words else ""
+    is_shells = not first or first in SHELL_WORDS or first.startswith("%") or "=" in first
+    return None if is_shells else words
+
+
+@lru_cache(maxsize=1000)
+def is_plain_variable(name: bytes) -> bool:
+    """Tell whether a shell passes a variable on as it is; PWD is another matter."""
+    return bool(re.fullmatch(rb"(?!%s)[A-Za-z_]\w*" % SHELL_VARIABLES, name))
+
+
 def valid_prefix(value: Any) -> tuple[str, ...]:
     line = valid_command(value)
     try:
@@ -785,6 +821,11 @@ def explain_exit(code: int) -> str | None:
     meanings = {TRY_LATER: "try later", 126: "not executable", 127: not_found, 9009: not_found}
     meaning = f"128 + {signal_name(code - 128)}" if 128 < code <= 128 + 64 else meanings.get(code)
     return f"exit code {code} ({meaning})" if meaning else f"exit code {code}"
+
+
+def shell_code(code: int) -> int:
+    """Return an exit code, or minus the number of a signal, as a shell has it."""
+    return Exit.SIGNALLED - code if code < 0 else int(code)
 
 
 def format_time(when: float | None) -> str | None:
@@ -917,7 +958,7 @@ def after_attempt(
         return after._replace(state=COMPLETED)
     if outcome.end == "cancelled" or job.cancel_requested:
         return after._replace(state=CANCELLED)
-    code = outcome.exit_code if outcome.end == "exited" else None
+    code = shell_code(outcome.exit_code or 0) if outcome.end == "exited" else None
     final = code in settings["no_retry_exit_codes"]
     if code == TRY_LATER and not final and job.snoozes < settings["max_snoozes"]:
         after = after._replace(attempts=job.attempts - 1, snoozes=job.snoozes + 1)
@@ -1375,11 +1416,12 @@ def polling(limit: float = NEVER, first: float = 0.0005, longest: float = 0.05) 
         pause = min(pause * 1.5, longest)
 
 
+OWN = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+
+
 def open_own(path: str, flags: int) -> int:
     """Open a file of a queue: never through a symbolic link, never blocking on a FIFO."""
-    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # as far as the system has them
-        flags |= getattr(os, name, 0)
-    return os.open(path, flags, 0o600)
+    return os.open(path, flags | OWN, 0o600)
 
 
 def sync_file(path: str) -> None:
@@ -1578,7 +1620,14 @@ if sys.platform == "win32":
             self.set_limit(child, 0)
             self.call("CloseHandle", self.jobs.pop(child.pid))
 
-        def processes(self, trace: Trace) -> list[int]:
+        def snapshot(self) -> None:
+            """Do nothing: a Job Object knows its processes."""
+
+        def any_alive(self, pids: Iterable[int]) -> bool:  # noqa: ARG002
+            """Return False: to ask the Job Object costs no more."""
+            return False
+
+        def processes(self, trace: Trace, snapshot: None = None) -> list[int]:  # noqa: ARG002
             """Return up to 1,000 processes: the end of a JOBOBJECT_BASIC_PROCESS_ID_LIST."""
             import ctypes
 
@@ -1596,6 +1645,9 @@ if sys.platform == "win32":
             for pid in self.jobs.keys() & set(pids):
                 with contextlib.suppress(OSError):  # no console
                     os.kill(pid, signal.CTRL_BREAK_EVENT)
+
+        def kill_group(self, trace: Trace) -> None:
+            """Do nothing: a Job Object is killed as a whole."""
 
         def kill(self, trace: Trace, pids: Iterable[int]) -> None:  # noqa: ARG002
             handle = self.call("OpenJobObjectW", 8, 0, trace.token)  # 8: to terminate
@@ -1619,7 +1671,7 @@ else:
 
     def read_proc(path: str) -> bytes:
         """Return a file of /proc; empty where the process is gone or may not be examined."""
-        with contextlib.suppress(OSError), open("/proc/" + path, "rb") as file:
+        with contextlib.suppress(OSError), open("/proc/" + path, "rb", buffering=0) as file:
             return file.read()
         return b""
 
@@ -1629,15 +1681,15 @@ else:
             return os.readlink("/proc/self") == str(os.getpid())
         return False
 
-    def table_from_proc() -> dict[int, Process]:
+    def table_from_proc(pids: Iterable[int] = ()) -> dict[int, Process]:
         table = {}
         booted = time.time() - time.clock_gettime(7)  # CLOCK_BOOTTIME
-        for pid in filter(str.isdigit, os.listdir("/proc")):
+        ticks = os.sysconf("SC_CLK_TCK")
+        for pid in pids or map(int, filter(str.isdigit, os.listdir("/proc"))):
             state, *fields = read_proc(f"{pid}/stat").rpartition(b")")[2].split() or [b"Z"]
             if state not in (b"Z", b"X"):
-                parent, session, ticks = (int(fields[i]) for i in (0, 2, 18))
-                started = booted + ticks / os.sysconf("SC_CLK_TCK")
-                table[int(pid)] = Process(parent, session, started)
+                started = booted + int(fields[18]) / ticks
+                table[pid] = Process(int(fields[0]), int(fields[2]), started)
         return table
 
     def table_from_ps() -> dict[int, Process]:
@@ -1655,11 +1707,27 @@ else:
                 table[int(pid)] = Process(int(parent), int(group), time.time() - age)
         return table
 
-    def process_table() -> dict[int, Process]:
-        """Return the living processes by pid; none where they cannot be examined."""
+    def process_table(pids: Iterable[int] = ()) -> dict[int, Process]:
+        """Return the living processes by pid, at least those given; none if that is impossible."""
         if has_proc():
-            return table_from_proc()
+            return table_from_proc(pids)
         return table_from_ps() if sys.platform != "linux" else {}
+
+    class Snapshot(NamedTuple):
+        """The living processes at one moment."""
+
+        table: Mapping[int, Process]
+        tokens: Mapping[int, Sequence[bytes]]  # the values of QUEUECTL_RUN; needs /proc
+
+    def is_alive(pid: int) -> bool:
+        """Tell whether a process runs; a zombie counts only where /proc is missing."""
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # another user's
+            pass
+        return not has_proc() or bool(table_from_proc([pid]))
 
     def descendants(table: Mapping[int, Process], roots: set[int], others: set[int]) -> set[int]:
         """Return processes and all that descend from them, except `others` and their own."""
@@ -1684,6 +1752,45 @@ else:
         if sys.platform == "linux":
             with contextlib.suppress(OSError, AttributeError):
                 return os.pidfd_open(pid)
+        return None
+
+    def find_program(name: bytes, environ: Mapping[bytes, bytes]) -> bytes | None:
+        """Return the file that a shell would run; None where only the shell can tell."""
+        if b"/" in name:
+            return name
+        for directory in environ.get(b"PATH", b"").split(b":"):
+            if not directory.startswith(b"/") or b"%" in directory:  # relative, or special to dash
+                return None
+            path = directory + b"/" + name
+            if os.access(path, os.X_OK):
+                return path
+        return None
+
+    def working_directory(environ: Mapping[bytes, bytes]) -> bytes:
+        """Return PWD as a shell sets it: as given if it names this directory."""
+        given = environ.get(b"PWD", b"")
+        with contextlib.suppress(OSError):
+            if given.startswith(b"/") and os.path.samefile(given, b"."):
+                return given
+        return os.getcwdb()
+
+    def spawn_without_shell(
+        argv: Sequence[str], environ: Mapping[bytes, bytes], **options: Any
+    ) -> int | None:
+        """Start the program of a plain command and return its pid; None if that needs a shell.
+
+        Only the time that it takes may tell the difference, so where a program cannot be started,
+        or is a script without `#!`, the shell reports that or runs it.
+        """
+        *shell, command = argv
+        words = plain_words(command) if tuple(shell) == DEFAULT_SHELL else None
+        if not words or not all(map(is_plain_variable, environ)):
+            return None
+        name, *args = (word.encode() for word in words)
+        if program := find_program(name, environ):
+            environ = {**environ, b"PWD": working_directory(environ)}
+            with contextlib.suppress(OSError):
+                return os.posix_spawn(program, [name, *args], environ, **options)
         return None
 
     def send_signals(pid: int, pidfd: int | None, numbers: Iterable[int]) -> None:
@@ -1902,16 +2009,17 @@ else:
                 os.waitpid(-1, os.WNOHANG)
                 elders = descendants(process_table(), {os.getpid()}, set())
             environ = {**self.inherited, **added}
-            words = [*map(os.fsencode, argv[:-1]), argv[-1].encode()]
             given = (os.POSIX_SPAWN_OPEN, 0, stdin, os.O_RDONLY, 0)
             streams = [(os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, out, 2), given]
             ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by Python
             os.set_inheritable(out, True)  # noqa: FBT003
             os.chdir(cwd)
+            options: Any = {"file_actions": streams, "setsid": True, "setsigdef": ignored}
             try:
-                pid = os.posix_spawnp(
-                    argv[0], words, environ, file_actions=streams, setsid=True, setsigdef=ignored
-                )
+                pid = spawn_without_shell(argv, environ, **options)
+                if not pid:
+                    words = [*map(os.fsencode, argv[:-1]), argv[-1].encode()]
+                    pid = os.posix_spawnp(argv[0], words, environ, **options)
             finally:
                 with contextlib.suppress(OSError):
                     os.chdir(home)
@@ -1921,28 +2029,38 @@ else:
         def release(self, child: Child) -> None:
             """Let the background processes of a job that has ended keep running."""
 
-        def processes(self, trace: Trace) -> list[int]:
+        def snapshot(self, pids: Iterable[int] = ()) -> Snapshot:
+            """Examine all processes, or only those given."""
+            if self.child:
+                self.child.poll()
+            table = process_table(pids)
+            table.pop(os.getpid(), None)
+            shown = table if has_proc() else ()
+            token = re.compile(rb"(?<![^\0])QUEUECTL_RUN=([^\0]*)")
+            return Snapshot(table, {i: token.findall(read_proc(f"{i}/environ")) for i in shown})
+
+        def processes(self, trace: Trace, snapshot: Snapshot | None = None) -> list[int]:
             """Return the processes of an attempt, parents first as a rule.
 
             Where there is no table of processes, -n is the process group of our child n.
             """
-            if self.child:
-                self.child.poll()
-            table = process_table()
-            table.pop(os.getpid(), None)
-            name = b"\0QUEUECTL_RUN="
-            key = name + trace.token.encode() + b"\0"
-            environs = {pid: b"\0" + read_proc(f"{pid}/environ") for pid in table if has_proc()}
-            own = {pid for pid, environ in environs.items() if key in environ}
-            others = {pid for pid, environ in environs.items() if name in environ} - own
+            table, tokens = snapshot or self.snapshot()
+            token = trace.token.encode()
+            own = {pid for pid, found in tokens.items() if token in found}
+            others = {pid for pid, found in tokens.items() if found} - own
             found = own | self.family(trace, table, others)
             if not found and (not table or not self.is_unlocked(trace.lock_path)):
-                found = {pid for pid in environs if holds_lock(pid, trace.lock_path)}
+                found = {pid for pid in tokens if holds_lock(pid, trace.lock_path)}
             if not found and not table and self.child and self.child.pid == trace.leader:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(-trace.leader, 0)
                     found = {-trace.leader}
             return sorted(found)
+
+        def any_alive(self, pids: Iterable[int]) -> bool:
+            if self.child:
+                self.child.poll()
+            return any(map(is_alive, pids))
 
         def family(self, trace: Trace, table: Mapping[int, Process], others: set[int]) -> set[int]:
             """Return the descendants of an attempt's leader and the members of its session.
@@ -1971,13 +2089,22 @@ else:
                 fds = {pid: open_pidfd(pid) for pid in pids[:100]}  # descriptors are limited
                 for fd in filter(None, fds.values()):
                     stack.callback(os.close, fd)
-                for pid in filter(fds.__contains__, self.processes(trace)):  # parents first
+                found = self.processes(trace, self.snapshot(pids))
+                for pid in filter(fds.__contains__, found):  # parents first
                     send_signals(pid, fds[pid], numbers)
             self.send(trace, pids[100:], *numbers)
 
         def terminate(self, trace: Trace, pids: Sequence[int]) -> None:
             """Ask processes to end; a stopped one is continued, to receive it."""
             self.send(trace, pids, signal.SIGTERM, signal.SIGCONT)
+
+        def kill_group(self, trace: Trace) -> None:
+            """Kill the process group of a job of this process, unless its own process has ended.
+
+            Until that has been reaped here, no other process can have its pid.
+            """
+            if self.child and self.child.pid == trace.leader and self.child.poll() is None:
+                os.killpg(trace.leader, signal.SIGKILL)
 
         def kill(self, trace: Trace, pids: Sequence[int]) -> None:
             self.send(trace, pids, signal.SIGKILL)
@@ -2063,22 +2190,29 @@ PATIENCE = 30.0  # seconds that a command waits for a lock of another program
 class LockFile:
     """A file of the run directory that this process has made and locked."""
 
+    FLAGS = os.O_RDWR | os.O_CREAT
+    length = 0  # of the note
+
     def __init__(self, path: str) -> None:
         """Make and lock it, again if it was removed meanwhile; raise Locked after PATIENCE."""
         self.path = path
         for _ in polling(PATIENCE, longest=0.02):
-            self.fd = open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-            with contextlib.suppress(FileNotFoundError):
-                if SYSTEM.lock(self.fd) and os.path.samestat(os.fstat(self.fd), os.stat(path)):
-                    return
+            self.fd = open_own(path, self.FLAGS)
+            if SYSTEM.lock(self.fd) and os.fstat(self.fd).st_nlink:
+                return
             os.close(self.fd)
         raise Locked(f"{path} has been locked by another process for {format_duration(PATIENCE)}")
 
     def write_note(self, **facts: object) -> None:
-        """Replace the text of the file, which tells others about its holder."""
-        os.ftruncate(self.fd, 0)
+        """Replace the text of the file, which tells others about its holder.
+
+        Blanks cover the rest of a longer one: to truncate the file each time costs far more.
+        """
+        note = json.dumps(facts).ljust(self.length)
+        self.length = len(note)
+        os.lseek(self.fd, 0, os.SEEK_SET)
         with contextlib.suppress(OSError):  # a full disk: only the lock matters
-            os.write(self.fd, json.dumps(facts).encode())
+            os.write(self.fd, note.encode())
 
     def close(self) -> None:
         SYSTEM.remove_locked(self.fd, self.path)
@@ -3556,6 +3690,8 @@ class Queue:
 def last_bytes(fd: int, limit: int) -> tuple[int, bytes]:
     """Return how many bytes of a file precede its last ones, and at most `limit` last bytes."""
     size = os.fstat(fd).st_size
+    if not size:
+        return 0, b""
     kept = min(limit, size)
     os.lseek(fd, size - kept, os.SEEK_SET)
     return size - kept, os.read(fd, kept)
@@ -3565,13 +3701,16 @@ class Output(LockFile):
     """The output of one attempt: a file that the job writes and, while it lives, holds locked."""
 
     LARGEST = 16 << 20  # bytes; a longer file loses its beginning while the job runs
+    FLAGS = LockFile.FLAGS | os.O_EXCL | os.O_APPEND
+    bytes_dropped = 0  # no longer in the file or its size
+    hole = 0  # bytes at the beginning of the file that take no space
 
     def __init__(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):  # as a rule; else it is of another queue
+        try:
+            super().__init__(path)
+        except FileExistsError:  # it is of another queue
             os.unlink(path)
-        super().__init__(path)
-        self.bytes_dropped = 0  # no longer in the file or its size
-        self.hole = 0  # bytes at the beginning of the file that take no space
+            super().__init__(path)
 
     def reopen(self) -> None:
         """Give up our share of the lock, so that it is free when the job's processes are gone."""
@@ -3620,7 +3759,13 @@ class Notices:
 
 
 class Termination:
-    """The end of an attempt's processes: TERM, and KILL when the grace period is over."""
+    """The end of an attempt's processes: TERM, and KILL when the grace period is over.
+
+    To find them, all processes are examined: at first, for KILL, when those that were found are
+    gone, and a few times a second, because they may have started more.
+    """
+
+    INTERVAL = 0.25  # seconds
 
     def __init__(
         self, job: Job, run_dir: RunDirectory, grace: float, notices: Notices, output: Output | None
@@ -3632,12 +3777,16 @@ class Termination:
         self.deadline = time.monotonic() + grace
         self.pause = 0.005  # seconds before the next step
         self.asked: set[int] = set()
+        self.found: list[int] = []
+        self.snapshot_at = 0.0
 
-    def step(self) -> bool:
+    def step(self, snapshot: Callable[[], Any] = SYSTEM.snapshot) -> bool:
         """End the remaining processes; return whether none is left and the lock is free."""
         self.pause = min(self.pause * 1.5, 1.0 if self.is_overdue else 0.05)
         try:
-            remaining = self.signal_processes()
+            if time.monotonic() < self.snapshot_at and self.is_unchanged():
+                return False
+            remaining = self.signal_processes(snapshot)
             if not remaining:
                 return True
             reason = f"cannot be ended ({', '.join(map(str, remaining))})"
@@ -3648,19 +3797,31 @@ class Termination:
             self.notices.report(f"remaining processes of job {name} {reason}", key=self.job.key)
         return False
 
-    def signal_processes(self) -> list[int | str]:
+    def is_unchanged(self) -> bool:
+        """Tell, cheaply, whether processes that were found are alive, or unknown ones may be."""
+        if self.found:
+            return SYSTEM.any_alive(self.found)
+        return not SYSTEM.is_unlocked(self.run_dir.output_file(self.job))
+
+    def signal_processes(self, snapshot: Callable[[], Any]) -> list[int | str]:
         """Signal the remaining processes and return their pids, "unknown" if not found."""
         if self.output:
             self.output.reopen()
             self.output = None
         trace = self.run_dir.trace(self.job)
-        found = SYSTEM.processes(trace)
         if time.monotonic() >= self.deadline:
-            SYSTEM.kill(trace, found)
+            SYSTEM.kill_group(trace)  # at once, however long it takes to find the others
+        self.found = SYSTEM.processes(trace, snapshot())
+        now = time.monotonic()
+        if now >= self.deadline:
+            SYSTEM.kill(trace, self.found)
         else:
-            SYSTEM.terminate(trace, [pid for pid in found if pid not in self.asked])
-        self.asked.update(found)
-        return [*found] if found or SYSTEM.is_unlocked(trace.lock_path) else ["unknown"]
+            SYSTEM.terminate(trace, [pid for pid in self.found if pid not in self.asked])
+        self.asked.update(self.found)
+        self.snapshot_at = now + self.INTERVAL
+        if now < self.deadline:
+            self.snapshot_at = min(self.snapshot_at, self.deadline)
+        return [*self.found] if self.found or SYSTEM.is_unlocked(trace.lock_path) else ["unknown"]
 
     @property
     def is_overdue(self) -> bool:
@@ -3731,7 +3892,7 @@ class Execution:
             self.is_over = self.end_processes(child)
         if self.is_over:
             SYSTEM.release(child)
-        code = child.poll()
+        code = child.returncode
         error = error or explain_exit(code)
         finished = max(self.started, self.clock())
         tail = self.output.tail(self.settings["output_limit"]) if self.output else (0, b"")
@@ -4324,22 +4485,32 @@ class Recovery:
         self.has_strangers = bool(strangers)
         return strangers
 
-    def step(self, job: Job) -> None:
-        """If the worker of a job is dead, end the remaining processes, and then requeue the job."""
-        if not self.run_dir.is_unlocked(job.locked_by):
+    def steps(self, claimed: Sequence[Job], ours: set[str | None]) -> Iterator[Callable[[], None]]:
+        """Yield the steps of one round, which may fail separately."""
+        for job in self.strangers(claimed, ours):
+            yield partial(self.find_orphan, job)
+        snapshot = lru_cache(maxsize=None)(SYSTEM.snapshot)  # one for all: their workers are dead
+        for key in [*self.orphans]:
+            yield partial(self.step, key, snapshot)
+
+    def find_orphan(self, job: Job) -> None:
+        """Note a job whose worker is dead, with what is left to do about it."""
+        if job.key in self.orphans or not self.run_dir.is_unlocked(job.locked_by):
             return
-        if job.key not in self.orphans:
-            kept = kept_result(self.run_dir, job)
-            if kept and not kept.error:  # it completed: its background processes keep running
-                self.requeue(job, kept)
-                return
-            grace = self.ledger.reader.settings(job.queue)["kill_grace"]
-            ending = Termination(job, self.run_dir, grace, self.notices, None)
-            self.orphans[job.key] = (ending, kept)
-        ending, kept = self.orphans[job.key]
-        if ending.step():
-            del self.orphans[job.key]  # first: a lock of another program must delay no stop
+        kept = kept_result(self.run_dir, job)
+        if kept and not kept.error:  # it completed: its background processes keep running
             self.requeue(job, kept)
+            return
+        grace = self.ledger.reader.settings(job.queue)["kill_grace"]
+        ending = Termination(job, self.run_dir, grace, self.notices, None)
+        self.orphans[job.key] = (ending, kept)
+
+    def step(self, key: str, snapshot: Callable[[], Any]) -> None:
+        """End the remaining processes of a dead worker's job, and then requeue it."""
+        ending, kept = self.orphans[key]
+        if ending.step(snapshot):
+            del self.orphans[key]  # first: a lock of another program must delay no stop
+            self.requeue(ending.job, kept)
 
     def requeue(self, job: Job, kept: Outcome | None) -> None:
         """Record how a dead worker's attempt ended, as kept or in a crash; remove its files."""
@@ -4515,6 +4686,9 @@ class Pool:
     def report_recovered(self, state: str, text: str) -> None:
         self.seen = None  # changes of our own do not show in the data_version
         self.report(state, text)
+        if not self.crew.mode:  # there may be many to recover: the first must not wait for all
+            self.crew.maybe_work = True
+            self.crew.dispatch()
 
     def print_events(self) -> None:
         """Print the events that no late news can precede any more."""
@@ -4579,8 +4753,8 @@ class Pool:
     def recover(self) -> None:
         claimed = self.ledger.reader.claimed()
         self.crew.cancel(claimed)
-        for job in self.recovery.strangers(claimed, {worker.name for worker in self.crew.workers}):
-            if not self.attempt(self.recovery.step, job):  # each would wait for the same lock
+        for step in self.recovery.steps(claimed, {worker.name for worker in self.crew.workers}):
+            if not self.attempt(step):  # each would wait for the same lock
                 break
         if self.recovery.is_ending():
             self.agenda.within(self.poll, BATCH)
@@ -7066,11 +7240,6 @@ class Command(NamedTuple):
     help: str
     example: str
     arguments: tuple[Argument, ...] = ()
-
-
-def shell_code(code: int) -> int:
-    """Return an exit code, or minus the number of a signal, as a shell has it."""
-    return Exit.SIGNALLED - code if code < 0 else int(code)
 
 
 def arg(

@@ -18,7 +18,7 @@ The classes mirror the sections of queuectl.py, in the same order:
     queue            QueueEnqueue QueueReading QueueSelection QueueEdit QueueEditLive QueueOrder
                      QueueDependencies QueueSchedules QueueRetries QueueNotifications
                      QueueNotificationsLive QueuePause QueuePauseLive QueueWait QueuePrune
-    attempt          AttemptLaunch AttemptEnd AttemptOutput
+    attempt          AttemptLaunch AttemptWithoutShell AttemptEnd AttemptOutput
     worker           WorkerFencing WorkerTrouble
     pool             PoolRecovery PoolFalseAlarms PoolStop PoolDispatch PoolDispatchLive PoolFiles
                      PoolTrouble PoolTroubleLive
@@ -84,8 +84,9 @@ import urllib.request
 import xml.etree.ElementTree
 from concurrent import futures
 from functools import partial
+from itertools import filterfalse, product
 from types import SimpleNamespace
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 from unittest import mock
 
 import queuectl
@@ -665,6 +666,22 @@ def unrelated_process(case: Case) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(["sleep", "300"], start_new_session=True, cwd=case.dir)
     case.processes.append(process)
     return process
+
+
+def process_of(case: Case, queue: Queue, job: Any, command: str) -> subprocess.Popen[bytes]:
+    """Start a process that belongs to the current attempt of a job."""
+    env = {**os.environ, "QUEUECTL_RUN": queue._db.run_dir.run_token(job)}
+    process = subprocess.Popen(["sh", "-c", command], env=env, cwd=case.dir)
+    case.processes.append(process)
+    return process
+
+
+def full_scans() -> tuple[list[Any], Any]:
+    """Return a list to which a patch, also returned, adds each look at all of /proc."""
+    count: list[Any] = []
+    scan = queuectl.table_from_proc
+    patched = lambda pids=(): scan(pids or count.append(1) or ())  # noqa: E731
+    return count, mock.patch.object(queuectl, "table_from_proc", patched)
 
 
 def hold_write_lock(case: Case) -> sqlite3.Connection:
@@ -1286,7 +1303,8 @@ class SystemProcesses(Live):
             return queuectl.SYSTEM.processes(queuectl.RunDirectory(self.path).trace(job))
 
         without_proc = mock.patch.object(queuectl, "has_proc", return_value=False)
-        table = mock.patch.object(queuectl, "process_table", queuectl.table_from_ps)
+        from_ps = lambda _: queuectl.table_from_ps()  # noqa: E731
+        table = mock.patch.object(queuectl, "process_table", from_ps)
         with without_proc, table:
             self.assert_table(cases, processes)
 
@@ -1743,7 +1761,7 @@ class DatabaseDamage(Live):
         with open(self.path, "rb") as file:
             intact = file.read()
         pages = range(1, len(intact) // self.PAGE)
-        for page, command in itertools.product(pages, commands):
+        for page, command in product(pages, commands):
             for suffix in ("-wal", "-shm"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path + suffix)
@@ -4222,6 +4240,199 @@ class AttemptLaunch(Live):
         self.assertEqual(self.attempts(job)[0].output.decode(), self.expected_fds())
 
 
+class AttemptWithoutShell(Live):
+    """A plain command is started without a shell, and only the time that it takes shows it."""
+
+    FILES = {  # mode and text; a mode of 0 makes a directory
+        "run": (0o755, '#!/bin/sh\nprintf \'<%s>\' "$0" "$@"\n'),
+        "bin/tool": (0o755, '#!/bin/sh\nprintf \'<%s>\' "$0" "$@"\n'),
+        "tool": (0o755, "#!/bin/sh\necho here\n"),
+        "odd%func/tool": (0o755, "#!/bin/sh\necho odd\n"),
+        "bin/-tool": (0o755, '#!/bin/sh\nprintf \'<%s>\' "$0" "$@"\n'),
+        "bin/bare": (0o755, "printf '<%s>' bare \"$@\"; exit 5\n"),  # without #!
+        "text/tool": (0o644, "not a program\n"),
+        "folder/tool": (0, ""),
+        "lost": (0o755, "#!/no/such/interpreter\n"),
+        "empty": (0o755, ""),
+        "binary": (0o755, "\x7fELF\0\0\0"),
+    }
+    CHARACTERS = [c for c in map(chr, range(33, 128)) if not c.isalnum()]
+    CHARACTERS += "\1\a\b\t\n\v\f\r\33 \x80\x81\x88\xa0\xff\u2003\u3000\ufeff\U0001f600"
+    SHAPES = ("./run x{}y {}", "{}", "./run {}", "{} ./run")
+    COMMANDS = (
+        *("./run", " \t./run\ta  b ", "./run ''", "./run '' a\"\"b ''", "./run 'a b'\"c  d\"e"),
+        *(
+            "./run ~",
+            "./run a=~",
+            "./run *",
+            "./run r?n",
+            "./run [r]un",
+            "./run {a,b}",
+            "./run $HOME",
+        ),
+        *("./run a # b", "./run a#b", "./run a=b", "./run -- -x", "./run 'it'\"'\"'s'", "./run !"),
+        *(
+            "./run 'a\nb'",
+            "./run 'a\\b'",
+            '"./run" "a\\b"',
+            "./run 2>&1",
+            "./run >out",
+            "''",
+            "'' a",
+        ),
+        *(
+            "A=b ./run",
+            "a=b",
+            "'A=b' ./run",
+            "%1",
+            "%tool",
+            "-tool",
+            "--",
+            "./run;./run",
+            "./run &",
+        ),
+        *("'./run' a", "bin/tool a", "../{}/bin/tool", "./lost", "./empty", "./binary", "./folder"),
+        *(
+            "./text/tool",
+            "./bin/bare a 'b c'",
+            "./nowhere",
+            "nowhere",
+            "tool/",
+            "/",
+            "'",
+            '"',
+            "\\",
+        ),
+        *("sh -c 'echo $0 $PWD; exit 3'", "env -u PWD", "/bin/cat", "ls -d ."),
+    )
+    PATHS = (  # in DIR stands for the directory of the job
+        *("DIR/bin", "/nowhere:DIR/text:DIR/folder:DIR/bin", "bin", ":/bin", "/bin:", "", "."),
+        *("DIR/text:/bin", "DIR/folder", "DIR/bin%func:/bin", "~/bin", "/bin::DIR/bin", ":DIR/bin"),
+        *("DIR/odd%func:DIR/bin", "bin:DIR/bin"),
+    )
+    VARIABLES = (
+        *({"PWD": "DIR/link"}, {"PWD": "/"}, {"PWD": "."}, {"PWD": ""}, {"OLDPWD": "/usr"}),
+        *({"a-b": "1"}, {"1a": "1"}, {"\xe9": "1"}, {"IFS": "u"}, {"OPTIND": "9"}),
+        *({"PS4": "x"}, {"LINENO": "7"}, {"_": "x"}, {"SHLVL": "x"}, {"ENV": "./run"}, {"A": "\n"}),
+    )
+
+    def setUp(self) -> None:
+        super().setUp()
+        for name, (mode, text) in self.FILES.items():
+            os.makedirs(self.file(os.path.dirname(name) if mode else name), exist_ok=True)
+            if mode:
+                self.write(name, text)
+                os.chmod(self.file(name), mode)
+        os.symlink(self.dir, self.file("link"))
+        is_bash = "bash" in self.process("/bin/sh", "--version").stdout
+        self.own = re.compile(rb"(QUEUECTL_\w+|_|SHLVL)=" if is_bash else rb"QUEUECTL_\w+=")
+
+    def cases(self) -> Iterator[tuple[str, dict[str, str]]]:
+        """Yield commands and their environments."""
+        for command in self.COMMANDS:
+            yield command.replace("{}", os.path.basename(self.dir)), {}
+        for shape, character in product(self.SHAPES, self.CHARACTERS):
+            yield shape.replace("{}", character), {}
+        for quote, start in product("'\"", range(0, len(self.CHARACTERS), 8)):
+            some = [c for c in self.CHARACTERS[start : start + 8] if c not in quote + '"$`\\']
+            yield "./run " + " ".join(f"{quote}{c}{quote} {quote}a{c}b{quote}" for c in some), {}
+        for path, command in product(self.PATHS, ("tool a", "bare a")):
+            yield command, {"PATH": path.replace("DIR", self.dir)}
+        for variables in self.VARIABLES:
+            yield "/usr/bin/env", {k: v.replace("DIR", self.dir) for k, v in variables.items()}
+        yield "/usr/bin/env", {}
+
+    def start_all(self, shell: str, cases: Sequence[tuple[str, dict[str, str]]]) -> Any:
+        """Run commands in a queue of their own, one in nine of them up to twice."""
+        jobs = (
+            {"command": command, "env": env, "cwd": self.dir, "max_retries": 1 + (n % 9 == 0)}
+            for n, (command, env) in enumerate(cases)
+        )
+        with Queue(self.path) as queue:
+            queue.configure("shell", shell)
+            queue.configure("backoff_max", "0")
+            queue.enqueue_many(jobs)
+        return self.pool("--drain", prefix=("env", "PWD=/nowhere"), stdout=subprocess.DEVNULL)
+
+    def ends(self, number: int) -> list[Any]:
+        """Return how the attempts of a job ended, and the sorted lines of their output."""
+        return [
+            (
+                *(attempt.outcome, attempt.exit_code, attempt.error),
+                sorted(filterfalse(self.own.match, attempt.output.split(b"\n"))),
+            )
+            for attempt in self.attempts(str(number + 1))
+        ]
+
+    @SLOW
+    @internal
+    def test_only_the_time_tells_whether_a_command_was_started_by_a_shell(self) -> None:
+        given = [case for case in self.cases() if case[0].strip()]
+        self.assertGreater(len(given), 300)
+        direct = [case for case in given if queuectl.plain_words(case[0])]
+        self.assertGreater(len(direct), 100)
+        pools = []
+        for shell in ("/bin/sh -c --", "/bin//sh -c --"):  # the latter is not the default
+            self.use_queue(shell.replace("/", "_"))
+            pools.append(self.start_all(shell, direct))
+        self.assertEqual([pool.wait(30) for pool in pools], [1, 1])
+        by_shell = [self.ends(number) for number in range(len(direct))]
+        self.use_queue("_bin_sh -c --")
+        for number, case in enumerate(direct):
+            with self.subTest(case):
+                expected = repr(by_shell[number]).replace("//sh", "/sh")
+                self.assertEqual(repr(self.ends(number)), expected)
+
+    @internal
+    def test_builtins_and_keywords_of_each_shell_need_it(self) -> None:
+        words = set()
+        for shell in filter(None, map(shutil.which, ("sh", "dash", "bash"))):
+            with open(shell, "rb") as file:
+                found = set(re.findall(rb"(?=([!-.:-~]{1,9})\0)", file.read()))
+            tell = 'for word; do type "$word" && echo "is: $word"; done 2>/dev/null'
+            given = [shell, "-c", tell, shell, *map(bytes.decode, found)]
+            told = self.process(*given, env={"PATH": "/"}).stdout
+            words |= set(re.findall("^is: ([^/-].*)", told, re.MULTILINE))
+        self.assertLess({"test", "if", "[", "ulimit", "export", "alias", "exit", "in"}, words)
+        self.assertEqual([word for word in words if queuectl.plain_words(f"{word} a")], [])
+
+    @internal
+    def test_plain_command_starts_no_shell(self) -> None:
+        system = queuectl.SYSTEM
+        for command, spawned in {"./run a": False, "./run a;": True, "./bin/bare": True}.items():
+            with self.subTest(command), open(self.file("out"), "w") as out, mock.patch.object(
+                os, "posix_spawnp", wraps=os.posix_spawnp
+            ) as by_shell, mock.patch.object(system, "child", None):
+                argv = (*queuectl.DEFAULT_SHELL, command)
+                child = system.launch(argv, self.dir, {}, out.fileno(), HERE, os.devnull)
+                os.waitpid(child.pid, 0)
+                self.assertEqual(by_shell.called, spawned)
+
+    @internal
+    def test_variables_that_a_shell_passes_on_unchanged(self) -> None:
+        names = {b"A": True, b"_b1": True, b"PPIDS": True, b"PWD": True, b"PATH": True}
+        names.update(
+            dict.fromkeys((b"PPID", b"IFS", b"DYLD_X", b"a-b", b"1a", b"\xc3\xa9", b""), False)
+        )
+        self.assert_table(names, queuectl.is_plain_variable)
+
+    @internal
+    def test_words_of_plain_commands(self) -> None:
+        cases = {
+            "a": ["a"],
+            "  a\t 'b c'd \"e'f\" '' ": ["a", "b cd", "e'f", ""],
+            "a b=c %d @+:,./-": ["a", "b=c", "%d", "@+:,./-"],
+            "a 'b\nc$`\\*'": ["a", "b\nc$`\\*"],
+        }
+        self.assert_table(cases, queuectl.plain_words)
+        others = ["", " ", "''", "'", "a '", "a=b", "A=b c", "'a=b'", "%a", "a\n", "a\nb", "\u00e9"]
+        others += [f"a{c}" for c in "~#$&*()[]{}\\|;<>?!^`\v\f\r\x7f\xa0"]
+        others += [f'a "{c}"' for c in "$`\\"] + ["a" * 100_000 + "!", "'a'" * 30_000 + "!"]
+        for command in others:
+            with self.subTest(command[:20]):
+                self.assertIsNone(queuectl.plain_words(command))
+
+
 class AttemptEnd(Live):
     """Promise 4: a timeout ends the whole process tree, and background children delay nothing."""
 
@@ -4268,6 +4479,7 @@ class AttemptEnd(Live):
             "exit 137": (137, "exit code 137 (128 + SIGKILL)"),
             "kill -9 $$": (-9, "killed by SIGKILL"),
             "kill $$": (-15, "killed by SIGTERM"),
+            "sh -c 'kill -9 $$'": (-9, "killed by SIGKILL"),  # needs no shell
             "kill -INT $$": (-2, "killed by SIGINT"),
         }
         jobs = {command: self.enqueue(command) for command in cases}
@@ -4325,6 +4537,52 @@ class AttemptEnd(Live):
         self.assertEqual((self.job(job).state, self.job(job).last_error), ("dead", "exit code 3"))
 
     @internal
+    @unittest.skipUnless(LINUX, "there is no /proc")
+    def test_all_processes_are_examined_only_where_that_can_tell_more(self) -> None:
+        self.enqueue("true")
+        count, full = full_scans()
+        with Queue(self.path) as queue, full:
+            job = claim(queue, "worker-dead")
+            stubborn = process_of(self, queue, job, "trap '' TERM; exec sleep 300")
+            wait_until(lambda: "sleep" in self.read(f"/proc/{stubborn.pid}/comm"))
+            end = queuectl.Termination(
+                job, queue._db.run_dir, 60, queuectl.Notices(queuectl.ignore), None
+            )
+            with mock.patch.object(end, "INTERVAL", 60):
+                self.assertEqual([end.step() for _ in range(50)], [False] * 50)
+                self.assertEqual(len(count), 1)
+                end.deadline = end.snapshot_at = 0.0
+                self.assertFalse(end.step())  # KILL
+                stubborn.wait(10)
+                self.assertTrue(end.step())
+                self.assertEqual(len(count), 3)
+            process_of(self, queue, job, "sleep 300")
+            with mock.patch.object(end, "INTERVAL", 0):
+                end.deadline = queuectl.NEVER
+                end.step()
+                end.step()
+            self.assertEqual(len(count), 5)
+
+    @internal
+    @unittest.skipUnless(LINUX, "there is no /proc")
+    def test_process_group_is_killed_before_the_other_processes_are_found(self) -> None:
+        self.enqueue("true")
+        process = unrelated_process(self)
+        with Queue(self.path) as queue:
+            job = claim(queue, "worker-1")
+            note = queuectl.LockFile(queue._db.run_dir.file("worker-1"))
+            facts = {"leader": process.pid, "namespace": queuectl.pid_namespace()}
+            note.write_note(key=job.key, launched=time.time(), **facts)
+            end = queuectl.Termination(
+                job, queue._db.run_dir, 0, queuectl.Notices(queuectl.ignore), None
+            )
+            child = queuectl.Child(process.pid, set())
+            gone = partial(wait_until, lambda: not alive(process.pid), 2.0)
+            with mock.patch.object(queuectl.SYSTEM, "child", child):
+                end.step(lambda: gone() and queuectl.Snapshot({}, {}))
+            note.close()
+
+    @internal
     def test_system_error_while_processes_are_ended_is_retried(self) -> None:
         self.enqueue("true")
         with Queue(self.path) as queue:
@@ -4341,13 +4599,15 @@ class AttemptEnd(Live):
             self.assertTrue(end.step())
 
     def test_exit_code_of_a_job_asks_for_a_snooze_or_no_retry(self) -> None:
-        self.configure(no_retry_exit_codes="2,126,127", backoff_max="0")
+        self.configure(no_retry_exit_codes="2,126,127,137", backoff_max="0")
         self.enqueue("test -e n || { touch n; exit 75; }", id="later", max_retries=1)
         self.enqueue("./not-there", id="final")
+        self.enqueue("sh -c 'kill -9 $$'", id="killed")  # as a shell has it, this is 137
         self.enqueue("true", id="every", every="1h")  # the drain does not wait for this one
         self.drain(code=1)
-        found = [(job.state, job.attempts, job.run) for job in map(self.job, ("later", "final"))]
-        self.assertEqual(found, [("completed", 1, 2), ("dead", 1, 1)])
+        jobs = map(self.job, ("later", "final", "killed"))
+        found = [(job.state, job.attempts, job.run) for job in jobs]
+        self.assertEqual(found, [("completed", 1, 2), ("dead", 1, 1), ("dead", 1, 1)])
 
 
 class AttemptOutput(Live):
@@ -4812,6 +5072,24 @@ class PoolRecovery(Live):
         os.chmod(output, 0o600)
         self.assert_exits(pool, 0)
         self.assertEqual((self.job("1").state, self.job("1").attempts), ("completed", 2))
+
+    @internal
+    @unittest.skipUnless(LINUX, "there is no /proc")
+    def test_processes_are_examined_once_for_all_jobs_of_dead_workers(self) -> None:
+        count, full = full_scans()
+        with Queue(self.path) as queue, full:
+            queue._db.set_synchronous("normal")
+            queue.enqueue_many({"command": "true"} for _ in range(20))
+            for _ in range(20):
+                process_of(self, queue, claim(queue, "worker-dead"), "exec sleep 300")
+            pool = make_pool(self, queue)
+            idle = mock.Mock(state="idle")
+            idle.send.side_effect = lambda _: self.assertEqual(queue.counts()["pending"], 1)
+            pool.crew.workers.append(idle)
+            wait_until(lambda: pool.recover() or queue.counts()["pending"] == 20)
+        self.assertLessEqual(len(count), 3)
+        idle.send.assert_called_once_with("go")  # for the first, while others are recovered
+        wait_until(lambda: not self.leftover_processes(), 1.0)
 
     @internal
     def test_kept_result_that_is_not_ours_counts_as_a_crash(self) -> None:

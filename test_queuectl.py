@@ -1027,15 +1027,18 @@ class SqlPlans(Clocked):
     """The query plans of the program's statements."""
 
     HOT = {  # statement: index
-        "NEXT_READY": "jobs_ready",
-        "MAKE_READY": "jobs_scheduled",
-        "NEXT_SCHEDULED": "jobs_scheduled",
+        "NEXT_READY": "queues_open",
+        "TIMERS": "jobs_due",
+        "MAKE_READY": "jobs_due",
+        "REOPEN": "queues_closed",
+        "NEXT_SCHEDULED": "jobs_due",
+        "NEXT_TOKEN": "queues_token",
         "CLAIMED": "jobs_state",
         "LATEST": "jobs_state",
         "OLDEST": "jobs_state",
         "RECENT_ENDS": "jobs_state",
         "PRUNABLE": "jobs_state",
-        "NEXT_SCHEDULED_FOR_DRAIN": "jobs_scheduled",
+        "DRAINED": "jobs_scheduled",
         "POSITION": "jobs_ready",
         "NEWEST_OF_SCHEDULE": "jobs_schedule",
         "ACTIVE_OF_SCHEDULE": "jobs_rule",
@@ -1050,7 +1053,7 @@ class SqlPlans(Clocked):
     def test_hot_statements_use_an_index_and_do_not_sort(self) -> None:
         """Promise 8: the cost of a hot statement does not grow with the history."""
         parameters = (
-            "queue now state limit id readiness seq since before priority run_after".split()
+            "queue now state limit id readiness seq since before priority run_after served".split()
         )
         for name, index in self.HOT.items():
             sql = "EXPLAIN QUERY PLAN " + getattr(queuectl, name)

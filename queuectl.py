@@ -1064,7 +1064,8 @@ SELECT min(run_after) FROM jobs INDEXED BY jobs_due WHERE state = 'pending' AND 
 SCHEDULED_IN_QUEUE = """jobs INDEXED BY jobs_scheduled
     WHERE state = 'pending' AND readiness = 0 AND queue = queues.queue"""
 NEXT_SCHEDULED_OF_QUEUES = f"""
-SELECT min((SELECT min(run_after) FROM {SCHEDULED_IN_QUEUE})) FROM queues WHERE :served"""
+SELECT min((SELECT min(run_after) FROM {SCHEDULED_IN_QUEUE})) FROM queues
+WHERE scheduled > 0 AND :served"""
 NEXT_TOKEN = """
 SELECT min(token_at) FROM queues
 WHERE closed_at IS NOT NULL AND ready > 0 AND paused = 0 AND :served"""

@@ -53,6 +53,7 @@ import hashlib
 import io
 import itertools
 import json
+import multiprocessing
 import operator
 import os
 import re
@@ -3334,37 +3335,56 @@ class QueueLimit(Clocked):
         self.queue.configure("rate", None, "api")
         self.assertEqual(self.run_all(), "api4 api5")
 
+    @internal
+    def test_pool_looks_again_when_a_worker_is_idle_and_when_the_clock_is_set_back(self) -> None:
+        pool = make_pool(self, self.queue)
+        pool.poll()
+        pool.crew.maybe_work = False
+        pool.poll()
+        self.assertFalse(pool.crew.maybe_work)
+        self.now -= 3600
+        pool.poll()
+        self.assertTrue(pool.crew.maybe_work)
+        ours, theirs = multiprocessing.Pipe()
+        self.addCleanup(theirs.close)
+        self.addCleanup(ours.close)
+        queuectl.write_line(theirs, queuectl.News("idle"))
+        pool.receive(queuectl.WorkerHandle("worker-1", 1, None, ours))
+        self.assertEqual(pool.agenda.pause(), 0.0)
 
+
+@NEEDS_SHELL
 class QueueLimitLive(Live):
     """`limit` and `rate` while workers are running."""
 
     SLOT = "exec 9>>a; flock -n 9 || { exec 9>>b; flock -n 9 || echo three >> three; }; "
 
     def run_with_kills(self, number: int, pause: float) -> None:
-        """Run jobs of a queue of limit 2 by 8 workers of 2 pools, and kill one every pause."""
+        """Run jobs of a queue of limit 2 by 8 workers of 2 pools; kill a busy one every pause."""
         self.configure(max_retries="1000", limit="2")
-        command = self.SLOT + "sleep 0.01; echo $QUEUECTL_JOB_ID >> done"
+        command = self.SLOT + "sleep 0.04; echo $QUEUECTL_JOB_ID >> done"
+        jobs = [{"command": command, "cwd": self.dir} for _ in range(number)]
         with Queue(self.path) as queue:
-            ids = list(
-                queue.enqueue_many({"command": command, "cwd": self.dir} for _ in range(number))
-            )
-        pools = [self.pool("--count", "4", "--drain") for _ in range(2)]
-        random = __import__("random").Random(number)
-        while any(pool.poll() is None for pool in pools):
-            time.sleep(pause)
-            with contextlib.suppress(ProcessLookupError, IndexError):
-                os.kill(random.choice([*self.workers().values()])["pid"], signal.SIGKILL)
+            ids = set(queue.enqueue_many(jobs))
+            pools = [self.pool("--count", "4", "--drain") for _ in range(2)]
+            while any(pool.poll() is None for pool in pools):
+                time.sleep(pause)
+                workers = self.workers()
+                for job in queue._reader.claimed()[:1]:
+                    with contextlib.suppress(ProcessLookupError, KeyError):
+                        os.kill(workers[job.locked_by]["pid"], signal.SIGKILL)
         self.assertEqual(self.read("three"), "")
-        self.assertEqual(set(self.lines("done")), set(ids))
+        self.assertEqual(len(ids - set(self.lines("done"))), 0)
         self.assertEqual(set(self.states().values()), {"completed"})
 
     def test_limit_is_never_exceeded_while_workers_are_killed(self) -> None:
-        self.run_with_kills(12, 0.1)
+        self.run_with_kills(8, 0.1)
 
     @SLOW
     def test_limit_is_never_exceeded_in_a_long_run_while_workers_are_killed(self) -> None:
         self.run_with_kills(5000, 0.2)
 
+    @SLOW
     def test_free_slot_and_a_higher_limit_wake_an_idle_worker_of_another_pool(self) -> None:
         self.configure(limit="1")
         for number in range(3):
@@ -3374,12 +3394,12 @@ class QueueLimitLive(Live):
         two = self.pool("--count", "2")
         self.wait_for_workers(3)
         one.send_signal(signal.SIGTERM)  # its worker will claim no more
-        self.wait_for_poll(two)
         acts = {
             "started1": partial(self.write, "go0"),
             "started2": partial(self.configure, limit="2"),
         }
         for started, act in acts.items():
+            self.wait_for_poll(two)
             began = time.monotonic()
             act()
             self.wait_for_file(started)
@@ -3394,7 +3414,7 @@ class QueueLimitLive(Live):
         self.drain("--count", "2")
         starts = sorted(self.attempts(str(number))[0].started for number in range(1, 9))
         gaps = [b - a for a, b in zip(starts, starts[1:])]
-        self.assertGreater(starts[-1] - starts[0], 6 * 0.05 - 0.01)
+        self.assertGreater(starts[-1] - starts[0], 6 * 0.05 - 0.03)
         self.assertLess(sorted(gaps)[len(gaps) // 2], 0.07)
 
 

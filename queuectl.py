@@ -776,6 +776,7 @@ SET_NO_WAIT = "PRAGMA busy_timeout = 0"
 GET_DATA_VERSION = "PRAGMA data_version"  # changes when another connection has written
 CONNECTION_PRAGMAS = (
     "PRAGMA fullfsync = 1",  # macOS: sync down to the medium
+    "PRAGMA wal_autocheckpoint = 2000",  # pages: half of LARGEST_WAL
     "PRAGMA temp_store = memory",  # else a batch writes each row's statement journal to a file
 )
 TRUNCATE_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"

@@ -797,6 +797,9 @@ JOB_KINDS = {
 OPEN = """next_seq IS NOT NULL AND paused = 0 AND (next_notifies OR (
   closed_at IS NULL AND (capacity = 0 OR processing - notifying < capacity)))"""
 IN_CLAIM_ORDER = "ORDER BY next_priority DESC, next_due, next_seq"
+WAITING_KINDS, OTHER_KINDS = list(JOB_KINDS)[:3], list(JOB_KINDS)[3:]
+NEW_QUEUE = """queues (queue) SELECT new.queue
+    WHERE NOT EXISTS (SELECT 1 FROM queues WHERE queue = new.queue)"""
 FIND_NEXT = """
     (next_priority, next_due, next_seq, next_notifies) = (
       SELECT priority, run_after, seq, notifies IS NOT NULL FROM jobs
@@ -807,15 +810,15 @@ CAPACITY = """coalesce(
   (SELECT CAST(value AS INTEGER) FROM settings WHERE queue = '' AND key = 'limit'), 0)"""
 
 
-def recount(queue: str, *, plus: str = "", minus: str = "", find_next: bool = True) -> str:
-    """Return the statement by which a trigger adds a job to a queue's row, or takes one away."""
+def recount(*, plus: str = "", minus: str = "", kinds: Iterable[str] = JOB_KINDS) -> str:
+    """Return the counts of a queue's row with a job (`new` or `old`) added, taken away, or both."""
     signs = {job: sign for job, sign in ((plus, "+"), (minus, "-")) if job}
-    changes = [
-        f"{kind} = {kind}" + "".join(f" {signs[j]} ({j}.{test.format(job=j)})" for j in signs)
-        for kind, test in JOB_KINDS.items()
-    ]
-    changes += [FIND_NEXT] * find_next
-    return f"UPDATE queues SET {', '.join(changes)} WHERE queue = {queue};"
+    changes = (
+        f"{kind} = {kind}"
+        + "".join(f" {signs[job]} ({job}.{JOB_KINDS[kind].format(job=job)})" for job in signs)
+        for kind in kinds
+    )
+    return ", ".join(changes)
 
 
 SCHEMA = f"""
@@ -920,30 +923,32 @@ CREATE TRIGGER queues_insert AFTER INSERT ON queues BEGIN
   UPDATE queues SET capacity = {CAPACITY} WHERE queue = new.queue;
 END;
 CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
-  INSERT INTO queues (queue) SELECT new.queue
-    WHERE NOT EXISTS (SELECT 1 FROM queues WHERE queue = new.queue);
-  {recount("new.queue", plus="new")}
+  INSERT INTO {NEW_QUEUE};
+  UPDATE queues SET {recount(plus="new", kinds=WAITING_KINDS)} WHERE queue = new.queue;
+  UPDATE queues SET {recount(plus="new", kinds=OTHER_KINDS)}, {FIND_NEXT}
+    WHERE queue = new.queue AND NOT (new.state = 'pending' AND (
+      new.readiness <> 1 OR coalesce(next_priority > new.priority OR next_priority = new.priority
+        AND (next_due, next_seq) < (new.run_after, new.seq), 0)));
 END;
 CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
-  {recount("old.queue", minus="old")}
+  UPDATE queues SET {recount(minus="old")}, {FIND_NEXT} WHERE queue = old.queue;
 END;
 CREATE TRIGGER jobs_update AFTER UPDATE OF state, readiness, priority, run_after ON jobs
   WHEN old.queue = new.queue AND (
     old.state = 'pending' AND old.readiness = 1 OR new.state = 'pending' AND new.readiness = 1)
 BEGIN
-  {recount("new.queue", plus="new", minus="old")}
+  UPDATE queues SET {recount(plus="new", minus="old")}, {FIND_NEXT} WHERE queue = new.queue;
 END;
 CREATE TRIGGER jobs_end AFTER UPDATE OF state, readiness ON jobs
   WHEN old.queue = new.queue AND NOT (
     old.state = 'pending' AND old.readiness = 1 OR new.state = 'pending' AND new.readiness = 1)
 BEGIN
-  {recount("new.queue", plus="new", minus="old", find_next=False)}
+  UPDATE queues SET {recount(plus="new", minus="old")} WHERE queue = new.queue;
 END;
 CREATE TRIGGER jobs_move AFTER UPDATE OF queue ON jobs WHEN old.queue <> new.queue BEGIN
-  INSERT INTO queues (queue) SELECT new.queue
-    WHERE NOT EXISTS (SELECT 1 FROM queues WHERE queue = new.queue);
-  {recount("old.queue", minus="old")}
-  {recount("new.queue", plus="new")}
+  INSERT INTO {NEW_QUEUE};
+  UPDATE queues SET {recount(minus="old")}, {FIND_NEXT} WHERE queue = old.queue;
+  UPDATE queues SET {recount(plus="new")}, {FIND_NEXT} WHERE queue = new.queue;
 END;
 
 CREATE TABLE totals (                   -- of all attempts ever, kept by a trigger

@@ -16,7 +16,8 @@ The classes mirror the sections of queuectl.py, in the same order:
                      DatabaseTransactions DatabaseForks
     trust            Trust TrustAttacks
     queue            QueueEnqueue QueueReading QueueOrder QueueDependencies QueueSchedules
-                     QueueRetries QueuePause QueuePauseLive QueueWait QueuePrune
+                     QueueRetries QueuePause QueuePauseLive QueueLimit QueueLimitLive
+                     QueueWait QueuePrune
     attempt          AttemptLaunch AttemptEnd AttemptOutput
     worker           WorkerFencing WorkerTrouble
     pool             PoolRecovery PoolFalseAlarms PoolStop PoolDispatch PoolDispatchLive PoolFiles

@@ -3360,10 +3360,10 @@ class QueueLimitLive(Live):
 
     SLOT = "exec 9>>a; flock -n 9 || { exec 9>>b; flock -n 9 || echo three >> three; }; "
 
-    def run_with_kills(self, number: int, pause: float) -> None:
+    def run_with_kills(self, number: int, pause: float, taking: float) -> None:
         """Run jobs of a queue of limit 2 by 8 workers of 2 pools; kill a busy one every pause."""
         self.configure(max_retries="1000", limit="2")
-        command = self.SLOT + "sleep 0.04; echo $QUEUECTL_JOB_ID >> done"
+        command = f"{self.SLOT} sleep {taking}; echo $QUEUECTL_JOB_ID >> done"
         jobs = [{"command": command, "cwd": self.dir} for _ in range(number)]
         with Queue(self.path) as queue:
             ids = set(queue.enqueue_many(jobs))
@@ -3380,11 +3380,11 @@ class QueueLimitLive(Live):
         self.assertEqual(len(ids - set(self.lines("done"))), 0)
 
     def test_limit_is_never_exceeded_while_workers_are_killed(self) -> None:
-        self.run_with_kills(8, 0.1)
+        self.run_with_kills(8, 0.1, 0.04)
 
     @SLOW
     def test_limit_is_never_exceeded_in_a_long_run_while_workers_are_killed(self) -> None:
-        self.run_with_kills(5000, 0.2)
+        self.run_with_kills(5000, 0.2, 0.003)
 
     @SLOW
     def test_free_slot_and_a_higher_limit_wake_an_idle_worker_of_another_pool(self) -> None:

@@ -3957,7 +3957,8 @@ class Pool:
         self.recovery = Recovery(ledger, self.notices, self.report_recovered)
         self.wal = WalSync(ledger.db)
         start = self.crew.start_missing
-        self.agenda = Agenda(self.poll, start, self.prune, self.sync, self.print_events)
+        steps = (self.poll, self.look_ahead, start, self.prune, self.sync, self.print_events)
+        self.agenda = Agenda(*steps)
         self.signals: list[tuple[float, int]] = []
         self.code: int = Exit.OK
         self.fault: Fault | None = None
@@ -4052,7 +4053,7 @@ class Pool:
             else:
                 worker.state = news.kind
             if news.kind == "idle":  # when does the rate of a queue allow the next start?
-                self.agenda.set(self.poll, 0.0)
+                self.agenda.set(self.look_ahead, 0.0)
             if news.kind == "busy":  # a claim must survive a power cut too; there may be more work
                 self.crew.maybe_work = True
                 self.agenda.within(self.sync, BATCH)
@@ -4131,8 +4132,12 @@ class Pool:
         if version != self.seen:
             self.seen = version
             self.crew.maybe_work = True
-            when = self.ledger.reader.next_ready_time(self.options.queues)
-            self.ready_at = NEVER if when is None else when
+            self.look_ahead()
+
+    def look_ahead(self) -> None:
+        """Find out when the next job will be ready by itself."""
+        when = self.ledger.reader.next_ready_time(self.options.queues)
+        self.ready_at = NEVER if when is None else when
 
     def recover(self) -> None:
         claimed = self.ledger.reader.claimed()

@@ -554,23 +554,22 @@ def valid_durability(value: object) -> str:
     return str(value)
 
 
+def rate_gap(rate: str) -> float:
+    """Return the seconds from one start to the next at a rate such as 10/1m or 10/m."""
+    number, _, period = rate.partition("/")
+    period = "1" + period if period in UNIT_SECONDS else period
+    return valid_interval(period) / float(integer(1, 10**6)(number))
+
+
 def valid_rate(value: object) -> str:
-    """Validate a rate such as 10/1m or 10/m; empty or 0 means none."""
-    text = valid_text(value).strip()
-    number, _, period = text.partition("/")
-    if text in ("", "0"):
+    """Validate a rate; empty or 0 means none."""
+    rate = valid_text(value).strip()
+    if rate in ("", "0"):
         return ""
     with contextlib.suppress(ValueError):
-        integer(1, 10**6)(number)
-        valid_interval("1" + period if period in UNIT_SECONDS else period)
-        return text
+        rate_gap(rate)
+        return rate
     raise ValueError("must be a number of starts in a time of 1 s or more, such as 10/1m, or 0")
-
-
-def rate_gap(rate: str) -> float:
-    """Return the seconds from one start to the next at a rate."""
-    number, _, period = rate.partition("/")
-    return valid_interval("1" + period if period in UNIT_SECONDS else period) / int(number)
 
 
 class Setting(NamedTuple):

@@ -314,6 +314,7 @@ DEFAULT_SHELL = ("cmd.exe", "/d", "/s", "/c") if WINDOWS else ("/bin/sh", "-c", 
 COMMAND_LIMIT = 8191 if WINDOWS else 131071  # bytes; Linux: MAX_ARG_STRLEN
 UNIT_SECONDS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
 UNIT = "w(?:eeks?)?|d(?:ays?)?|h(?:(?:ou)?rs?)?|m(?:in(?:ute)?s?)?|s(?:ec(?:ond)?s?)?"
+LATE = 0.1  # seconds; a start that was later than this after its token is not caught up
 LONGEST = 10 * 365 * 86400.0  # no duration is longer, so that sums of times never overflow
 LATEST_TIME = 253402214400  # the end of the year 9999 in every time zone
 STDIN_LIMIT = 1 << 20  # bytes of a job's stdin
@@ -730,12 +731,31 @@ def valid_durability(value: object) -> str:
     return str(value)
 
 
+def rate_gap(rate: str) -> float:
+    """Return the seconds from one start to the next at a rate such as 10/1m or 10/m."""
+    number, _, period = rate.partition("/")
+    period = "1" + period if period in UNIT_SECONDS else period
+    return valid_interval(period) / float(integer(1, 10**6)(number))
+
+
+def valid_rate(value: object) -> str:
+    """Validate a rate; empty or 0 means none."""
+    rate = valid_text(value).strip()
+    if rate in ("", "0"):
+        return ""
+    with contextlib.suppress(ValueError):
+        rate_gap(rate)
+        return rate
+    raise ValueError("must be a number of starts in a time of 1 s or more, such as 10/1m, or 0")
+
+
 class Setting(NamedTuple):
     """A setting: its default, the validator that reads its text, and its meaning."""
 
     default: Any
     read: Validator
     meaning: str
+    per_queue: bool = True  # a queue may have a value of its own
 
 
 SETTINGS = {
@@ -749,15 +769,25 @@ SETTINGS = {
     "on_dead": Setting("", FIELDS["on_dead"], "a command to run when a job has died"),
     "on_end": Setting("", FIELDS["on_end"], "a command to run when a job has ended in any way"),
     "max_notifications": Setting(
-        100, integer(0, 10**6), "how many may wait before further ones are summed up in one"
+        100,
+        integer(0, 10**6),
+        "how many may wait before further ones are summed up in one",
+        per_queue=False,
     ),
     "shell": Setting(DEFAULT_SHELL, valid_prefix, "the program and options that run a command"),
     "max_snoozes": Setting(20, integer(0, 10**6), "how many times a job may exit with 75"),
     "no_retry_exit_codes": Setting((), valid_exit_codes, "final exit codes, such as 2,126,127"),
+    "limit": Setting(0, integer(0, 10**6), "how many jobs of a queue run at once (0: any number)"),
+    "rate": Setting("", valid_rate, "how many jobs of a queue start in a time, such as 10/1m"),
     "retention": Setting(
-        0.0, parse_duration, "age at which completed and cancelled jobs are pruned (0: never)"
+        0.0,
+        parse_duration,
+        "age at which completed and cancelled jobs are pruned (0: never)",
+        per_queue=False,
     ),
-    "synchronous": Setting("normal", valid_durability, "full: sync a result before the next claim"),
+    "synchronous": Setting(
+        "normal", valid_durability, "full: sync a result before the next claim", per_queue=False
+    ),
 }
 DEFAULTS = {key: setting.default for key, setting in SETTINGS.items()}
 
@@ -792,14 +822,21 @@ def validate_changes(fields: Mapping[str, object]) -> dict[str, Any]:
     return validate_each(fields, EDITABLE)
 
 
-def validate_setting(key: str, value: str | None = None) -> str:
-    """Return the key as it is stored, or raise BadInput for an unknown key or a bad value."""
+def validate_setting(key: str, value: str | None = None, queue: str = "") -> str:
+    """Return the key as it is stored; raise BadInput for a bad one, or a value or queue."""
     key = key.replace("-", "_")
     if key not in SETTINGS:
         raise BadInput(f"unknown key {quoted(key)}{suggestion(key, SETTINGS)}")
+    if queue and not SETTINGS[key].per_queue:
+        raise BadInput(f"{key} applies to all queues; use it without --queue")
     if value is not None:
         validate(key, SETTINGS[key].read, value)
     return key
+
+
+@lru_cache(maxsize=1000)
+def read_setting(key: str, value: str) -> Any:
+    return SETTINGS[key].read(value)
 
 
 # Text for people.
@@ -1023,13 +1060,52 @@ SET_NO_WAIT = "PRAGMA busy_timeout = 0"
 GET_DATA_VERSION = "PRAGMA data_version"  # changes when another connection has written
 CONNECTION_PRAGMAS = (
     "PRAGMA fullfsync = 1",  # macOS: sync down to the medium
+    "PRAGMA wal_autocheckpoint = 2000",  # pages: half of LARGEST_WAL
     "PRAGMA temp_store = memory",  # else a batch writes each row's statement journal to a file
 )
 TRUNCATE_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
 BEGIN, COMMIT, ROLLBACK = WHOLE = ("BEGIN IMMEDIATE", "COMMIT", "ROLLBACK")
 PART = ("SAVEPOINT part", "RELEASE part", "ROLLBACK TO part", "RELEASE part")
 
-SCHEMA = """
+# A queue's row counts its jobs by these tests; in a trigger, {job} is `new` or `old`.
+JOB_KINDS = {
+    "ready": "state = 'pending' AND {job}.readiness = 1",
+    "scheduled": "state = 'pending' AND {job}.readiness = 0",
+    "blocked": "state = 'pending' AND {job}.readiness = -1",
+    "processing": "state = 'processing'",
+    "notifying": "state = 'processing' AND {job}.notifies IS NOT NULL",
+    "completed": "state = 'completed'",
+    "dead": "state = 'dead'",
+    "cancelled": "state = 'cancelled'",
+}
+OPEN = """next_seq IS NOT NULL AND paused = 0 AND (next_notifies OR (
+  closed_at IS NULL AND (capacity = 0 OR processing - notifying < capacity)))"""
+IN_CLAIM_ORDER = "ORDER BY next_priority DESC, next_due, next_seq"
+WAITING_KINDS, OTHER_KINDS = list(JOB_KINDS)[:3], list(JOB_KINDS)[3:]
+NEW_QUEUE = """queues (queue) SELECT new.queue
+    WHERE NOT EXISTS (SELECT 1 FROM queues WHERE queue = new.queue)"""
+FIND_NEXT = """
+    (next_priority, next_due, next_seq, next_notifies) = (
+      SELECT priority, run_after, seq, notifies IS NOT NULL FROM jobs
+      WHERE state = 'pending' AND readiness = 1 AND jobs.queue = queues.queue
+      ORDER BY priority DESC, run_after, seq LIMIT 1)"""
+CAPACITY = """coalesce(
+  (SELECT CAST(value AS INTEGER) FROM settings WHERE queue = queues.queue AND key = 'limit'),
+  (SELECT CAST(value AS INTEGER) FROM settings WHERE queue = '' AND key = 'limit'), 0)"""
+
+
+def recount(*, plus: str = "", minus: str = "", kinds: Iterable[str] = JOB_KINDS) -> str:
+    """Return the counts of a queue's row with a job (`new` or `old`) added, taken away, or both."""
+    signs = {job: sign for job, sign in ((plus, "+"), (minus, "-")) if job}
+    changes = (
+        f"{kind} = {kind}"
+        + "".join(f" {signs[job]} ({job}.{JOB_KINDS[kind].format(job=job)})" for job in signs)
+        for kind in kinds
+    )
+    return ", ".join(changes)
+
+
+SCHEMA = f"""
 CREATE TABLE jobs (
   seq INTEGER PRIMARY KEY AUTOINCREMENT,
   id TEXT NOT NULL UNIQUE,
@@ -1064,8 +1140,10 @@ CREATE TABLE jobs (
   last_error TEXT,
   stdin BLOB                            -- last: what precedes it is read without it
 );
-CREATE INDEX jobs_ready ON jobs (queue, priority DESC, run_after, seq)
+CREATE INDEX jobs_ready ON jobs (queue, priority DESC, run_after, seq, notifies)
   WHERE state = 'pending' AND readiness = 1;
+CREATE INDEX jobs_due ON jobs (run_after)
+  WHERE state = 'pending' AND readiness = 0;
 CREATE INDEX jobs_scheduled ON jobs (queue, run_after)
   WHERE state = 'pending' AND readiness = 0;
 CREATE INDEX jobs_state ON jobs (state, readiness, updated_at);
@@ -1105,34 +1183,58 @@ CREATE TABLE settings (                 -- queue '': the default for all queues
   PRIMARY KEY (queue, key)
 ) WITHOUT ROWID;
 
-CREATE TABLE queues (                   -- queue '': paused stands for all queues
+CREATE TABLE queues (                   -- kept by triggers; queue '': paused stands for all queues
   queue TEXT PRIMARY KEY,
   paused INTEGER NOT NULL DEFAULT 0,
-  tokens REAL,                          -- the bucket of the rate limit
-  refilled_at REAL
+  capacity INTEGER NOT NULL DEFAULT 0,  -- the setting `limit`
+  ready INTEGER NOT NULL DEFAULT 0,     -- the number of jobs, here and below
+  scheduled INTEGER NOT NULL DEFAULT 0,
+  blocked INTEGER NOT NULL DEFAULT 0,
+  processing INTEGER NOT NULL DEFAULT 0,
+  notifying INTEGER NOT NULL DEFAULT 0, -- the notifications among those in processing
+  completed INTEGER NOT NULL DEFAULT 0,
+  dead INTEGER NOT NULL DEFAULT 0,
+  cancelled INTEGER NOT NULL DEFAULT 0,
+  next_priority INTEGER,                -- of the ready job that is next, here and below
+  next_due REAL,
+  next_seq INTEGER,
+  next_notifies INTEGER,
+  token_at REAL,                        -- when the rate allows the next start
+  closed_at REAL                        -- when the rate closed the queue; NULL: it is not closed
 ) WITHOUT ROWID;
-
-CREATE TABLE counts (                   -- the number of jobs, kept by triggers
-  state TEXT NOT NULL,
-  queue TEXT NOT NULL,
-  readiness INTEGER NOT NULL,
-  number INTEGER NOT NULL,
-  PRIMARY KEY (state, queue, readiness)
-) WITHOUT ROWID;
-CREATE TRIGGER counts_insert AFTER INSERT ON jobs BEGIN
-  INSERT INTO counts VALUES (new.state, new.queue, new.readiness, 1)
-    ON CONFLICT (state, queue, readiness) DO UPDATE SET number = number + 1;
+CREATE INDEX queues_open ON queues (next_priority DESC, next_due, next_seq) WHERE {OPEN};
+CREATE INDEX queues_token ON queues (token_at) WHERE closed_at IS NOT NULL;
+CREATE INDEX queues_closed ON queues (closed_at) WHERE closed_at IS NOT NULL;
+CREATE TRIGGER queues_insert AFTER INSERT ON queues BEGIN
+  UPDATE queues SET capacity = {CAPACITY} WHERE queue = new.queue;
 END;
-CREATE TRIGGER counts_update AFTER UPDATE OF queue, state, readiness ON jobs
-  WHEN old.state <> new.state OR old.readiness <> new.readiness OR old.queue <> new.queue BEGIN
-  UPDATE counts SET number = number - 1
-    WHERE state = old.state AND queue = old.queue AND readiness = old.readiness;
-  INSERT INTO counts VALUES (new.state, new.queue, new.readiness, 1)
-    ON CONFLICT (state, queue, readiness) DO UPDATE SET number = number + 1;
+CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
+  INSERT INTO {NEW_QUEUE};
+  UPDATE queues SET {recount(plus="new", kinds=WAITING_KINDS)} WHERE queue = new.queue;
+  UPDATE queues SET {recount(plus="new", kinds=OTHER_KINDS)}, {FIND_NEXT}
+    WHERE queue = new.queue AND NOT (new.state = 'pending' AND (
+      new.readiness <> 1 OR coalesce(next_priority > new.priority OR next_priority = new.priority
+        AND (next_due, next_seq) < (new.run_after, new.seq), 0)));
 END;
-CREATE TRIGGER counts_delete AFTER DELETE ON jobs BEGIN
-  UPDATE counts SET number = number - 1
-    WHERE state = old.state AND queue = old.queue AND readiness = old.readiness;
+CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
+  UPDATE queues SET {recount(minus="old")}, {FIND_NEXT} WHERE queue = old.queue;
+END;
+CREATE TRIGGER jobs_update AFTER UPDATE OF state, readiness, priority, run_after ON jobs
+  WHEN old.queue = new.queue AND (
+    old.state = 'pending' AND old.readiness = 1 OR new.state = 'pending' AND new.readiness = 1)
+BEGIN
+  UPDATE queues SET {recount(plus="new", minus="old")}, {FIND_NEXT} WHERE queue = new.queue;
+END;
+CREATE TRIGGER jobs_end AFTER UPDATE OF state, readiness ON jobs
+  WHEN old.queue = new.queue AND NOT (
+    old.state = 'pending' AND old.readiness = 1 OR new.state = 'pending' AND new.readiness = 1)
+BEGIN
+  UPDATE queues SET {recount(plus="new", minus="old")} WHERE queue = new.queue;
+END;
+CREATE TRIGGER jobs_move AFTER UPDATE OF queue ON jobs WHEN old.queue <> new.queue BEGIN
+  INSERT INTO {NEW_QUEUE};
+  UPDATE queues SET {recount(minus="old")}, {FIND_NEXT} WHERE queue = old.queue;
+  UPDATE queues SET {recount(plus="new")}, {FIND_NEXT} WHERE queue = new.queue;
 END;
 
 CREATE TABLE totals (                   -- of all attempts ever, kept by a trigger
@@ -1200,8 +1302,12 @@ SELECT count(*), min(updated_at) FROM (
   WHERE state = :state AND readiness = 1 AND updated_at > :since AND {IN_QUEUE}
   ORDER BY updated_at DESC LIMIT {RECENT_LIMIT})"""
 COUNTS = """
-SELECT queue, state, readiness, number FROM counts
-WHERE number > 0 ORDER BY queue, state, readiness"""
+SELECT queue, blocked, scheduled, ready, processing, completed, dead, cancelled FROM queues
+WHERE :served ORDER BY queue"""
+COUNTED: Sequence[tuple[State, int]] = (  # the columns of COUNTS
+    *((PENDING, readiness) for readiness in (BLOCKED, SCHEDULED, READY)),
+    *((state, READY) for state in STATES[1:]),
+)
 ATTEMPTS = ATTEMPT + "WHERE job = :seq ORDER BY run"
 LAST_ATTEMPT = ATTEMPT + "WHERE job = :seq ORDER BY run DESC LIMIT 1"
 STDIN = "SELECT stdin FROM jobs WHERE seq = :seq"
@@ -1286,24 +1392,49 @@ def insert_job(*columns: str) -> str:
 
 ADD_NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :any_end, :met)"
 SET_STDIN = "UPDATE jobs SET stdin = :stdin WHERE seq = :seq AND state = 'pending'"
-WAITING_QUEUES = """
-SELECT queue, min(readiness) FROM counts
-WHERE state = 'pending' AND readiness >= 0 AND number > 0
-  AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = '' AND paused = 1)
-  AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = counts.queue AND paused = 1)
-GROUP BY queue"""
-NEXT_READY = f"""
-{JOB}WHERE state = 'pending' AND readiness = 1 AND queue = :queue
-ORDER BY priority DESC, run_after, seq LIMIT 1"""
+# Statements with :served are about the queues that a pool serves; `for_queues` names them.
+TIMERS = """
+SELECT (
+    SELECT min(run_after) FROM jobs INDEXED BY jobs_due WHERE state = 'pending' AND readiness = 0),
+  (SELECT min(token_at) FROM queues WHERE closed_at IS NOT NULL),
+  (SELECT max(closed_at) FROM queues WHERE closed_at IS NOT NULL)"""
 # In slices: if more than 500 jobs become ready at once, one of high priority may be delayed.
 MAKE_READY = """
 UPDATE jobs SET readiness = 1, updated_at = run_after WHERE seq IN (
-  SELECT seq FROM jobs WHERE state = 'pending' AND readiness = 0 AND queue = :queue
-    AND run_after <= :now ORDER BY run_after LIMIT 500)"""
+  SELECT seq FROM jobs INDEXED BY jobs_due
+  WHERE state = 'pending' AND readiness = 0 AND run_after <= :now
+  ORDER BY run_after LIMIT 500)"""
+REOPEN = """
+UPDATE queues SET closed_at = NULL
+WHERE closed_at IS NOT NULL AND (token_at <= :now OR closed_at > :now)"""
+NEXT_READY = f"""
+{JOB}WHERE seq = (
+  SELECT next_seq FROM queues WHERE {OPEN} AND :served
+    AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = '' AND paused = 1)
+  {IN_CLAIM_ORDER} LIMIT 1)"""
+# A start that was late moves the following ones only if it was later than :late seconds.
+TAKE_TOKEN = """
+UPDATE queues SET closed_at = :now,
+  token_at = max(min(coalesce(token_at, 0), :now), :now - :late) + :gap
+WHERE queue = :queue AND NOT EXISTS (SELECT 1 FROM jobs WHERE seq = :seq AND notifies > 0)"""
+GOT_ROOM = f"""
+SELECT 1 FROM queues
+WHERE queue = :queue AND capacity > 0 AND processing - notifying = capacity - 1 AND {OPEN}"""
 NEXT_SCHEDULED = """
-SELECT min(run_after) FROM jobs WHERE state = 'pending' AND readiness = 0 AND queue = :queue"""
+SELECT min(run_after) FROM jobs INDEXED BY jobs_due WHERE state = 'pending' AND readiness = 0"""
+SCHEDULED_IN_QUEUE = """jobs INDEXED BY jobs_scheduled
+    WHERE state = 'pending' AND readiness = 0 AND queue = queues.queue"""
+NEXT_SCHEDULED_OF_QUEUES = f"""
+SELECT min((SELECT min(run_after) FROM {SCHEDULED_IN_QUEUE})) FROM queues
+WHERE scheduled > 0 AND :served"""
+NEXT_TOKEN = """
+SELECT min(token_at) FROM queues
+WHERE closed_at IS NOT NULL AND ready > 0 AND paused = 0 AND :served"""
 # A drain waits for the retry of a schedule's job, but not for the schedule's next job.
-NEXT_SCHEDULED_FOR_DRAIN = NEXT_SCHEDULED + " AND (rule IS NULL OR run > 0)"
+DRAINED = f"""
+SELECT queue, paused, ready, processing, CASE WHEN scheduled > 0 THEN (
+    SELECT min(run_after) FROM {SCHEDULED_IN_QUEUE} AND (rule IS NULL OR run > 0)) END
+FROM queues WHERE ready + scheduled + processing > 0 AND :served"""
 CLAIM = """
 UPDATE jobs SET state = 'processing', attempts = attempts + 1, run = run + 1, waited = :waited,
   locked_by = :worker, locked_at = :now, updated_at = :now
@@ -1373,17 +1504,27 @@ PAUSED = "SELECT queue FROM queues WHERE paused = 1"
 PAUSE = """
 INSERT INTO queues (queue, paused) VALUES (:queue, 1)
 ON CONFLICT (queue) DO UPDATE SET paused = 1"""
+HELD = """
+SELECT capacity, processing - notifying, CASE WHEN closed_at IS NOT NULL THEN token_at END
+FROM queues WHERE queue = :queue"""
+HELD_QUEUES = """
+SELECT queue FROM queues
+WHERE ready > 0 AND (closed_at IS NOT NULL OR capacity > 0 AND processing - notifying >= capacity)
+ORDER BY queue"""
 RESUME = "UPDATE queues SET paused = 0 WHERE :queue IN ('', queue)"
 STORED_SETTINGS = """
-SELECT key, value FROM settings WHERE queue = ''
-UNION ALL SELECT key, value FROM settings WHERE queue = :queue"""
+SELECT queue, key, value FROM settings WHERE queue = ''
+UNION ALL SELECT queue, key, value FROM settings WHERE queue = :queue AND queue <> ''"""
 SET = """
 INSERT INTO settings VALUES (:queue, :key, :value)
 ON CONFLICT (queue, key) DO UPDATE SET value = :value"""
 UNSET = "DELETE FROM settings WHERE queue = :queue AND key = :key"
+APPLY_SETTINGS = f"""
+UPDATE queues SET capacity = {CAPACITY}, closed_at = NULL WHERE :queue IN ('', queue)"""
 
-TABLES = "jobs|attempts|needs|settings|queues|counts|totals"
+TABLES = "jobs|attempts|needs|settings|queues|totals"
 REFERENCE = "FROM|JOIN|INTO|UPDATE|TABLE|INDEX|TRIGGER|ON|BY"  # precedes a table or an index
+FEW_QUEUES = 32
 GUEST_NAME = re.compile(rf"\b((?:{REFERENCE}) )?({TABLES})(?(1)(?=\b|_)|(?=\.))")
 
 
@@ -1391,6 +1532,17 @@ GUEST_NAME = re.compile(rf"\b((?:{REFERENCE}) )?({TABLES})(?(1)(?=\b|_)|(?=\.))"
 def for_guest(sql: str) -> str:
     """Return a statement for the tables in another program's database, which have a prefix."""
     return GUEST_NAME.sub(rf"\1{GUEST_PREFIX}\2", sql)
+
+
+@lru_cache(maxsize=None)
+def for_queues(sql: str, number: int) -> str:
+    """Return a statement for a number of queues, :q0, :q1 and so on; 0 stands for all.
+
+    A few are looked up by their names. The row of each of many is compared with the names.
+    """
+    names = ", ".join(f":q{n}" for n in range(number))
+    column = "queue" if number <= FEW_QUEUES else "+queue"
+    return sql.replace(":served", f"{column} IN ({names})" if number else "1")
 
 
 # --- system: the differences of POSIX and Windows; the only place with signals and kills ----------
@@ -2951,7 +3103,8 @@ class Reader:
 
     def facts(self, job: Job, attempts: Iterable[Attempt]) -> dict[str, Any]:
         """Return a job and its attempts as `show --json` and notifications have them."""
-        facts = job_facts(job, self.settings(job.queue))
+        settings = self.settings(job.queue)
+        facts = {**job_facts(job, settings), "settings": settings}
         facts["stdin"] = self.stdin(job).decode()
         facts["why"] = None
         facts["after"] = [parent.id for parent in self.parents(job)]
@@ -2995,10 +3148,17 @@ class Reader:
         names = as_list(queues) or (None,)
         return [job for name in names for job in self.select(OLDEST, queue=name, **asked)]
 
+    def rows_of(self, sql: str, queues: Sequence[str], **args: object) -> list[Any]:
+        """Return the rows of a statement with :served, for these queues or for all."""
+        names = as_list(queues)
+        args.update((f"q{n}", name) for n, name in enumerate(names))
+        return self.db.rows(for_queues(sql, len(names)), args)
+
     def counts_by_queue(self, queues: Sequence[str] = ()) -> list[tuple[str, State, int, int]]:
         """Return the number of jobs by queue, state and readiness, in these queues or in all."""
-        names = as_list(queues)
-        return [row for row in self.db.rows(COUNTS) if not names or row[0] in names]
+        rows = self.rows_of(COUNTS, queues)
+        counted = ((row[0], *kind, n) for row in rows for kind, n in zip(COUNTED, row[1:]))
+        return [count for count in counted if count[-1]]
 
     def counts(self, queues: Sequence[str] = ()) -> dict[str, int]:
         counts: dict[str, int] = dict.fromkeys(STATES, 0)
@@ -3017,28 +3177,37 @@ class Reader:
         return rate
 
     def settings(self, queue: str = "") -> dict[str, Any]:
+        """Return the settings that apply to the jobs of a queue: its own, or the default's."""
         settings = DEFAULTS.copy()
-        for key, value in self.db.rows(STORED_SETTINGS, {"queue": queue}):
+        for _, key, value in self.db.rows(STORED_SETTINGS, {"queue": queue}):
             try:
                 if key in SETTINGS:
-                    settings[key] = SETTINGS[key].read(value)
+                    settings[key] = read_setting(key, value)
             except ValueError as error:
                 raise Damaged(f"{self.db.path}: the setting {key} {error}") from None
         return settings
+
+    def sources(self, queue: str = "") -> dict[str, str]:
+        """Return the settings that are stored and apply to a queue: it, or "" for all queues."""
+        rows = self.db.rows(STORED_SETTINGS, {"queue": queue})
+        return {key: source for source, key, _ in rows if key in SETTINGS}
+
+    def held(self) -> list[str]:
+        """Return the queues with ready jobs that are at their limit or their rate."""
+        return [row[0] for row in self.db.rows(HELD_QUEUES)]
 
     def paused(self) -> list[str]:
         """Return the paused queues; "" stands for all queues."""
         return [row[0] for row in self.db.rows(PAUSED)]
 
-    def waiting_queues(self, queues: Sequence[str]) -> dict[str, int]:
-        """Return the unpaused queues with waiting jobs, as SCHEDULED where some are scheduled."""
-        names = as_list(queues)
-        found = self.db.rows(WAITING_QUEUES)
-        return {queue: readiness for queue, readiness in found if not names or queue in names}
+    def next_due_time(self, queues: Sequence[str] = ()) -> float | None:
+        """Return when the next scheduled job of these queues, or of all, is due."""
+        sql = NEXT_SCHEDULED_OF_QUEUES if queues else NEXT_SCHEDULED
+        return self.rows_of(sql, queues)[0][0]  # type: ignore[no-any-return]
 
     def next_ready_time(self, queues: Sequence[str] = ()) -> float | None:
-        waiting = self.waiting_queues(queues)
-        times = [self.db.rows(NEXT_SCHEDULED, {"queue": queue})[0][0] for queue in waiting]
+        """Return when the next job is due, or when a queue's rate allows its next start."""
+        times = (self.next_due_time(queues), self.rows_of(NEXT_TOKEN, queues)[0][0])
         return min((when for when in times if when is not None), default=None)
 
     def drain_blockers(
@@ -3046,17 +3215,11 @@ class Reader:
     ) -> dict[str, bool]:
         """Return the queues that a drain waits for, some seconds ahead; True where paused."""
         found: dict[str, bool] = {}
-        paused = self.paused()
+        all_paused = "" in self.paused()
         until = self.clock() + horizon
-        for queue, state, readiness, _ in self.counts_by_queue(queues):
-            if state in FINISHED or readiness == BLOCKED:
-                continue
-            if readiness == SCHEDULED:
-                when = self.db.rows(NEXT_SCHEDULED_FOR_DRAIN, {"queue": queue})[0][0]
-                if when is None or when > until:
-                    continue
-            held = state == PENDING and ("" in paused or queue in paused)
-            found[queue] = held and found.get(queue, True)
+        for queue, paused, ready, processing, when in self.rows_of(DRAINED, queues):
+            if ready or processing or (when is not None and when <= until):
+                found[queue] = bool(paused or all_paused) and not processing
         return found
 
     def totals(self) -> list[Totals]:
@@ -3191,20 +3354,36 @@ class Ledger:
 
     def _claim(self, worker: str, queues: Sequence[str]) -> Claim | None:
         now = self.clock()
-        found: list[Job] = []
-        for queue, readiness in self.reader.waiting_queues(queues).items():
-            if readiness == SCHEDULED:
-                self.db.execute(MAKE_READY, {"queue": queue, "now": now})
-            found += self.reader.select(NEXT_READY, queue=queue)
-        if not found:
-            return None
-        job = min(found, key=lambda j: (-j.priority, j.run_after, j.seq))
-        waited = max(0.0, now - job.updated_at)
-        self.change(CLAIM, seq=job.seq, worker=worker, now=now, waited=waited)
-        job = job._replace(state=PROCESSING, attempts=job.attempts + 1, run=job.run + 1)
-        job = job._replace(waited=waited, locked_by=worker, locked_at=now, updated_at=now)
-        parents = " ".join(row[0] for row in self.db.rows(PARENT_IDS, {"seq": job.seq}))
-        return Claim(job, self.reader.settings(job.queue), self.reader.stdin(job), parents)
+        self.open_due(now)
+        for row in self.reader.rows_of(NEXT_READY, queues):
+            job = Job(*row)
+            settings = self.reader.settings(job.queue)
+            waited = max(0.0, now - job.updated_at)
+            self.change(CLAIM, seq=job.seq, worker=worker, now=now, waited=waited)
+            if settings["rate"]:
+                gap = rate_gap(settings["rate"])
+                taken = {"queue": job.queue, "seq": job.seq, "gap": gap, "late": min(gap, LATE)}
+                self.change(TAKE_TOKEN, **taken, now=now)
+            job = job._replace(
+                state=PROCESSING,
+                attempts=job.attempts + 1,
+                run=job.run + 1,
+                waited=waited,
+                locked_by=worker,
+                locked_at=now,
+                updated_at=now,
+            )
+            parents = " ".join(row[0] for row in self.db.rows(PARENT_IDS, {"seq": job.seq}))
+            return Claim(job, settings, self.reader.stdin(job), parents)
+        return None
+
+    def open_due(self, now: float) -> None:
+        """Make the jobs ready that are due, and open the queues whose rate allows a start."""
+        due, token_at, closed_at = self.db.rows(TIMERS)[0]
+        if due is not None and due <= now:
+            self.change(MAKE_READY, now=now)
+        if token_at is not None and (token_at <= now or closed_at > now):  # or a clock set back
+            self.change(REOPEN, now=now)
 
     def finish(
         self, job: Job, outcome: Outcome, next_from: Sequence[str] | None = None
@@ -3213,7 +3392,11 @@ class Ledger:
         with self.db.transaction():
             after = self._finish(job, outcome)
             worker = job.locked_by or ""
-            return after, None if next_from is None else self._claim(worker, next_from)
+            claim = None if next_from is None else self._claim(worker, next_from)
+            is_same = claim is not None and claim.job.queue == job.queue
+            if not is_same and self.db.rows(GOT_ROOM, {"queue": job.queue}):
+                self.db.notify_when_stored()  # an idle worker may use it
+            return after, claim
 
     def _finish(self, job: Job, outcome: Outcome) -> Job | None:
         if outcome.error is not None or job.rule:  # a completed job completes, cancelled or not
@@ -3672,16 +3855,23 @@ class Queue:
         with self._db.transaction(notify=True):
             self._db.execute(RESUME, {"queue": queue})
 
-    def config(self) -> dict[str, Any]:
-        """Return the value of every setting."""
-        return self._reader.settings()
+    def config(self, queue: str = "") -> dict[str, Any]:
+        """Return the value of every setting, as it applies to the jobs of a queue."""
+        return self._reader.settings(queue)
 
-    def configure(self, key: str, value: str | None) -> None:
-        """Store a setting, written as on the command line; None restores the default."""
-        key = validate_setting(key, value)
+    def configure(self, key: str, value: str | None, queue: str = "") -> None:
+        """Store a setting, written as on the command line; None restores the default.
+
+        It is the default of all queues or, given a queue, applies to that one only.
+        """
+        key = validate_setting(key, value, queue)
+        if queue:
+            validate("queue", valid_name, queue)
         with self._db.transaction(notify=True):
             sql = UNSET if value is None else SET
-            self._db.execute(sql, {"queue": "", "key": key, "value": value})
+            self._db.execute(sql, {"queue": queue, "key": key, "value": value})
+            if key in ("limit", "rate"):
+                self._db.execute(APPLY_SETTINGS, {"queue": queue})
 
 
 # --- attempt: launching a job, watching it, ending it, keeping its output and its result ----------
@@ -4568,13 +4758,15 @@ class Pool:
         self.recovery = Recovery(ledger, self.notices, self.report_recovered)
         self.wal = WalSync(ledger.db)
         start = self.crew.start_missing
-        self.agenda = Agenda(self.poll, start, self.prune, self.sync, self.print_events)
+        steps = (self.poll, self.look_ahead, start, self.prune, self.sync, self.print_events)
+        self.agenda = Agenda(*steps)
         self.signals: list[tuple[float, int]] = []
         self.code: int = Exit.OK
         self.ended: collections.Counter[str] = collections.Counter()  # jobs by their final state
         self.fault: Fault | None = None
         self.seen: object = None  # the data_version of the last poll, and its connection
-        self.ready_at = NEVER  # when the next scheduled job is due, on the clock of the jobs
+        self.ready_at = NEVER  # when a job is due or a rate allows it, on the clock of the jobs
+        self.polled_at = 0.0  # on the same clock
         ledger.db.keep_waiting = lambda waited: waited < 0.3 and not self.signals
 
     def on_signal(self, number: int, _: object) -> None:
@@ -4668,6 +4860,8 @@ class Pool:
                 self.report(news.state, news.text, news.when)
             else:
                 worker.state = news.kind
+            if news.kind == "idle":  # when does the rate of a queue allow the next start?
+                self.agenda.set(self.look_ahead, 0.0)
             if news.kind == "busy":  # a claim must survive a power cut too; there may be more work
                 self.crew.maybe_work = True
                 self.agenda.within(self.sync, BATCH)
@@ -4742,13 +4936,21 @@ class Pool:
             require_in_place(path, info)
         # Read first: later changes are seen later. A new connection has a new count.
         version = (self.ledger.reader.data_version(), self.ledger.db.connection)
+        now = self.ledger.clock()
+        if now < self.polled_at:  # the clock was set back
+            self.seen = None
+        self.polled_at = now
         if version != self.seen or self.recovery.has_strangers:  # they may die without a change
             self.recover()
         if version != self.seen:
             self.seen = version
             self.crew.maybe_work = True
-            when = self.ledger.reader.next_ready_time(self.options.queues)
-            self.ready_at = NEVER if when is None else when
+            self.look_ahead()
+
+    def look_ahead(self) -> None:
+        """Find out when the next job will be ready by itself."""
+        when = self.ledger.reader.next_ready_time(self.options.queues)
+        self.ready_at = NEVER if when is None else when
 
     def recover(self) -> None:
         claimed = self.ledger.reader.claimed()
@@ -4913,6 +5115,18 @@ def unserved(run_dir: RunDirectory, queue: str) -> str:
     return "" if is_served else f"no worker serves queue {queue}"
 
 
+def hold(reader: Reader, queue: str) -> str:
+    """Return which setting lets a queue start no job now; empty if none does."""
+    for capacity, running, token_at in reader.db.rows(HELD, {"queue": queue}):
+        if 0 < capacity <= running:
+            return f"queue {queue} is at its limit of {capacity}"
+        if token_at and token_at > reader.clock():
+            rate = reader.settings(queue)["rate"]
+            when = format_distance(token_at, reader.clock())
+            return f"queue {queue} is at its rate of {rate}; next {when}"
+    return ""
+
+
 def obstacle(reader: Reader, job: Job) -> str:
     """Return the reason that a job cannot run now, in one phrase; empty if there is none."""
     run_dir = reader.db.run_dir
@@ -4931,7 +5145,7 @@ def obstacle(reader: Reader, job: Job) -> str:
         return "all queues are paused (queuectl resume)"
     if job.queue in paused:
         return f"queue {job.queue} is paused (queuectl resume --queue {job.queue})"
-    return unserved(run_dir, job.queue)
+    return unserved(run_dir, job.queue) or hold(reader, job.queue)
 
 
 def reason_to_wait(reader: Reader, job: Job) -> str:
@@ -4945,6 +5159,22 @@ def reason_to_wait(reader: Reader, job: Job) -> str:
 def rule_text(job: Job) -> str:
     kind, _, rule = (job.rule or "").partition(" ")
     return f"every {format_duration(float(rule))}" if kind == "every" else rule
+
+
+def setting_text(value: object) -> str:
+    """Return the value of a setting as `config set` takes it."""
+    if isinstance(value, tuple):
+        numbers = all(isinstance(item, int) for item in value)
+        return ",".join(map(str, value)) if numbers else join_words(value)
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
+
+
+def stored_settings(reader: Reader, queue: str) -> Iterator[str]:
+    """Yield each setting that applies to a queue and is not built in, with its source."""
+    settings = reader.settings(queue)
+    for key, source in reader.sources(queue).items():
+        where = f"queue {source}" if source else "all queues"
+        yield f"{key} {setting_text(settings[key])} ({where})"
 
 
 def job_row(reader: Reader, job: Job, settings: Settings) -> tuple[object, ...]:
@@ -4966,6 +5196,7 @@ def job_details(reader: Reader, job: Job) -> Iterator[tuple[str, object]]:
     facts = {key: value for key, value in facts.items() if key not in hidden}
     facts.update(why=reason_to_wait(reader, job), schedule=rule_text(job), snoozes=job.snoozes)
     facts["stdin"] = plural(job.stdin_size, "byte") if job.stdin_size else ""
+    facts["settings"] = ", ".join(stored_settings(reader, job.queue))
     if job.cancel_requested:
         facts["state"] += " (being cancelled)"
     for key, value in facts.items():
@@ -5028,6 +5259,8 @@ def status_facts(reader: Reader, only: str | None = None) -> dict[str, Any]:
         queues.setdefault(name, dict.fromkeys(STATES, 0))[state] += number
     facts["queues"] = queues
     facts["paused"] = [name for name in reader.paused() if only in (None, name) or not name]
+    held = {name: hold(reader, name) for name in reader.held() if only in (None, name)}
+    facts["held"] = {name: reason for name, reason in held.items() if reason}
     now = reader.clock()
     pools = reader.db.run_dir.alive("pool").values()
     age = now - min((note.get("started", now) for note in pools), default=0)
@@ -5046,10 +5279,14 @@ def status_counts(reader: Reader, facts: Facts, only: str | None, *, full: bool)
     yield f"{'workers':<10} {len(facts['workers']):>8}"
     if full:
         yield f"{'rate':<10} {facts['rate']:>8.1f}  jobs/s recently"
-    if facts["scheduled"] and (when := reader.next_ready_time([only] if only else ())):
+    if facts["scheduled"] and (when := reader.next_due_time([only] if only else ())):
         yield f"next       due {format_distance(when, reader.clock())}"
     if facts["paused"]:
         yield "paused     " + ", ".join(name or "all queues" for name in facts["paused"])
+    for reason in islice(facts["held"].values(), 5):
+        yield f"waiting    {reason}"
+    if len(facts["held"]) > 5:
+        yield f"waiting    {len(facts['held']) - 5} more queues are at their limit or rate"
 
 
 def status_text(reader: Reader, only: str | None = None, *, full: bool = False) -> Iterator[str]:
@@ -5080,7 +5317,7 @@ def survey_queues(reader: Reader, queues: Sequence[str] = ()) -> tuple[dict[str,
     """Return a tally of the jobs in these queues, or in all, and when the next one is due."""
     rows = reader.counts_by_queue()
     counts = tally(row[1:] for row in rows if not queues or row[0] in queues)
-    return counts, (counts["scheduled"] and reader.next_ready_time(queues)) or 0
+    return counts, (counts["scheduled"] and reader.next_due_time(queues)) or 0
 
 
 def survey_jobs(watch: JobWatch) -> tuple[dict[str, int], float]:
@@ -7660,7 +7897,7 @@ def show_ids(jobs: Iterable[Job]) -> None:
 
 
 def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str] = ()) -> None:
-    settings = queue.config()
+    settings = lru_cache(maxsize=None)(queue.config)
     reader = queue._reader
     chosen = selection(args, states)
     if not chosen.ids:
@@ -7674,9 +7911,10 @@ def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str] = ()
     if args.ids_only:
         show_ids(jobs)
         return
-    facts = (job_facts(job, settings) for job in jobs)
+    facts = (job_facts(job, settings(job.queue)) for job in jobs)
     headings = ("ID", "STATE", "QUEUE", "TRIES", "WHEN", "WHY", "COMMAND")
-    show_list(args, facts, headings, (job_row(reader, job, settings) for job in jobs))
+    rows = (job_row(reader, job, settings(job.queue)) for job in jobs)
+    show_list(args, facts, headings, rows)
     if limit and limit < total and not args.json:
         say(f"{limit} of {total} jobs shown; --limit 0 shows all")
 
@@ -7686,12 +7924,11 @@ def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
         show_jobs(args, queue)
         return
     now = queue._reader.clock()
-    settings = queue.config()
     facts = []
     rows = []
     for job in queue._reader.schedules():
         if selection(args).takes(job, now):
-            facts.append(job_facts(job, settings))
+            facts.append(job_facts(job, queue.config(job.queue)))
             due = format_distance(job.run_after, now)
             rows.append((job.schedule_id, rule_text(job), due, job.id, job.command))
     show_list(args, facts, ("ID", "SCHEDULE", "NEXT", "JOB", "COMMAND"), rows)
@@ -8051,25 +8288,30 @@ def cmd_prune(args: argparse.Namespace, queue: Queue) -> int:
     return delete_jobs(args, queue, chosen, FINISHED, "pruned")
 
 
-def setting_text(value: object) -> str:
-    """Return the value of a setting as `config set` takes it."""
-    if isinstance(value, tuple):
-        numbers = all(isinstance(item, int) for item in value)
-        return ",".join(map(str, value)) if numbers else join_words(value)
-    return f"{value:.15g}" if isinstance(value, float) else str(value)
+def cmd_config_get(args: argparse.Namespace, queue: Queue) -> None:
+    key = validate_setting(args.key, queue=args.queue or "")
+    show([setting_text(queue.config(args.queue or "")[key])], whole=True)
 
 
 def cmd_config_set(args: argparse.Namespace) -> None:
-    validate_setting(args.key, args.value)  # before a queue is created for it
+    validate_setting(args.key, args.value, args.queue or "")  # before a queue is created for it
     with Queue(args.db, insecure=args.insecure) as queue:
-        queue.configure(args.key, args.value)
+        queue.configure(args.key, args.value, args.queue or "")
 
 
 def cmd_config_list(args: argparse.Namespace, queue: Queue) -> None:
-    settings = queue.config().items()
-    facts = ({"key": k, "value": value, "default": SETTINGS[k].default} for k, value in settings)
-    rows = ((key, setting_text(value), SETTINGS[key].meaning) for key, value in settings)
-    show_list(args, facts, ("KEY", "VALUE", "MEANING"), rows)
+    name = args.queue or ""
+    sources = queue._reader.sources(name)
+    facts = []
+    rows = []
+    for key, value in queue.config(name).items():
+        setting = SETTINGS[key]
+        if setting.per_queue or not name:
+            source = sources.get(key)
+            facts.append({"key": key, "value": value, "default": setting.default, "queue": source})
+            where = source or ("" if source is None else "(all)")
+            rows.append((key, setting_text(value), where, setting.meaning))
+    show_list(args, facts, ("KEY", "VALUE", "QUEUE", "MEANING"), rows)
 
 
 def cmd_doctor(args: argparse.Namespace) -> int:
@@ -8106,6 +8348,8 @@ SELECT = (IDS, QUEUES, STATE, MATCH, OLDER_THAN, IDS_ONLY)
 CHANGE = (*SELECT, flag("-n --dry-run", "print the ids of the jobs, and change nothing"))
 ALL_DEAD = flag("--all", "all dead jobs")
 KEY = arg("key", "KEY", "one of: " + ", ".join(SETTINGS), validate_setting)
+OF_QUEUE = arg("--queue", "QUEUE", "the value for this queue (default: for all queues that have "
+               "none of their own)", valid_name)
 
 COMMANDS = {
     "enqueue": Command(cmd_enqueue, "none", "add a job and print its id", "enqueue 'make all'", (
@@ -8193,14 +8437,14 @@ COMMANDS = {
         "prune --older-than 7d", CHANGE),
     "doctor": Command(cmd_doctor, "none", "test this machine and this directory", "doctor",
         (JSON,)),
-    "config get": Command(
-        lambda args, queue: show([setting_text(queue.config()[args.key])], whole=True),
-        "read", "print a setting", "config get timeout", (KEY,)),
-    "config set": Command(cmd_config_set, "none", "change a setting", "config set backoff_base 3",
-        (KEY, arg("value", "VALUE"))),
-    "config unset": Command(lambda args, queue: queue.configure(args.key, None), "write",
-        "restore the default of a setting", "config unset timeout", (KEY,)),
-    "config list": Command(cmd_config_list, "read", "list the settings", "config list", (JSON,)),
+    "config get": Command(cmd_config_get, "read", "print a setting", "config get timeout",
+        (KEY, OF_QUEUE)),
+    "config set": Command(cmd_config_set, "none", "change a setting",
+        "config set limit 1 --queue gpu", (KEY, arg("value", "VALUE"), OF_QUEUE)),
+    "config unset": Command(lambda args, queue: queue.configure(args.key, None, args.queue or ""),
+        "write", "restore the default of a setting", "config unset timeout", (KEY, OF_QUEUE)),
+    "config list": Command(cmd_config_list, "read", "list the settings", "config list",
+        (OF_QUEUE, JSON)),
 }
 # The fields that can be changed are the options of `enqueue`, except where selections have others.
 EDITS = (

@@ -17,7 +17,8 @@ The classes mirror the sections of queuectl.py, in the same order:
     trust            Trust TrustAttacks
     queue            QueueEnqueue QueueReading QueueSelection QueueEdit QueueEditLive QueueOrder
                      QueueDependencies QueueSchedules QueueRetries QueueNotifications
-                     QueueNotificationsLive QueuePause QueuePauseLive QueueWait QueuePrune
+                     QueueNotificationsLive QueuePause QueuePauseLive QueueLimit QueueLimitLive
+                     QueueWait QueuePrune
     attempt          AttemptLaunch AttemptWithoutShell AttemptEnd AttemptOutput
     worker           WorkerFencing WorkerTrouble
     pool             PoolRecovery PoolFalseAlarms PoolStop PoolDispatch PoolDispatchLive PoolFiles
@@ -61,6 +62,7 @@ import html.parser
 import io
 import itertools
 import json
+import multiprocessing
 import operator
 import os
 import re
@@ -1174,9 +1176,12 @@ class SqlPlans(Clocked):
     """The query plans of the program's statements."""
 
     HOT = {  # statement: index
-        "NEXT_READY": "jobs_ready",
-        "MAKE_READY": "jobs_scheduled",
-        "NEXT_SCHEDULED": "jobs_scheduled",
+        "NEXT_READY": "queues_open",
+        "TIMERS": "jobs_due",
+        "MAKE_READY": "jobs_due",
+        "REOPEN": "queues_closed",
+        "NEXT_SCHEDULED": "jobs_due",
+        "NEXT_TOKEN": "queues_token",
         "CLAIMED": "jobs_state",
         "LATEST": "jobs_state",
         "OLDEST": "jobs_state",
@@ -1184,7 +1189,7 @@ class SqlPlans(Clocked):
         "SEQS_IN_STATE": "updated_at=? AND rowid>?",
         "BY_SEQS": "INTEGER PRIMARY KEY (rowid=?)",
         "PRUNABLE": "jobs_state",
-        "NEXT_SCHEDULED_FOR_DRAIN": "jobs_scheduled",
+        "DRAINED": "jobs_scheduled",
         "POSITION": "jobs_ready",
         "NEWEST_OF_SCHEDULE": "jobs_schedule",
         "ACTIVE_OF_SCHEDULE": "jobs_rule",
@@ -1238,6 +1243,45 @@ class SqlPlans(Clocked):
             list(self.queue.enqueue_many([*waiting, {"command": "true"}]))
             self.assertLess(self.sqlite_steps(self.finish), 15)
         self.assertLess(self.sqlite_steps(lambda: queuectl.status_facts(self.queue._reader)), 15)
+
+    @internal
+    def test_claim_cost_does_not_depend_on_the_number_of_queues(self) -> None:
+        """Promise 8: a thousand queues, half of them paused, full or at their rate."""
+        queue = self.queue
+        queue.enqueue("true", queue="q0")
+        alone = self.sqlite_steps(self.claim)
+        names = [f"q{number}" for number in range(1000)]
+        with queue.transaction():
+            for number, name in enumerate(names):
+                queue.enqueue("true", queue=name, priority=number % 7)
+            for paused, full, slow in zip(*(names[first:900:6] for first in range(3))):
+                queue.pause(paused)
+                queue.configure("limit", "1", full)
+                queue.configure("rate", "1/1h", slow)
+                for name in (full, slow):
+                    queue.enqueue("true", queue=name, priority=9)
+        while self.claim().priority == 9:  # now these are full, or wait for a token
+            pass
+        for served in ((), ("q999",), names[:20], names[100:200]):
+            with self.subTest(len(served)):
+                cost = self.sqlite_steps(partial(self.claim, *served))
+                self.assertLessEqual(cost, 2 * alone + 2 + len(served) // 5)
+                next_time = partial(queue._reader.next_ready_time, served)
+                self.assertLess(self.sqlite_steps(next_time), 60)
+        facts = partial(queuectl.status_facts, queue._reader)
+        self.assertLess(self.sqlite_steps(facts), 2500)
+        self.assertLess(self.sqlite_steps(queue._reader.drain_blockers), 500)
+
+    @internal
+    def test_statements_for_some_queues_look_them_up_and_for_many_walk_the_index(self) -> None:
+        for number, plan in {
+            2: "SEARCH (TABLE )?queues USING PRIMARY KEY",
+            40: "SCAN (TABLE )?queues USING INDEX queues_open",
+        }.items():
+            sql = queuectl.for_queues(queuectl.NEXT_READY, number)
+            args = {f"q{n}": n for n in range(number)}
+            rows = self.queue._db.execute("EXPLAIN QUERY PLAN " + sql, args)
+            self.assertRegex(" ".join(row[-1] for row in rows), plan)
 
     def dependency_costs(self, size: int) -> dict[str, int]:
         """Return the costs of a parent with this many children and of a chain of this many jobs."""
@@ -3911,6 +3955,266 @@ class QueuePauseLive(Live):
         self.result("resume")
         self.assert_exits(pool, 0)
         self.assertEqual(self.job("waiting").state, "completed")
+
+
+FACTS_OF_QUEUES = """
+SELECT queue,
+  sum(state = 'pending' AND readiness = 1), sum(state = 'pending' AND readiness = 0),
+  sum(state = 'pending' AND readiness = -1), sum(state = 'processing'),
+  sum(state = 'processing' AND notifies IS NOT NULL), sum(state = 'completed'),
+  sum(state = 'dead'), sum(state = 'cancelled')
+FROM jobs GROUP BY queue ORDER BY queue"""
+KEPT_FACTS = """
+SELECT queue, ready, scheduled, blocked, processing, notifying, completed, dead, cancelled
+FROM queues WHERE ready + scheduled + blocked + processing + completed + dead + cancelled > 0
+ORDER BY queue"""
+NEXT_OF_QUEUES = """
+SELECT queue, priority, run_after, seq, notifies IS NOT NULL FROM jobs AS one
+WHERE state = 'pending' AND readiness = 1 AND seq = (
+  SELECT seq FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = one.queue
+  ORDER BY priority DESC, run_after, seq LIMIT 1) ORDER BY queue"""
+KEPT_NEXT = """
+SELECT queue, next_priority, next_due, next_seq, next_notifies FROM queues
+WHERE next_seq IS NOT NULL ORDER BY queue"""
+
+
+class QueueLimit(Clocked):
+    """`limit` and `rate`, with a clock that the test moves."""
+
+    def add_notification(self, queue: str) -> str:
+        """Add a job as the program adds one that reports an end; return its id."""
+        job_id = self.queue.enqueue("true", queue=queue)
+        sql = "UPDATE jobs SET notifies = 1, priority = 1000001 WHERE id = ?"
+        self.queue._db.execute(sql, (job_id,))
+        return job_id
+
+    def test_full_queue_starts_no_job_and_holds_up_no_other(self) -> None:
+        self.stdout("config", "set", "limit", "2", "--queue", "gpu")
+        for number in range(3):
+            self.queue.enqueue("true", id=f"gpu{number}", queue="gpu", priority=9)
+        self.queue.enqueue("true", id="cpu", queue="cpu")
+        jobs = [self.claim() for _ in range(4)]
+        self.assertEqual([job and job.id for job in jobs], ["gpu0", "gpu1", "cpu", None])
+        self.assertIsNone(self.claim("gpu"))
+        self.assertEqual(self.queue._reader.drain_blockers(), {"gpu": False, "cpu": False})
+        full = "queue gpu is at its limit of 2"
+        with mock.patch.object(queuectl, "unserved", return_value=""):
+            self.assertEqual(self.why("gpu2"), full)
+        self.assertEqual(self.json_object("status")["held"], {"gpu": full})
+        self.assertIn(f"waiting    {full}\n", self.stdout("status"))
+        notification = self.add_notification("gpu")
+        self.assertEqual(self.claim().id, notification)
+        self.finish(1, jobs[1])  # its retry is due later
+        self.assertEqual([job and job.id for job in (self.claim(), self.claim())], ["gpu2", None])
+        self.now += 2
+        self.assertIsNone(self.claim())
+        self.queue.configure("limit", "3", "gpu")
+        self.assertEqual(self.claim().id, "gpu1")
+        self.assertEqual(self.json_object("status")["held"], {})
+
+    def test_limit_of_all_queues_is_that_of_a_queue_without_its_own(self) -> None:
+        self.queue.enqueue("true", queue="old")
+        self.queue.configure("limit", "1")
+        self.queue.configure("limit", "0", "free")
+        for name in ("old", "free", "free", "new", "new"):
+            self.queue.enqueue("true", queue=name)
+        started = [job.queue for job in iter(self.claim, None)]
+        self.assertEqual(started, ["old", "free", "free", "new"])
+        self.queue.configure("limit", None, "free")
+        self.queue.configure("limit", "2")
+        self.queue.enqueue("true", queue="free")
+        self.assertEqual([job.queue for job in iter(self.claim, None)], ["old", "new"])
+
+    def test_slot_that_its_worker_leaves_wakes_the_pools(self) -> None:
+        self.queue.configure("limit", "1", "gpu")
+        cases = {  # queues the worker claims from next: pools are woken
+            None: True,  # it stops
+            ("cpu",): True,
+            ("gpu",): False,
+        }
+        for served, woken in cases.items():
+            for name in ("gpu", "gpu", "cpu"):
+                self.queue.enqueue("true", queue=name)
+            job = self.claim("gpu")
+            with mock.patch.object(self.queue._db.run_dir, "notify") as notify:
+                outcome = Outcome("exited", self.now, self.now, 0, None)
+                self.queue._ledger.finish(job, outcome, served)
+            with self.subTest(served):
+                self.assertEqual(notify.called, woken)
+            for running in self.queue._reader.claimed():
+                self.finish(0, running)
+            self.run_all()
+
+    @internal
+    def test_rows_of_queues_agree_with_the_jobs_after_any_changes(self) -> None:
+        random = __import__("random").Random(1)
+        queue = self.queue
+        changes: list[Callable[[Any], object]] = [
+            lambda job: queue.cancel([job.id]),
+            lambda job: queue.retry([job.id]),
+            lambda job: queue.purge([job.id]),
+            lambda job: self.add_notification(job.queue),
+            lambda job: queue._db.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,)),
+            *(
+                partial(lambda sql, job: queue._db.execute(sql, (job.seq,)), sql)
+                for sql in (
+                    "UPDATE jobs SET queue = 'q' || (seq % 5) WHERE seq = ?",
+                    "UPDATE jobs SET priority = 3, run_after = 5 WHERE seq = ?",
+                )
+            ),
+        ]
+        for number in range(150):
+            fields: dict[str, Any] = {"queue": f"q{number % 3}", "priority": random.randrange(3)}
+            fields.update(random.choice([{}, {}, {"delay": 9}, {"after": ["1"] if number else []}]))
+            queue.enqueue("true", **fields)
+            if random.random() < 0.7 and (job := self.claim()):
+                self.finish(random.choice([0, 0, 1, 75]), job)
+            self.claim()
+            with contextlib.suppress(queuectl.NotFound):
+                random.choice(changes)(random.choice(list(queue.jobs())))
+            self.now += 1
+            for kept, real in ((KEPT_FACTS, FACTS_OF_QUEUES), (KEPT_NEXT, NEXT_OF_QUEUES)):
+                self.assertEqual(queue._db.rows(kept), queue._db.rows(real))
+
+    def starts(self, seconds: float, step: float) -> list[float]:
+        """Claim whatever can be claimed, every step; return the times."""
+        began = self.now
+        found = []
+        for number in range(round(seconds / step)):
+            self.now = began + number * step
+            found += [self.now for _ in iter(self.claim, None)]
+        return found
+
+    def test_rate_holds_within_one_in_every_window(self) -> None:
+        list(self.queue.enqueue_many({"command": "true", "queue": "api"} for _ in range(900)))
+        for rate, seconds, number, step in (
+            ("10/1m", 60, 10, 0.07),
+            ("3/m", 60, 3, 0.9),
+            ("50/1s", 1, 50, 0.003),
+            ("7/10", 10, 7, 0.031),
+        ):
+            self.queue.configure("rate", rate, "api")
+            self.now += 1000
+            self.assertLessEqual(len(self.starts(0.01, 0.003)), 2)  # no burst after a long time
+            self.now += seconds / number
+            times = self.starts(3.2 * seconds, step)
+            for begin in times[: len(times) // 2]:
+                in_window = [when for when in times if begin <= when < begin + seconds]
+                with self.subTest(rate, begin=begin):
+                    self.assertLessEqual(abs(len(in_window) - number), 1)
+
+    def test_queue_at_its_rate_opens_by_itself(self) -> None:
+        self.stdout("config", "set", "rate", "10/1m", "--queue", "api")
+        for number in range(6):
+            self.queue.enqueue("true", id=f"api{number}", queue="api", priority=9)
+        self.queue.enqueue("true", id="cpu", queue="cpu")
+        self.assertEqual([self.claim().id, self.claim().id, self.claim()], ["api0", "cpu", None])
+        self.assertEqual(self.claim(), None)
+        reason = "queue api is at its rate of 10/1m; next in 6 s"
+        with mock.patch.object(queuectl, "unserved", return_value=""):
+            self.assertEqual(self.why("api1"), reason)
+        text = "\n".join(queuectl.status_text(self.queue._reader))
+        self.assertIn(f"waiting    {reason}", text)
+        self.assertEqual(self.queue._reader.drain_blockers()["api"], False)
+        for served in ((), ("api",), ("api", "cpu")):
+            next_time = self.queue._reader.next_ready_time(served)
+            self.assertAlmostEqual(next_time - self.now, 5.9)
+        self.assertIsNone(self.queue._reader.next_ready_time(("cpu",)))
+        self.assertEqual(self.claim("api"), None)
+        self.assertEqual(self.claim(self.add_notification("api") and "api").attempts, 1)
+        self.assertEqual(self.claim("api"), None)  # a notification neither needs nor takes a token
+        self.queue.close()
+        self.now += 5.9
+        self.assertEqual([self.claim().id, self.claim()], ["api1", None])
+        self.now -= 3600  # the clock is set back: no longer than usual
+        self.assertEqual([self.claim().id, self.claim()], ["api2", None])
+        self.now += 6
+        self.assertEqual(self.claim().id, "api3")
+        self.queue.configure("rate", None, "api")
+        self.assertEqual(self.run_all(), "api4 api5")
+
+    @internal
+    def test_pool_looks_again_when_a_worker_is_idle_and_when_the_clock_is_set_back(self) -> None:
+        pool = make_pool(self, self.queue)
+        pool.poll()
+        pool.crew.maybe_work = False
+        pool.poll()
+        self.assertFalse(pool.crew.maybe_work)
+        self.now -= 3600
+        pool.poll()
+        self.assertTrue(pool.crew.maybe_work)
+        ours, theirs = multiprocessing.Pipe()
+        self.addCleanup(theirs.close)
+        self.addCleanup(ours.close)
+        queuectl.write_line(theirs, queuectl.News("idle"))
+        pool.receive(queuectl.WorkerHandle("worker-1", 1, None, ours))
+        self.assertEqual(pool.agenda.pause(), 0.0)
+
+
+@NEEDS_SHELL
+class QueueLimitLive(Live):
+    """`limit` and `rate` while workers are running."""
+
+    SLOT = "exec 9>>a; flock -n 9 || { exec 9>>b; flock -n 9 || echo three >> three; }; "
+
+    def run_with_kills(self, number: int, pause: float, taking: float) -> None:
+        """Run jobs of a queue of limit 2 by 8 workers of 2 pools; kill a busy one every pause."""
+        self.configure(max_retries="1000", limit="2")
+        command = f"{self.SLOT} sleep {taking}; echo $QUEUECTL_JOB_ID >> done"
+        jobs = [{"command": command, "cwd": self.dir} for _ in range(number)]
+        with Queue(self.path) as queue:
+            ids = set(queue.enqueue_many(jobs))
+            pools: list[Any] = []
+            while queue.counts()["completed"] < number:
+                pools = [pool for pool in pools if pool.poll() is None]  # one may see too many die
+                pools += [self.pool("--count", "4") for _ in range(2 - len(pools))]
+                time.sleep(pause)
+                workers = self.workers()
+                for job in queue._reader.claimed()[:1]:
+                    with contextlib.suppress(ProcessLookupError, KeyError):
+                        os.kill(workers[job.locked_by]["pid"], signal.SIGKILL)
+        self.assertEqual(self.read("three"), "")
+        self.assertEqual(len(ids - set(self.lines("done"))), 0)
+
+    def test_limit_is_never_exceeded_while_workers_are_killed(self) -> None:
+        self.run_with_kills(8, 0.1, 0.04)
+
+    @SLOW
+    def test_limit_is_never_exceeded_in_a_long_run_while_workers_are_killed(self) -> None:
+        self.run_with_kills(5000, 0.2, 0.003)
+
+    @SLOW
+    def test_free_slot_and_a_higher_limit_wake_an_idle_worker_of_another_pool(self) -> None:
+        self.configure(limit="1")
+        for number in range(3):
+            self.enqueue(f"touch started{number}; until [ -e go{number} ]; do sleep 0.02; done")
+        one = self.pool()
+        self.wait_for_file("started0")
+        two = self.pool("--count", "2")
+        self.wait_for_workers(3)
+        one.send_signal(signal.SIGTERM)  # its worker will claim no more
+        acts = {
+            "started1": partial(self.write, "go0"),
+            "started2": partial(self.configure, limit="2"),
+        }
+        for started, act in acts.items():
+            self.wait_for_poll(two)
+            began = time.monotonic()
+            act()
+            self.wait_for_file(started)
+            self.assertLess(time.monotonic() - began, 0.4)  # sooner than a poll
+        for number in (1, 2):
+            self.write(f"go{number}")
+
+    def test_pool_sleeps_until_the_next_token_and_drains(self) -> None:
+        self.configure(rate="20/1s")
+        for _ in range(8):
+            self.enqueue("true")
+        self.drain("--count", "2")
+        starts = sorted(self.attempts(str(number))[0].started for number in range(1, 9))
+        gaps = [b - a for a, b in zip(starts, starts[1:])]
+        self.assertGreater(starts[-1] - starts[0], 6 * 0.05 - 0.03)
+        self.assertLess(sorted(gaps)[len(gaps) // 2], 0.07)
 
 
 class QueueWait(Live):
@@ -8107,6 +8411,39 @@ class CliConfig(Case):
         listed = [setting["key"] for setting in self.json_lines("config", "list")]
         self.assertEqual(listed, list(queuectl.SETTINGS))
 
+    def test_queue_has_its_own_value_or_the_default(self) -> None:
+        gpu = ("--queue", "gpu")
+        self.stdout("config", "set", "timeout", "60")
+        self.stdout("config", "set", "max-retries", "7", *gpu)
+        values = {
+            ("timeout", *gpu): "60\n",
+            ("max_retries", *gpu): "7\n",
+            ("max_retries", "--queue", "cpu"): "3\n",
+            ("max_retries",): "3\n",
+        }
+        self.assert_table(values, lambda words: self.stdout("config", "get", *words))
+        self.enqueue("true", id="a", queue="gpu")
+        self.assertIn("0/7", self.stdout("list"))
+        self.assertEqual(self.json_object("list")["max_retries"], 7)
+        settings = "timeout 60 (all queues), max_retries 7 (queue gpu)"
+        self.assertRegex(self.stdout("show", "a"), rf"\nsettings +{re.escape(settings)}\n")
+        self.assertEqual(self.json_object("show", "a")["settings"]["max_retries"], 7)
+        listed = {row["key"]: row for row in self.json_lines("config", "list", *gpu)}
+        sources = [listed[key]["queue"] for key in ("max_retries", "timeout", "shell")]
+        self.assertEqual(sources, ["gpu", "", None])
+        self.assertNotIn("retention", listed)
+        self.stdout("config", "unset", "max_retries", *gpu)
+        self.assertEqual(self.stdout("config", "get", "max_retries", *gpu), "3\n")
+        with Queue(self.path) as queue:
+            queue.configure("timeout", "5", queue="gpu")
+            self.assertEqual([queue.config(name)["timeout"] for name in ("gpu", "")], [5.0, 60.0])
+
+    def test_setting_that_makes_no_sense_for_one_queue_is_refused(self) -> None:
+        self.enqueue("true")
+        for words in (("set", "retention", "1d"), ("get", "synchronous"), ("unset", "retention")):
+            line = self.assert_refused("config", *words, "--queue", "gpu")
+            self.assertIn("applies to all queues; use it without --queue", line)
+
     def test_escape_sequence_in_a_setting_is_shown_escaped(self) -> None:
         self.stdout("config", "set", "shell", "sh \x1b[2J -c")
         self.assertEqual(self.stdout("config", "get", "shell"), "sh '\\x1b[2J' -c\n")
@@ -8122,6 +8459,10 @@ class CliConfig(Case):
             "shell=": "shell must not be blank",
             "shell='": "shell must be a command prefix: No closing quotation",
             "synchronous=off": "synchronous must be normal or full",
+            "limit=-1": "limit must be a whole number from 0 to 1000000",
+            "rate=10": "rate must be a number of starts in a time of 1 s or more, such as 10/1m",
+            "rate=0/1m": "rate must be a number of starts",
+            "rate=5/0.5s": "rate must be a number of starts",
         }
         for setting, message in messages.items():
             with self.subTest(setting):

@@ -1125,13 +1125,17 @@ module.SYSTEM.serve(module.begin_worker, *sys.argv[2:])
 """
 
 
-def python_command(python: str, *args: str) -> list[str]:
-    """Return the command that loads this file in isolation, with the flags of this interpreter."""
+def interpreter_flags() -> list[str]:
     import subprocess
 
-    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    return list(subprocess._args_from_interpreter_flags())  # type: ignore[attr-defined]
+
+
+def python_command(python: str, *args: str) -> list[str]:
+    """Return the command that loads this file in isolation, with the flags of this interpreter."""
     utf8 = f"utf8={sys.flags.utf8_mode}"
-    return [python, *flags, "-I", "-X", utf8, "-c", LOAD, os.path.realpath(__file__), *args]
+    file = os.path.realpath(__file__)
+    return [python, *interpreter_flags(), "-I", "-X", utf8, "-c", LOAD, file, *args]
 
 
 if sys.platform == "win32":
@@ -4485,6 +4489,124 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
             raise BadInput(f"line {at[0]}: {error}" if at[0] else str(error)) from None
 
 
+# The first two lines of a starter depend on the system; the second one tells whose it is.
+STARTER = """\
+%s
+# queuectl %s, a starter made by queuectl install
+%s
+import _signal, sys
+if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # Ctrl-C shows no traceback
+sys.path.append(%a)
+import queuectl
+queuectl.main_program()
+"""
+
+
+def starter_text(python: str, library: str) -> str:
+    """Return a program for DIR/queuectl, or queuectl.cmd, that imports the one in `library`."""
+    first = f"#!{python} -IS"
+    third = ""
+    if WINDOWS:  # Python skips the first line, cmd.exe reads no other
+        first = '@"{}" -IS -x "%~f0" %* & goto :eof'.format(python.replace("%", "%%"))
+    elif len(first) > 120 or re.search(r"\s", python):  # more than systems read: for sh, a command
+        first = "#!/bin/sh"
+        third = f"'''exec' {shlex.quote(python)} -IS \"$0\" \"$@\"\n' '''"
+    return STARTER % (first, __version__, third, library)
+
+
+def second_line(path: str) -> bytes:
+    """Return the second line of a file, empty if it is not a readable regular file."""
+    if os.path.isfile(path):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            return file.read(4096).partition(b"\n")[2].partition(b"\n")[0]
+    return b""
+
+
+def own_command() -> list[str]:
+    """Return the command that starts this program anew: its starter, or Python with this file."""
+    caller = os.path.abspath(sys.argv[0])
+    if not WINDOWS and b"a starter made by queuectl install" in second_line(caller):
+        return [caller]
+    return [SYSTEM.PYTHON, *interpreter_flags(), os.path.abspath(__file__)]
+
+
+def replace_file(path: str, data: bytes, mode: int) -> None:
+    """Write a file aside and give it its name: whoever reads it sees the old one or the new one."""
+    aside = f"{path}.{os.getpid()}"
+    try:
+        with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(data)
+        os.replace(aside, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside)
+
+
+def install_library(home: str) -> str:
+    """Put the program and its compiled form into a directory named for its content; return that.
+
+    So an update does not touch the version that a running pool uses; the three newest are kept.
+    """
+    import hashlib
+    import py_compile
+    import shutil
+
+    source = __loader__.get_data(__file__)  # type: ignore[name-defined]  # also from an archive
+    if b"\n# queuectl " not in source[:4096]:
+        raise BadInput(f"{__file__} is a compiled file; install from queuectl.py")
+    library = os.path.join(home, hashlib.sha256(source).hexdigest()[:16])
+    os.makedirs(library, exist_ok=True)
+    file = os.path.join(library, "queuectl.py")
+    replace_file(file, source, 0o644)
+    compiled = os.path.join(library, "__pycache__", f"queuectl.{sys.implementation.cache_tag}.pyc")
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH  # valid whatever copies the files
+    py_compile.compile(file, compiled, optimize=0, invalidation_mode=mode, doraise=True)
+    versions = [os.path.join(home, v) for v in os.listdir(home) if re.fullmatch("[0-9a-f]{16}", v)]
+    for old in sorted(versions, key=os.path.getmtime)[:-3]:
+        shutil.rmtree(old, ignore_errors=True)
+    return library
+
+
+def report_path(directory: str, starter: str) -> None:
+    """Report whether a shell finds the starter, and how to change that."""
+    import shutil
+
+    found = shutil.which("queuectl")
+    shell = os.path.basename(os.environ.get("SHELL", ""))
+    if found and os.path.exists(found) and os.path.samefile(found, starter):
+        say(f"{directory} is in your PATH: type queuectl")
+    elif os.path.realpath(directory) in map(os.path.realpath, os.get_exec_path()):
+        say(f"{directory} is in your PATH, but {found} precedes it")
+    elif WINDOWS:
+        say(f"{directory} is not in your Path; add it: rundll32 sysdm.cpl,EditEnvironmentVariables")
+    elif shell == "fish":
+        say(f"{directory} is not in your PATH; add it: fish_add_path {shlex.quote(directory)}")
+    else:
+        profile = {"bash": "~/.bashrc", "zsh": "~/.zshrc"}.get(shell, "~/.profile")
+        line = f"export PATH={shlex.quote(directory)}:$PATH"
+        say(f"{directory} is not in your PATH; add this line to {profile}: {line}")
+
+
+def cmd_install(args: argparse.Namespace) -> None:
+    default = os.path.expanduser(os.path.join("~", ".local", "bin"))
+    directory = args.dir or default
+    starter = os.path.join(directory, "queuectl.cmd" if WINDOWS else "queuectl")
+    if os.path.lexists(starter) and not second_line(starter).startswith(b"# queuectl "):
+        raise BadInput(f"{starter} is another program's; move it away, or name another directory")
+    home = os.path.join(directory, ".queuectl")
+    if directory == default:
+        data = os.environ.get("XDG_DATA_HOME", "")
+        share = data if os.path.isabs(data) else os.path.expanduser("~/.local/share")
+        home = os.path.join(share, "queuectl")
+    os.makedirs(directory, exist_ok=True)
+    is_virtual = sys.prefix != sys.base_prefix  # it may be removed some day
+    python = os.path.realpath(SYSTEM.PYTHON) if is_virtual else SYSTEM.PYTHON
+    replace_file(starter, starter_text(python, install_library(home)).encode(), 0o755)
+    print(starter)
+    report_path(directory, starter)
+
+
 def detach(args: argparse.Namespace) -> int:
     """Start a pool in a session of its own; report its log or, if it ends at once, the reason."""
     import subprocess
@@ -4494,8 +4616,7 @@ def detach(args: argparse.Namespace) -> int:
     run_dir.make()  # the database may have been copied here
     insecure = ["--insecure"] * args.insecure
     options = [word for word in args.rest if word != "--detach"]
-    command = [SYSTEM.PYTHON, os.path.abspath(__file__), f"--db={args.db}", *insecure]
-    command += ["worker", "start", *options]
+    command = [*own_command(), f"--db={args.db}", *insecure, "worker", "start", *options]
     log = run_dir.file("workers.log")
     with open(log, "a+", errors="replace", opener=open_own) as file:
         size = file.tell()
@@ -4953,7 +5074,7 @@ complete -c queuectl -c queuectl.py -a '(__queuectl)'""",
 
 def cmd_completion(args: argparse.Namespace) -> None:
     if not args.typed:
-        program = " ".join(map(shlex.quote, (sys.executable, os.path.abspath(__file__))))
+        program = " ".join(map(shlex.quote, own_command()))
         print(COMPLETIONS[args.shell].replace("PROGRAM", program))
         return
     *typed, last = args.typed
@@ -4970,6 +5091,12 @@ def cmd_completion(args: argparse.Namespace) -> None:
 
 SHELL = arg("shell", "SHELL", "bash, zsh or fish", choices=tuple(COMPLETIONS))
 TYPED = arg("typed", "...", "the words typed so far", nargs="...")
+DIR = arg(
+    "dir", "DIR", "the directory for queuectl (default: ~/.local/bin)", valid_directory, nargs="?"
+)
+COMMANDS["install"] = Command(
+    cmd_install, "none", "put a fast starter for this program into a directory", "install", (DIR,)
+)
 COMMANDS["completion"] = Command(
     cmd_completion, "none", "print a shell completion script", "completion bash", (SHELL, TYPED)
 )
@@ -5018,7 +5145,7 @@ def menu_parser(name: str) -> argparse.ArgumentParser:
     hidden = argparse.SUPPRESS
     prog = f"queuectl {name}".strip()
     lines = "".join(f"  {word:<11} {meaning}\n" for word, meaning in menu(name).items())
-    about = lines if name else HELP.replace("COMMANDS\n", lines + "\n")
+    about = lines if name else HELP.replace("COMMANDS\n", lines)
     globals_usage = "" if name else " [--db PATH] [--insecure] [--version]"
     usage = f"{prog}{globals_usage} COMMAND [--help] ..."
     parser = new_parser(prog, usage=usage, description=about, add_help=False)

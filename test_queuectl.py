@@ -24,7 +24,8 @@ The classes mirror the sections of queuectl.py, in the same order:
     words            WordsWhy WordsProgress
     command line     CliEnqueue CliEnqueueLive CliBadInput CliWorkers CliStatus CliStatusLive
                      CliList CliListLive CliShow CliLogs CliLogsLive CliWait CliWaitLive CliCancel
-                     CliCancelLive CliDlq CliConfig CliHelp CliCompletion CliSignals CliTerminal
+                     CliCancelLive CliDlq CliConfig CliHelp CliCompletion CliInstall CliSignals
+                     CliTerminal
     whole program    Library Vendored AnySystem AsOnMacOS Readme Layout Speed
 
 A test marked @internal calls functions that are not public; it may change with them. The others
@@ -5888,6 +5889,134 @@ class CliCompletion(Case):
                     lines = self.process(*argv, *PYTHON, PROGRAM).stdout.splitlines()
                     words = [line.split() for line in lines]
                     self.assertEqual(words, list(self.COMPLETIONS.values()))
+
+
+class CliInstall(Live):
+    """`install`, and the program as started by it."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        os.environ["HOME"] = self.file("home")
+        os.environ.pop("XDG_DATA_HOME", None)
+        self.bin = self.file("home/.local/bin")
+        self.starter = os.path.join(self.bin, "queuectl")
+
+    def installed(self, *args: str, **more: Any) -> Result:
+        return self.process(self.starter, *args, **more)
+
+    def versions(self, home: str = "home/.local/share/queuectl") -> list[str]:
+        return sorted(os.listdir(self.file(home)))
+
+    def changed_program(self, number: int) -> str:
+        """Return a newer copy of the program, without the right to write to it."""
+        name = self.file(f"new {number}.py")
+        with open(PROGRAM) as source:
+            self.write(name, f"{source.read()}\nbegin_worker = {number}  # of no use\n")
+        os.chmod(name, 0o400)
+        return name
+
+    def test_installed_program_does_everything_that_the_script_does(self) -> None:
+        os.environ["PATH"] += os.pathsep + self.bin
+        self.assertEqual(self.stdout("install"), self.starter + "\n")
+        os.mkdir(self.file("PYTHON"))
+        for name in ("sqlite3.py", "PYTHON/json.py"):  # isolated: nobody's modules are imported
+            self.write(name, "raise SystemExit('imported')")
+        os.environ["PYTHONPATH"] = self.file("PYTHON")
+        self.assertEqual(self.installed("enqueue", "echo $((6 * 7))"), (0, "1\n", ""))
+        self.assertEqual(self.installed("worker", "start", "--drain", "--quiet")[0], 0)
+        self.assertEqual(self.installed("logs", "1")[1], "42\n")
+        self.assertRegex(
+            self.installed("worker", "start", "--detach")[2], "pool-.* runs as process"
+        )
+        self.installed("enqueue", "--id", "x", "touch done")
+        self.wait_for_file("done")
+        self.assertEqual(self.installed("worker", "stop")[0], 0)
+        self.assertIn(f"$({self.starter} completion", self.installed("completion", "bash")[1])
+        self.assertIn("is in your PATH: type queuectl", self.installed("install")[2])
+        self.assertEqual(len(self.versions()), 1)
+
+    def test_compiled_form_is_loaded_and_replaced_when_python_changes(self) -> None:
+        self.stdout("install")
+        (library,) = glob.glob(self.file("home/.local/share/queuectl/*"))
+        (compiled,) = glob.glob(library + "/__pycache__/*")
+        os.utime(library + "/queuectl.py")  # copied without its times
+        loads = self.process(sys.executable, "-ISv", self.starter, "--version")[2]
+        self.assertIn(f"code object from '{compiled}'", loads)
+        with open(compiled, "wb") as file:
+            file.write(b"another Python's")
+        self.assertEqual(self.installed("status")[2].count("no queue"), 1)
+        self.write(compiled, "")
+        self.assertRegex(self.installed("--version")[1], "^queuectl ")
+
+    @SLOW
+    def test_update_replaces_the_starter_and_keeps_the_version_of_a_running_pool(self) -> None:
+        self.stdout("install")
+        pool = subprocess.Popen([self.starter, "worker", "start", "--quiet"], cwd=self.dir)
+        self.processes.append(pool)
+        wait_until(self.workers)
+        for number in range(4):
+            self.process(sys.executable, self.changed_program(number), "install")
+            if number == 0:  # the pool has to start its server and a worker anew
+                server = "$(ps -o ppid= -p $PPID)"
+                self.enqueue(f"test $QUEUECTL_ATTEMPT = 2 || kill -9 {server} $PPID")
+                self.wait_for_state("1", "completed")
+        self.assertEqual(len(self.versions()), 3)
+        self.assertEqual(os.listdir(self.bin), ["queuectl"])
+        self.assertRegex(self.installed("--version")[1], "^queuectl ")
+
+    def test_nothing_of_another_program_is_overwritten(self) -> None:
+        os.makedirs(self.bin)
+        self.write(self.starter, "#!/bin/sh\necho mine\n")
+        self.assertIn("is another program's", self.assert_refused("install"))
+        self.assertEqual(self.read(self.starter), "#!/bin/sh\necho mine\n")
+        self.assertEqual(os.listdir(self.file("home/.local")), ["bin"])
+        shutil.copy(PROGRAM, self.starter)  # a copy of the program is replaced
+        self.stdout("install")
+        self.write("file")
+        for place in ("file", "file/bin"):
+            self.assertIn("file", self.assert_refused("install", place, code=4))
+
+    def test_install_reports_how_to_find_the_starter(self) -> None:
+        shadow = self.file("first")
+        os.mkdir(shadow)
+        shutil.copy(PROGRAM, shadow + "/queuectl")
+        os.chmod(shadow + "/queuectl", 0o755)
+        here = self.file("it's here")
+        paths = {
+            "/bin/bash": f"add this line to ~/.bashrc: export PATH='{self.dir}/it'\"'\"'s here':",
+            "/bin/fish": "fish_add_path ",
+            "": f"but {shadow}/queuectl precedes it",
+        }
+        for shell, expected in paths.items():
+            os.environ["SHELL"] = shell
+            os.environ["PATH"] += "" if shell else os.pathsep + shadow + os.pathsep + here
+            result = self.run_cli("install", here)
+            self.assertIn(expected, result.stderr)
+            self.assertEqual(result.stdout, f"{here}/queuectl\n")
+        self.assertEqual(sorted(os.listdir(here)), [".queuectl", "queuectl"])
+        self.assertEqual(self.process(here + "/queuectl", "enqueue", "true")[1], "1\n")
+
+    def test_python_with_blanks_and_quotes_in_its_path_is_started_by_the_shell(self) -> None:
+        place = self.file('it\'s "the" $place')
+        os.mkdir(place)
+        os.symlink(sys.executable, place + "/python 3")
+        self.process(place + "/python 3", PROGRAM, "install")
+        self.assertTrue(self.read(self.starter).startswith("#!/bin/sh\n"))
+        self.assertEqual(self.installed("enqueue", "--", "echo", "a b")[1], "1\n")
+        self.assertIn("echo 'a b'", self.installed("show", "1")[1])
+
+    def test_virtual_environment_is_not_needed_later(self) -> None:
+        self.process(sys.executable, "-m", "venv", "--without-pip", "venv")
+        self.process(self.file("venv/bin/python"), PROGRAM, "install")
+        shutil.rmtree(self.file("venv"))
+        self.assertRegex(self.installed("--version")[1], "^queuectl ")
+
+    def test_ctrl_c_during_the_imports_shows_no_traceback(self) -> None:
+        self.stdout("install")
+        (library,) = glob.glob(self.file("home/.local/share/queuectl/*"))
+        shutil.rmtree(library + "/__pycache__")
+        self.write(library + "/queuectl.py", "import os; os.kill(os.getpid(), 2)")
+        self.assertEqual(self.installed(), (-signal.SIGINT, "", ""))
 
 
 class CliSignals(Live):

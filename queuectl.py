@@ -144,6 +144,11 @@ class QueueError(Exception):
     """An expected failure. Its text names the problem; `code` is the exit code of the program."""
 
     code: int = Exit.NO
+    hint: Callable[[], str] | None = None  # ends the text; costly, so not within a transaction
+
+    def __str__(self) -> str:
+        """Return the text."""
+        return super().__str__() + (self.hint() if self.hint else "")
 
 
 class BadInput(QueueError):
@@ -287,15 +292,27 @@ def plural(number: int, noun: str) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     import difflib
+    from heapq import nlargest
 
-    return next(iter(difflib.get_close_matches(word[:QUOTED_LIMIT], list(known), 1, 0.7)), None)
+    matcher = difflib.SequenceMatcher(b=word[:QUOTED_LIMIT])
+
+    def upper_bound(other: str) -> float:
+        matcher.set_seq1(other[:QUOTED_LIMIT])
+        return matcher.quick_ratio()
+
+    close = nlargest(20, known, upper_bound)  # an exact ratio of long words takes a long time
+    return next(iter(difflib.get_close_matches(word[:QUOTED_LIMIT], close, 1, 0.7)), None)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    near = nearest(word, known)
+    return f": did you mean {near}?" if near else ""
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Return ": did you mean X?" for a mistyped word, or the list of known words."""
     choices = list(known)
-    close = nearest(word, choices)
-    return f": did you mean {close}?" if close else f"; choose from {', '.join(choices)}"
+    return did_you_mean(word, choices) or f"; choose from {', '.join(choices)}"
 
 
 def as_list(words: Iterable[str]) -> list[str]:
@@ -443,6 +460,19 @@ def cron_field(field: str, low: int, high: int, names: str) -> set[int]:
     return values
 
 
+def times_of_day(
+    day: datetime, hours: Iterable[int], minutes: Iterable[int], folds: Iterable[int]
+) -> Iterator[float]:
+    """Yield the Unix seconds of clock times; each one by itself only where the clock is changed."""
+    for hour, fold in product(hours, folds):
+        begin, end = (day.replace(hour=hour, minute=m, fold=fold).timestamp() for m in (0, 59))
+        if end - begin == 59 * 60:
+            yield from (begin + 60 * m for m in minutes)
+        else:
+            yield from (day.replace(hour=hour, minute=m, fold=fold).timestamp() for m in minutes)
+
+
+@lru_cache(maxsize=64)
 def cron_next(rule: str, after: float) -> float:
     """Return the first time later than `after` that matches a rule, in local time.
 
@@ -457,22 +487,21 @@ def cron_next(rule: str, after: float) -> float:
     minutes, hours, days, months, weekdays = sets
     matches = all if "*" in (fields[2][0], fields[4][0]) else any
     folds = (0, 1) if len(hours) == 24 else (0,)
-    clocks = [(h, m, fold) for h in hours for m in minutes for fold in folds]
     day = datetime.fromtimestamp(after, timezone.utc).astimezone()
     day = day.replace(second=0, microsecond=0, tzinfo=None)
     for _ in range(8 * 366 + 2):  # the 29th of February is at most 8 years away
         match = (day.day in days, bool({day.isoweekday(), day.isoweekday() % 7} & weekdays))
         if day.month in months and matches(match):
-            times = [day.replace(hour=h, minute=m, fold=f).timestamp() for h, m, f in clocks]
-            if max(times) > after:
-                return min(when for when in times if when > after)
+            times = times_of_day(day, hours, minutes, folds)
+            if later := [when for when in times if when > after]:
+                return min(later)
         day += timedelta(days=1)
     raise ValueError("names a date that does not exist")
 
 
 def valid_cron(value: object) -> str:
     rule = valid_text(value)
-    cron_next(rule, time.time())
+    cron_next(rule, time.time() // 60 * 60)
     return rule
 
 
@@ -900,7 +929,11 @@ SELECT count(*), min(updated_at) FROM (
 COUNTS = """
 SELECT queue, state, readiness, number FROM counts
 WHERE number > 0 ORDER BY queue, state, readiness"""
-ATTEMPTS = ATTEMPT + "WHERE job = :seq ORDER BY run"
+ATTEMPTS = ATTEMPT + "WHERE job = :seq AND run > :run ORDER BY run LIMIT 16"
+SUMMARIES = f"""
+SELECT {", ".join(Attempt._fields[:-1])}, x'' FROM attempts
+WHERE job = :seq AND run > :run ORDER BY run LIMIT 1000"""
+LAST_ATTEMPT = ATTEMPT + "WHERE job = :seq AND run <= :run ORDER BY run DESC LIMIT 1"
 POSITION = """
 SELECT count(*) FROM (
   SELECT 1 FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue
@@ -2393,9 +2426,9 @@ class Reader:
         for sql in (BY_ID, ACTIVE_OF_SCHEDULE, NEWEST_OF_SCHEDULE):
             if job := self.first(sql, id=job_id):
                 return job
-        near = nearest(job_id, (row[0] for row in self.db.rows(RECENT_IDS)))
-        hint = f": did you mean {near}?" if near else ""
-        raise NotFound(f"there is no job {quoted(job_id)} in {self.db.path}{hint}")
+        error = NotFound(f"there is no job {quoted(job_id)} in {self.db.path}")
+        error.hint = partial(did_you_mean, job_id, [row[0] for row in self.db.rows(RECENT_IDS)])
+        raise error
 
     def by_seq(self, seq: int) -> Job | None:
         return self.first(BY_SEQ, seq=seq)
@@ -2422,8 +2455,17 @@ class Reader:
         found.sort(key=lambda job: job.updated_at)
         return sorted(found[-limit:])
 
-    def attempts(self, job: Job) -> list[Attempt]:
-        return [Attempt(*row) for row in self.db.rows(ATTEMPTS, {"seq": job.seq})]
+    def attempts(self, job: Job, sql: str = ATTEMPTS) -> Iterator[Attempt]:
+        """Yield the attempts of a job that have ended, in slices; or SUMMARIES of them."""
+        run = 0
+        while rows := self.db.rows(sql, {"seq": job.seq, "run": run}):
+            yield from starmap(Attempt, rows)
+            run = rows[-1][0]
+
+    def last_attempt(self, job: Job, run: int) -> Attempt | None:
+        """Return the attempt with this number or, without it, the one before it."""
+        rows = self.db.rows(LAST_ATTEMPT, {"seq": job.seq, "run": run})
+        return next(starmap(Attempt, rows), None)
 
     def schedules(self) -> list[Job]:
         return self.select(SCHEDULES)
@@ -2576,7 +2618,9 @@ class Ledger:
         try:
             parents = self.reader.named(row.get("after", ()))
         except NotFound as error:
-            raise BadInput(f"after: {error}") from None
+            problem = BadInput(f"after: {error.args[0]}")
+            problem.hint = error.hint
+            raise problem from None
         blocked = any(parent.state != COMPLETED for parent in parents)
         row.update(run_after=when, readiness=BLOCKED if blocked else when <= now)
         seq = self.insert(row)
@@ -2845,7 +2889,7 @@ class Queue:
 
     def attempts(self, job: Job | str) -> list[Attempt]:
         """Return the attempts of a job that have ended, oldest first."""
-        return self._reader.attempts(job if isinstance(job, Job) else self.get(job))
+        return list(self._reader.attempts(job if isinstance(job, Job) else self.get(job)))
 
     def counts(self, queues: Sequence[str] = ()) -> dict[str, int]:
         """Return the number of jobs in each state, in these queues or in all."""
@@ -4180,7 +4224,7 @@ def job_text(reader: Reader, job: Job) -> Iterator[str]:
         if value not in (None, {}, "", 0) or key in ("priority", "timeout"):
             yield f"{key:<12} {value}"
     rows = []
-    for run in reader.attempts(job):
+    for run in reader.attempts(job, SUMMARIES):
         took = format_duration(run.finished - run.started)
         rows.append((run.run, format_time(run.started), took, run.error or COMPLETED, run.worker))
     yield from section(("RUN", "STARTED", "TOOK", "ENDED", "WORKER"), rows)
@@ -4733,8 +4777,10 @@ def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
     facts = job_facts(job, reader.settings(job.queue))
     facts["why"] = reason_to_wait(reader, job) or None
     facts["after"] = [parent.id for parent in reader.parents(job)]
-    facts["runs"] = [attempt_facts(attempt) for attempt in reader.attempts(job)]
-    print(json.dumps(facts))
+    print(json.dumps(facts)[:-1], end=', "runs": [')
+    for number, attempt in enumerate(reader.attempts(job)):  # all outputs may not fit into memory
+        print(", " if number else "", json.dumps(attempt_facts(attempt)), sep="", end="")
+    print("]}")
 
 
 def require_ids(args: argparse.Namespace, *, selected: bool = False) -> list[str]:
@@ -4837,16 +4883,16 @@ def await_attempt(queue: Queue, job: Job) -> Job:
 
 def stored_output(queue: Queue, job: Job, run: int | None) -> tuple[int, bytes]:
     """Return the dropped bytes and the output of an attempt that has ended: one, or the last."""
-    attempts = queue.attempts(job)
-    found = [attempt for attempt in attempts if attempt.run == (run or job.run)]
-    if run and not found:
-        has = f"1 to {attempts[-1].run}" if attempts else "none yet"
+    attempt = queue._reader.last_attempt(job, run or job.run)
+    if run and (not attempt or attempt.run != run):
+        last = queue._reader.last_attempt(job, job.run)
+        has = f"1 to {last.run}" if last else "none yet"
         raise NotFound(f"job {job.id} has no run {run}; its runs: {has}")
-    for attempt in found or attempts[-1:]:
-        if attempt.error and not attempt.output and not attempt.bytes_dropped:
-            say(f"job {job.id} wrote nothing: {attempt.error}")
-        return attempt.bytes_dropped, attempt.output
-    return 0, b""
+    if not attempt:
+        return 0, b""
+    if attempt.error and not attempt.output and not attempt.bytes_dropped:
+        say(f"job {job.id} wrote nothing: {attempt.error}")
+    return attempt.bytes_dropped, attempt.output
 
 
 def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:

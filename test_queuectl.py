@@ -3125,12 +3125,12 @@ class QueueWait(Live):
     ) -> tuple[int, list[str]]:
         """Do something during `wait`; return its exit code, and the states from Queue.wait."""
         self.unfinished: list[str] = []
-        refresh = queuectl.JobWatch.refresh
+        is_over = queuectl.JobWatch.is_over
 
         def look(watch: queuectl.JobWatch) -> Any:
-            unfinished = refresh(watch)
-            self.unfinished = [job.id for job in unfinished]
-            return unfinished
+            over = is_over(watch)
+            self.unfinished = [watch.seen[seq].id for seq in watch.unfinished]
+            return over
 
         def wait() -> list[str]:
             with queue:
@@ -3138,7 +3138,7 @@ class QueueWait(Live):
 
         command = Terminal(self, "wait", *ids.split())
         command.wait_for("/|no job can run yet")
-        looking = mock.patch.object(queuectl.JobWatch, "refresh", look)
+        looking = mock.patch.object(queuectl.JobWatch, "is_over", look)
         with looking, Queue(self.path) as queue, futures.ThreadPoolExecutor() as thread:
             waiting = thread.submit(wait)
             wait_until(lambda: self.unfinished)

@@ -90,10 +90,12 @@ from datetime import datetime, timedelta, timezone
 from enum import IntEnum
 from functools import lru_cache, partial
 from itertools import chain, islice, product, starmap
+from operator import itemgetter
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, Union
 
 if TYPE_CHECKING:
     import argparse
+    from array import array
     from multiprocessing.connection import Connection as Pipe
 
     Argument = tuple[tuple[str, ...], dict[str, Any]]
@@ -118,6 +120,7 @@ DEAD: State = "dead"
 CANCELLED: State = "cancelled"
 STATES = (PENDING, PROCESSING, COMPLETED, DEAD, CANCELLED)
 FINISHED = (COMPLETED, DEAD, CANCELLED)
+STAGED = "staged"  # the state of jobs that nobody sees: their batch is not complete yet
 PRUNED_BY_DEFAULT = (COMPLETED, CANCELLED)  # dead letters stay until they are purged
 
 READY, SCHEDULED, BLOCKED = 1, 0, -1  # the readiness of a pending job; all others are READY
@@ -155,6 +158,7 @@ class BadInput(QueueError):
     """The input is not valid; nothing was changed."""
 
     code = Exit.USAGE
+    index: int | None = None  # in a batch, the number of the job at fault, from 0
 
 
 class NotFound(QueueError):
@@ -843,6 +847,10 @@ CREATE TABLE needs (                    -- a child is blocked until all of its n
 ) WITHOUT ROWID;
 CREATE INDEX needs_child ON needs (child, met);
 
+CREATE TABLE batches (                  -- the accepted ones among those with staged jobs
+  name TEXT PRIMARY KEY                 -- of its lock; locked_by of its staged jobs
+) WITHOUT ROWID;
+
 CREATE TABLE settings (                 -- queue '': the default for all queues
   queue TEXT NOT NULL,
   key TEXT NOT NULL,
@@ -903,13 +911,18 @@ JOB = "SELECT " + ", ".join(Job._fields) + " FROM jobs "
 ATTEMPT = "SELECT " + ", ".join(Attempt._fields) + " FROM attempts "
 IN_QUEUE = "(:queue IS NULL OR queue = :queue)"
 ACTIVE_RULE = "rule IS NOT NULL AND state IN ('pending', 'processing')"
-BY_ID = JOB + "WHERE id = :id"
+IS_VISIBLE = "(state <> 'staged' OR locked_by = :batch)"
+BY_ID = JOB + f"WHERE id = :id AND {IS_VISIBLE}"
 BY_SEQ = JOB + "WHERE seq = :seq"
 MANY = 200  # jobs that MARKS reads
 MARKS = f"""
 SELECT seq, state, readiness, run, updated_at FROM jobs WHERE seq IN ({", ".join("?" * MANY)})"""
 ACTIVE_OF_SCHEDULE = JOB + "WHERE schedule_id = :id AND " + ACTIVE_RULE
-NEWEST_OF_SCHEDULE = JOB + "WHERE schedule_id = :id ORDER BY seq DESC LIMIT 1"
+NEWEST_OF_SCHEDULE = JOB + f"WHERE schedule_id = :id AND {IS_VISIBLE} ORDER BY seq DESC LIMIT 1"
+IS_TAKEN = """
+SELECT 1 FROM jobs WHERE id = :id
+UNION ALL SELECT 1 FROM jobs WHERE schedule_id = :id AND rule IS NOT NULL
+  AND state IN ('pending', 'processing', 'staged')"""
 LAST_RUN_OF_SCHEDULE = JOB + "WHERE schedule_id = :id AND run > 0 ORDER BY seq DESC LIMIT 1"
 SCHEDULES = JOB + f"INDEXED BY jobs_rule WHERE {ACTIVE_RULE} ORDER BY schedule_id"
 RECENT_IDS = "SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000"
@@ -917,7 +930,7 @@ LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = :tabl
 IDS_BETWEEN = """
 SELECT seq, coalesce(schedule_id, id) FROM jobs
 WHERE seq BETWEEN :first AND :last ORDER BY seq LIMIT 1000"""
-ALL_JOBS = JOB + f"WHERE seq > :seq AND {IN_QUEUE} ORDER BY seq LIMIT 1000"
+ALL_JOBS = JOB + f"WHERE seq > :seq AND state <> 'staged' AND {IN_QUEUE} ORDER BY seq LIMIT 1000"
 IN_STATE = JOB + f"WHERE state = :state AND readiness = :readiness AND {IN_QUEUE} "
 LATEST = IN_STATE + "ORDER BY updated_at DESC, seq DESC LIMIT :limit"
 OLDEST = IN_STATE + "ORDER BY updated_at LIMIT :limit"
@@ -931,7 +944,7 @@ SELECT count(*), min(updated_at) FROM (
   ORDER BY updated_at DESC LIMIT {RECENT_LIMIT})"""
 COUNTS = """
 SELECT queue, state, readiness, number FROM counts
-WHERE number > 0 ORDER BY queue, state, readiness"""
+WHERE number > 0 AND state <> 'staged' ORDER BY queue, state, readiness"""
 ATTEMPTS = ATTEMPT + "WHERE job = :seq AND run > :run ORDER BY run LIMIT 16"
 SUMMARIES = f"""
 SELECT {", ".join(Attempt._fields[:-1])}, x'' FROM attempts
@@ -963,11 +976,26 @@ WITH RECURSIVE descendants (child) AS (
 
 # Adding, claiming and finishing.
 
+BATCH_SLICE = 5000  # jobs added in one transaction
 INSERTED = """seq id queue command cwd env priority max_retries timeout created_at updated_at
-run_after readiness rule schedule_id scheduled_for""".split()
+run_after readiness rule schedule_id scheduled_for state locked_by""".split()
+inserted_values = itemgetter(*INSERTED)
 INSERT = f"""
-INSERT OR IGNORE INTO jobs ({", ".join(INSERTED)})
-VALUES ({", ".join(":" + column for column in INSERTED)})"""
+INSERT OR IGNORE INTO jobs ({", ".join(INSERTED)}) VALUES ({", ".join("?" * len(INSERTED))})"""
+ACCEPT_BATCH = "INSERT INTO batches VALUES (:batch)"
+IS_ACCEPTED = "SELECT 1 FROM batches WHERE name = :batch"
+FORGET_BATCH = "DELETE FROM batches WHERE name = :batch"
+OPEN_BATCH = "SELECT locked_by FROM jobs WHERE state = 'staged' LIMIT 1"
+STAGED_JOBS = f"""
+SELECT seq FROM jobs WHERE state = 'staged' AND locked_by = :batch LIMIT {BATCH_SLICE}"""
+UNSTAGE = f"""
+UPDATE jobs SET state = 'pending', locked_by = NULL, updated_at = :now, readiness = CASE
+  WHEN EXISTS (SELECT 1 FROM needs WHERE child = seq AND met = 0) THEN -1
+  ELSE run_after <= :now END
+WHERE seq IN ({STAGED_JOBS})"""
+RESET_SEQ = """
+UPDATE sqlite_sequence SET seq = :before WHERE name = :table AND seq = :last
+  AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.seq > :before)"""
 ADD_NEED = "INSERT OR IGNORE INTO needs (parent, child, met) VALUES (:parent, :child, :met)"
 WAITING_QUEUES = """
 SELECT queue, min(readiness) FROM counts
@@ -1051,7 +1079,7 @@ INSERT INTO settings VALUES (:queue, :key, :value)
 ON CONFLICT (queue, key) DO UPDATE SET value = :value"""
 UNSET = "DELETE FROM settings WHERE queue = :queue AND key = :key"
 
-TABLES = "jobs|attempts|needs|settings|queues|counts|totals"
+TABLES = "jobs|attempts|needs|batches|settings|queues|counts|totals"
 REFERENCE = "FROM|JOIN|INTO|UPDATE|TABLE|INDEX|TRIGGER|ON|BY"  # precedes a table or an index
 GUEST_NAME = re.compile(rf"\b((?:{REFERENCE}) )?({TABLES})(?(1)(?=\b|_)|(?=\.))")
 
@@ -2200,14 +2228,14 @@ class Database:
                     raise Locked(f"{self.path} {locked}") from error
         raise AssertionError("polling without a limit does not end")
 
-    def execute(self, sql: str, args: Any = ()) -> sqlite3.Cursor:
-        """Execute one statement; within a transaction it never waits."""
+    def execute(self, sql: str, args: Any = (), *, many: bool = False) -> sqlite3.Cursor:
+        """Execute one statement, for `many` arguments; within a transaction it never waits."""
         db = self.connection
         if self._in_host:
             sql = for_guest(sql)
         try:
             if db.in_transaction:
-                return db.execute(sql, args)
+                return db.executemany(sql, args) if many else db.execute(sql, args)
             return self._retry(lambda: db.execute(sql, args))  # type: ignore[no-any-return]
         except sqlite3.Error as error:
             raise self.fault(error) from error
@@ -2431,10 +2459,13 @@ class Reader:
     def number(self, sql: str, **args: object) -> int:
         return int(self.db.rows(sql, args)[0][0])
 
-    def get(self, job_id: str) -> Job:
-        """Return a job by its id, or the active or else newest job of a schedule; or NotFound."""
+    def get(self, job_id: str, batch: str | None = None) -> Job:
+        """Return a job by its id, or the active or else newest job of a schedule; or NotFound.
+
+        A `batch` also sees its own staged jobs.
+        """
         for sql in (BY_ID, ACTIVE_OF_SCHEDULE, NEWEST_OF_SCHEDULE):
-            if job := self.first(sql, id=job_id):
+            if job := self.first(sql, id=job_id, batch=batch):
                 return job
         error = NotFound(f"there is no job {quoted(job_id)} in {self.db.path}")
         error.hint = partial(did_you_mean, job_id, [row[0] for row in self.db.rows(RECENT_IDS)])
@@ -2443,11 +2474,12 @@ class Reader:
     def by_seq(self, seq: int) -> Job | None:
         return self.first(BY_SEQ, seq=seq)
 
-    def named(self, ids: Iterable[str]) -> list[Job]:
-        return list({job.seq: job for job in map(self.get, as_list(ids))}.values())
+    def named(self, ids: Iterable[str], batch: str | None = None) -> list[Job]:
+        jobs = (self.get(job_id, batch) for job_id in as_list(ids))
+        return list({job.seq: job for job in jobs}.values())
 
     def is_taken(self, job_id: str) -> bool:
-        return any(self.db.rows(sql, {"id": job_id}) for sql in (BY_ID, ACTIVE_OF_SCHEDULE))
+        return bool(self.db.rows(IS_TAKEN, {"id": job_id}))
 
     def all(self, queue: str | None) -> Iterator[Job]:
         """Yield every job by arrival, in slices: a slow reader must not hold up the -wal."""
@@ -2624,8 +2656,8 @@ class Ledger:
         """Execute a guarded statement; return whether it changed a row."""
         return self.db.execute(sql, args).rowcount > 0
 
-    def add(self, row: dict[str, Any], now: float) -> int:
-        """Insert a validated job, a row of INSERTED with its other fields; return its number."""
+    def prepare(self, row: dict[str, Any], now: float) -> None:
+        """Complete the row of a validated job: INSERTED and its other fields."""
         when = row.get("run_at", now + row.get("delay", 0))
         if "every" in row:
             row["rule"] = f"every {row['every']:.15g}"
@@ -2636,17 +2668,33 @@ class Ledger:
             row["scheduled_for"] = when
             if (row["id"] or "").isdecimal():
                 raise BadInput("a schedule's id must not be a number")
-        if not row["cwd"]:
-            raise BadInput("the current directory no longer exists; set cwd")
         row["env"] = json.dumps(row["env"]) if row["env"] else None
+        row.update(run_after=when, readiness=when <= now)
+
+    def add_numbered(self, rows: Sequence[dict[str, Any]], now: float, seq: int) -> int:
+        """Insert jobs that have no ids and need no others, from a number on; return the next."""
+        for number, row in enumerate(rows, seq):
+            self.prepare(row, now)
+            row.update(seq=number, id=str(number))
+        with contextlib.suppress(LookupError), self.db.transaction():
+            if self.db.execute(INSERT, map(inserted_values, rows), many=True).rowcount == len(rows):
+                return seq + len(rows)
+            raise LookupError("a job has one of the numbers as its id")
+        for row in rows:
+            seq = self.insert({**row, "seq": seq, "id": None}) + 1
+        return seq
+
+    def add(self, row: dict[str, Any], now: float) -> int:
+        """Insert a validated job; return its number."""
+        self.prepare(row, now)
         try:
-            parents = self.reader.named(row.get("after", ()))
+            parents = self.reader.named(row.get("after", ()), row["locked_by"])
         except NotFound as error:
             problem = BadInput(f"after: {error.args[0]}")
             problem.hint = error.hint
             raise problem from None
-        blocked = any(parent.state != COMPLETED for parent in parents)
-        row.update(run_after=when, readiness=BLOCKED if blocked else when <= now)
+        if any(parent.state != COMPLETED for parent in parents):
+            row["readiness"] = BLOCKED
         seq = self.insert(row)
         for parent in parents:
             met = parent.state == COMPLETED
@@ -2662,13 +2710,14 @@ class Ledger:
             row["id"] = name
             if row["rule"]:
                 row["schedule_id"] = name
-                row["id"] = self.next_id_of_schedule(name)
-            if not taken and self.change(INSERT, **row):  # else the number is taken
+                row["id"] = self.next_id_of_schedule(name, row["locked_by"])
+            values = inserted_values(row)
+            if not taken and self.db.execute(INSERT, values).rowcount:  # else the number is taken
                 return int(row["seq"])
             row["seq"] += 1
 
-    def next_id_of_schedule(self, schedule_id: str) -> str:
-        newest = self.reader.first(NEWEST_OF_SCHEDULE, id=schedule_id)
+    def next_id_of_schedule(self, schedule_id: str, batch: str | None) -> str:
+        newest = self.reader.first(NEWEST_OF_SCHEDULE, id=schedule_id, batch=batch)
         number = int(newest.id.rpartition(".")[2]) + 1 if newest else 1
         while self.reader.is_taken(f"{schedule_id}.{number}"):
             number += 1
@@ -2732,6 +2781,7 @@ class Ledger:
         when = next_occurrence(str(job.rule), job.scheduled_for or now, now)
         row = {**job._asdict(), "id": job.schedule_id, "created_at": now, "updated_at": now}
         row.update(run_after=when, scheduled_for=when, readiness=SCHEDULED)
+        row.update(state=PENDING, locked_by=None)
         self.insert({**row, "seq": self.last_seq() + 1})
         self.db.notify_when_stored()
 
@@ -2753,7 +2803,7 @@ class Ledger:
     def retry(self, job: Job) -> None:
         if not self.change(RETRY, seq=job.seq, now=self.clock()):
             raise NotFound(f"job {printable(job.id)} is {job.state}, not dead or cancelled")
-        name = {"id": job.schedule_id}
+        name = {"id": job.schedule_id, "batch": None}
         taken = job.rule and self.db.rows(BY_ID, name)
         if taken or len(self.db.rows(ACTIVE_OF_SCHEDULE, name)) > 1:
             schedule = printable(str(job.schedule_id))
@@ -2774,6 +2824,162 @@ class Ledger:
             for (seq,) in rows:
                 self.delete(seq)
         return len(rows)
+
+    def settle_slice(self, batch: str) -> bool:
+        """Publish some staged jobs of an accepted batch, or delete some of another one.
+
+        Return False if there were none left.
+        """
+        args = {"batch": batch, "now": self.clock()}
+        with self.db.transaction(notify=True):
+            if self.db.rows(IS_ACCEPTED, args):
+                more = self.change(UNSTAGE, **args)
+            else:
+                rows = self.db.rows(STAGED_JOBS, args)
+                for (seq,) in rows:
+                    self.delete(seq)
+                more = bool(rows)
+            if not more:
+                self.db.execute(FORGET_BATCH, args)
+        return more
+
+    def settle_dead_batches(self) -> bool:
+        """Settle a slice of a batch whose process has died; return False if there was none."""
+        run_dir = self.db.run_dir
+        for name in [*run_dir.files("batch-"), *(row[0] for row in self.db.rows(OPEN_BATCH))]:
+            if run_dir.is_unlocked(name):
+                if self.settle_slice(name):
+                    return True
+                with contextlib.suppress(FileNotFoundError):
+                    run_dir.remove(name, is_lock=True)
+        return False
+
+
+class Batch:
+    """Adds jobs, all or none: in one transaction or, if they are many, in several.
+
+    Many jobs are first staged, in slices. One small write accepts the batch, and then its jobs are
+    published, in slices. So nobody waits for long. If the process dies, a pool or another batch
+    publishes the rest of an accepted batch, and deletes one that was not accepted.
+    """
+
+    TEXT = 8 << 20  # characters of commands in a slice
+    PAUSE = 0.005  # seconds between slices, longer than others wait before they try again
+
+    def __init__(self, ledger: Ledger, *, if_absent: bool) -> None:
+        self.ledger = ledger
+        self.db = ledger.db
+        self.if_absent = if_absent
+        self.now = ledger.clock()
+        self.name: str | None = None  # of its lock, if it is staged
+        self.length = 0
+        self.taken: list[str] = []  # ids of jobs that exist
+        self.ranges: list[tuple[int, int]] = []  # the numbers of the jobs, first and last
+
+    def slices(self, jobs: Iterable[Mapping[str, object]]) -> Iterator[list[dict[str, Any]]]:
+        """Yield the rows of jobs, validated, in lists for one transaction each."""
+        here = ""
+        with contextlib.suppress(FileNotFoundError):  # then each job must have a cwd
+            here = os.getcwd()
+        blank = dict.fromkeys(INSERTED, None)
+        blank.update(queue="default", priority=0, cwd=here, state=PENDING)
+        blank.update(created_at=self.now, updated_at=self.now)
+        rows = []
+        size = 0
+        for fields in jobs:
+            rows.append({**blank, **validate_fields(fields)})
+            if not rows[-1]["cwd"]:
+                raise BadInput("the current directory no longer exists; set cwd")
+            size += len(rows[-1]["command"])
+            if len(rows) >= BATCH_SLICE or size >= self.TEXT:
+                yield rows
+                rows = []
+                size = 0
+        if rows:
+            yield rows
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Add a slice, within a transaction."""
+        first = seq = self.ledger.last_seq() + 1
+        numbered: list[dict[str, Any]] = []
+        for row in rows:
+            if self.name:
+                row.update(state=STAGED, locked_by=self.name)
+            if not (row["id"] or row.keys() & {"after", "every", "cron"}):
+                numbered.append(row)
+                continue
+            seq = self.ledger.add_numbered(numbered, self.now, seq)
+            self.length += len(numbered)
+            numbered = []
+            seq = self.add_special({**row, "seq": seq})
+            self.length += 1
+        seq = self.ledger.add_numbered(numbered, self.now, seq)
+        self.length += len(numbered)
+        if seq > first:
+            self.ranges.append((first, seq - 1))
+
+    def add_special(self, row: dict[str, Any]) -> int:
+        """Add a job that has an id, a rule or parents; return the next number."""
+        seq = int(row["seq"])
+        try:
+            if not (row["id"] and self.ledger.reader.is_taken(row["id"])):
+                return self.ledger.add(row, self.now) + 1
+            if not self.if_absent:
+                raise BadInput(f"job {row['id']} already exists; use another id")
+        except BadInput as error:
+            error.index = self.length
+            raise
+        self.taken.append(row["id"])
+        return seq
+
+    def ids(self) -> Iterator[str]:
+        for first, last in self.ranges:
+            args = {"first": first, "last": last}
+            while rows := self.db.rows(IDS_BETWEEN, args):
+                yield from (row[1] for row in rows)
+                args["first"] = rows[-1][0] + 1
+
+    def store(self, jobs: Iterable[Mapping[str, object]]) -> Iterator[str]:
+        """Add jobs; return their ids and those that were taken."""
+        slices = self.slices(jobs)
+        begin = list(islice(slices, 2))
+        ids = self.ids()
+        if len(begin) > 1 and not self.db.connection.in_block:
+            self.stage(chain(begin, slices))
+            return chain(ids, self.taken)
+        with self.db.transaction(notify=True):
+            for rows in chain(begin, slices):
+                self.add(rows)
+            head = list(islice(ids, 1000))  # before they can be pruned
+        return chain(head, ids, self.taken)
+
+    def stage(self, slices: Iterable[list[dict[str, Any]]]) -> None:
+        """Add slices in transactions of their own."""
+        while self.ledger.settle_dead_batches():
+            time.sleep(self.PAUSE)
+        self.db.run_dir.make()  # the database may have been copied here
+        self.name = "batch-" + os.urandom(4).hex()
+        before = self.ledger.last_seq()
+        accepted = False
+        with contextlib.closing(LockFile(self.db.run_dir.file(self.name))):
+            try:
+                for rows in slices:
+                    with self.db.transaction():
+                        self.add(rows)
+                    time.sleep(self.PAUSE)
+                self.ledger.change(ACCEPT_BATCH, batch=self.name)
+                accepted = True
+            finally:
+                while self.ledger.settle_slice(self.name):
+                    time.sleep(self.PAUSE)
+                if self.ranges and not accepted:
+                    self.return_numbers(before, self.ranges[-1][1])
+
+    def return_numbers(self, before: int, last: int) -> None:
+        """Let the next job have the numbers between these, if no other job had any of them."""
+        if sum(end - begin + 1 for begin, end in self.ranges) == last - before:
+            args = {"before": before, "last": last, "table": self.db.table("jobs")}
+            self.db.execute(RESET_SEQ, args)
 
 
 class JobWatch:
@@ -2899,31 +3105,7 @@ class Queue:
 
         With `if_absent`, a job whose id is taken is left as it is, and its id comes last.
         """
-        now = self._reader.clock()
-        here = ""
-        with contextlib.suppress(FileNotFoundError):  # then each job must have a cwd
-            here = os.getcwd()
-        blank = dict.fromkeys(INSERTED, None)
-        blank.update(queue="default", priority=0, cwd=here, created_at=now, updated_at=now)
-        taken = []
-        with self._db.transaction(notify=True):
-            first = seq = self._ledger.last_seq() + 1
-            for fields in jobs:
-                job = validate_fields(fields)
-                if "id" in job and self._reader.is_taken(job["id"]):
-                    if not if_absent:
-                        raise BadInput(f"job {job['id']} already exists; use another id")
-                    taken.append(job["id"])
-                else:
-                    seq = self._ledger.add({**blank, **job, "seq": seq}, now) + 1
-            ids = self._ids(first, seq - 1)
-            head = list(islice(ids, 1000))  # before they can be pruned; a million ids in slices
-        return chain(head, ids, taken)
-
-    def _ids(self, first: int, last: int) -> Iterator[str]:
-        while rows := self._db.rows(IDS_BETWEEN, {"first": first, "last": last}):
-            yield from (row[1] for row in rows)
-            first = rows[-1][0] + 1
+        return Batch(self._ledger, if_absent=if_absent).store(jobs)
 
     def get(self, job_id: str) -> Job:
         """Return one job. A schedule's name means its active job, or else its newest.
@@ -4055,6 +4237,8 @@ class Pool:
         self.agenda.set(self.prune, 60)
         if self.ledger.correct_times():
             self.seen = None  # something may be due earlier
+        if self.ledger.settle_dead_batches():
+            self.agenda.set(self.prune, BATCH)
         if retention := self.ledger.reader.settings()["retention"]:
             before = self.ledger.clock() - retention
             deleted = [self.ledger.delete_slice(state, before) for state in PRUNED_BY_DEFAULT]
@@ -4529,8 +4713,12 @@ def parse_json_jobs(source: str) -> list[dict[str, object]]:
     return jobs
 
 
-def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) -> Iterator[Any]:
-    """Yield the jobs of JSON lines, JSON, a shell line or words; `at` holds the line's number."""
+def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: array[int]) -> Iterator[Any]:
+    """Yield the jobs of JSON lines, JSON, a shell line or words.
+
+    `at` holds the number of the line that is read, and then the lines of all jobs so far.
+    """
+    del at[1:]
     words: list[str] = args.words
     json_start = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""  # unlike a shell line
     exact = args.rest[-len(words) - 1 :] == ["--", *words]
@@ -4545,8 +4733,11 @@ def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) ->
         for at[0], line in enumerate(stdin, 1):
             if at[0] % 1000 == 0:
                 SCREEN.draw(lambda: f"{at[0]} lines")
-            if line.strip():
-                yield from parse_json_jobs(line.decode(errors="surrogateescape"))
+            for job in (
+                parse_json_jobs(line.decode(errors="surrogateescape")) if line.strip() else ()
+            ):
+                at.append(at[0])
+                yield job
     elif re.match(json_start, words[0]) and not exact:
         yield from parse_json_jobs(" ".join(words))
     else:
@@ -4570,8 +4761,9 @@ def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict
 def cmd_enqueue(args: argparse.Namespace) -> None:
     import shutil
     import tempfile
+    from array import array
 
-    at = [0]
+    at = array("L", [0])
     with tempfile.SpooledTemporaryFile(1 << 20) as stdin:
         if args.words == ["-"] and "--" not in args.rest and sys.stdin:
             shutil.copyfileobj(sys.stdin.buffer, stdin)  # a slow writer must not hold up workers
@@ -4584,7 +4776,8 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
                 for job_id in queue.enqueue_many(jobs, if_absent=args.if_absent):
                     print(job_id)
         except BadInput as error:
-            raise BadInput(f"line {at[0]}: {error}" if at[0] else str(error)) from None
+            line = at[0] if error.index is None else at[at[0] and error.index + 1]
+            raise BadInput(f"line {line}: {error}" if line else str(error)) from None
 
 
 # The first two lines of a starter depend on the system; the second one tells whose it is.

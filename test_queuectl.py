@@ -1051,7 +1051,7 @@ class SqlPlans(Clocked):
     def test_hot_statements_use_an_index_and_do_not_sort(self) -> None:
         """Promise 8: the cost of a hot statement does not grow with the history."""
         parameters = (
-            "queue now state limit id readiness seq since before priority run_after".split()
+            "queue now state limit id readiness seq since before priority run_after batch".split()
         )
         for name, index in self.HOT.items():
             sql = "EXPLAIN QUERY PLAN " + getattr(queuectl, name)

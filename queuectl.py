@@ -4749,6 +4749,9 @@ def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict
     """Yield jobs with the fields that the options of `enqueue` give."""
     given = {key: value for key, value in vars(args).items() if key in FIELDS and value is not None}
     added = dict(chain(*given.pop("env", ())))
+    if not given and not added:
+        yield from jobs
+        return
     replaced = {key for pair in CONFLICTS if given.keys() & set(pair) for key in pair}
     for job in jobs:
         fields = {key: value for key, value in job.items() if key not in replaced}

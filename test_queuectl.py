@@ -15,8 +15,8 @@ The classes mirror the sections of queuectl.py, in the same order:
                      DatabaseFullDisk DatabaseDurability DatabaseDurabilityLive DatabaseGuest
                      DatabaseTransactions DatabaseForks
     trust            Trust TrustAttacks
-    queue            QueueEnqueue QueueReading QueueOrder QueueDependencies QueueSchedules
-                     QueueRetries QueuePause QueuePauseLive QueueWait QueuePrune
+    queue            QueueEnqueue QueueBatch QueueReading QueueOrder QueueDependencies
+                     QueueSchedules QueueRetries QueuePause QueuePauseLive QueueWait QueuePrune
     attempt          AttemptLaunch AttemptEnd AttemptOutput
     worker           WorkerFencing WorkerTrouble
     pool             PoolRecovery PoolFalseAlarms PoolStop PoolDispatch PoolDispatchLive PoolFiles
@@ -2608,6 +2608,145 @@ class QueueEnqueue(Clocked):
         with self.assertRaisesRegex(queuectl.BadInput, "job 3 already exists"):
             self.queue.enqueue("true", id="3")
 
+    @internal
+    def test_suggestion_is_sought_after_the_transaction_and_among_few_ids(self) -> None:
+        letters = "abcdefghijklmnopqrstuvwxyz" * 7
+        list(self.queue.enqueue_many({"command": "true", "id": f"{letters}{n}"} for n in range(99)))
+        exact = mock.Mock(side_effect=lambda: self.queue._db.connection.in_transaction or 0.9)
+        for act in (
+            lambda: self.queue.enqueue("true", after=letters + "x"),
+            lambda: self.queue.retry([letters + "x"]),
+        ):
+            exact.reset_mock()
+            with mock.patch("difflib.SequenceMatcher.ratio", exact):
+                with self.assertRaises(queuectl.QueueError) as caught:
+                    act()
+                exact.assert_not_called()
+                self.assertIn("did you mean abc", str(caught.exception))
+                self.assertLessEqual(exact.call_count, 40)
+
+    @internal
+    def test_times_of_a_cron_rule_are_computed_once_for_a_batch(self) -> None:
+        queuectl.cron_next.cache_clear()
+        job = {"command": "true", "cron": "* * * * *"}
+        self.assertEqual(len(list(self.queue.enqueue_many([job] * 50))), 50)
+        self.assertLessEqual(queuectl.cron_next.cache_info().misses, 3)
+
+
+class QueueBatch(Clocked):
+    """Many jobs are stored in several transactions, but appear all or none."""
+
+    JOBS = (
+        {"command": "true"},
+        {"command": "true", "id": "a", "priority": 3},
+        {"command": "true", "id": "5"},
+        {"command": "true", "after": ["a", "5"]},
+        {"command": "true", "delay": 60, "env": {"A": "b"}},
+        {"command": "true"},
+        {"command": "true", "id": "a"},
+        {"command": "true", "id": "s", "every": 60},
+        {"command": "true", "after": "s"},
+        {"command": "true", "cron": "@daily"},
+        {"command": "true", "after": "1"},
+        {"command": "true", "queue": "other"},
+    )
+
+    def setUp(self) -> None:
+        super().setUp()
+        slices = mock.patch.object(queuectl, "BATCH_SLICE", 2)
+        slices.start()
+        self.addCleanup(slices.stop)
+
+    def facts(self, queue: Queue) -> list[Any]:
+        return [job._replace(created_at=0, updated_at=0, run_after=0) for job in queue.jobs()]
+
+    @internal
+    def test_large_batch_equals_a_small_one(self) -> None:
+        ids = list(self.queue.enqueue_many(self.JOBS, if_absent=True))
+        clock = self.queue._reader.clock
+        with Queue(self.file("other.db"), clock=clock) as other, other.transaction():
+            self.assertEqual(ids, list(other.enqueue_many(self.JOBS, if_absent=True)))
+            self.assertEqual(self.facts(self.queue), self.facts(other))
+            self.assertEqual(self.queue._reader.counts_by_queue(), other._reader.counts_by_queue())
+            needs = [q._db.rows("SELECT * FROM needs") for q in (self.queue, other)]
+            self.assertEqual(*needs)
+        self.assertEqual(self.queue._db.rows("SELECT count(*) FROM batches"), [(0,)])
+        self.assertEqual(self.queue.enqueue("true"), "13")  # no job has number 5, as one has id 5
+
+    @internal
+    def test_jobs_of_a_batch_are_hidden_while_it_is_read_and_others_can_write(self) -> None:
+        with Queue(self.path) as other:
+            other._db.keep_waiting = lambda _: False  # fails if the lock is held
+
+            def jobs() -> Iterator[Any]:
+                yield {"command": "true", "id": "first"}
+                for number in range(9):
+                    self.assertEqual(other.counts()["pending"], number)
+                    self.assertEqual([job.id for job in other.jobs()], self.others)
+                    with self.assertRaises(queuectl.NotFound):
+                        other.get("first")
+                    with self.assertRaisesRegex(queuectl.BadInput, "after: there is no job first"):
+                        other.enqueue("true", after="first")
+                    if number > 4:  # it has been staged
+                        with self.assertRaisesRegex(queuectl.BadInput, "already exists"):
+                            other.enqueue("true", id="first")
+                    self.others.append(other.enqueue("true", queue="theirs"))
+                    self.assertIsNone(self.claim("default"))
+                    yield {"command": "true"}
+
+            self.others: list[str] = []
+            ids = list(self.queue.enqueue_many(jobs()))
+            self.assertEqual((len(set(ids + self.others)), len(self.run_all().split())), (19, 19))
+
+    @internal
+    def test_refused_batch_leaves_nothing(self) -> None:
+        self.queue.enqueue("true")
+        bad = ({"command": ""}, {"command": "true", "after": "x"}, {"command": "true", "id": "a"})
+        for job in bad:
+            jobs = [*self.JOBS[:6], job, {"command": "true"}]
+            with self.assertRaises(queuectl.BadInput) as caught:
+                self.queue.enqueue_many(jobs)
+            self.assertIn(caught.exception.index, (6, None))
+            self.assertEqual(self.queue._db.rows("SELECT count(*) FROM jobs"), [(1,)])
+            self.assertEqual(self.queue._db.rows("SELECT count(*) FROM needs"), [(0,)])
+        self.assertEqual(os.listdir(self.path + ".run"), [])
+        self.assertEqual(self.queue.enqueue("true"), "2")
+
+    def test_line_of_a_bad_job_is_named_whenever_it_is_noticed(self) -> None:
+        good = '{"command": "true"}\n\n' * 3
+        for bad, line in (
+            ('{"id": "x", "command": "true"}\n[{"command": "t"}, {"id": "x", "command": "t"}]', 8),
+            ('{"after": "nobody", "command": "true"}\n' + good, 7),
+            ('{"command": 5}\n' + good, 7),
+            ("{]\n" + good, 7),
+        ):
+            error = self.assert_refused("enqueue", "-", stdin=good + bad)
+            self.assertIn(f"queuectl: line {line}: ", error)
+        self.assertEqual(self.ids(), "")
+
+    @NEEDS_SHELL
+    def test_batch_whose_process_is_killed_is_completed_if_accepted_and_else_deleted(self) -> None:
+        """Promise 1."""
+        program = """if True:
+            import os, queuectl, sys
+            die = lambda *_: os.kill(os.getpid(), 9)
+            queuectl.BATCH_SLICE = 2
+            jobs = [{"command": "true", "id": f"{sys.argv[1]}-{n}"} for n in range(5)]
+            if sys.argv[1] == "accepted":
+                queuectl.Ledger.settle_slice = die
+            else:
+                jobs = (job if job["id"] != "read-4" else die() for job in jobs)
+            queuectl.Queue("queuectl.db").enqueue_many(jobs)
+        """
+        for when, number in (("read", 0), ("accepted", 5)):
+            self.assertEqual(self.script(program, when)[0], -signal.SIGKILL)
+            staged = "SELECT count(*) FROM jobs WHERE state = 'staged'"
+            self.assertEqual((self.ids(), self.queue._db.rows(staged)), ("", [(number or 4,)]))
+            self.drain()
+            self.assertEqual(self.queue.counts()["completed"], number)
+            self.assertEqual(self.queue._db.rows(staged), [(0,)])
+        self.assertEqual(glob.glob(self.path + ".run/batch-*"), [])
+
 
 class QueueReading(Clocked):
     """Reading jobs and their counts."""
@@ -3188,6 +3327,54 @@ class QueueWait(Live):
         self.enqueue("true")
         with Queue(self.path) as queue, self.assertRaisesRegex(queuectl.TimedOut, "within 0.1 s"):
             queue.wait("1", 0.1)
+
+    @internal
+    def test_wait_for_many_jobs_reads_only_those_that_have_changed(self) -> None:
+        with Queue(self.path) as queue:
+            ids = list(queue.enqueue_many({"command": "true"} for _ in range(300)))
+            watch = queuectl.JobWatch(queue._reader, queue._reader.named(ids))
+            by_seq = mock.Mock(side_effect=queue._reader.by_seq)
+            with mock.patch.object(queue._reader, "by_seq", by_seq):
+                self.assertFalse(watch.is_over())
+                for again in (0.0, float("inf")):  # when all may be compared, and when not yet
+                    by_seq.reset_mock()
+                    with Queue(self.path) as worker:
+                        for _ in range(100):
+                            worker._ledger.finish(
+                                claim(worker), Outcome("exited", 1.0, 2.0, 0, None)
+                            )
+                    watch.refresh_at = again
+                    self.assertFalse(watch.is_over())
+                    self.assertLessEqual(by_seq.call_count, 102)
+                    watch.refresh_at = again
+                    by_seq.reset_mock()
+                    self.assertFalse(watch.is_over())
+                    self.assertLessEqual(by_seq.call_count, 1)
+            states = [job.state for job in watch.jobs()]
+            self.assertEqual(states.count("completed"), 200)
+
+    @internal
+    def test_idle_wait_reads_little_and_a_change_is_noticed_at_once(self) -> None:
+        """Promise 8."""
+        with Queue(self.path) as queue, Queue(self.path, readonly=True) as other:
+            reader = other._reader
+            queue.enqueue("true")
+            version = mock.Mock(side_effect=reader.data_version)
+            look = mock.Mock(side_effect=other._db.wal_times)
+            with mock.patch.object(reader, "data_version", version):
+                with mock.patch.object(other._db, "wal_times", look):
+                    yields = list(reader.changes(0.7))
+                    self.assertLessEqual(len(yields), 3)
+                    self.assertLessEqual(version.call_count, 12)
+                    self.assertLessEqual(look.call_count, 40)
+            changes = reader.changes(10)
+            next(changes)
+            for _ in range(3):  # writes within one tick of the clock of the file system
+                version.reset_mock()
+                queue.enqueue("true")
+                began = time.monotonic()
+                next(changes)
+                self.assertLess(time.monotonic() - began, 0.3)
 
     @SLOW
     def test_queue_that_is_moved_or_removed_is_not_waited_for(self) -> None:
@@ -5439,6 +5626,26 @@ class CliShow(Case):
         self.assertEqual(runs, [[1, 1, "exit code 1", "try 1\n"], [2, 0, None, "try 2\n"]])
         self.assertIn("exit code 1", self.stdout("show", "x"))
         self.assert_refused("show", "y", code=1)
+
+    @internal
+    def test_history_is_read_in_slices_and_output_only_where_it_is_shown(self) -> None:
+        """Promise 8."""
+        self.enqueue("true", id="x")
+        attempts = 80
+        with Queue(self.path) as queue, queue.transaction() as db:
+            for run in range(1, attempts + 1):
+                row = (1, run, "w", "failed", 0, 1, 2, 1, "exit code 1", 0, b"x" * 65536)
+                db.execute(queuectl.ADD_ATTEMPT, row)
+            db.execute("UPDATE jobs SET run = ?", (attempts,))
+        peaks = {}
+        for words in ("show x", "show x --json", "logs x", "logs x --run 3"):
+            command = "import queuectl, resource, sys; queuectl.main(sys.argv[1:]); print(resource"
+            command += ".getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+            done = self.script(command, *words.split())
+            peaks[words] = int(done.stderr)
+            self.assertGreater(len(done.stdout), attempts * (65536 if "--json" in words else 50))
+        self.assertLess(max(peaks.values()), min(peaks.values()) + 4096, peaks)  # of 5 MiB
+        self.assertEqual(len(json.loads(self.stdout("show", "x", "--json"))["runs"]), attempts)
 
 
 @NEEDS_SHELL

@@ -4896,7 +4896,9 @@ def cmd_install(args: argparse.Namespace) -> None:
     os.makedirs(directory, exist_ok=True)
     is_virtual = sys.prefix != sys.base_prefix  # it may be removed some day
     python = os.path.realpath(SYSTEM.PYTHON) if is_virtual else SYSTEM.PYTHON
-    replace_file(starter, starter_text(python, install_library(home)).encode(), 0o755)
+    text = starter_text(python, install_library(home))
+    content = text.encode("oem", "replace") if sys.platform == "win32" else os.fsencode(text)
+    replace_file(starter, content, 0o755)
     print(starter)
     report_path(directory, starter)
 
@@ -5105,6 +5107,7 @@ def read_from(fd: int, at: int) -> tuple[int, bytes]:
 def follow(queue: Queue, job: Job, fd: int, at: int) -> Iterator[bytes]:
     """Yield the output of an attempt from a place on, as it comes, until the attempt has ended."""
     ended = False
+    version = -1
     for _ in polling(first=0.03, longest=0.03):
         chunk = b"more"
         while chunk:
@@ -5113,8 +5116,9 @@ def follow(queue: Queue, job: Job, fd: int, at: int) -> Iterator[bytes]:
             at += len(chunk)
         if ended:
             return
-        now = queue._reader.by_seq(job.seq)
-        ended = now is None or (now.state, now.run) != (PROCESSING, job.run)
+        if version != (version := queue._reader.data_version()):
+            now = queue._reader.by_seq(job.seq)
+            ended = now is None or (now.state, now.run) != (PROCESSING, job.run)
 
 
 def await_attempt(queue: Queue, job: Job) -> Job:

@@ -2683,7 +2683,7 @@ class QueueBatch(Clocked):
                 yield {"command": "true", "id": "first"}
                 for number in range(9):
                     self.assertEqual(other.counts()["pending"], number)
-                    self.assertEqual([job.id for job in other.jobs()], self.others)
+                    self.assertEqual([job.id for job in other._reader.all(None)], self.others)
                     with self.assertRaises(queuectl.NotFound):
                         other.get("first")
                     with self.assertRaisesRegex(queuectl.BadInput, "after: there is no job first"):
@@ -2714,12 +2714,12 @@ class QueueBatch(Clocked):
         self.assertEqual(self.queue.enqueue("true"), "2")
 
     def test_line_of_a_bad_job_is_named_whenever_it_is_noticed(self) -> None:
-        good = '{"command": "true"}\n\n' * 3
+        good = '{"command": "true"}\n\n' * 4
         for bad, line in (
-            ('{"id": "x", "command": "true"}\n[{"command": "t"}, {"id": "x", "command": "t"}]', 8),
-            ('{"after": "nobody", "command": "true"}\n' + good, 7),
-            ('{"command": 5}\n' + good, 7),
-            ("{]\n" + good, 7),
+            ('{"id": "x", "command": "true"}\n[{"command": "t"}, {"id": "x", "command": "t"}]', 10),
+            ('{"after": "nobody", "command": "true"}\n' + good, 9),
+            ('{"command": 5}\n' + good, 9),
+            ("{]\n" + good, 9),
         ):
             error = self.assert_refused("enqueue", "-", stdin=good + bad)
             self.assertIn(f"queuectl: line {line}: ", error)
@@ -6621,6 +6621,15 @@ while True:
         """Wait until this many processes of a beat have started, over all attempts."""
         prefix = name + "."
         wait_until(lambda: sum(f.startswith(prefix) for f in os.listdir(self.dir)) >= processes)
+
+    def test_installed_command_does_as_the_script_does(self) -> None:
+        self.stdout("install", self.dir)
+        starter = self.file("queuectl.cmd" if os.name == "nt" else "queuectl")
+        added = self.process(starter, "enqueue", "--", sys.executable, "-c", "print(6 * 7)")
+        self.assertEqual(added, (0, "1\n", ""))
+        self.assertEqual(self.process(starter, "worker", "start", "--drain", "--quiet")[0], 0)
+        self.assertEqual(self.process(starter, "logs", "1")[:2], (0, "42\n"))
+        self.assertEqual(self.process(starter, "logs", "2")[0], 1)
 
     def is_silent(self, name: str) -> bool:
         """Tell whether every process of a beat has ended."""

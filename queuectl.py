@@ -4791,10 +4791,25 @@ STARTER = """\
 import _signal, sys
 if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # Ctrl-C shows no traceback
+if hasattr(_signal, "pthread_sigmask"):
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [_signal.SIGINT])
 sys.path.append(%a)
 import queuectl
 queuectl.main_program()
 """
+
+
+BLOCKING = "/usr/bin/env -S --block-signal=INT"  # until Python has started: GNU only
+
+
+def is_blocking_supported() -> bool:
+    import subprocess
+
+    env, options = BLOCKING.split(" ", 1)
+    with contextlib.suppress(OSError):
+        call = [env, f"{options} true"]  # the system passes one argument too
+        return subprocess.run(call, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    return False
 
 
 def starter_text(python: str, library: str) -> str:
@@ -4806,6 +4821,8 @@ def starter_text(python: str, library: str) -> str:
     elif len(first) > 120 or re.search(r"\s", python):  # more than systems read: for sh, a command
         first = "#!/bin/sh"
         third = f"'''exec' {shlex.quote(python)} -IS \"$0\" \"$@\"\n' '''"
+    elif re.fullmatch(r"[\w/.+-]{,70}", python) and is_blocking_supported():
+        first = f"#!{BLOCKING} {python} -IS"
     return STARTER % (first, __version__, third, library)
 
 

@@ -5451,7 +5451,10 @@ def new_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
             cut = quoted(message, 4 * QUOTED_LIMIT)  # it may repeat a long command line
             raise BadInput(f"{cut}{hint} (see {self.prog} --help)")
 
-    style = argparse.RawDescriptionHelpFormatter
+    columns = os.environ.get("COLUMNS", "")
+    width = int(columns) if columns.isdecimal() else terminal_width(sys.stdout) or 80
+    # With the width given, argparse does not import shutil, which takes 2 ms.
+    style = partial(argparse.RawDescriptionHelpFormatter, width=max(width - 2, 20))
     return Parser(prog, formatter_class=style, allow_abbrev=False, **options)
 
 

@@ -6955,6 +6955,14 @@ class Layout(unittest.TestCase):
         loaded = subprocess.check_output([*PYTHON, "-c", code], cwd=HERE, text=True).split()
         slow = {"argparse", "subprocess", "multiprocessing", "difflib", "socket", "ctypes"}
         self.assertEqual(slow & set(loaded), set())
+        code = "import sys, queuectl; queuectl.main(['--db', 'nowhere', 'status'])"
+        code += "; print(*sys.modules)"
+        python = [*PYTHON, "-IS", "-c", f"import sys; sys.path.append({HERE!r}); {code}"]
+        loaded = subprocess.check_output(python, stderr=subprocess.DEVNULL, text=True).split()
+        slow = slow - {"argparse"} | {"tempfile"}
+        if sys.version_info >= (3, 11):
+            slow.add("shutil")
+        self.assertEqual(slow & set(loaded), set())
 
     @internal
     def test_annotations_use_only_names_defined_above_them(self) -> None:

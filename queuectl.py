@@ -98,11 +98,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from enum import IntEnum
 from functools import lru_cache, partial
-from itertools import accumulate, chain, islice, starmap
+from itertools import accumulate, chain, islice, product, starmap
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, Union
 
 if TYPE_CHECKING:
     import argparse
+    from array import array
     from multiprocessing.connection import Connection as Pipe
 
     Argument = tuple[tuple[str, ...], dict[str, Any]]
@@ -130,6 +131,7 @@ DEAD: State = "dead"
 CANCELLED: State = "cancelled"
 STATES = (PENDING, PROCESSING, COMPLETED, DEAD, CANCELLED)
 FINISHED = (COMPLETED, DEAD, CANCELLED)
+STAGED = "staged"  # the state of jobs that nobody sees: their batch is not complete yet
 PRUNED_BY_DEFAULT = (COMPLETED, CANCELLED)  # dead letters stay until they are purged
 
 READY, SCHEDULED, BLOCKED = 1, 0, -1  # the readiness of a pending job; all others are READY
@@ -160,12 +162,18 @@ class QueueError(Exception):
     """An expected failure. Its text names the problem; `code` is the exit code of the program."""
 
     code: int = Exit.NO
+    hint: Callable[[], str] | None = None  # ends the text; costly, so not within a transaction
+
+    def __str__(self) -> str:
+        """Return the text."""
+        return super().__str__() + (self.hint() if self.hint else "")
 
 
 class BadInput(QueueError):
     """The input is not valid; nothing was changed."""
 
     code = Exit.USAGE
+    index: int | None = None  # in a batch, the number of the job at fault, from 0
 
 
 class NotFound(QueueError):
@@ -355,15 +363,27 @@ def plural(number: int, noun: str) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     import difflib
+    from heapq import nlargest
 
-    return next(iter(difflib.get_close_matches(word[:QUOTED_LIMIT], list(known), 1, 0.7)), None)
+    matcher = difflib.SequenceMatcher(b=word[:QUOTED_LIMIT])
+
+    def upper_bound(other: str) -> float:
+        matcher.set_seq1(other[:QUOTED_LIMIT])
+        return matcher.quick_ratio()
+
+    close = nlargest(20, known, upper_bound)  # an exact ratio of long words takes a long time
+    return next(iter(difflib.get_close_matches(word[:QUOTED_LIMIT], close, 1, 0.7)), None)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    near = nearest(word, known)
+    return f": did you mean {near}?" if near else ""
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Return ": did you mean X?" for a mistyped word, or the list of known words."""
     choices = list(known)
-    close = nearest(word, choices)
-    return f": did you mean {close}?" if close else f"; choose from {', '.join(choices)}"
+    return did_you_mean(word, choices) or f"; choose from {', '.join(choices)}"
 
 
 def id_hint(word: str) -> str:
@@ -575,6 +595,19 @@ def cron_field(field: str, low: int, high: int, names: str) -> set[int]:
     return values
 
 
+def times_of_day(
+    day: datetime, hours: Iterable[int], minutes: Iterable[int], folds: Iterable[int]
+) -> Iterator[float]:
+    """Yield the Unix seconds of clock times; each one by itself only where the clock is changed."""
+    for hour, fold in product(hours, folds):
+        begin, end = (day.replace(hour=hour, minute=m, fold=fold).timestamp() for m in (0, 59))
+        if end - begin == 59 * 60:
+            yield from (begin + 60 * m for m in minutes)
+        else:
+            yield from (day.replace(hour=hour, minute=m, fold=fold).timestamp() for m in minutes)
+
+
+@lru_cache(maxsize=64)
 def cron_next(rule: str, after: float) -> float:
     """Return the first time later than `after` that matches a rule, in local time.
 
@@ -589,22 +622,21 @@ def cron_next(rule: str, after: float) -> float:
     minutes, hours, days, months, weekdays = sets
     matches = all if "*" in (fields[2][0], fields[4][0]) else any
     folds = (0, 1) if len(hours) == 24 else (0,)
-    clocks = [(h, m, fold) for h in hours for m in minutes for fold in folds]
     day = datetime.fromtimestamp(after, timezone.utc).astimezone()
     day = day.replace(second=0, microsecond=0, tzinfo=None)
     for _ in range(8 * 366 + 2):  # the 29th of February is at most 8 years away
         match = (day.day in days, bool({day.isoweekday(), day.isoweekday() % 7} & weekdays))
         if day.month in months and matches(match):
-            times = [day.replace(hour=h, minute=m, fold=f).timestamp() for h, m, f in clocks]
-            if max(times) > after:
-                return min(when for when in times if when > after)
+            times = times_of_day(day, hours, minutes, folds)
+            if later := [when for when in times if when > after]:
+                return min(later)
         day += timedelta(days=1)
     raise ValueError("names a date that does not exist")
 
 
 def valid_cron(value: object) -> str:
     rule = valid_text(value)
-    cron_next(rule, time.time())
+    cron_next(rule, time.time() // 60 * 60)
     return rule
 
 
@@ -1105,6 +1137,14 @@ def recount(*, plus: str = "", minus: str = "", kinds: Iterable[str] = JOB_KINDS
     return ", ".join(changes)
 
 
+COUNT_NEW = f"""BEGIN
+  INSERT INTO {NEW_QUEUE};
+  UPDATE queues SET {recount(plus="new", kinds=WAITING_KINDS)} WHERE queue = new.queue;
+  UPDATE queues SET {recount(plus="new", kinds=OTHER_KINDS)}, {FIND_NEXT}
+    WHERE queue = new.queue AND NOT (new.state = 'pending' AND (
+      new.readiness <> 1 OR coalesce(next_priority > new.priority OR next_priority = new.priority
+        AND (next_due, next_seq) < (new.run_after, new.seq), 0)));
+END"""
 SCHEMA = f"""
 CREATE TABLE jobs (
   seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -1176,6 +1216,10 @@ CREATE TABLE needs (                    -- a child is blocked until all of its n
 ) WITHOUT ROWID;
 CREATE INDEX needs_child ON needs (child, met);
 
+CREATE TABLE batches (                  -- the accepted ones among those with staged jobs
+  name TEXT PRIMARY KEY                 -- of its lock; locked_by of its staged jobs
+) WITHOUT ROWID;
+
 CREATE TABLE settings (                 -- queue '': the default for all queues
   queue TEXT NOT NULL,
   key TEXT NOT NULL,
@@ -1208,25 +1252,19 @@ CREATE INDEX queues_closed ON queues (closed_at) WHERE closed_at IS NOT NULL;
 CREATE TRIGGER queues_insert AFTER INSERT ON queues BEGIN
   UPDATE queues SET capacity = {CAPACITY} WHERE queue = new.queue;
 END;
-CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
-  INSERT INTO {NEW_QUEUE};
-  UPDATE queues SET {recount(plus="new", kinds=WAITING_KINDS)} WHERE queue = new.queue;
-  UPDATE queues SET {recount(plus="new", kinds=OTHER_KINDS)}, {FIND_NEXT}
-    WHERE queue = new.queue AND NOT (new.state = 'pending' AND (
-      new.readiness <> 1 OR coalesce(next_priority > new.priority OR next_priority = new.priority
-        AND (next_due, next_seq) < (new.run_after, new.seq), 0)));
-END;
-CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
+CREATE TRIGGER jobs_insert AFTER INSERT ON jobs WHEN new.state <> 'staged' {COUNT_NEW};
+CREATE TRIGGER jobs_publish AFTER UPDATE OF state ON jobs WHEN old.state = 'staged' {COUNT_NEW};
+CREATE TRIGGER jobs_delete AFTER DELETE ON jobs WHEN old.state <> 'staged' BEGIN
   UPDATE queues SET {recount(minus="old")}, {FIND_NEXT} WHERE queue = old.queue;
 END;
 CREATE TRIGGER jobs_update AFTER UPDATE OF state, readiness, priority, run_after ON jobs
-  WHEN old.queue = new.queue AND (
+  WHEN old.queue = new.queue AND old.state <> 'staged' AND (
     old.state = 'pending' AND old.readiness = 1 OR new.state = 'pending' AND new.readiness = 1)
 BEGIN
   UPDATE queues SET {recount(plus="new", minus="old")}, {FIND_NEXT} WHERE queue = new.queue;
 END;
 CREATE TRIGGER jobs_end AFTER UPDATE OF state, readiness ON jobs
-  WHEN old.queue = new.queue AND NOT (
+  WHEN old.queue = new.queue AND old.state <> 'staged' AND NOT (
     old.state = 'pending' AND old.readiness = 1 OR new.state = 'pending' AND new.readiness = 1)
 BEGIN
   UPDATE queues SET {recount(plus="new", minus="old")} WHERE queue = new.queue;
@@ -1263,20 +1301,28 @@ JOB = "SELECT " + ", ".join(COMPUTED.get(key, key) for key in Job._fields) + " F
 ATTEMPT = "SELECT " + ", ".join(Attempt._fields) + " FROM attempts "
 IN_QUEUE = "(:queue IS NULL OR queue = :queue)"
 ACTIVE_RULE = "rule IS NOT NULL AND state IN ('pending', 'processing')"
-BY_ID = JOB + "WHERE id = :id"
+IS_VISIBLE = "(state <> 'staged' OR locked_by = :batch)"
+BY_ID = JOB + f"WHERE id = :id AND {IS_VISIBLE}"
 BY_SEQ = JOB + "WHERE seq = :seq"
 ACTIVE_OF_SCHEDULE = JOB + "WHERE schedule_id = :id AND " + ACTIVE_RULE
-NEWEST_OF_SCHEDULE = JOB + "WHERE schedule_id = :id ORDER BY seq DESC LIMIT 1"
+NEWEST_OF_SCHEDULE = JOB + f"WHERE schedule_id = :id AND {IS_VISIBLE} ORDER BY seq DESC LIMIT 1"
+IS_TAKEN = """
+SELECT 1 FROM jobs WHERE id = :id
+UNION ALL SELECT 1 FROM jobs WHERE schedule_id = :id AND rule IS NOT NULL
+  AND state IN ('pending', 'processing', 'staged')"""
 LAST_RUN_OF_SCHEDULE = JOB + "WHERE schedule_id = :id AND run > 0 ORDER BY seq DESC LIMIT 1"
 SCHEDULES = JOB + f"INDEXED BY jobs_rule WHERE {ACTIVE_RULE} ORDER BY schedule_id"
-RECENT_IDS = "SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000"
+RECENT_IDS = """
+SELECT id FROM (SELECT id, state FROM jobs ORDER BY seq DESC LIMIT 1000) WHERE state <> 'staged'"""
 LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = :table"
 IDS_BETWEEN = """
 SELECT seq, coalesce(schedule_id, id) FROM jobs
 WHERE seq BETWEEN :first AND :last ORDER BY seq LIMIT 1000"""
-ALL_JOBS = JOB + "WHERE seq > :seq ORDER BY seq LIMIT 1000"
+ALL_JOBS = JOB + "WHERE seq > :seq AND state <> 'staged' ORDER BY seq LIMIT 1000"
 SLICE = 200  # jobs read by number, or deleted, at a time
 BY_SEQS = f"{JOB}WHERE seq IN ({', '.join('?' * SLICE)}) ORDER BY seq"
+MARKS = f"""
+SELECT seq, state, readiness, run, updated_at FROM jobs WHERE seq IN ({", ".join("?" * SLICE)})"""
 # In two parts: SQLite does not search an index by rowid after a range of its last column.
 SEQS_IN_STATE = """
 SELECT * FROM (
@@ -1308,8 +1354,9 @@ COUNTED: Sequence[tuple[State, int]] = (  # the columns of COUNTS
     *((PENDING, readiness) for readiness in (BLOCKED, SCHEDULED, READY)),
     *((state, READY) for state in STATES[1:]),
 )
-ATTEMPTS = ATTEMPT + "WHERE job = :seq ORDER BY run"
-LAST_ATTEMPT = ATTEMPT + "WHERE job = :seq ORDER BY run DESC LIMIT 1"
+ATTEMPTS = ATTEMPT + "WHERE job = :seq AND run > :run ORDER BY run LIMIT 16"
+SUMMARIES = ATTEMPTS.replace("output FROM", "x'' FROM").replace("LIMIT 16", "LIMIT 1000")
+LAST_ATTEMPT = ATTEMPT + "WHERE job = :seq AND run <= :run ORDER BY run DESC LIMIT 1"
 STDIN = "SELECT stdin FROM jobs WHERE seq = :seq"
 PARENT_IDS = """
 SELECT id FROM needs JOIN jobs ON seq = parent WHERE child = :seq AND met = 1 ORDER BY parent"""
@@ -1319,7 +1366,6 @@ WHERE notifies IS NOT NULL AND state = :state AND {IN_QUEUE}"""
 WAITING_SUMMARY = f"""
 {JOB}INDEXED BY jobs_notifies WHERE notifies IS NOT NULL AND state = 'pending'
 AND event = '{SUMMARY}' AND queue = :queue AND command = :command AND cwd = :cwd"""
-RUNS = ATTEMPTS.replace("output FROM", "x'' FROM")
 OUTPUT_TAIL = """
 SELECT coalesce(substr(output, :start), x'') FROM attempts WHERE job = :seq AND run = :run"""
 TOTALS = "SELECT queue, outcome, number, running, waiting, last FROM totals"
@@ -1333,7 +1379,8 @@ WITH RECURSIVE levels (level) AS (
 SELECT min((SELECT min(run_after) {READY_IN_QUEUE} AND priority = level)) FROM levels"""
 LAST_RUNS = ATTEMPT.replace("output FROM", "x'' FROM")
 LAST_RUNS += "WHERE job = :seq ORDER BY run DESC LIMIT :limit"
-JOBS_BEFORE = JOB + "WHERE seq < :seq ORDER BY seq DESC LIMIT :limit"
+JOBS_BEFORE = f"""
+{JOB}WHERE seq < :seq AND state <> 'staged' ORDER BY seq DESC LIMIT :limit"""
 IN_STATE_BEFORE = f"""
 SELECT * FROM (
   {JOB}WHERE state = :state AND readiness = :readiness
@@ -1368,19 +1415,21 @@ COUNT_CHILDREN = """
 SELECT count(*) FROM needs JOIN jobs ON seq = child
 WHERE parent = :seq AND met = 0 AND any_end = 0 AND state = 'pending'"""
 BLOCKED_CHILDREN = f"""
-{JOB}JOIN needs ON child = seq WHERE parent = :seq AND met = 0 AND state = 'pending'"""
+{JOB}JOIN needs ON child = seq
+WHERE parent = :seq AND met = 0 AND state IN ('pending', 'staged')"""
 DESCENDANTS = f"""
 WITH RECURSIVE descendants (child) AS (
   SELECT child FROM needs WHERE parent = :seq AND met = 0 AND any_end = 0
   UNION SELECT needs.child FROM needs JOIN descendants ON parent = descendants.child
     WHERE met = 0 AND any_end = 0)
-{JOB}WHERE seq IN descendants"""
+{JOB}WHERE seq IN descendants AND state <> 'staged'"""
 
 # Adding, claiming and finishing.
 
+BATCH_SLICE = 5000  # jobs added in one transaction
 INSERTED = """seq id queue command cwd env priority max_retries timeout created_at updated_at
 run_after readiness rule schedule_id scheduled_for
-retry_delays on_dead on_end notifies event stdin""".split()
+retry_delays on_dead on_end notifies event stdin state locked_by""".split()
 
 
 @lru_cache(maxsize=1000)
@@ -1390,6 +1439,20 @@ def insert_job(*columns: str) -> str:
     return f"INSERT OR IGNORE INTO jobs ({', '.join(columns)}) VALUES ({values})"
 
 
+ACCEPT_BATCH = "INSERT INTO batches VALUES (:batch)"
+IS_ACCEPTED = "SELECT 1 FROM batches WHERE name = :batch"
+FORGET_BATCH = "DELETE FROM batches WHERE name = :batch"
+OPEN_BATCH = "SELECT locked_by FROM jobs WHERE state = 'staged' LIMIT 1"
+STAGED_JOBS = f"""
+SELECT seq FROM jobs WHERE state = 'staged' AND locked_by = :batch LIMIT {BATCH_SLICE}"""
+UNSTAGE = f"""
+UPDATE jobs SET state = 'pending', locked_by = NULL, updated_at = :now, readiness = CASE
+  WHEN EXISTS (SELECT 1 FROM needs WHERE child = seq AND met = 0) THEN -1
+  ELSE run_after <= :now END
+WHERE seq IN ({STAGED_JOBS})"""
+RESET_SEQ = """
+UPDATE sqlite_sequence SET seq = :before WHERE name = :table AND seq = :last
+  AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.seq > :before)"""
 ADD_NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :any_end, :met)"
 SET_STDIN = "UPDATE jobs SET stdin = :stdin WHERE seq = :seq AND state = 'pending'"
 # Statements with :served are about the queues that a pool serves; `for_queues` names them.
@@ -1493,7 +1556,7 @@ PRUNABLE = f"""
 SELECT seq FROM jobs WHERE state = :state AND readiness = 1 AND updated_at <= :before
   AND NOT EXISTS (
     SELECT 1 FROM needs JOIN jobs AS children ON children.seq = child
-    WHERE parent = jobs.seq AND met = 0 AND children.state = 'pending')
+    WHERE parent = jobs.seq AND met = 0 AND children.state IN ('pending', 'staged'))
 ORDER BY updated_at LIMIT {SLICE}"""
 DELETE_JOB = (
     "DELETE FROM attempts WHERE job = :seq",
@@ -1522,7 +1585,7 @@ UNSET = "DELETE FROM settings WHERE queue = :queue AND key = :key"
 APPLY_SETTINGS = f"""
 UPDATE queues SET capacity = {CAPACITY}, closed_at = NULL WHERE :queue IN ('', queue)"""
 
-TABLES = "jobs|attempts|needs|settings|queues|totals"
+TABLES = "jobs|attempts|needs|batches|settings|queues|totals"
 REFERENCE = "FROM|JOIN|INTO|UPDATE|TABLE|INDEX|TRIGGER|ON|BY"  # precedes a table or an index
 FEW_QUEUES = 32
 GUEST_NAME = re.compile(rf"\b((?:{REFERENCE}) )?({TABLES})(?(1)(?=\b|_)|(?=\.))")
@@ -1645,13 +1708,17 @@ module.SYSTEM.serve(module.begin_worker, *sys.argv[2:])
 """
 
 
-def python_command(python: str, *args: str) -> list[str]:
-    """Return the command that loads this file in isolation, with the flags of this interpreter."""
+def interpreter_flags() -> list[str]:
     import subprocess
 
-    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    return list(subprocess._args_from_interpreter_flags())  # type: ignore[attr-defined]
+
+
+def python_command(python: str, *args: str) -> list[str]:
+    """Return the command that loads this file in isolation, with the flags of this interpreter."""
     utf8 = f"utf8={sys.flags.utf8_mode}"
-    return [python, *flags, "-I", "-X", utf8, "-c", LOAD, os.path.realpath(__file__), *args]
+    file = os.path.realpath(__file__)
+    return [python, *interpreter_flags(), "-I", "-X", utf8, "-c", LOAD, file, *args]
 
 
 if sys.platform == "win32":
@@ -2779,14 +2846,14 @@ class Database:
                     raise Locked(f"{self.path} {locked}") from error
         raise AssertionError("polling without a limit does not end")
 
-    def execute(self, sql: str, args: Any = ()) -> sqlite3.Cursor:
-        """Execute one statement; within a transaction it never waits."""
+    def execute(self, sql: str, args: Any = (), *, many: bool = False) -> sqlite3.Cursor:
+        """Execute one statement, for `many` arguments; within a transaction it never waits."""
         db = self.connection
         if self._in_host:
             sql = for_guest(sql)
         try:
             if db.in_transaction:
-                return db.execute(sql, args)
+                return db.executemany(sql, args) if many else db.execute(sql, args)
             return self._retry(lambda: db.execute(sql, args))  # type: ignore[no-any-return]
         except sqlite3.Error as error:
             raise self.fault(error) from error
@@ -2836,6 +2903,13 @@ class Database:
 
     def notify_when_stored(self) -> None:
         self.connection.notify = True
+
+    def wal_times(self) -> tuple[int, int] | None:
+        """Return facts about the -wal that a write changes, cheaper than the data_version."""
+        with contextlib.suppress(FileNotFoundError):
+            info = os.stat(self.path + "-wal")
+            return None if WINDOWS else (info.st_mtime_ns, info.st_size)
+        return None
 
     def set_synchronous(self, synchronous: str) -> None:
         """Choose whether each commit is synced ("full"), or the caller syncs ("normal")."""
@@ -3017,23 +3091,29 @@ class Reader:
     def number(self, sql: str, **args: object) -> int:
         return int(self.db.rows(sql, args)[0][0])
 
-    def get(self, job_id: str) -> Job:
-        """Return a job by its id, or the active or else newest job of a schedule; or NotFound."""
+    def get(self, job_id: str, batch: str | None = None) -> Job:
+        """Return a job by its id, or the active or else newest job of a schedule; or NotFound.
+
+        A `batch` also sees its own staged jobs.
+        """
         for sql in (BY_ID, ACTIVE_OF_SCHEDULE, NEWEST_OF_SCHEDULE):
-            if job := self.first(sql, id=job_id):
+            if job := self.first(sql, id=job_id, batch=batch):
                 return job
-        near = nearest(job_id, (row[0] for row in self.db.rows(RECENT_IDS)))
-        hint = id_hint(job_id) or (f": did you mean {near}?" if near else "")
-        raise NotFound(f"there is no job {quoted(job_id)} in {self.db.path}{hint}")
+        hint = id_hint(job_id)
+        error = NotFound(f"there is no job {quoted(job_id)} in {self.db.path}{hint}")
+        recent = [row[0] for row in self.db.rows(RECENT_IDS)]
+        error.hint = None if hint else partial(did_you_mean, job_id, recent)
+        raise error
 
     def by_seq(self, seq: int) -> Job | None:
         return self.first(BY_SEQ, seq=seq)
 
-    def named(self, ids: Iterable[str]) -> list[Job]:
-        return list({job.seq: job for job in map(self.get, as_list(ids))}.values())
+    def named(self, ids: Iterable[str], batch: str | None = None) -> list[Job]:
+        jobs = (self.get(job_id, batch) for job_id in as_list(ids))
+        return list({job.seq: job for job in jobs}.values())
 
     def is_taken(self, job_id: str) -> bool:
-        return any(self.db.rows(sql, {"id": job_id}) for sql in (BY_ID, ACTIVE_OF_SCHEDULE))
+        return bool(self.db.rows(IS_TAKEN, {"id": job_id}))
 
     def all(self) -> Iterator[Job]:
         """Yield every job by arrival, in slices: a slow reader must not hold up the -wal."""
@@ -3095,24 +3175,33 @@ class Reader:
         found.sort(key=lambda job: job.updated_at)
         return sorted(found[-limit:]), total
 
-    def attempts(self, job: Job) -> list[Attempt]:
-        return [Attempt(*row) for row in self.db.rows(ATTEMPTS, {"seq": job.seq})]
+    def attempts(self, job: Job, sql: str = ATTEMPTS) -> Iterator[Attempt]:
+        """Yield the attempts of a job that have ended, in slices; or SUMMARIES of them."""
+        run = 0
+        while rows := self.db.rows(sql, {"seq": job.seq, "run": run}):
+            yield from starmap(Attempt, rows)
+            run = rows[-1][0]
+
+    def last_attempt(self, job: Job, run: int) -> Attempt | None:
+        """Return the attempt with this number or, without it, the one before it."""
+        rows = self.db.rows(LAST_ATTEMPT, {"seq": job.seq, "run": run})
+        return next(starmap(Attempt, rows), None)
 
     def stdin(self, job: Job) -> bytes:
         return bytes(self.db.rows(STDIN, {"seq": job.seq})[0][0]) if job.stdin_size else b""
 
-    def facts(self, job: Job, attempts: Iterable[Attempt]) -> dict[str, Any]:
-        """Return a job and its attempts as `show --json` and notifications have them."""
+    def facts(self, job: Job) -> dict[str, Any]:
+        """Return a job, but for its attempts, as `show --json` and notifications have them."""
         settings = self.settings(job.queue)
         facts = {**job_facts(job, settings), "settings": settings}
         facts["stdin"] = self.stdin(job).decode()
         facts["why"] = None
         facts["after"] = [parent.id for parent in self.parents(job)]
-        return {**facts, "runs": [attempt_facts(attempt) for attempt in attempts]}
+        return facts
 
     def runs(self, job: Job) -> list[Attempt]:
         """Return the attempts without their output."""
-        return [Attempt(*row) for row in self.db.rows(RUNS, {"seq": job.seq})]
+        return list(self.attempts(job, SUMMARIES))
 
     def output_tail(self, seq: int, run: int, limit: int) -> str:
         """Return the end of an attempt's output; bytes that are not UTF-8 are escaped."""
@@ -3222,6 +3311,16 @@ class Reader:
                 found[queue] = bool(paused or all_paused) and not processing
         return found
 
+    def changed(self, jobs: Sequence[Job]) -> Iterator[int]:
+        """Yield the numbers of those jobs that are not any more as they were read."""
+        for first in range(0, len(jobs), SLICE):
+            part = {job.seq: job for job in jobs[first : first + SLICE]}
+            rows = self.db.rows(MARKS, [*part, *[None] * (SLICE - len(part))])
+            found = {row[0]: row[1:] for row in rows}
+            for job in part.values():
+                if found.get(job.seq) != (job.state, job.readiness, job.run, job.updated_at):
+                    yield job.seq
+
     def totals(self) -> list[Totals]:
         return [Totals(*row) for row in self.db.rows(TOTALS)]
 
@@ -3234,19 +3333,23 @@ class Reader:
         return self.number(GET_DATA_VERSION)
 
     def changes(self, timeout: float | None = None) -> Iterator[None]:
-        """Yield at once, at every change, and twice a second; end after `timeout` seconds."""
-        seen = None
-        again = 0.0
-        for waited in polling(NEVER if timeout is None else timeout, 0.01, 0.01):
-            version = self.data_version()
-            if waited >= again:
-                require_in_place(self.db.path, self.db.connection.info)
-            if version != seen or waited >= again:
-                seen = version
-                again = waited + 0.5
+        """Yield at once, within 0.08 s of a change, and twice a second, for `timeout` seconds."""
+        seen = -1
+        wal: object = None
+        is_new = True
+        end = NEVER if timeout is None else time.monotonic() + timeout
+        rest = 1.0
+        while rest:
+            rest = max(0.0, end - time.monotonic())
+            for waited in polling(min(rest, 0.5), 0.01 if is_new else 0.05, 0.05):
+                if wal is None or wal != self.db.wal_times() or (is_new and waited < 0.02):
+                    wal = self.db.wal_times()  # two writes at once may show as one
+                    if self.data_version() != seen:
+                        break
+            require_in_place(self.db.path, self.db.connection.info)
+            is_new = seen != (seen := self.data_version())
+            if is_new or rest > 0.5:
                 yield
-        if seen != self.data_version():
-            yield
 
 
 HOLD = 0.015  # seconds after which a change of many jobs ends a transaction and begins another
@@ -3287,8 +3390,8 @@ class Ledger:
         """Execute a guarded statement; return whether it changed a row."""
         return self.db.execute(sql, args).rowcount > 0
 
-    def add(self, row: dict[str, Any], now: float) -> int:
-        """Insert a validated job, a row of INSERTED with its other fields; return its number."""
+    def prepare(self, row: dict[str, Any], now: float) -> None:
+        """Complete the row of a validated job: INSERTED and its other fields."""
         when = row.get("run_at", now + row.get("delay", 0))
         if "every" in row:
             row["rule"] = f"every {row['every']:.15g}"
@@ -3299,12 +3402,31 @@ class Ledger:
             row["scheduled_for"] = when
             if (row["id"] or "").isdecimal():
                 raise BadInput("a schedule's id must not be a number")
-        if not row["cwd"]:
-            raise BadInput("the current directory no longer exists; set cwd")
         row["env"] = json.dumps(row["env"]) if row["env"] else None
+        row.update(run_after=when, readiness=when <= now)
+
+    def add_numbered(self, rows: Sequence[dict[str, Any]], now: float, seq: int) -> int:
+        """Insert jobs that have no ids and need no others, from a number on; return the next."""
+        for number, row in enumerate(rows, seq):
+            self.prepare(row, now)
+            row.update(seq=number, id=str(number))
+        used = [key for key in INSERTED if any(row[key] is not None for row in rows)]
+        with contextlib.suppress(LookupError), self.db.transaction():
+            if not rows or self.db.execute(insert_job(*used), rows, many=True).rowcount == len(
+                rows
+            ):
+                return seq + len(rows)
+            raise LookupError("a job has one of the numbers as its id")
+        for row in rows:
+            seq = self.insert({**row, "seq": seq, "id": None}) + 1
+        return seq
+
+    def add(self, row: dict[str, Any], now: float) -> int:
+        """Insert a validated job; return its number."""
+        self.prepare(row, now)
         needs = self.needs(row) if "after" in row or "after_end" in row else ()
-        blocked = not all(need["met"] for need in needs)
-        row.update(run_after=when, readiness=BLOCKED if blocked else when <= now)
+        if not all(need["met"] for need in needs):
+            row["readiness"] = BLOCKED
         seq = self.insert(row)
         for need in needs:
             self.db.execute(ADD_NEED, {**need, "child": seq})
@@ -3315,9 +3437,11 @@ class Ledger:
         needs = []
         for key, states in {"after": (COMPLETED,), "after_end": FINISHED}.items():
             try:
-                parents = self.reader.named(fields.get(key, ()))
+                parents = self.reader.named(fields.get(key, ()), fields.get("locked_by"))
             except NotFound as error:
-                raise BadInput(f"{key}: {error}") from None
+                problem = BadInput(f"{key}: {error.args[0]}")
+                problem.hint = error.hint
+                raise problem from None
             for parent in parents:
                 met = parent.state in states
                 needs.append({"parent": parent.seq, "any_end": key == "after_end", "met": met})
@@ -3332,14 +3456,14 @@ class Ledger:
             row["id"] = name
             if row["rule"]:
                 row["schedule_id"] = name
-                row["id"] = self.next_id_of_schedule(name)
+                row["id"] = self.next_id_of_schedule(name, row["locked_by"])
             columns = [key for key in INSERTED if row[key] is not None]
             if not taken and self.change(insert_job(*columns), **row):  # else the number is taken
                 return int(row["seq"])
             row["seq"] += 1
 
-    def next_id_of_schedule(self, schedule_id: str) -> str:
-        newest = self.reader.first(NEWEST_OF_SCHEDULE, id=schedule_id)
+    def next_id_of_schedule(self, schedule_id: str, batch: str | None) -> str:
+        newest = self.reader.first(NEWEST_OF_SCHEDULE, id=schedule_id, batch=batch)
         number = int(newest.id.rpartition(".")[2]) + 1 if newest else 1
         while self.reader.is_taken(f"{schedule_id}.{number}"):
             number += 1
@@ -3437,8 +3561,9 @@ class Ledger:
         """
         target = {"queue": job.queue, "command": command, "cwd": cwd}
         if self.reader.number(COUNT_NOTIFICATIONS, state=PENDING, queue=None) < limit:
-            last = [Attempt(*row) for row in self.db.rows(LAST_ATTEMPT, {"seq": job.seq})]
-            facts = self.reader.facts(job, [attempt.cut(REPORTED_OUTPUT) for attempt in last])
+            last = self.reader.last_attempt(job, job.run)
+            runs = [attempt_facts(last.cut(REPORTED_OUTPUT))] if last else []
+            facts = {**self.reader.facts(job), "runs": runs}
             self.add_notification(job, job.state, target, facts)
         elif waiting := self.reader.first(WAITING_SUMMARY, **target):
             facts = summary_facts(self.reader.stdin(waiting), job)
@@ -3459,7 +3584,7 @@ class Ledger:
         when = next_occurrence(str(job.rule), job.scheduled_for or now, now)
         row = {**job._asdict(), "id": job.schedule_id, "created_at": now, "updated_at": now}
         row.update(run_after=when, scheduled_for=when, readiness=SCHEDULED)
-        row["stdin"] = self.reader.stdin(job)
+        row.update(state=PENDING, locked_by=None, stdin=self.reader.stdin(job))
         self.insert({**row, "seq": self.last_seq() + 1})
         self.db.notify_when_stored()
 
@@ -3485,7 +3610,7 @@ class Ledger:
     def check_retry(self, job: Job) -> None:
         """Raise NotFound where a job cannot return to the queue."""
         self.require_state(job, (DEAD, CANCELLED))
-        name = {"id": job.schedule_id}
+        name = {"id": job.schedule_id, "batch": None}
         if job.rule and (self.db.rows(BY_ID, name) or self.db.rows(ACTIVE_OF_SCHEDULE, name)):
             schedule = printable(str(job.schedule_id))
             raise NotFound(f"schedule {schedule} is active already, or its name is taken")
@@ -3604,24 +3729,209 @@ class Ledger:
             if left and not self.db.connection.in_block:
                 time.sleep(LET_IN)
 
+    def settle_slice(self, batch: str) -> bool:
+        """Publish some staged jobs of an accepted batch, or delete some of another one.
+
+        Return False if there were none left.
+        """
+        args = {"batch": batch, "now": self.clock()}
+        with self.db.transaction(notify=True):
+            if self.db.rows(IS_ACCEPTED, args):
+                more = self.change(UNSTAGE, **args)
+            else:
+                rows = self.db.rows(STAGED_JOBS, args)
+                for (seq,) in rows:
+                    self.delete(seq)
+                more = bool(rows)
+            if not more:
+                self.db.execute(FORGET_BATCH, args)
+        return more
+
+    def settle_dead_batches(self) -> bool:
+        """Settle a slice of a batch whose process has died; return False if there was none."""
+        run_dir = self.db.run_dir
+        for name in [*run_dir.files("batch-"), *(row[0] for row in self.db.rows(OPEN_BATCH))]:
+            if run_dir.is_unlocked(name):
+                if self.settle_slice(name):
+                    return True
+                with contextlib.suppress(FileNotFoundError):
+                    run_dir.remove(name, is_lock=True)
+        return False
+
+
+class Batch:
+    """Adds jobs, all or none: in one transaction or, if they are many, in several.
+
+    Many jobs are first staged, in slices. One small write accepts the batch, and then its jobs are
+    published, in slices. So nobody waits for long. If the process dies, a pool or another batch
+    publishes the rest of an accepted batch, and deletes one that was not accepted.
+    """
+
+    TEXT = 8 << 20  # characters of commands and of stdin in a slice
+
+    def __init__(self, ledger: Ledger, *, if_absent: bool) -> None:
+        self.ledger = ledger
+        self.db = ledger.db
+        self.if_absent = if_absent
+        self.now = ledger.clock()
+        self.name: str | None = None  # of its lock, if it is staged
+        self.length = 0
+        self.taken: list[str] = []  # ids of jobs that exist
+        self.ranges: list[tuple[int, int]] = []  # the numbers of the jobs, first and last
+
+    def slices(self, jobs: Iterable[Mapping[str, object]]) -> Iterator[list[dict[str, Any]]]:
+        """Yield the rows of jobs, validated, in lists for one transaction each."""
+        here = ""
+        with contextlib.suppress(FileNotFoundError):  # then each job must have a cwd
+            here = os.getcwd()
+        blank = dict.fromkeys(INSERTED, None)
+        blank.update(queue="default", priority=0, cwd=here)
+        blank.update(created_at=self.now, updated_at=self.now)
+        rows = []
+        size = 0
+        for fields in jobs:
+            rows.append({**blank, **validate_fields(fields)})
+            if not rows[-1]["cwd"]:
+                raise BadInput("the current directory no longer exists; set cwd")
+            size += len(rows[-1]["command"]) + len(rows[-1]["stdin"] or b"")
+            if len(rows) >= BATCH_SLICE or size >= self.TEXT:
+                yield rows
+                rows = []
+                size = 0
+        if rows:
+            yield rows
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Add a slice, within a transaction."""
+        first = seq = self.ledger.last_seq() + 1
+        numbered: list[dict[str, Any]] = []
+        for row in rows:
+            if self.name:
+                row.update(state=STAGED, locked_by=self.name)
+            if not (row["id"] or row.keys() & {"after", "after_end", "every", "cron"}):
+                numbered.append(row)
+                continue
+            seq = self.ledger.add_numbered(numbered, self.now, seq)
+            self.length += len(numbered)
+            numbered = []
+            seq = self.add_special({**row, "seq": seq})
+            self.length += 1
+        seq = self.ledger.add_numbered(numbered, self.now, seq)
+        self.length += len(numbered)
+        if seq > first:
+            self.ranges.append((first, seq - 1))
+
+    def add_special(self, row: dict[str, Any]) -> int:
+        """Add a job that has an id, a rule or parents; return the next number."""
+        seq = int(row["seq"])
+        try:
+            if not (row["id"] and self.ledger.reader.is_taken(row["id"])):
+                return self.ledger.add(row, self.now) + 1
+            if not self.if_absent:
+                raise BadInput(f"job {row['id']} already exists; use another id")
+        except BadInput as error:
+            error.index = self.length
+            raise
+        self.taken.append(row["id"])
+        return seq
+
+    def ids(self) -> Iterator[str]:
+        for first, last in self.ranges:
+            args = {"first": first, "last": last}
+            while rows := self.db.rows(IDS_BETWEEN, args):
+                yield from (row[1] for row in rows)
+                args["first"] = rows[-1][0] + 1
+
+    def store(self, jobs: Iterable[Mapping[str, object]]) -> Iterator[str]:
+        """Add jobs; return their ids and those that were taken."""
+        slices = self.slices(jobs)
+        begin = list(islice(slices, 2))
+        ids = self.ids()
+        if len(begin) > 1 and not self.db.connection.in_block:
+            self.stage(chain(begin, slices))
+            return chain(ids, self.taken)
+        with self.db.transaction(notify=True):
+            for rows in chain(begin, slices):
+                self.add(rows)
+            head = list(islice(ids, 1000))  # before they can be pruned
+        return chain(head, ids, self.taken)
+
+    def stage(self, slices: Iterable[list[dict[str, Any]]]) -> None:
+        """Add slices in transactions of their own."""
+        while self.ledger.settle_dead_batches():
+            time.sleep(LET_IN)
+        self.db.run_dir.make()  # the database may have been copied here
+        self.name = "batch-" + os.urandom(4).hex()
+        before = self.ledger.last_seq()
+        accepted = False
+        with contextlib.closing(LockFile(self.db.run_dir.file(self.name))):
+            try:
+                for rows in slices:
+                    with self.db.transaction():
+                        self.add(rows)
+                    time.sleep(LET_IN)
+                self.ledger.change(ACCEPT_BATCH, batch=self.name)
+                accepted = True
+            finally:
+                while self.ledger.settle_slice(self.name):
+                    time.sleep(LET_IN)
+                if self.ranges and not accepted:
+                    self.return_numbers(before, self.ranges[-1][1])
+
+    def return_numbers(self, before: int, last: int) -> None:
+        """Let the next job have the numbers between these, if no other job had any of them."""
+        if sum(end - begin + 1 for begin, end in self.ranges) == last - before:
+            args = {"before": before, "last": last, "table": self.db.table("jobs")}
+            self.db.execute(RESET_SEQ, args)
+
 
 class JobWatch:
     """Jobs that a caller waits for, as they were last seen."""
 
+    SHARE = 50  # of the time, one part is spent on reading all unfinished jobs again
+
     def __init__(self, reader: Reader, jobs: Iterable[Job]) -> None:
         self.reader = reader
         self.seen = {job.seq: job for job in jobs}
+        self.unfinished = collections.OrderedDict.fromkeys(self.seen)  # the next to look at first
+        self.version = -1  # the data_version when all of them were read
+        self.refresh_at = 0.0  # on the monotonic clock
 
     def jobs(self) -> list[Job]:
         return list(self.seen.values())
 
-    def refresh(self) -> list[Job]:
-        """Read the unfinished jobs again; return those that are still unfinished."""
-        for seq, job in self.seen.items():
-            if job.state not in FINISHED:
-                deleted = job._replace(state=COMPLETED, exit_code=0)  # it must have ended
-                self.seen[seq] = self.reader.by_seq(seq) or deleted
-        return [job for job in self.seen.values() if job.state not in FINISHED]
+    def is_over(self) -> bool:
+        """Tell whether no job can end any more by itself: each has ended, or depends on a failure.
+
+        While one is known that can, only that one is read, since changes may be frequent and the
+        jobs many.
+        """
+        version = self.reader.data_version()
+        if version != self.version and time.monotonic() >= self.refresh_at:
+            self.refresh()
+            self.version = version
+        for _ in range(len(self.unfinished)):
+            seq = next(iter(self.unfinished))
+            self.update(seq)
+            if self.seen[seq].state not in FINISHED:
+                if not self.reader.failed_ancestor(self.seen[seq]):
+                    return False
+                self.unfinished.move_to_end(seq)
+        return True
+
+    def update(self, seq: int) -> None:
+        """Read a job again."""
+        deleted = self.seen[seq]._replace(state=COMPLETED, exit_code=0)  # it must have ended
+        self.seen[seq] = self.reader.by_seq(seq) or deleted
+        if self.seen[seq].state in FINISHED:
+            del self.unfinished[seq]
+
+    def refresh(self) -> None:
+        """Read the unfinished jobs that have changed."""
+        began = time.monotonic()
+        for seq in self.reader.changed([self.seen[seq] for seq in self.unfinished]):
+            self.update(seq)
+        self.refresh_at = time.monotonic() + (time.monotonic() - began) * self.SHARE
 
 
 class Queue:
@@ -3699,31 +4009,7 @@ class Queue:
 
         With `if_absent`, a job whose id is taken is left as it is, and its id comes last.
         """
-        now = self._reader.clock()
-        here = ""
-        with contextlib.suppress(FileNotFoundError):  # then each job must have a cwd
-            here = os.getcwd()
-        blank = dict.fromkeys(INSERTED, None)
-        blank.update(queue="default", priority=0, cwd=here, created_at=now, updated_at=now)
-        taken = []
-        with self._db.transaction(notify=True):
-            first = seq = self._ledger.last_seq() + 1
-            for fields in jobs:
-                job = validate_fields(fields)
-                if "id" in job and self._reader.is_taken(job["id"]):
-                    if not if_absent:
-                        raise BadInput(f"job {job['id']} already exists; use another id")
-                    taken.append(job["id"])
-                else:
-                    seq = self._ledger.add({**blank, **job, "seq": seq}, now) + 1
-            ids = self._ids(first, seq - 1)
-            head = list(islice(ids, 1000))  # before they can be pruned; a million ids in slices
-        return chain(head, ids, taken)
-
-    def _ids(self, first: int, last: int) -> Iterator[str]:
-        while rows := self._db.rows(IDS_BETWEEN, {"first": first, "last": last}):
-            yield from (row[1] for row in rows)
-            first = rows[-1][0] + 1
+        return Batch(self._ledger, if_absent=if_absent).store(jobs)
 
     def get(self, job_id: str) -> Job:
         """Return one job. A schedule's name means its active job, or else its newest.
@@ -3754,7 +4040,7 @@ class Queue:
 
     def attempts(self, job: Job | str) -> list[Attempt]:
         """Return the attempts of a job that have ended, oldest first."""
-        return self._reader.attempts(job if isinstance(job, Job) else self.get(job))
+        return list(self._reader.attempts(job if isinstance(job, Job) else self.get(job)))
 
     def counts(self, queues: Sequence[str] = ()) -> dict[str, int]:
         """Return the number of jobs in each state, in these queues or in all."""
@@ -3768,7 +4054,7 @@ class Queue:
         """
         watch = JobWatch(self._reader, self._reader.named(ids))
         for _ in self._reader.changes(timeout):
-            if all(map(self._reader.failed_ancestor, watch.refresh())):
+            if watch.is_over():
                 return watch.jobs()
         raise TimedOut(f"jobs have not ended within {format_duration(timeout or 0)}")
 
@@ -4965,6 +5251,8 @@ class Pool:
         self.agenda.set(self.prune, 60)
         if self.ledger.correct_times():
             self.seen = None  # something may be due earlier
+        if self.ledger.settle_dead_batches():
+            self.agenda.set(self.prune, BATCH)
         if retention := self.ledger.reader.settings()["retention"]:
             before = self.ledger.clock() - retention
             deleted = [self.ledger.delete_slice(state, before) for state in PRUNED_BY_DEFAULT]
@@ -5208,7 +5496,7 @@ def job_text(reader: Reader, job: Job) -> Iterator[str]:
     for key, value in job_details(reader, job):
         yield f"{key:<12} {value}"
     rows = []
-    for run in reader.attempts(job):
+    for run in reader.attempts(job, SUMMARIES):
         took = format_duration(run.finished - run.started)
         rows.append((run.run, format_time(run.started), took, run.error or COMPLETED, run.worker))
     yield from section(("RUN", "STARTED", "TOOK", "ENDED", "WORKER"), rows)
@@ -7616,8 +7904,12 @@ def parse_json_jobs(source: str) -> list[dict[str, object]]:
     return jobs
 
 
-def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) -> Iterator[Any]:
-    """Yield the jobs of JSON lines, JSON, a shell line or words; `at` holds the line's number."""
+def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: array[int]) -> Iterator[Any]:
+    """Yield the jobs of JSON lines, JSON, a shell line or words.
+
+    `at` holds the number of the line that is read, and then the lines of all jobs so far.
+    """
+    del at[1:]
     words: list[str] = args.words
     exact = args.rest[-len(words) - 1 :] == ["--", *words]
     if "--" in args.rest and not exact:
@@ -7631,8 +7923,10 @@ def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) ->
         for at[0], line in enumerate(stdin, 1):
             if at[0] % 1000 == 0:
                 SCREEN.draw(lambda: f"{at[0]} lines")
-            if line.strip():
-                yield from parse_json_jobs(line.decode(errors="surrogateescape"))
+            jobs = parse_json_jobs(line.decode(errors="surrogateescape")) if line.strip() else []
+            for job in jobs:
+                at.append(at[0])
+                yield job
     elif re.match(JSON_START, words[0]) and not exact:
         yield from parse_json_jobs(" ".join(words))
     else:
@@ -7644,6 +7938,9 @@ def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict
     """Yield jobs with the fields that the options of `enqueue` give."""
     given = {key: value for key, value in vars(args).items() if key in FIELDS and value is not None}
     added = dict(chain(*given.pop("env", ())))
+    if not given and not added:
+        yield from jobs
+        return
     replaced = {key for pair in CONFLICTS if given.keys() & set(pair) for key in pair}
     for job in jobs:
         fields = {key: value for key, value in job.items() if key not in replaced}
@@ -7656,8 +7953,9 @@ def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict
 def cmd_enqueue(args: argparse.Namespace) -> None:
     import shutil
     import tempfile
+    from array import array
 
-    at = [0]
+    at = array("L", [0])
     with tempfile.SpooledTemporaryFile(1 << 20) as stdin:
         if args.words == ["-"] and "--" not in args.rest and sys.stdin and not sys.stdin.closed:
             shutil.copyfileobj(sys.stdin.buffer, stdin)  # a slow writer must not hold up workers
@@ -7670,7 +7968,145 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
                 for job_id in queue.enqueue_many(jobs, if_absent=args.if_absent):
                     print(job_id)
         except BadInput as error:
-            raise BadInput(f"line {at[0]}: {error}" if at[0] else str(error)) from None
+            line = at[0] if error.index is None else at[at[0] and error.index + 1]
+            raise BadInput(f"line {line}: {error}" if line else str(error)) from None
+
+
+# The first two lines of a starter depend on the system; the second one tells whose it is.
+STARTER = """\
+%s
+# queuectl %s, a starter made by queuectl install
+%s
+import _signal, sys
+if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # Ctrl-C shows no traceback
+if hasattr(_signal, "pthread_sigmask"):
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [_signal.SIGINT])
+sys.path.append(%a)
+import queuectl
+queuectl.main_program()
+"""
+
+
+BLOCKING = "/usr/bin/env -S --block-signal=INT"  # until Python has started: GNU only
+
+
+def is_blocking_supported() -> bool:
+    import subprocess
+
+    env, options = BLOCKING.split(" ", 1)
+    with contextlib.suppress(OSError):
+        call = [env, f"{options} true"]  # the system passes one argument too
+        return subprocess.run(call, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    return False
+
+
+def starter_text(python: str, library: str) -> str:
+    """Return a program for DIR/queuectl, or queuectl.cmd, that imports the one in `library`."""
+    first = f"#!{python} -IS"
+    third = ""
+    if WINDOWS:  # Python skips the first line, cmd.exe reads no other
+        first = '@"{}" -IS -x "%~f0" %* & goto :eof'.format(python.replace("%", "%%"))
+    elif len(first) > 120 or re.search(r"\s", python):  # more than systems read: for sh, a command
+        first = "#!/bin/sh"
+        third = f"'''exec' {shlex.quote(python)} -IS \"$0\" \"$@\"\n' '''"
+    elif re.fullmatch(r"[\w/.+-]{,70}", python) and is_blocking_supported():
+        first = f"#!{BLOCKING} {python} -IS"
+    return STARTER % (first, __version__, third, library)
+
+
+def second_line(path: str) -> bytes:
+    """Return the second line of a file, empty if it is not a readable regular file."""
+    if os.path.isfile(path):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            return file.read(4096).partition(b"\n")[2].partition(b"\n")[0]
+    return b""
+
+
+def own_command() -> list[str]:
+    """Return the command that starts this program anew: its starter, or Python with this file."""
+    caller = os.path.abspath(sys.argv[0])
+    if not WINDOWS and b"a starter made by queuectl install" in second_line(caller):
+        return [caller]
+    return [SYSTEM.PYTHON, *interpreter_flags(), os.path.abspath(__file__)]
+
+
+def replace_file(path: str, data: bytes, mode: int) -> None:
+    """Write a file aside and give it its name: whoever reads it sees the old one or the new one."""
+    aside = f"{path}.{os.getpid()}"
+    try:
+        with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(data)
+        os.replace(aside, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside)
+
+
+def install_library(home: str) -> str:
+    """Put the program and its compiled form into a directory named for its content; return that.
+
+    So an update does not touch the version that a running pool uses; the three newest are kept.
+    """
+    import hashlib
+    import py_compile
+    import shutil
+
+    source = __loader__.get_data(__file__)  # type: ignore[name-defined]  # also from an archive
+    if b"\n# queuectl " not in source[:4096]:
+        raise BadInput(f"{__file__} is a compiled file; install from queuectl.py")
+    library = os.path.join(home, hashlib.sha256(source).hexdigest()[:16])
+    os.makedirs(library, exist_ok=True)
+    file = os.path.join(library, "queuectl.py")
+    replace_file(file, source, 0o644)
+    compiled = os.path.join(library, "__pycache__", f"queuectl.{sys.implementation.cache_tag}.pyc")
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH  # valid whatever copies the files
+    py_compile.compile(file, compiled, optimize=0, invalidation_mode=mode, doraise=True)
+    versions = [os.path.join(home, v) for v in os.listdir(home) if re.fullmatch("[0-9a-f]{16}", v)]
+    for old in sorted(versions, key=os.path.getmtime)[:-3]:
+        shutil.rmtree(old, ignore_errors=True)
+    return library
+
+
+def report_path(directory: str, starter: str) -> None:
+    """Report whether a shell finds the starter, and how to change that."""
+    import shutil
+
+    found = shutil.which("queuectl")
+    shell = os.path.basename(os.environ.get("SHELL", ""))
+    if found and os.path.exists(found) and os.path.samefile(found, starter):
+        say(f"{directory} is in your PATH: type queuectl")
+    elif os.path.realpath(directory) in map(os.path.realpath, os.get_exec_path()):
+        say(f"{directory} is in your PATH, but {found} precedes it")
+    elif WINDOWS:
+        say(f"{directory} is not in your Path; add it: rundll32 sysdm.cpl,EditEnvironmentVariables")
+    elif shell == "fish":
+        say(f"{directory} is not in your PATH; add it: fish_add_path {shlex.quote(directory)}")
+    else:
+        profile = {"bash": "~/.bashrc", "zsh": "~/.zshrc"}.get(shell, "~/.profile")
+        line = f"export PATH={shlex.quote(directory)}:$PATH"
+        say(f"{directory} is not in your PATH; add this line to {profile}: {line}")
+
+
+def cmd_install(args: argparse.Namespace) -> None:
+    default = os.path.expanduser(os.path.join("~", ".local", "bin"))
+    directory = args.dir or default
+    starter = os.path.join(directory, "queuectl.cmd" if WINDOWS else "queuectl")
+    if os.path.lexists(starter) and not second_line(starter).startswith(b"# queuectl "):
+        raise BadInput(f"{starter} is another program's; move it away, or name another directory")
+    home = os.path.join(directory, ".queuectl")
+    if directory == default:
+        data = os.environ.get("XDG_DATA_HOME", "")
+        share = data if os.path.isabs(data) else os.path.expanduser("~/.local/share")
+        home = os.path.join(share, "queuectl")
+    os.makedirs(directory, exist_ok=True)
+    is_virtual = sys.prefix != sys.base_prefix  # it may be removed some day
+    python = os.path.realpath(SYSTEM.PYTHON) if is_virtual else SYSTEM.PYTHON
+    text = starter_text(python, install_library(home))
+    content = text.encode("oem", "replace") if sys.platform == "win32" else os.fsencode(text)
+    replace_file(starter, content, 0o755)
+    print(starter)
+    report_path(directory, starter)
 
 
 def started_pool(run_dir: RunDirectory, pid: int, *, complete: bool) -> str | None:
@@ -7693,8 +8129,7 @@ def detach(args: argparse.Namespace) -> int:
         say(f"{name} runs here too, with {plural(note.get('count', 0), 'worker')}")
     insecure = ["--insecure"] * args.insecure
     options = [word for word in args.rest if word != "--detach"]
-    command = [SYSTEM.PYTHON, os.path.abspath(__file__), f"--db={args.db}", *insecure]
-    command += ["worker", "start", *options]
+    command = [*own_command(), f"--db={args.db}", *insecure, "worker", "start", *options]
     log = run_dir.file("workers.log")
     with open(log, "a+", errors="replace", opener=open_own) as file:
         size = file.tell()
@@ -7952,8 +8387,11 @@ def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
     if not args.json:
         show(job_text(reader, job), whole=True)
         return
-    facts = reader.facts(job, reader.attempts(job))
-    print(json.dumps({**facts, "why": reason_to_wait(reader, job) or None}))
+    facts = {**reader.facts(job), "why": reason_to_wait(reader, job) or None}
+    print(json.dumps(facts)[:-1], end=', "runs": [')
+    for number, attempt in enumerate(reader.attempts(job)):  # all outputs may not fit into memory
+        print(", " if number else "", json.dumps(attempt_facts(attempt)), sep="", end="")
+    print("]}")
 
 
 def cmd_report(args: argparse.Namespace, queue: Queue) -> None:
@@ -7999,14 +8437,14 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     def result() -> list[Job] | None:
         """Return the jobs that decide the exit code, once the wait is over."""
         if ids:
-            return watch.jobs() if all(map(reader.failed_ancestor, watch.refresh())) else None
+            return watch.jobs() if watch.is_over() else None
         if reader.drain_blockers():
             return None
         died = (row[0] for row in reader.dead() if row not in old and not row[3])
         return [*map(reader.get, islice(died, 1)), *reader.blocked(limit=1)]
 
     notices = Notices(say, NEVER)
-    for job in watch.jobs() or filter(None, [*reader.claimed(), reader.oldest()]):
+    for job in watch.jobs()[:100] or filter(None, [*reader.claimed(), reader.oldest()]):
         if reason := obstacle(reader, job):
             notices.report(f"job {job.id} is waiting: {reason}", key=reason)
     survey = partial(survey_jobs, watch) if ids else partial(survey_queues, reader)
@@ -8045,6 +8483,7 @@ def read_from(fd: int, at: int) -> tuple[int, bytes]:
 def follow(queue: Queue, job: Job, fd: int, at: int) -> Iterator[bytes]:
     """Yield the output of an attempt from a place on, as it comes, until the attempt has ended."""
     ended = False
+    version = -1
     for _ in polling(first=0.03, longest=0.03):
         chunk = b"more"
         while chunk:
@@ -8053,8 +8492,9 @@ def follow(queue: Queue, job: Job, fd: int, at: int) -> Iterator[bytes]:
             at += len(chunk)
         if ended:
             return
-        now = queue._reader.by_seq(job.seq)
-        ended = now is None or (now.state, now.run) != (PROCESSING, job.run)
+        if version != (version := queue._reader.data_version()):
+            now = queue._reader.by_seq(job.seq)
+            ended = now is None or (now.state, now.run) != (PROCESSING, job.run)
 
 
 def await_attempt(queue: Queue, job: Job) -> Job:
@@ -8073,16 +8513,16 @@ def await_attempt(queue: Queue, job: Job) -> Job:
 
 def stored_output(queue: Queue, job: Job, run: int | None) -> tuple[int, bytes]:
     """Return the dropped bytes and the output of an attempt that has ended: one, or the last."""
-    attempts = queue.attempts(job)
-    found = [attempt for attempt in attempts if attempt.run == (run or job.run)]
-    if run and not found:
-        has = f"1 to {attempts[-1].run}" if attempts else "none yet"
+    attempt = queue._reader.last_attempt(job, run or job.run)
+    if run and (not attempt or attempt.run != run):
+        last = queue._reader.last_attempt(job, job.run)
+        has = f"1 to {last.run}" if last else "none yet"
         raise NotFound(f"job {job.id} has no run {run}; its runs: {has}")
-    for attempt in found or attempts[-1:]:
-        if attempt.error and not attempt.output and not attempt.bytes_dropped:
-            say(f"job {job.id} wrote nothing: {attempt.error}")
-        return attempt.bytes_dropped, attempt.output
-    return 0, b""
+    if not attempt:
+        return 0, b""
+    if attempt.error and not attempt.output and not attempt.bytes_dropped:
+        say(f"job {job.id} wrote nothing: {attempt.error}")
+    return attempt.bytes_dropped, attempt.output
 
 
 def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
@@ -8504,7 +8944,7 @@ complete -c queuectl -c queuectl.py -a '(__queuectl)'""",
 
 def cmd_completion(args: argparse.Namespace) -> None:
     if not args.typed:
-        program = " ".join(map(shlex.quote, (sys.executable, os.path.abspath(__file__))))
+        program = " ".join(map(shlex.quote, own_command()))
         print(COMPLETIONS[args.shell].replace("PROGRAM", program))
         return
     *typed, last = args.typed
@@ -8521,6 +8961,12 @@ def cmd_completion(args: argparse.Namespace) -> None:
 
 SHELL = arg("shell", "SHELL", "bash, zsh or fish", choices=tuple(COMPLETIONS))
 TYPED = arg("typed", "...", "the words typed so far", nargs="...")
+DIR = arg(
+    "dir", "DIR", "the directory for queuectl (default: ~/.local/bin)", valid_directory, nargs="?"
+)
+COMMANDS["install"] = Command(
+    cmd_install, "none", "put a fast starter for this program into a directory", "install", (DIR,)
+)
 COMMANDS["completion"] = Command(
     cmd_completion, "none", "print a shell completion script", "completion bash", (SHELL, TYPED)
 )
@@ -8541,7 +8987,7 @@ commands:
   queue     status, report, web, pause, resume, prune
   failures  dlq list, dlq retry, dlq purge
   settings  config get, config set, config unset, config list
-  machine   doctor, completion, help
+  machine   install, doctor, completion, help
 
 queuectl help COMMAND describes a command; the README describes everything:
 HOME_PAGE#readme
@@ -8591,7 +9037,10 @@ def new_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
             cut = quoted(message, 4 * QUOTED_LIMIT)  # it may repeat a long command line
             raise BadInput(f"{cut}{hint} (see {self.prog} --help)")
 
-    style = argparse.RawDescriptionHelpFormatter
+    columns = os.environ.get("COLUMNS", "")
+    width = int(columns) if columns.isdecimal() else terminal_width(sys.stdout) or 80
+    # With the width given, argparse does not import shutil, which takes 2 ms.
+    style = partial(argparse.RawDescriptionHelpFormatter, width=max(width - 2, 20))
     return Parser(prog, formatter_class=style, allow_abbrev=False, **options)
 
 

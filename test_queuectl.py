@@ -15,8 +15,8 @@ The classes mirror the sections of queuectl.py, in the same order:
                      DatabaseFullDisk DatabaseDurability DatabaseDurabilityLive DatabaseGuest
                      DatabaseTransactions DatabaseForks
     trust            Trust TrustAttacks
-    queue            QueueEnqueue QueueReading QueueSelection QueueEdit QueueEditLive QueueOrder
-                     QueueDependencies QueueSchedules QueueRetries QueueNotifications
+    queue            QueueEnqueue QueueBatch QueueReading QueueSelection QueueEdit QueueEditLive
+                     QueueOrder QueueDependencies QueueSchedules QueueRetries QueueNotifications
                      QueueNotificationsLive QueuePause QueuePauseLive QueueLimit QueueLimitLive
                      QueueWait QueuePrune
     attempt          AttemptLaunch AttemptWithoutShell AttemptEnd AttemptOutput
@@ -31,7 +31,7 @@ The classes mirror the sections of queuectl.py, in the same order:
     command line     CliEnqueue CliEnqueueLive CliBadInput CliWorkers CliStatus CliStatusLive
                      CliList CliListLive CliShow CliLogs CliLogsLive CliWait CliWaitLive CliCancel
                      CliCancelLive CliSelectionLive CliDlq CliConfig CliHelp CliCompletion
-                     CliSignals CliTerminal
+                     CliInstall CliSignals CliTerminal
     whole program    Library Vendored AnySystem AsOnMacOS Readme Layout Speed
 
 A test marked @internal calls functions that are not public; it may change with them. The others
@@ -80,6 +80,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import unittest
 import urllib.parse
 import urllib.request
@@ -1204,7 +1205,7 @@ class SqlPlans(Clocked):
         "WAITS_FOR": "needs_child",
         "DROP_NEEDS": "needs_child",
         "BY_ID": "sqlite_autoindex_jobs_1",
-        "RUNS": "PRIMARY KEY",
+        "SUMMARIES": "PRIMARY KEY",
         "OUTPUT_TAIL": "PRIMARY KEY",
         "OLDEST_DUE": "jobs_ready",
     }
@@ -1310,7 +1311,7 @@ class SqlPlans(Clocked):
         for operation, cost in few.items():
             with self.subTest(operation, few=cost, many=many[operation]):
                 factor = 1 if operation in ("link", "child") else 24
-                self.assertLess(many[operation], factor * cost + 5)
+                self.assertLess(many[operation], factor * cost + 9)
         enqueue_graph(self.queue, "top")
         chain = [{"command": "true", "id": f"x{n}", "after": f"x{n - 1}"} for n in range(1, 500)]
         list(self.queue.enqueue_many([{"command": "true", "id": "x0", "after": "top"}, *chain]))
@@ -2826,6 +2827,188 @@ class QueueEnqueue(Clocked):
         with self.assertRaisesRegex(queuectl.BadInput, "job 3 already exists"):
             self.queue.enqueue("true", id="3")
 
+    @internal
+    def test_suggestion_is_sought_after_the_transaction_and_among_few_ids(self) -> None:
+        letters = "abcdefghijklmnopqrstuvwxyz" * 7
+        list(self.queue.enqueue_many({"command": "true", "id": f"{letters}{n}"} for n in range(99)))
+        exact = mock.Mock(side_effect=lambda: self.queue._db.connection.in_transaction or 0.9)
+        for act in (
+            lambda: self.queue.enqueue("true", after=letters + "x"),
+            lambda: self.queue.retry([letters + "x"]),
+        ):
+            exact.reset_mock()
+            with mock.patch("difflib.SequenceMatcher.ratio", exact):
+                with self.assertRaises(queuectl.QueueError) as caught:
+                    act()
+                exact.assert_not_called()
+                self.assertIn("did you mean abc", str(caught.exception))
+                self.assertLessEqual(exact.call_count, 40)
+
+    @internal
+    def test_times_of_a_cron_rule_are_computed_once_for_a_batch(self) -> None:
+        queuectl.cron_next.cache_clear()
+        job = {"command": "true", "cron": "* * * * *"}
+        self.assertEqual(len(list(self.queue.enqueue_many([job] * 50))), 50)
+        self.assertLessEqual(queuectl.cron_next.cache_info().misses, 3)
+
+
+class QueueBatch(Clocked):
+    """Many jobs are stored in several transactions, but appear all or none."""
+
+    JOBS = (
+        {"command": "true"},
+        {"command": "true", "id": "a", "priority": 3},
+        {"command": "true", "id": "5"},
+        {"command": "true", "after": ["a", "5"]},
+        {"command": "true", "delay": 60, "env": {"A": "b"}},
+        {"command": "true"},
+        {"command": "true", "id": "a"},
+        {"command": "true", "id": "s", "every": 60},
+        {"command": "true", "after": "s"},
+        {"command": "true", "cron": "@daily"},
+        {"command": "true", "after": "1"},
+        {"command": "true", "queue": "other", "stdin": "text", "on_dead": "", "on_end": "true"},
+        {"command": "true", "retry_delays": [1, 2], "after_end": ["a", "s"], "after": "6"},
+    )
+
+    def setUp(self) -> None:
+        super().setUp()
+        slices = mock.patch.object(queuectl, "BATCH_SLICE", 2)
+        slices.start()
+        self.addCleanup(slices.stop)
+
+    def facts(self, queue: Queue) -> list[Any]:
+        return [job._replace(created_at=0, updated_at=0, run_after=0) for job in queue.jobs()]
+
+    @internal
+    def test_large_batch_equals_a_small_one(self) -> None:
+        ids = list(self.queue.enqueue_many(self.JOBS, if_absent=True))
+        clock = self.queue._reader.clock
+        with Queue(self.file("other.db"), clock=clock) as other, other.transaction():
+            self.assertEqual(ids, list(other.enqueue_many(self.JOBS, if_absent=True)))
+            self.assertEqual(self.facts(self.queue), self.facts(other))
+            self.assertEqual(self.queue._reader.counts_by_queue(), other._reader.counts_by_queue())
+            for sql in ("SELECT * FROM needs", "SELECT * FROM queues", "SELECT stdin FROM jobs"):
+                self.assertEqual(*(q._db.rows(sql) for q in (self.queue, other)))
+        self.assertEqual(self.queue._db.rows("SELECT count(*) FROM batches"), [(0,)])
+        self.assertEqual(self.queue.enqueue("true"), "14")  # no job has number 5, as one has id 5
+
+    def visible(self, queue: Queue) -> list[str]:
+        """Return the ids of all jobs, by arrival, after testing that all queries agree on them."""
+        reader = queue._reader
+        ids = [job.id for job in reader.all()]
+        found: list[list[Any]] = [
+            [job.id for job in queue.jobs()],
+            [job.id for job in queue.jobs(limit=99)],
+            [job.id for job in reader.select(queuectl.JOBS_BEFORE, seq=1e9, limit=99)][::-1],
+            [row[0] for row in reader.db.rows(queuectl.RECENT_IDS)][::-1],
+        ]
+        for other in found:
+            self.assertEqual(other, ids)
+        queues = {row[0] for row in reader.counts_by_queue()}
+        self.assertEqual(queues, {"theirs"} if ids else set())
+        self.assertEqual(queue._db.rows("SELECT queue FROM queues"), [(q,) for q in queues])
+        return ids
+
+    @internal
+    def test_jobs_of_a_batch_are_hidden_while_it_is_read_and_others_can_write(self) -> None:
+        with Queue(self.path) as other:
+            other._db.keep_waiting = lambda _: False  # fails if the lock is held
+
+            def jobs() -> Iterator[Any]:
+                yield {"command": "true", "id": "first"}
+                for number in range(9):
+                    self.assertEqual(other.counts()["pending"], number)
+                    self.assertEqual(self.visible(other), self.others)
+                    with self.assertRaises(queuectl.NotFound):
+                        other.get("first")
+                    with self.assertRaisesRegex(queuectl.BadInput, "after: there is no job first"):
+                        other.enqueue("true", after="first")
+                    if number > 4:  # it has been staged
+                        with self.assertRaisesRegex(queuectl.BadInput, "already exists"):
+                            other.enqueue("true", id="first")
+                    self.others.append(other.enqueue("true", queue="theirs"))
+                    self.assertIsNone(self.claim("default"))
+                    yield {"command": "true"}
+
+            self.others: list[str] = []
+            ids = list(self.queue.enqueue_many(jobs()))
+            self.assertEqual((len(set(ids + self.others)), len(self.run_all().split())), (19, 19))
+
+    @internal
+    def test_job_that_a_hidden_job_waits_for_is_kept_and_cancelling_it_passes_that_one_over(
+        self,
+    ) -> None:
+        self.queue.enqueue("true", id="parent")
+        with Queue(self.path) as other:
+
+            def jobs() -> Iterator[Any]:
+                yield {"command": "true", "after": "parent"}
+                yield {"command": "true", "after_end": "parent"}
+                yield from [{"command": "true"}] * 3  # now the first ones are hidden
+                self.assertEqual(
+                    [job.id for job in other.cancel(["parent"], cascade=True)], ["parent"]
+                )
+                self.assertEqual(other.prune(), 0)
+                with self.assertRaises(queuectl.NotFound):
+                    other.purge(["parent"])
+
+            ids = list(self.queue.enqueue_many(jobs()))
+        kinds = [(job.state, job.readiness) for job in map(self.queue.get, ids)]
+        self.assertEqual(kinds, [("pending", -1), *[("pending", 1)] * 4])
+
+    @internal
+    def test_refused_batch_leaves_nothing(self) -> None:
+        self.queue.enqueue("true")
+        bad = ({"command": ""}, {"command": "true", "after": "x"}, {"command": "true", "id": "a"})
+        for job in bad:
+            jobs = [*self.JOBS[:6], job, {"command": "true"}]
+            with self.assertRaises(queuectl.BadInput) as caught:
+                self.queue.enqueue_many(jobs)
+            self.assertIn(caught.exception.index, (6, None))
+            self.assertEqual(self.queue._db.rows("SELECT count(*) FROM jobs"), [(1,)])
+            self.assertEqual(self.queue._db.rows("SELECT count(*) FROM needs"), [(0,)])
+            self.assertEqual(
+                self.queue._db.rows("SELECT queue, ready FROM queues"), [("default", 1)]
+            )
+        self.assertEqual(os.listdir(self.path + ".run"), [])
+        self.assertEqual(self.queue.enqueue("true"), "2")
+
+    def test_line_of_a_bad_job_is_named_whenever_it_is_noticed(self) -> None:
+        good = '{"command": "true"}\n\n' * 4
+        for bad, line in (
+            ('{"id": "x", "command": "true"}\n[{"command": "t"}, {"id": "x", "command": "t"}]', 10),
+            ('{"after": "nobody", "command": "true"}\n' + good, 9),
+            ('{"command": 5}\n' + good, 9),
+            ("{]\n" + good, 9),
+        ):
+            error = self.assert_refused("enqueue", "-", stdin=good + bad)
+            self.assertIn(f"queuectl: line {line}: ", error)
+        self.assertEqual(self.ids(), "")
+
+    @NEEDS_SHELL
+    def test_batch_whose_process_is_killed_is_completed_if_accepted_and_else_deleted(self) -> None:
+        """Promise 1."""
+        program = """if True:
+            import os, queuectl, sys
+            die = lambda *_: os.kill(os.getpid(), 9)
+            queuectl.BATCH_SLICE = 2
+            jobs = [{"command": "true", "id": f"{sys.argv[1]}-{n}"} for n in range(5)]
+            if sys.argv[1] == "accepted":
+                queuectl.Ledger.settle_slice = die
+            else:
+                jobs = (job if job["id"] != "read-4" else die() for job in jobs)
+            queuectl.Queue("queuectl.db").enqueue_many(jobs)
+        """
+        for when, number in (("read", 0), ("accepted", 5)):
+            self.assertEqual(self.script(program, when)[0], -signal.SIGKILL)
+            staged = "SELECT count(*) FROM jobs WHERE state = 'staged'"
+            self.assertEqual((self.ids(), self.queue._db.rows(staged)), ("", [(number or 4,)]))
+            self.drain()
+            self.assertEqual(self.queue.counts()["completed"], number)
+            self.assertEqual(self.queue._db.rows(staged), [(0,)])
+        self.assertEqual(glob.glob(self.path + ".run/batch-*"), [])
+
 
 class QueueReading(Clocked):
     """Reading jobs and their counts."""
@@ -4225,12 +4408,12 @@ class QueueWait(Live):
     ) -> tuple[int, list[str]]:
         """Do something during `wait`; return its exit code, and the states from Queue.wait."""
         self.unfinished: list[str] = []
-        refresh = queuectl.JobWatch.refresh
+        is_over = queuectl.JobWatch.is_over
 
         def look(watch: queuectl.JobWatch) -> Any:
-            unfinished = refresh(watch)
-            self.unfinished = [job.id for job in unfinished]
-            return unfinished
+            over = is_over(watch)
+            self.unfinished = [watch.seen[seq].id for seq in watch.unfinished]
+            return over
 
         def wait() -> list[str]:
             with queue:
@@ -4238,7 +4421,7 @@ class QueueWait(Live):
 
         command = Terminal(self, "wait", *ids.split())
         command.wait_for("/|no job can run yet")
-        looking = mock.patch.object(queuectl.JobWatch, "refresh", look)
+        looking = mock.patch.object(queuectl.JobWatch, "is_over", look)
         with looking, Queue(self.path) as queue, futures.ThreadPoolExecutor() as thread:
             waiting = thread.submit(wait)
             wait_until(lambda: self.unfinished)
@@ -4288,6 +4471,53 @@ class QueueWait(Live):
         self.enqueue("true")
         with Queue(self.path) as queue, self.assertRaisesRegex(queuectl.TimedOut, "within 0.1 s"):
             queue.wait("1", 0.1)
+
+    @internal
+    def test_wait_for_many_jobs_reads_only_those_that_have_changed(self) -> None:
+        with Queue(self.path) as queue:
+            ids = list(queue.enqueue_many({"command": "true"} for _ in range(300)))
+            watch = queuectl.JobWatch(queue._reader, queue._reader.named(ids))
+            by_seq = mock.Mock(side_effect=queue._reader.by_seq)
+            with mock.patch.object(queue._reader, "by_seq", by_seq):
+                self.assertFalse(watch.is_over())
+                for again in (0.0, float("inf")):  # when all may be compared, and when not yet
+                    by_seq.reset_mock()
+                    with Queue(self.path) as worker:
+                        for _ in range(100):
+                            worker._ledger.finish(
+                                claim(worker), Outcome("exited", 1.0, 2.0, 0, None)
+                            )
+                    watch.refresh_at = again
+                    self.assertFalse(watch.is_over())
+                    self.assertLessEqual(by_seq.call_count, 102)
+                    watch.refresh_at = again
+                    by_seq.reset_mock()
+                    self.assertFalse(watch.is_over())
+                    self.assertLessEqual(by_seq.call_count, 1)
+            states = [job.state for job in watch.jobs()]
+            self.assertEqual(states.count("completed"), 200)
+
+    @internal
+    def test_idle_wait_reads_little_and_a_change_is_noticed_at_once(self) -> None:
+        """Promise 8."""
+        with Queue(self.path) as queue, Queue(self.path, readonly=True) as other:
+            reader = other._reader
+            queue.enqueue("true")
+            version = mock.Mock(side_effect=reader.data_version)
+            look = mock.Mock(side_effect=other._db.wal_times)
+            patched = mock.patch.object(reader, "data_version", version)
+            with patched, mock.patch.object(other._db, "wal_times", look):
+                self.assertLessEqual(len(list(reader.changes(0.7))), 3)
+                self.assertLessEqual(version.call_count, 12)
+                self.assertLessEqual(look.call_count, 40)
+            changes = reader.changes(10)
+            next(changes)
+            for _ in range(3):  # writes within one tick of the clock of the file system
+                version.reset_mock()
+                queue.enqueue("true")
+                began = time.monotonic()
+                next(changes)
+                self.assertLess(time.monotonic() - began, 0.3)
 
     @SLOW
     def test_queue_that_is_moved_or_removed_is_not_waited_for(self) -> None:
@@ -8027,6 +8257,28 @@ class CliShow(Case):
         self.assertIn("exit code 1", self.stdout("show", "x"))
         self.assert_refused("show", "y", code=1)
 
+    @internal
+    def test_history_is_read_in_slices_and_output_only_where_it_is_shown(self) -> None:
+        """Promise 8."""
+        self.enqueue("true", id="x")
+        attempts = 80
+        with Queue(self.path) as queue, queue.transaction() as db:
+            for run in range(1, attempts + 1):
+                row = (1, run, "w", "failed", 0, 1, 2, 1, "exit code 1", 0, b"x" * 65536)
+                db.execute(queuectl.ADD_ATTEMPT, row)
+            db.execute("UPDATE jobs SET run = ?", (attempts,))
+        path = ("--db", self.path)
+        for words in ("show x", "show x --json", "logs x", "logs x --run 3"):
+            with self.subTest(words), open(os.devnull, "w") as null:
+                with mock.patch.multiple(sys, stdout=null, stderr=null):
+                    tracemalloc.start()
+                    code = queuectl.main([*path, *words.split()])
+                    peak = tracemalloc.get_traced_memory()[1]
+                    tracemalloc.stop()
+                self.assertEqual(code, 0)
+                self.assertLess(peak, (3 << 20) if "--json" in words else (1 << 20))  # of 5 MiB
+        self.assertEqual(len(json.loads(self.stdout("show", "x", "--json"))["runs"]), attempts)
+
 
 @NEEDS_SHELL
 class CliLogs(Clocked):
@@ -8552,6 +8804,146 @@ class CliCompletion(Case):
                     self.assertEqual(words, list(self.COMPLETIONS.values()))
 
 
+class CliInstall(Live):
+    """`install`, and the program as started by it."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        os.environ["HOME"] = self.file("home")
+        os.environ.pop("XDG_DATA_HOME", None)
+        self.bin = self.file("home/.local/bin")
+        self.starter = os.path.join(self.bin, "queuectl")
+
+    def installed(self, *args: str, **more: Any) -> Result:
+        return self.process(self.starter, *args, **more)
+
+    def versions(self, home: str = "home/.local/share/queuectl") -> list[str]:
+        return sorted(os.listdir(self.file(home)))
+
+    def changed_program(self, number: int) -> str:
+        """Return a newer copy of the program, without the right to write to it."""
+        name = self.file(f"new {number}.py")
+        with open(PROGRAM) as source:
+            self.write(name, f"{source.read()}\nbegin_worker = {number}  # of no use\n")
+        os.chmod(name, 0o400)
+        return name
+
+    def test_installed_program_does_everything_that_the_script_does(self) -> None:
+        os.environ["PATH"] += os.pathsep + self.bin
+        self.assertEqual(self.stdout("install"), self.starter + "\n")
+        os.mkdir(self.file("PYTHON"))
+        for name in ("sqlite3.py", "PYTHON/json.py"):  # isolated: nobody's modules are imported
+            self.write(name, "raise SystemExit('imported')")
+        os.environ["PYTHONPATH"] = self.file("PYTHON")
+        self.assertEqual(self.installed("enqueue", "echo $((6 * 7))"), (0, "1\n", ""))
+        self.assertEqual(self.installed("worker", "start", "--drain", "--quiet")[0], 0)
+        self.assertEqual(self.installed("logs", "1")[1], "42\n")
+        self.assertRegex(
+            self.installed("worker", "start", "--detach")[2], "pool-.* runs as process"
+        )
+        self.installed("enqueue", "--id", "x", "touch done")
+        self.wait_for_file("done")
+        self.assertEqual(self.installed("worker", "stop")[0], 0)
+        self.assertIn(f"$({self.starter} completion", self.installed("completion", "bash")[1])
+        self.assertIn("is in your PATH: type queuectl", self.installed("install")[2])
+        self.assertEqual(len(self.versions()), 1)
+
+    def test_compiled_form_is_loaded_and_replaced_when_python_changes(self) -> None:
+        self.stdout("install")
+        (library,) = glob.glob(self.file("home/.local/share/queuectl/*"))
+        (compiled,) = glob.glob(library + "/__pycache__/*")
+        os.utime(library + "/queuectl.py")  # copied without its times
+        loads = self.process(sys.executable, "-ISv", self.starter, "--version")[2]
+        self.assertIn(f"code object from '{compiled}'", loads)
+        with open(compiled, "wb") as file:
+            file.write(b"another Python's")
+        self.assertEqual(self.installed("status")[2].count("no queue"), 1)
+        self.write(compiled, "")
+        self.assertRegex(self.installed("--version")[1], "^queuectl ")
+
+    @SLOW
+    def test_update_replaces_the_starter_and_keeps_the_version_of_a_running_pool(self) -> None:
+        self.stdout("install")
+        pool = subprocess.Popen([self.starter, "worker", "start", "--quiet"], cwd=self.dir)
+        self.processes.append(pool)
+        wait_until(self.workers)
+        for number in range(4):
+            self.process(sys.executable, self.changed_program(number), "install")
+            if number == 0:  # the pool has to start its server and a worker anew
+                server = "$(ps -o ppid= -p $PPID)"
+                self.enqueue(f"test $QUEUECTL_ATTEMPT = 2 || kill -9 {server} $PPID")
+                self.wait_for_state("1", "completed")
+        self.assertEqual(len(self.versions()), 3)
+        self.assertEqual(os.listdir(self.bin), ["queuectl"])
+        self.assertRegex(self.installed("--version")[1], "^queuectl ")
+
+    def test_nothing_of_another_program_is_overwritten(self) -> None:
+        os.makedirs(self.bin)
+        self.write(self.starter, "#!/bin/sh\necho mine\n")
+        self.assertIn("is another program's", self.assert_refused("install"))
+        self.assertEqual(self.read(self.starter), "#!/bin/sh\necho mine\n")
+        self.assertEqual(os.listdir(self.file("home/.local")), ["bin"])
+        shutil.copy(PROGRAM, self.starter)  # a copy of the program is replaced
+        self.stdout("install")
+        self.write("file")
+        for place in ("file", "file/bin"):
+            self.assertIn("file", self.assert_refused("install", place, code=4))
+
+    def test_install_reports_how_to_find_the_starter(self) -> None:
+        shadow = self.file("first")
+        os.mkdir(shadow)
+        shutil.copy(PROGRAM, shadow + "/queuectl")
+        os.chmod(shadow + "/queuectl", 0o755)
+        here = self.file("it's here")
+        paths = {
+            "/bin/bash": f"add this line to ~/.bashrc: export PATH='{self.dir}/it'\"'\"'s here':",
+            "/bin/fish": "fish_add_path ",
+            "": f"but {shadow}/queuectl precedes it",
+        }
+        for shell, expected in paths.items():
+            os.environ["SHELL"] = shell
+            os.environ["PATH"] += "" if shell else os.pathsep + shadow + os.pathsep + here
+            result = self.run_cli("install", here)
+            self.assertIn(expected, result.stderr)
+            self.assertEqual(result.stdout, f"{here}/queuectl\n")
+        self.assertEqual(sorted(os.listdir(here)), [".queuectl", "queuectl"])
+        self.assertEqual(self.process(here + "/queuectl", "enqueue", "true")[1], "1\n")
+
+    def test_python_with_blanks_and_quotes_in_its_path_is_started_by_the_shell(self) -> None:
+        place = self.file('it\'s "the" $place')
+        os.mkdir(place)
+        os.symlink(sys.executable, place + "/python 3")
+        self.process(place + "/python 3", PROGRAM, "install")
+        self.assertTrue(self.read(self.starter).startswith("#!/bin/sh\n"))
+        self.assertEqual(self.installed("enqueue", "--", "echo", "a b")[1], "1\n")
+        self.assertIn("echo 'a b'", self.installed("show", "1")[1])
+
+    def test_virtual_environment_is_not_needed_later(self) -> None:
+        self.process(sys.executable, "-m", "venv", "--without-pip", "venv")
+        self.process(self.file("venv/bin/python"), PROGRAM, "install")
+        shutil.rmtree(self.file("venv"))
+        self.assertRegex(self.installed("--version")[1], "^queuectl ")
+
+    def test_ctrl_c_during_the_imports_shows_no_traceback(self) -> None:
+        self.stdout("install")
+        (library,) = glob.glob(self.file("home/.local/share/queuectl/*"))
+        shutil.rmtree(library + "/__pycache__")
+        self.write(library + "/queuectl.py", "import os; os.kill(os.getpid(), 2)")
+        self.assertEqual(self.installed(), (-signal.SIGINT, "", ""))
+
+    def test_ctrl_c_before_python_has_started_ends_the_program_by_the_signal(self) -> None:
+        self.stdout("install")
+
+        def interrupt() -> None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # as the first line does
+            os.kill(os.getpid(), signal.SIGINT)
+
+        self.assertEqual(self.installed(preexec_fn=interrupt), (-signal.SIGINT, "", ""))
+        if self.process("env", "--block-signal=INT", "true").returncode == 0:
+            first = self.read(self.starter).splitlines()[0]
+            self.assertIn("env -S --block-signal=INT", first)
+
+
 class CliSignals(Live):
     """A signal ends the program as it ends any other, so that scripts stop too."""
 
@@ -8946,6 +9338,15 @@ while True:
         prefix = name + "."
         wait_until(lambda: sum(f.startswith(prefix) for f in os.listdir(self.dir)) >= processes)
 
+    def test_installed_command_does_as_the_script_does(self) -> None:
+        self.stdout("install", self.dir)
+        starter = self.file("queuectl.cmd" if os.name == "nt" else "queuectl")
+        added = self.process(starter, "enqueue", "--", sys.executable, "-c", "print(6 * 7)")
+        self.assertEqual(added, (0, "1\n", ""))
+        self.assertEqual(self.process(starter, "worker", "start", "--drain", "--quiet")[0], 0)
+        self.assertEqual(self.process(starter, "logs", "1")[:2], (0, "42\n"))
+        self.assertEqual(self.process(starter, "logs", "2")[0], 1)
+
     def is_silent(self, name: str) -> bool:
         """Tell whether every process of a beat has ended."""
         size = os.path.getsize(self.file(name))
@@ -9277,6 +9678,14 @@ class Layout(unittest.TestCase):
         code += "; print(*set(sys.modules) - before)"
         loaded = subprocess.check_output([*PYTHON, "-c", code], cwd=HERE, text=True).split()
         slow = {"argparse", "subprocess", "multiprocessing", "difflib", "socket", "ctypes"}
+        self.assertEqual(slow & set(loaded), set())
+        code = "import sys, queuectl; queuectl.main(['--db', 'nowhere', 'status'])"
+        code += "; print(*sys.modules)"
+        python = [*PYTHON, "-IS", "-c", f"import sys; sys.path.append({HERE!r}); {code}"]
+        loaded = subprocess.check_output(python, stderr=subprocess.DEVNULL, text=True).split()
+        slow = slow - {"argparse"} | {"tempfile"}
+        if sys.version_info >= (3, 11):
+            slow.add("shutil")
         self.assertEqual(slow & set(loaded), set())
 
     @internal

@@ -4058,6 +4058,7 @@ class Pool:
         self.signals: list[tuple[float, int]] = []
         self.code: int = Exit.OK
         self.fault: Fault | None = None
+        self.settling = False  # batches of dead processes
         self.seen: object = None  # the data_version of the last poll, and its connection
         self.ready_at = NEVER  # when the next scheduled job is due, on the clock of the jobs
         ledger.db.keep_waiting = lambda waited: waited < 0.3 and not self.signals
@@ -4237,7 +4238,8 @@ class Pool:
         self.agenda.set(self.prune, 60)
         if self.ledger.correct_times():
             self.seen = None  # something may be due earlier
-        if self.ledger.settle_dead_batches():
+        self.settling = self.ledger.settle_dead_batches()
+        if self.settling:
             self.agenda.set(self.prune, BATCH)
         if retention := self.ledger.reader.settings()["retention"]:
             before = self.ledger.clock() - retention
@@ -4255,7 +4257,7 @@ class Pool:
             return
         self.crew.dispatch()
         is_idle = set(self.crew.states()) == {"idle"} and not self.crew.maybe_work
-        if self.options.drain and is_idle and not self.recovery.orphans:
+        if self.options.drain and is_idle and not (self.recovery.orphans or self.settling):
             blockers = self.ledger.reader.drain_blockers(self.options.queues, self.options.horizon)
             if not blockers:
                 self.end_drain()

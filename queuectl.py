@@ -5050,6 +5050,7 @@ class Pool:
         self.code: int = Exit.OK
         self.ended: collections.Counter[str] = collections.Counter()  # jobs by their final state
         self.fault: Fault | None = None
+        self.settling = False  # batches of dead processes
         self.seen: object = None  # the data_version of the last poll, and its connection
         self.ready_at = NEVER  # when a job is due or a rate allows it, on the clock of the jobs
         self.polled_at = 0.0  # on the same clock
@@ -5251,7 +5252,8 @@ class Pool:
         self.agenda.set(self.prune, 60)
         if self.ledger.correct_times():
             self.seen = None  # something may be due earlier
-        if self.ledger.settle_dead_batches():
+        self.settling = self.ledger.settle_dead_batches()
+        if self.settling:
             self.agenda.set(self.prune, BATCH)
         if retention := self.ledger.reader.settings()["retention"]:
             before = self.ledger.clock() - retention
@@ -5269,7 +5271,7 @@ class Pool:
             return
         self.crew.dispatch()
         is_idle = set(self.crew.states()) == {"idle"} and not self.crew.maybe_work
-        if self.options.drain and is_idle and not self.recovery.orphans:
+        if self.options.drain and is_idle and not (self.recovery.orphans or self.settling):
             blockers = self.ledger.reader.drain_blockers(self.options.queues, self.options.horizon)
             if not blockers:
                 self.end_drain()

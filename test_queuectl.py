@@ -6328,6 +6328,18 @@ class ReportFacts(Reported):
         found = queuectl.drain_histories(self.queue._reader, ["default"], "pool-aa", self.now - 15)
         self.assertEqual([history.job.id for history in found], ["ours", "left"])
 
+    def test_notifications_that_completed_are_left_out(self) -> None:
+        self.queue.configure("max_retries", "1")
+        for code in (0, 1):
+            self.queue.enqueue("true", on_end="notify", max_retries=1)
+            self.attempt()
+            self.attempt(code)
+            if code:
+                for _ in range(4):
+                    self.now += 1000
+                    self.attempt(1)
+        self.assertEqual((self.facts()["jobs"], self.facts("--since", "1d")["jobs"]), (3, 3))
+
     @internal
     def test_timeline_keeps_its_sums_in_bounded_memory(self) -> None:
         found = queuectl.Timeline(100)

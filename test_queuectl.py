@@ -4167,7 +4167,7 @@ class QueueLimitLive(Live):
             pools: list[Any] = []
             while queue.counts()["completed"] < number:
                 pools = [pool for pool in pools if pool.poll() is None]  # one may see too many die
-                pools += [self.pool("--count", "4") for _ in range(2 - len(pools))]
+                pools += [self.pool("--count", "4", "--quiet") for _ in range(2 - len(pools))]
                 time.sleep(pause)
                 workers = self.workers()
                 for job in queue._reader.claimed()[:1]:

@@ -319,7 +319,7 @@ LONGEST = 10 * 365 * 86400.0  # no duration is longer, so that sums of times nev
 LATEST_TIME = 253402214400  # the end of the year 9999 in every time zone
 STDIN_LIMIT = 1 << 20  # bytes of a job's stdin
 PARENTS_LIMIT = 30_000  # characters of QUEUECTL_PARENTS; Windows allows 32,767 in a variable
-TOP_PRIORITY = 1_000_000
+TOP_PRIORITY = 1_000_001  # of notifications, above what a user can give
 QUOTED_LIMIT = 100  # characters of user input that a message quotes
 
 

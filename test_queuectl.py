@@ -4350,7 +4350,7 @@ class QueueLimitLive(Live):
             pools: list[Any] = []
             while queue.counts()["completed"] < number:
                 pools = [pool for pool in pools if pool.poll() is None]  # one may see too many die
-                pools += [self.pool("--count", "4") for _ in range(2 - len(pools))]
+                pools += [self.pool("--count", "4", "--quiet") for _ in range(2 - len(pools))]
                 time.sleep(pause)
                 workers = self.workers()
                 for job in queue._reader.claimed()[:1]:
@@ -6557,6 +6557,18 @@ class ReportFacts(Reported):
             self.queue.enqueue("true", id=job_id, **more)
         found = queuectl.drain_histories(self.queue._reader, ["default"], "pool-aa", self.now - 15)
         self.assertEqual([history.job.id for history in found], ["ours", "left"])
+
+    def test_notifications_that_completed_are_left_out(self) -> None:
+        self.queue.configure("max_retries", "1")
+        for code in (0, 1):
+            self.queue.enqueue("true", on_end="notify", max_retries=1)
+            self.attempt()
+            self.attempt(code)
+            if code:
+                for _ in range(4):
+                    self.now += 1000
+                    self.attempt(1)
+        self.assertEqual((self.facts()["jobs"], self.facts("--since", "1d")["jobs"]), (3, 3))
 
     @internal
     def test_timeline_keeps_its_sums_in_bounded_memory(self) -> None:

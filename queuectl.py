@@ -3775,12 +3775,13 @@ class Batch:
         self.if_absent = if_absent
         self.now = ledger.clock()
         self.name: str | None = None  # of its lock, if it is staged
+        self.is_large = False
         self.length = 0
         self.taken: list[str] = []  # ids of jobs that exist
         self.ranges: list[tuple[int, int]] = []  # the numbers of the jobs, first and last
 
     def slices(self, jobs: Iterable[Mapping[str, object]]) -> Iterator[list[dict[str, Any]]]:
-        """Yield the rows of jobs, validated, in lists for one transaction each."""
+        """Yield the rows of jobs, validated, in one list for each transaction, which is reused."""
         here = ""
         with contextlib.suppress(FileNotFoundError):  # then each job must have a cwd
             here = os.getcwd()
@@ -3795,11 +3796,11 @@ class Batch:
                 raise BadInput("the current directory no longer exists; set cwd")
             size += len(rows[-1]["command"]) + len(rows[-1]["stdin"] or b"")
             if len(rows) >= BATCH_SLICE or size >= self.TEXT:
+                self.is_large = True
                 yield rows
-                rows = []
+                rows.clear()
                 size = 0
-        if rows:
-            yield rows
+        yield rows
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add a slice, within a transaction."""
@@ -3845,13 +3846,13 @@ class Batch:
     def store(self, jobs: Iterable[Mapping[str, object]]) -> Iterator[str]:
         """Add jobs; return their ids and those that were taken."""
         slices = self.slices(jobs)
-        begin = list(islice(slices, 2))
+        first = next(slices)
         ids = self.ids()
-        if len(begin) > 1 and not self.db.connection.in_block:
-            self.stage(chain(begin, slices))
+        if self.is_large and not self.db.connection.in_block:
+            self.stage(chain([first], slices))
             return chain(ids, self.taken)
         with self.db.transaction(notify=True):
-            for rows in chain(begin, slices):
+            for rows in chain([first], slices):
                 self.add(rows)
             head = list(islice(ids, 1000))  # before they can be pruned
         return chain(head, ids, self.taken)

@@ -623,7 +623,7 @@ FIELDS: dict[str, Validator] = {
     "id": valid_name,
     "command": valid_command,
     "queue": valid_name,
-    "priority": integer(-TOP_PRIORITY, TOP_PRIORITY),
+    "priority": integer(-1_000_000, 1_000_000),
     "delay": parse_duration,
     "run_at": parse_time,
     "timeout": parse_duration,

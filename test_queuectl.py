@@ -3682,8 +3682,9 @@ class QueueNotifications(Clocked):
 
     def end_one(self, how: str, **fields: Any) -> str:
         """Add a job and end it in some way; return its id."""
-        first = {"queue": "q", "priority": 10**6, "run_at": self.now - 99, "max_retries": 1}
-        job_id = self.queue.enqueue("true", **first, **fields)
+        job_id = self.queue.enqueue("true", queue="q", max_retries=1, **fields)
+        first = {"id": job_id, "priority": 10**7}  # before the notifications
+        self.queue._db.execute("UPDATE jobs SET priority = :priority WHERE id = :id", first)
         if how == "cancelled":
             self.queue.cancel([job_id])
             return job_id
@@ -3703,6 +3704,12 @@ class QueueNotifications(Clocked):
 
     def notifications(self) -> list[Any]:
         return [job for job in self.queue.jobs("pending") if job.notifies]
+
+    def test_notification_runs_before_every_other_job_of_its_queue(self) -> None:
+        self.configure(on_dead="cat")
+        self.queue.enqueue("true", queue="q", priority=10**6, run_at=self.now - 99)
+        self.end_one("dead")
+        self.assertEqual(self.claim("q").event, "dead")
 
     def given(self, job: Any) -> Any:
         """Return what a notification reads, as parsed JSON."""

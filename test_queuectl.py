@@ -4891,6 +4891,7 @@ class AttemptEnd(Live):
             gone = partial(wait_until, lambda: not alive(process.pid), 2.0)
             with mock.patch.object(queuectl.SYSTEM, "child", child):
                 end.step(lambda: gone() and queuectl.Snapshot({}, {}))
+                process.wait(10)
             note.close()
 
     @internal

@@ -655,7 +655,7 @@ FIELDS: dict[str, Validator] = {
     "id": valid_name,
     "command": valid_command,
     "queue": valid_name,
-    "priority": integer(-TOP_PRIORITY, TOP_PRIORITY),
+    "priority": integer(-1_000_000, 1_000_000),
     "delay": parse_duration,
     "run_at": parse_time,
     "timeout": parse_duration,
@@ -4256,6 +4256,7 @@ class Termination:
         self.asked: set[int] = set()
         self.found: list[int] = []
         self.snapshot_at = 0.0
+        self.is_waiting = False  # for processes to end
 
     def step(self, snapshot: Callable[[], Any] = SYSTEM.snapshot) -> bool:
         """End the remaining processes; return whether none is left and the lock is free."""
@@ -4272,6 +4273,7 @@ class Termination:
         if self.is_overdue:
             name = printable(self.job.id)
             self.notices.report(f"remaining processes of job {name} {reason}", key=self.job.key)
+        self.is_waiting = True
         return False
 
     def is_unchanged(self) -> bool:
@@ -5010,7 +5012,7 @@ class Recovery:
             self.report(state_to_report(after), describe_end(job, after, outcome))
 
     def is_ending(self) -> bool:
-        return not all(ending.is_overdue for ending, _ in self.orphans.values())
+        return any(it.is_waiting and not it.is_overdue for it, _ in self.orphans.values())
 
 
 class WalSync:

@@ -3865,8 +3865,9 @@ class QueueNotifications(Clocked):
 
     def end_one(self, how: str, **fields: Any) -> str:
         """Add a job and end it in some way; return its id."""
-        first = {"queue": "q", "priority": 10**6, "run_at": self.now - 99, "max_retries": 1}
-        job_id = self.queue.enqueue("true", **first, **fields)
+        job_id = self.queue.enqueue("true", queue="q", max_retries=1, **fields)
+        first = {"id": job_id, "priority": 10**7}  # before the notifications
+        self.queue._db.execute("UPDATE jobs SET priority = :priority WHERE id = :id", first)
         if how == "cancelled":
             self.queue.cancel([job_id])
             return job_id
@@ -3886,6 +3887,12 @@ class QueueNotifications(Clocked):
 
     def notifications(self) -> list[Any]:
         return [job for job in self.queue.jobs("pending") if job.notifies]
+
+    def test_notification_runs_before_every_other_job_of_its_queue(self) -> None:
+        self.configure(on_dead="cat")
+        self.queue.enqueue("true", queue="q", priority=10**6, run_at=self.now - 99)
+        self.end_one("dead")
+        self.assertEqual(self.claim("q").event, "dead")
 
     def given(self, job: Any) -> Any:
         """Return what a notification reads, as parsed JSON."""
@@ -5114,6 +5121,7 @@ class AttemptEnd(Live):
             gone = partial(wait_until, lambda: not alive(process.pid), 2.0)
             with mock.patch.object(queuectl.SYSTEM, "child", child):
                 end.step(lambda: gone() and queuectl.Snapshot({}, {}))
+                process.wait(10)
             note.close()
 
     @internal

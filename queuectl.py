@@ -7965,6 +7965,7 @@ class JsonJobs:
         self.lines[0] = self.line
         is_more = True
         while True:
+            start = self.at
             try:
                 value, end = self.parse(self.text, self.at)
                 break
@@ -7972,7 +7973,7 @@ class JsonJobs:
                 is_cut = error.pos > len(self.text) - self.CUT or error.msg[:12] == "Unterminated"
                 is_more = is_more and is_cut and self.read()
                 if not is_more:
-                    raise self.syntax_error(error.msg, error.pos) from None
+                    raise self.syntax_error(error.msg, error.pos + self.at - start) from None
             except (ValueError, RecursionError) as error:
                 raise self.error(str(error)) from None
         if not isinstance(value, dict):
@@ -8007,7 +8008,10 @@ class JsonJobs:
             hint = LOST_QUOTES
         elif start[:1].isalpha():
             hint = f"{EXAMPLE}; for a command a line: enqueue --lines -"
-        self.move(at)
+        if self.text[at:].strip():
+            self.move(at)
+        else:
+            reason = "the object that begins here does not end"
         return self.error(f"{reason[0].lower()}{reason[1:]}; {hint}")
 
 
@@ -8146,95 +8150,6 @@ def copy_stdin(args: argparse.Namespace, copy: IO[bytes]) -> None:
         kind = "commands, one a line" if args.lines else "jobs as JSON"
         say(f"reading {kind}; {'Ctrl-Z and Enter end' if WINDOWS else 'Ctrl-D ends'} them")
     shutil.copyfileobj(sys.stdin.buffer, copy)
-
-
-def report_first_contact(queue: Queue, queues: Iterable[str], *, is_new: bool) -> None:
-    """Tell a person that a queue was made, and how to start workers where none runs."""
-    if not terminal_width(sys.stderr):
-        return
-    if is_new:
-        say(f"made a new queue: {queue.path}")
-    for name in queues:
-        if reason := unserved(queue._db.run_dir, name):
-            say(f"{reason}; start one: queuectl worker start")
-            return
-
-
-def output_of_attempts(queue: Queue, job: Job, end: float) -> Iterator[bytes]:
-    """Yield the output of a job's attempts, as it comes, until it can run no more or the end."""
-    reader = queue._reader
-    notices = Notices(say, NEVER)
-    shown = max(0, job.run - 1)
-    for _ in polling(end - time.monotonic(), first=0.03, longest=0.05):
-        job = reader.by_seq(job.seq) or job._replace(state=COMPLETED)
-        for run in range(shown + 1, job.run + 1):
-            try:
-                fd = open_own(queue._db.run_dir.output_file(job._replace(run=run)), os.O_RDONLY)
-            except FileNotFoundError:
-                if job.state == PROCESSING and run == job.run:
-                    break  # it is made a moment after the claim
-                attempt = reader.last_attempt(job, run)
-                yield attempt.output if attempt and attempt.run == run else b""
-            else:
-                with open(fd, "rb", 0):
-                    yield from follow(queue, job._replace(run=run), fd, 0, end)
-            shown = run
-        if job.state in FINISHED or reader.failed_ancestor(job):
-            return
-        if reason := obstacle(reader, job):
-            notices.report(f"job {job.id} is waiting: {reason}", key=reason.partition(" ")[0])
-
-
-def wait_for_end(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> int:
-    """Wait for jobs, with --follow showing their output; return as `wait` does."""
-    limit = NEVER if args.wait_timeout is None else args.wait_timeout
-    end = time.monotonic() + limit
-    try:
-        for job in queue._reader.named(ids) if args.follow else ():
-            if len(ids) > 1:
-                SCREEN.line(f"==> {job.id} <==")
-            write_output(output_of_attempts(queue, job, end))
-        args.ids = ids
-        args.all = False
-        args.timeout = None if limit == NEVER else max(0.0, end - time.monotonic())
-        return cmd_wait(args, queue)
-    except KeyboardInterrupt:
-        SCREEN.clear()
-        SCREEN.write("\n" if terminal_width(sys.stderr) else "")
-        names = " ".join(ids[:3]) + " ..." * (len(ids) > 3)
-        stay = "stays" if len(ids) == 1 else "stay"
-        say(f"{plural(len(ids), 'job')} {stay} in the queue (queuectl cancel {names})")
-        raise
-
-
-def cmd_enqueue(args: argparse.Namespace) -> int:
-    import tempfile
-    from array import array
-
-    at = array("L", [0])
-    is_new = not os.path.lexists(args.db)
-    is_waiting = args.wait or args.follow or args.wait_timeout is not None
-    write = SCREEN.line if is_waiting else print
-    with tempfile.SpooledTemporaryFile(1 << 20) as stdin:
-        if is_stdin(args) and sys.stdin and not sys.stdin.closed:
-            copy_stdin(args, stdin)
-        try:
-            for job in with_options(args, described_jobs(args, stdin, at)) if is_new else ():
-                validate_fields(job)  # bad input must not create a queue
-            jobs = with_options(args, described_jobs(args, stdin, at))
-            with Queue(args.db, insecure=args.insecure) as queue:
-                ids: list[str] = []
-                for job_id in queue.enqueue_many(jobs, if_absent=args.if_absent):
-                    write(job_id)
-                    if is_waiting or not ids:
-                        ids.append(job_id)
-                if is_waiting:
-                    return wait_for_end(args, queue, ids)
-                report_first_contact(queue, [queue.get(i).queue for i in ids], is_new=is_new)
-        except BadInput as error:
-            line = at[0] if error.index is None else at[at[0] and error.index + 1]
-            raise BadInput(f"line {line}: {error}" if line else str(error)) from None
-    return Exit.OK
 
 
 # The first two lines of a starter depend on the system; the second one tells whose it is.
@@ -8814,6 +8729,106 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
         if dropped:
             say(f"{dropped} bytes of earlier output were not kept")
         write_output(chunks)
+
+
+def report_first_contact(queue: Queue, queues: Iterable[str], *, is_new: bool) -> None:
+    """Tell a person that a queue was made, and how to start workers where none runs."""
+    if not terminal_width(sys.stderr):
+        return
+    if is_new:
+        say(f"made a new queue: {queue.path}")
+    for name in queues:
+        if reason := unserved(queue._db.run_dir, name):
+            say(f"{reason}; start one: queuectl worker start")
+            return
+
+
+def output_of_attempts(queue: Queue, job: Job, end: float) -> Iterator[bytes]:
+    """Yield the output of a job's attempts, as it comes, until it can run no more or the end."""
+    reader = queue._reader
+    notices = Notices(say, NEVER)
+    shown = max(0, job.run - 1)
+    for _ in polling(end - time.monotonic(), first=0.03, longest=0.05):
+        job = reader.by_seq(job.seq) or job._replace(state=COMPLETED)
+        for run in range(shown + 1, job.run + 1):
+            try:
+                fd = open_own(queue._db.run_dir.output_file(job._replace(run=run)), os.O_RDONLY)
+            except FileNotFoundError:
+                if job.state == PROCESSING and run == job.run:
+                    break  # it is made a moment after the claim
+                attempt = reader.last_attempt(job, run)
+                yield attempt.output if attempt and attempt.run == run else b""
+            else:
+                with open(fd, "rb", 0):
+                    yield from follow(queue, job._replace(run=run), fd, 0, end)
+            shown = run
+        if job.state in FINISHED or reader.failed_ancestor(job):
+            return
+        if reason := obstacle(reader, job):
+            cause = f", after {job.last_error}" if job.last_error else ""
+            key = f"{job.run} {reason.partition(' ')[0]}"
+            notices.report(f"job {job.id} is waiting: {reason}{cause}", key=key)
+
+
+def follow_jobs(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> int:
+    """Show the output of jobs, one after the other, until they have ended; return as `wait`."""
+    reader = queue._reader
+    end = NEVER if args.timeout is None else time.monotonic() + args.timeout
+    jobs = reader.named(ids)
+    for job in jobs:
+        if len(jobs) > 1:
+            SCREEN.line(f"==> {job.id} <==")
+        write_output(output_of_attempts(queue, job, end))
+    if time.monotonic() < end:
+        return cmd_wait(args, queue)
+    say(f"timed out after {format_duration(args.timeout)}")
+    return Exit.TIMED_OUT
+
+
+def wait_for_end(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> int:
+    """Wait for jobs that were enqueued; return as `wait` does."""
+    args.ids = ids
+    args.all = False
+    args.timeout = args.wait_timeout
+    try:
+        return follow_jobs(args, queue, ids) if args.follow else cmd_wait(args, queue)
+    except KeyboardInterrupt:
+        SCREEN.clear()
+        SCREEN.write("\n" if terminal_width(sys.stderr) else "")
+        names = " ".join(ids[:3]) + " ..." * (len(ids) > 3)
+        stay = "stays" if len(ids) == 1 else "stay"
+        say(f"{plural(len(ids), 'job')} {stay} in the queue (queuectl cancel {names})")
+        raise
+
+
+def cmd_enqueue(args: argparse.Namespace) -> int:
+    import tempfile
+    from array import array
+
+    at = array("L", [0])
+    is_new = not os.path.lexists(args.db)
+    is_waiting = args.wait or args.follow or args.wait_timeout is not None
+    write = SCREEN.line if is_waiting else print
+    with tempfile.SpooledTemporaryFile(1 << 20) as stdin:
+        if is_stdin(args) and sys.stdin and not sys.stdin.closed:
+            copy_stdin(args, stdin)
+        try:
+            for job in with_options(args, described_jobs(args, stdin, at)) if is_new else ():
+                validate_fields(job)  # bad input must not create a queue
+            jobs = with_options(args, described_jobs(args, stdin, at))
+            with Queue(args.db, insecure=args.insecure) as queue:
+                ids: list[str] = []
+                for job_id in queue.enqueue_many(jobs, if_absent=args.if_absent):
+                    write(job_id)
+                    if is_waiting or not ids:
+                        ids.append(job_id)
+                if is_waiting:
+                    return wait_for_end(args, queue, ids)
+                report_first_contact(queue, [queue.get(i).queue for i in ids], is_new=is_new)
+        except BadInput as error:
+            line = at[0] if error.index is None else at[at[0] and error.index + 1]
+            raise BadInput(f"line {line}: {error}" if line else str(error)) from None
+    return Exit.OK
 
 
 def report_cancelled(args: argparse.Namespace, queue: Queue, job: Job) -> int:

@@ -7847,7 +7847,9 @@ class CliBadInput(Case):
         ("[1]", "a job is a JSON object"),
         ('[{"command": "true"}, null]', "a job is a JSON object"),
         ("{", "bad JSON"),
-        ('{"command": "true"} {"command": "true"}', "bad JSON"),
+        ('{"command": "true"} x', "bad JSON in column 21: expecting value"),
+        ('[{"command": "true"} {"command": "true"}]', "expecting ',' or ']'"),
+        ('{"command": "true",', "in column 1: the object that begins here does not end"),
         ("{command:true}", "lost its quotes"),
         ("{'command': 'true'}", "bad JSON"),
         ('[{"env": [' * 10_000, "bad JSON"),
@@ -7963,7 +7965,7 @@ class CliBadInput(Case):
         "--queue ": "--queue must be",
         "--id a\tb": "--id must be",
         "- ": "- must be the only argument",
-        "{}": "bad JSON",
+        "{}": "a job needs a command",
     }
 
     def test_invalid_option_is_rejected_by_name(self) -> None:

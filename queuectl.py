@@ -8144,12 +8144,11 @@ def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict
 
 def copy_stdin(args: argparse.Namespace, copy: IO[bytes]) -> None:
     """Copy stdin, since a slow writer must not hold up workers."""
-    import shutil
-
     if sys.stdin.isatty():
         kind = "commands, one a line" if args.lines else "jobs as JSON"
         say(f"reading {kind}; {'Ctrl-Z and Enter end' if WINDOWS else 'Ctrl-D ends'} them")
-    shutil.copyfileobj(sys.stdin.buffer, copy)
+    while chunk := sys.stdin.buffer.read1(1 << 16):  # type: ignore[union-attr]
+        copy.write(chunk)
 
 
 # The first two lines of a starter depend on the system; the second one tells whose it is.

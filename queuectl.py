@@ -7994,7 +7994,8 @@ class JsonJobs:
         self.offset += self.at
         self.text = left + self.decode(chunk, not chunk)
         self.at = 0
-        SCREEN.draw(lambda: f"{self.line} lines")
+        if self.line > 1000:
+            SCREEN.draw(lambda: f"{self.line} lines")
         return bool(chunk)
 
     def error(self, reason: str) -> BadInput:
@@ -8817,7 +8818,9 @@ def cmd_enqueue(args: argparse.Namespace) -> int:
             jobs = with_options(args, described_jobs(args, stdin, at))
             with Queue(args.db, insecure=args.insecure) as queue:
                 ids: list[str] = []
-                for job_id in queue.enqueue_many(jobs, if_absent=args.if_absent):
+                stored = queue.enqueue_many(jobs, if_absent=args.if_absent)
+                SCREEN.clear()
+                for job_id in stored:
                     write(job_id)
                     if is_waiting or not ids:
                         ids.append(job_id)

@@ -9066,7 +9066,7 @@ MATCH = arg("--match", "TEXT", "only jobs with this text in the id or the comman
 OLDER_THAN = arg("--older-than", "DURATION", "only jobs that have been in their state for at "
                  "least this time", parse_duration)
 IDS_ONLY = flag("--ids", "print the ids alone", dest="ids_only")
-SELECT = (IDS, QUEUES, STATE, MATCH, OLDER_THAN, IDS_ONLY)
+SELECT = (IDS, *group("which jobs", QUEUES, STATE, MATCH, OLDER_THAN), IDS_ONLY)
 CHANGE = (*SELECT, flag("-n --dry-run", "print the ids of the jobs, and change nothing"))
 ALL_DEAD = flag("--all", "all dead jobs")
 KEY = arg("key", "KEY", "one of: " + ", ".join(SETTINGS), validate_setting)
@@ -9086,8 +9086,8 @@ COMMANDS = {
             field("id", "ID", "the name of the job (default: a number)"),
             field("queue", "QUEUE", "the queue it waits in (default: default)", "-q --queue"),
             field("priority", "N", "higher numbers run first (default: 0)", "-p --priority")),
-        *group("when it runs (default: as soon as a worker is free)",
-            field("delay", "DURATION", "start it after this time"),
+        *group("when it runs",
+            field("delay", "DURATION", "start it after this time (default: at once)"),
             field("run_at", "TIME", "start it at this time: 2030-01-31T08:00", "--at"),
             field("after", "ID,...", "start it once these jobs have completed; repeatable",
                   action="extend"),
@@ -9102,14 +9102,14 @@ COMMANDS = {
             field("stdin", "TEXT", "the text that it reads from stdin (default: none)"),
             field("stdin", "FILE", "the same, from a file (-: from stdin)", "--stdin-file",
                   check=read_input)),
-        *group("timeout and retries (defaults: config list)",
+        *group("timeout and retries",
             field("timeout", "DURATION",
                   "end an attempt that takes longer (0: never; default: 300s)"),
             field("max_retries", "N",
                   "the number of attempts, including the first (default: 3)"),
             field("retry_delays", "DURATION,...",
                   "wait this long before each retry; the last repeats (default: 2s,4s,8s ...)")),
-        *group("notifications (default: config get on_dead, on_end)",
+        *group("notifications (default: as the settings say)",
             field("on_dead", "COMMAND", "run this when it has died ('': nothing)"),
             field("on_end", "COMMAND", "run this when it has ended in any way ('': nothing)")),
         *group("waiting",

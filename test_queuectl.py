@@ -9000,6 +9000,29 @@ class CliHelp(Case):
         self.assertIn("\nDURATION: seconds, or a number with a unit", shown)
         self.assertIn(f"\nqueuectl {queuectl.__version__}, {queuectl.HOME_PAGE}", shown)
 
+    GROUPS = {  # of the help of enqueue, and options in each
+        "options": "--lines --if-absent --new-ids",
+        "the job": "--id --queue --priority",
+        "when it runs": "--delay --at --after --after-end --every --cron",
+        "where it runs": "--cwd --env --stdin --stdin-file",
+        "timeout and retries": "--timeout --max-retries --retry-delays",
+        "notifications (default: as the settings say)": "--on-dead --on-end",
+        "waiting": "--wait --follow --wait-timeout",
+    }
+
+    def test_options_that_belong_together_stand_together_in_help(self) -> None:
+        parts = re.split(r"(?m)^(\S.*):$", self.stdout("help", "enqueue").split("\nDURATION:")[0])
+        found = dict(zip(parts[1::2], parts[2::2]))
+        del found["positional arguments"]
+        options = re.compile(r"(?m)^  (?:-h.*|(?:-\w(?: \S+)?, )?(--[\w-]+))")
+        named = {key: " ".join(filter(None, options.findall(text))) for key, text in found.items()}
+        self.assertEqual(named, self.GROUPS)
+        for default in ("300s", "3", "2s,4s,8s ...", "0", "a number", "at once", "this one"):
+            self.assertIn(
+                f"default: {default})", re.sub(r"\s+", " ", self.stdout("help", "enqueue"))
+            )
+        self.assertIn("\nwhich jobs:\n  -q QUEUE", self.stdout("help", "list"))
+
     @internal
     def test_help_of_every_subcommand_has_a_valid_example(self) -> None:
         for words in queuectl.COMMANDS:
@@ -9331,7 +9354,7 @@ class CliTerminal(Live):
         self.write("lines", "".join(f'{{"command":"{n}"}}\n' for n in range(1000)))
         with open(self.file("lines")) as lines, open(os.devnull, "w") as null:
             enqueue = Terminal(self, "enqueue", "-", columns=9, stdin=lines, stdout=null)
-            self.assertEqual(enqueue.end(), "\r\x1b[K1000 li…\r\x1b[K")
+            self.assertTrue(enqueue.end().startswith("\r\x1b[K1001 li…\r\x1b[Kqueuectl: no w"))
 
     def test_output_is_plain_lines_without_a_terminal(self) -> None:
         lines = "".join(f'{{"command":"{n}","queue":"q"}}\n' for n in range(1000))

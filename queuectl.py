@@ -7813,7 +7813,7 @@ def parse_edit(check: Validator, text: str) -> Any:
 def edit_option(names: tuple[str, ...], options: dict[str, Any]) -> Argument:
     """Return an option of `enqueue` as one of `edit`, by which a value can also be taken back."""
     key = options["dest"]
-    meaning = options["help"].replace(" (default: this one)", "")
+    meaning = re.sub(r"; default: [^)]*| \(default: [^)]*\)", "", options["help"])
     if options["type"].args[1] is FIELDS[key]:
         check = partial(parse_edit, EDITABLE[key])
         options = {**options, "type": partial(validate, names[-1], check)}
@@ -8731,16 +8731,16 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
         write_output(chunks)
 
 
-def report_first_contact(queue: Queue, queues: Iterable[str], *, is_new: bool) -> None:
+def report_first_contact(queue: Queue, ids: Iterable[str], *, is_new: bool) -> None:
     """Tell a person that a queue was made, and how to start workers where none runs."""
     if not terminal_width(sys.stderr):
         return
     if is_new:
         say(f"made a new queue: {queue.path}")
-    for name in queues:
-        if reason := unserved(queue._db.run_dir, name):
-            say(f"{reason}; start one: queuectl worker start")
-            return
+    with contextlib.suppress(NotFound):  # it has run, and was pruned
+        for job in map(queue.get, ids):
+            if reason := unserved(queue._db.run_dir, job.queue):
+                say(f"{reason}; start one: queuectl worker start")
 
 
 def output_of_attempts(queue: Queue, job: Job, end: float) -> Iterator[bytes]:
@@ -8826,7 +8826,7 @@ def cmd_enqueue(args: argparse.Namespace) -> int:
                         ids.append(job_id)
                 if is_waiting:
                     return wait_for_end(args, queue, ids)
-                report_first_contact(queue, [queue.get(i).queue for i in ids], is_new=is_new)
+                report_first_contact(queue, ids, is_new=is_new)
         except BadInput as error:
             line = at[0] if error.index is None else at[at[0] and error.index + 1]
             raise BadInput(f"line {line}: {error}" if line else str(error)) from None

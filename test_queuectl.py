@@ -9022,6 +9022,7 @@ class CliHelp(Case):
                 f"default: {default})", re.sub(r"\s+", " ", self.stdout("help", "enqueue"))
             )
         self.assertIn("\nwhich jobs:\n  -q QUEUE", self.stdout("help", "list"))
+        self.assertNotIn("(default: ", self.stdout("help", "edit").replace("(default: as", ""))
 
     @internal
     def test_help_of_every_subcommand_has_a_valid_example(self) -> None:

@@ -8705,6 +8705,11 @@ def stored_output(queue: Queue, job: Job, run: int | None) -> tuple[int, bytes]:
     return attempt.bytes_dropped, attempt.output
 
 
+def report_dropped(number: int) -> None:
+    if number:
+        say(f"{number} bytes of earlier output were not kept")
+
+
 def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
     """Write the output of one attempt: the named one, or the one that runs or ran last."""
     job = queue.get(args.id)
@@ -8726,8 +8731,7 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
             stack.callback(os.close, fd)
             dropped, output = last_bytes(fd, limit)
             chunks = follow(queue, job, fd, dropped) if args.follow else [output]
-        if dropped:
-            say(f"{dropped} bytes of earlier output were not kept")
+        report_dropped(dropped)
         write_output(chunks)
 
 
@@ -8748,7 +8752,7 @@ def output_of_attempts(queue: Queue, job: Job, end: float) -> Iterator[bytes]:
     reader = queue._reader
     notices = Notices(say, NEVER)
     shown = max(0, job.run - 1)
-    for _ in polling(end - time.monotonic(), first=0.03, longest=0.05):
+    for _ in polling(end - time.monotonic(), first=0.002):
         job = reader.by_seq(job.seq) or job._replace(state=COMPLETED)
         for run in range(shown + 1, job.run + 1):
             try:
@@ -8757,7 +8761,9 @@ def output_of_attempts(queue: Queue, job: Job, end: float) -> Iterator[bytes]:
                 if job.state == PROCESSING and run == job.run:
                     break  # it is made a moment after the claim
                 attempt = reader.last_attempt(job, run)
-                yield attempt.output if attempt and attempt.run == run else b""
+                if attempt and attempt.run == run:
+                    report_dropped(attempt.bytes_dropped)
+                    yield attempt.output
             else:
                 with open(fd, "rb", 0):
                     yield from follow(queue, job._replace(run=run), fd, 0, end)

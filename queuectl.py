@@ -1254,7 +1254,7 @@ CREATE TRIGGER queues_insert AFTER INSERT ON queues BEGIN
 END;
 CREATE TRIGGER jobs_insert AFTER INSERT ON jobs WHEN new.state <> 'staged' {COUNT_NEW};
 CREATE TRIGGER jobs_publish AFTER UPDATE OF state ON jobs WHEN old.state = 'staged' {COUNT_NEW};
-CREATE TRIGGER jobs_delete AFTER DELETE ON jobs WHEN old.state <> 'staged' BEGIN
+CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
   UPDATE queues SET {recount(minus="old")}, {FIND_NEXT} WHERE queue = old.queue;
 END;
 CREATE TRIGGER jobs_update AFTER UPDATE OF state, readiness, priority, run_after ON jobs

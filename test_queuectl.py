@@ -2936,26 +2936,31 @@ class QueueBatch(Clocked):
             self.assertEqual((len(set(ids + self.others)), len(self.run_all().split())), (19, 19))
 
     @internal
-    def test_job_that_a_hidden_job_waits_for_is_kept_and_cancelling_it_passes_that_one_over(
-        self,
-    ) -> None:
-        self.queue.enqueue("true", id="parent")
+    def test_job_that_a_hidden_job_waits_for_is_kept_and_can_be_cancelled(self) -> None:
+        list(self.queue.enqueue_many({"command": "true", "id": name} for name in ("one", "two")))
         with Queue(self.path) as other:
 
             def jobs() -> Iterator[Any]:
-                yield {"command": "true", "after": "parent"}
-                yield {"command": "true", "after_end": "parent"}
+                yield {"command": "true", "after": "one"}
+                yield {"command": "true", "after_end": ["one", "two"]}
+                yield {"command": "true", "after_end": "one"}
+                yield {"command": "true", "id": "s", "every": 60}
                 yield from [{"command": "true"}] * 3  # now the first ones are hidden
+                cancelled = other.cancel(["one"], cascade=True)
+                self.assertEqual([job.id for job in cancelled], ["one"])
                 self.assertEqual(
-                    [job.id for job in other.cancel(["parent"], cascade=True)], ["parent"]
+                    (other.prune(), other._ledger.delete_slice("cancelled", 9e9)), (0, 0)
                 )
-                self.assertEqual(other.prune(), 0)
                 with self.assertRaises(queuectl.NotFound):
-                    other.purge(["parent"])
+                    other.purge(["one"])
+                with self.assertRaises(queuectl.NotFound):
+                    other.get("s")
+                with self.assertRaisesRegex(queuectl.BadInput, "job s already exists"):
+                    other.enqueue("true", id="s")
 
             ids = list(self.queue.enqueue_many(jobs()))
-        kinds = [(job.state, job.readiness) for job in map(self.queue.get, ids)]
-        self.assertEqual(kinds, [("pending", -1), *[("pending", 1)] * 4])
+        kinds = [self.queue.get(job_id).readiness for job_id in ids]
+        self.assertEqual(kinds, [-1, -1, 1, 1, 1, 1, 1])
 
     @internal
     def test_refused_batch_leaves_nothing(self) -> None:

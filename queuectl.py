@@ -34,7 +34,8 @@ The sections of this file, in order. Each one uses only the sections above it.
 
     vocabulary      states, exit codes, errors, the records Job and Attempt
     rules           pure functions: validation, times, cron, settings, backoff, the retry rule
-                    (after_attempt), and the event line about an attempt (describe_end)
+                    (after_attempt), a job as JSON (job_facts), and the event line about an
+                    attempt (describe_end)
     SQL             the schema and every statement
     system          POSIX and Windows: locks, signals, starting and killing processes
     run directory   locked files, notes, stop requests, notifying pools
@@ -45,7 +46,7 @@ The sections of this file, in order. Each one uses only the sections above it.
                     kill_grace), keeping its output and its result
     worker          the process that runs one job at a time
     pool            the process that starts workers and recovers the jobs of dead ones
-    words           jobs, workers and counts as text and as JSON; not the event lines
+    words           jobs as text, workers and counts as text and as JSON; not the event lines
     command line    the commands, their arguments, and main
 
 To add a setting: SETTINGS. A field of a job: Job, FIELDS, SCHEMA, INSERTED, the options of enqueue
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection as Pipe
 
     Argument = tuple[tuple[str, ...], dict[str, Any]]
+    Environ = Mapping[str, str]
     Facts = Mapping[str, Any]
     Rows = Iterable[Sequence[object]]
     Path = Union[str, os.PathLike[str]]
@@ -121,6 +123,8 @@ FINISHED = (COMPLETED, DEAD, CANCELLED)
 PRUNED_BY_DEFAULT = (COMPLETED, CANCELLED)  # dead letters stay until they are purged
 
 READY, SCHEDULED, BLOCKED = 1, 0, -1  # the readiness of a pending job; all others are READY
+
+SUMMARY = "summary"  # the event of a notification about several jobs
 
 End = Literal["exited", "timed out", "crashed", "released", "cancelled", "unstarted"]
 StopMode = Literal["", "stop", "now"]  # "stop": claim no more jobs; "now": also end running ones
@@ -187,7 +191,10 @@ class Job(NamedTuple):
     last change of state; for a ready job, the time when it became ready. `waited` is how many
     seconds the job was ready before its latest start. A job of a schedule has the `schedule_id`,
     the time that the schedule gave it in `scheduled_for`, and, until the next job of the schedule
-    has been made, the `rule`.
+    has been made, the `rule`. `retry_delays` are seconds, separated by commas; `on_dead` and
+    `on_end` are None where the settings decide, and empty for no command. `stdin_size` is in bytes.
+    A notification has the number of the job that it reports on in `notifies`, and in `event` the
+    state in which that job ended, or "summary".
     """
 
     seq: int
@@ -216,6 +223,12 @@ class Job(NamedTuple):
     rule: str | None
     schedule_id: str | None
     scheduled_for: float | None
+    retry_delays: str | None
+    on_dead: str | None
+    on_end: str | None
+    notifies: int | None
+    event: str | None
+    stdin_size: int
 
     @property
     def key(self) -> str:
@@ -243,6 +256,13 @@ class Attempt(NamedTuple):
     bytes_dropped: int
     output: bytes
 
+    def cut(self, limit: int) -> Attempt:
+        """Return it with no more than the last bytes of its output."""
+        dropped = max(0, len(self.output) - limit)
+        return self._replace(
+            bytes_dropped=self.bytes_dropped + dropped, output=self.output[dropped:]
+        )
+
 
 # --- rules: pure functions -----------------------------------------------------------------------
 
@@ -252,6 +272,9 @@ COMMAND_LIMIT = 8191 if WINDOWS else 131071  # bytes; Linux: MAX_ARG_STRLEN
 UNIT_SECONDS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
 LONGEST = 10 * 365 * 86400.0  # no duration is longer, so that sums of times never overflow
 LATEST_TIME = 253402214400  # the end of the year 9999 in every time zone
+STDIN_LIMIT = 1 << 20  # bytes of a job's stdin
+PARENTS_LIMIT = 30_000  # characters of QUEUECTL_PARENTS; Windows allows 32,767 in a variable
+TOP_PRIORITY = 1_000_000
 QUOTED_LIMIT = 100  # characters of user input that a message quotes
 
 
@@ -324,11 +347,14 @@ def integer(low: int, high: int) -> Validator:
     return validator
 
 
-def valid_backoff_base(value: Any) -> float:
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    return float(in_range(1, value, 1000, "be a number from 1 to 1000"))
+def number(low: int, high: int) -> Validator:
+    def validator(value: Any) -> float:
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = float(value)
+        return float(in_range(low, value, high, f"be a number from {low} to {high}"))
+
+    return validator
 
 
 def parse_duration(value: Any) -> float:
@@ -341,6 +367,13 @@ def parse_duration(value: Any) -> float:
             value = sum(float(count) * UNIT_SECONDS[unit or "s"] for count, unit in parts)
     expectation = "be a duration between 0 and 10 years, such as 90, 90s, 5m or 1h30m"
     return float(in_range(0, value, LONGEST, expectation))
+
+
+def valid_delays(value: Any) -> str:
+    """Return durations, separated by commas or in a list, as seconds separated by commas."""
+    items = value.split(",") if isinstance(value, str) else value
+    require(isinstance(items, (list, tuple)) and items, "be durations such as 10s,1m,10m")
+    return ",".join(f"{parse_duration(item):.15g}" for item in items)
 
 
 def parse_time(value: Any) -> float:
@@ -367,6 +400,23 @@ def valid_command(value: object) -> str:
     fits = len(line.encode()) <= COMMAND_LIMIT
     require(fits, f"not be longer than {COMMAND_LIMIT} bytes; put it into a script")
     return line
+
+
+def valid_hook(value: object) -> str:
+    """Validate a command that may be empty, for none."""
+    return valid_command(value) if value != "" else ""
+
+
+def valid_stdin(value: Any) -> bytes:
+    """Return a text as it is stored, in UTF-8."""
+    require(isinstance(value, (str, bytes)), "be a string")
+    data: bytes = value if isinstance(value, bytes) else value.encode(errors="surrogatepass")
+    require(len(data) <= STDIN_LIMIT, f"not be longer than {STDIN_LIMIT} bytes")
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        raise ValueError("must be text in UTF-8") from None
+    return data
 
 
 def valid_name(value: object) -> str:
@@ -491,16 +541,21 @@ FIELDS: dict[str, Validator] = {
     "id": valid_name,
     "command": valid_command,
     "queue": valid_name,
-    "priority": integer(-1_000_000, 1_000_000),
+    "priority": integer(-TOP_PRIORITY, TOP_PRIORITY),
     "delay": parse_duration,
     "run_at": parse_time,
     "timeout": parse_duration,
     "max_retries": integer(1, 1_000_000),
+    "retry_delays": valid_delays,
     "cwd": valid_directory,
     "env": valid_environment,
+    "stdin": valid_stdin,
     "after": valid_names,
+    "after_end": valid_names,
     "every": valid_interval,
     "cron": valid_cron,
+    "on_dead": valid_hook,
+    "on_end": valid_hook,
 }
 CONFLICTS = (("delay", "run_at"), ("delay", "cron"), ("run_at", "cron"), ("every", "cron"))
 
@@ -597,16 +652,20 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "max_retries": Setting(3, FIELDS["max_retries"], "number of attempts, including the first"),
-    "backoff_base": Setting(
-        2.0, valid_backoff_base, "a retry waits this value ** attempts seconds"
-    ),
+    "backoff_base": Setting(2.0, number(1, 1000), "a retry waits this value ** attempts seconds"),
     "backoff_max": Setting(86400.0, parse_duration, "a retry never waits longer than this"),
+    "jitter": Setting(0.0, number(0, 1), "a retry may wait less, by up to this part of the time"),
     "timeout": Setting(300.0, parse_duration, "how long an attempt may take (0: no limit)"),
     "kill_grace": Setting(5.0, parse_duration, "time between TERM and KILL when a job is ended"),
     "output_limit": Setting(65536, integer(0, 1 << 28), "how many bytes of output are kept"),
     "shell": Setting(DEFAULT_SHELL, valid_prefix, "the program and options that run a command"),
     "max_snoozes": Setting(20, integer(0, 10**6), "how many times a job may exit with 75"),
     "no_retry_exit_codes": Setting((), valid_exit_codes, "final exit codes, such as 2,126,127"),
+    "on_dead": Setting("", FIELDS["on_dead"], "a command to run when a job has died"),
+    "on_end": Setting("", FIELDS["on_end"], "a command to run when a job has ended in any way"),
+    "max_notifications": Setting(
+        100, integer(0, 10**6), "how many may wait before further ones are summed up in one"
+    ),
     "retention": Setting(
         0.0, parse_duration, "age at which completed and cancelled jobs are pruned (0: never)"
     ),
@@ -686,6 +745,44 @@ def describe_blockers(parents: Sequence[Job]) -> str:
     return f"blocked by {', '.join(names)}{more}"
 
 
+# Jobs as JSON.
+
+
+def job_facts(job: Job, settings: Settings) -> dict[str, Any]:
+    facts: dict[str, Any] = job._asdict()
+    for key in ("created_at", "updated_at", "run_after", "locked_at", "scheduled_for"):
+        facts[key] = format_time(facts[key])
+    for key in ("max_retries", "timeout", "on_dead", "on_end"):
+        facts[key] = settings[key] if facts[key] is None else facts[key]
+    facts["env"] = json.loads(job.env or "{}")
+    facts["cancel_requested"] = bool(job.cancel_requested)
+    facts["waited"] = round(job.waited, 3)
+    facts["blocked"] = facts.pop("readiness") == BLOCKED
+    return facts
+
+
+def attempt_facts(attempt: Attempt) -> dict[str, Any]:
+    """Return an attempt as JSON shows it; output that is not UTF-8 has replacement characters."""
+    times = {"started": format_time(attempt.started), "finished": format_time(attempt.finished)}
+    output = attempt.output.decode(errors="replace")
+    return {**attempt._asdict(), **times, "waited": round(attempt.waited, 3), "output": output}
+
+
+def json_line(facts: Facts) -> bytes:
+    return json.dumps(facts).encode() + b"\n"
+
+
+def summary_facts(earlier: bytes, job: Job) -> dict[str, Any]:
+    """Return the facts of a summary, given as JSON, with one more job that has ended."""
+    facts: dict[str, Any] = {"event": SUMMARY, "queue": job.queue, "count": 0, "first": job.id}
+    facts.update(dict.fromkeys(FINISHED, 0))
+    with contextlib.suppress(ValueError, TypeError):  # there is none yet
+        facts.update(json.loads(earlier))
+    facts["count"] += 1
+    facts[job.state] += 1
+    return {**facts, "last": job.id}
+
+
 # The end of an attempt, and the state of its job after it.
 
 
@@ -718,7 +815,19 @@ def backoff(attempts: int, settings: Settings) -> float:
     return float(settings["backoff_max"])
 
 
-def after_attempt(job: Job, outcome: Outcome, settings: Settings, now: float) -> Job:
+def retry_delay(job: Job, attempts: int, settings: Settings, chance: float) -> float:
+    """Return how many seconds a job waits: by its own delays, the last one for all later attempts.
+
+    `chance`, a random number from 0 to 1, shortens the time by up to `jitter` of it.
+    """
+    own = [float(delay) for delay in job.retry_delays.split(",")] if job.retry_delays else []
+    delay = own[min(attempts, len(own)) - 1] if own else backoff(attempts, settings)
+    return delay * float(1 - settings["jitter"] * chance)
+
+
+def after_attempt(
+    job: Job, outcome: Outcome, settings: Settings, now: float, chance: float = 0.0
+) -> Job:
     """Return a job as it is after an attempt. This is the one rule of retries."""
     now = min(now, outcome.finished)  # never ahead, even if the clock was set back meanwhile
     after = job._replace(exit_code=outcome.exit_code, last_error=outcome.error, updated_at=now)
@@ -734,19 +843,21 @@ def after_attempt(job: Job, outcome: Outcome, settings: Settings, now: float) ->
     final = code in settings["no_retry_exit_codes"]
     if code == TRY_LATER and not final and job.snoozes < settings["max_snoozes"]:
         after = after._replace(attempts=job.attempts - 1, snoozes=job.snoozes + 1)
-        return after._replace(state=PENDING, run_after=now + backoff(after.snoozes, settings))
+        pause = retry_delay(job, after.snoozes, settings, chance)
+        return after._replace(state=PENDING, run_after=now + pause)
     if final or job.attempts >= (job.max_retries or settings["max_retries"]):
         return after._replace(state=DEAD)
-    pause = 0 if outcome.end == "crashed" else backoff(job.attempts, settings)
+    crashed = outcome.end == "crashed"
+    pause = 0 if crashed else retry_delay(job, job.attempts, settings, chance)
     return after._replace(state=PENDING, run_after=now + pause)
 
 
 def describe_end(job: Job, after: Job | None, outcome: Outcome) -> str:
     """Return the event line about the end of an attempt; `after` is None if its claim was lost."""
-    name = printable(job.id)
+    name = f"{'notification' if job.notifies else 'job'} {printable(job.id)}"
     reason = printable(outcome.error or "")
     if after is None:
-        return f"job {name} was claimed by another worker meanwhile; this result was dropped"
+        return f"{name} was claimed by another worker meanwhile; this result was dropped"
     wait = format_duration(max(0.0, after.run_after - after.updated_at))
     if after.state == COMPLETED:
         how = f"completed in {format_duration(outcome.finished - outcome.started)}"
@@ -758,7 +869,20 @@ def describe_end(job: Job, after: Job | None, outcome: Outcome) -> str:
         how = f"is postponed: {reason}; next try in {wait}"
     else:
         how = f"failed: {reason}; try {job.attempts}, next in {wait}"
-    return f"job {name} {how}"
+    return f"{name} {how}"
+
+
+def notification_commands(job: Job, settings: Settings) -> dict[str, str]:
+    """Return the commands that report the end of a job, by the name of the field or setting."""
+    keys = ("on_dead", "on_end") if job.state == DEAD else ("on_end",)
+    own = {key: getattr(job, key) for key in keys if not job.notifies}
+    commands = {key: settings[key] if value is None else value for key, value in own.items()}
+    return {key: command for key, command in commands.items() if command}
+
+
+def state_to_report(after: Job | None) -> str:
+    """Return the state of a job to which its pool reacts; a dead notification fails no drain."""
+    return "" if after is None or (after.notifies and after.state == DEAD) else after.state
 
 
 # --- SQL -----------------------------------------------------------------------------------------
@@ -794,7 +918,6 @@ CREATE TABLE jobs (
   command TEXT NOT NULL,
   cwd TEXT NOT NULL,
   env TEXT,                             -- a JSON object
-  stdin TEXT,
   priority INTEGER NOT NULL,
   max_retries INTEGER,                  -- NULL here and below: the queue's setting decides
   timeout REAL,
@@ -819,7 +942,8 @@ CREATE TABLE jobs (
   locked_by TEXT,
   locked_at REAL,
   exit_code INTEGER,
-  last_error TEXT
+  last_error TEXT,
+  stdin BLOB                            -- last: what precedes it is read without it
 );
 CREATE INDEX jobs_ready ON jobs (queue, priority DESC, run_after, seq)
   WHERE state = 'pending' AND readiness = 1;
@@ -828,6 +952,8 @@ CREATE INDEX jobs_scheduled ON jobs (queue, run_after)
 CREATE INDEX jobs_state ON jobs (state, readiness, updated_at);
 CREATE INDEX jobs_schedule ON jobs (schedule_id, seq) WHERE schedule_id IS NOT NULL;
 CREATE INDEX jobs_rule ON jobs (schedule_id) WHERE rule IS NOT NULL;
+CREATE INDEX jobs_notifies ON jobs (state, event, queue, notifies)
+  WHERE notifies IS NOT NULL;
 
 CREATE TABLE attempts (                 -- the attempts that have ended
   job INTEGER NOT NULL,
@@ -909,7 +1035,8 @@ END;
 
 # Reading jobs.
 
-JOB = "SELECT " + ", ".join(Job._fields) + " FROM jobs "
+COMPUTED = {"stdin_size": "coalesce(length(stdin), 0)"}  # the other fields of Job are columns
+JOB = "SELECT " + ", ".join(COMPUTED.get(key, key) for key in Job._fields) + " FROM jobs "
 ATTEMPT = "SELECT " + ", ".join(Attempt._fields) + " FROM attempts "
 IN_QUEUE = "(:queue IS NULL OR queue = :queue)"
 ACTIVE_RULE = "rule IS NOT NULL AND state IN ('pending', 'processing')"
@@ -926,10 +1053,14 @@ SELECT seq, coalesce(schedule_id, id) FROM jobs
 WHERE seq BETWEEN :first AND :last ORDER BY seq LIMIT 1000"""
 ALL_JOBS = JOB + f"WHERE seq > :seq AND {IN_QUEUE} ORDER BY seq LIMIT 1000"
 IN_STATE = JOB + f"WHERE state = :state AND readiness = :readiness AND {IN_QUEUE} "
-LATEST = IN_STATE + "ORDER BY updated_at DESC, seq DESC LIMIT :limit"
+LATEST = (
+    IN_STATE
+    + """AND (notifies IS NULL OR :notifications OR state <> 'completed')
+ORDER BY updated_at DESC, seq DESC LIMIT :limit"""
+)
 OLDEST = IN_STATE + "ORDER BY updated_at LIMIT :limit"
 CLAIMED = JOB + "WHERE state = 'processing'"
-DEAD_JOBS = "SELECT id, seq, run FROM jobs WHERE state = 'dead' ORDER BY updated_at"
+DEAD_JOBS = "SELECT id, seq, run, notifies FROM jobs WHERE state = 'dead' ORDER BY updated_at"
 RECENT_LIMIT = 5000
 RECENT_ENDS = f"""
 SELECT count(*), min(updated_at) FROM (
@@ -940,6 +1071,16 @@ COUNTS = """
 SELECT queue, state, readiness, number FROM counts
 WHERE number > 0 ORDER BY queue, state, readiness"""
 ATTEMPTS = ATTEMPT + "WHERE job = :seq ORDER BY run"
+LAST_ATTEMPT = ATTEMPT + "WHERE job = :seq ORDER BY run DESC LIMIT 1"
+STDIN = "SELECT stdin FROM jobs WHERE seq = :seq"
+PARENT_IDS = """
+SELECT id FROM needs JOIN jobs ON seq = parent WHERE child = :seq AND met = 1 ORDER BY parent"""
+COUNT_NOTIFICATIONS = f"""
+SELECT count(*) FROM jobs INDEXED BY jobs_notifies
+WHERE notifies IS NOT NULL AND state = :state AND {IN_QUEUE}"""
+WAITING_SUMMARY = f"""
+{JOB}INDEXED BY jobs_notifies WHERE notifies IS NOT NULL AND state = 'pending'
+AND event = '{SUMMARY}' AND queue = :queue AND command = :command AND cwd = :cwd"""
 POSITION = """
 SELECT count(*) FROM (
   SELECT 1 FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue
@@ -955,23 +1096,32 @@ WITH RECURSIVE ancestors (parent) AS (
 {JOB}WHERE seq IN ancestors AND state IN ('dead', 'cancelled') LIMIT 1"""
 COUNT_CHILDREN = """
 SELECT count(*) FROM needs JOIN jobs ON seq = child
-WHERE parent = :seq AND met = 0 AND state = 'pending'"""
+WHERE parent = :seq AND met = 0 AND any_end = 0 AND state = 'pending'"""
 BLOCKED_CHILDREN = f"""
 {JOB}JOIN needs ON child = seq WHERE parent = :seq AND met = 0 AND state = 'pending'"""
 DESCENDANTS = f"""
 WITH RECURSIVE descendants (child) AS (
-  SELECT child FROM needs WHERE parent = :seq AND met = 0
-  UNION SELECT needs.child FROM needs JOIN descendants ON parent = descendants.child WHERE met = 0)
+  SELECT child FROM needs WHERE parent = :seq AND met = 0 AND any_end = 0
+  UNION SELECT needs.child FROM needs JOIN descendants ON parent = descendants.child
+    WHERE met = 0 AND any_end = 0)
 {JOB}WHERE seq IN descendants"""
 
 # Adding, claiming and finishing.
 
 INSERTED = """seq id queue command cwd env priority max_retries timeout created_at updated_at
-run_after readiness rule schedule_id scheduled_for""".split()
-INSERT = f"""
-INSERT OR IGNORE INTO jobs ({", ".join(INSERTED)})
-VALUES ({", ".join(":" + column for column in INSERTED)})"""
-ADD_NEED = "INSERT OR IGNORE INTO needs (parent, child, met) VALUES (:parent, :child, :met)"
+run_after readiness rule schedule_id scheduled_for
+retry_delays on_dead on_end notifies event stdin""".split()
+
+
+@lru_cache(maxsize=1000)
+def insert_job(*columns: str) -> str:
+    """Return the statement that inserts a job; a column left out costs less than a bound NULL."""
+    values = ", ".join(":" + column for column in columns)
+    return f"INSERT OR IGNORE INTO jobs ({', '.join(columns)}) VALUES ({values})"
+
+
+ADD_NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :any_end, :met)"
+SET_STDIN = "UPDATE jobs SET stdin = :stdin WHERE seq = :seq AND state = 'pending'"
 WAITING_QUEUES = """
 SELECT queue, min(readiness) FROM counts
 WHERE state = 'pending' AND readiness >= 0 AND number > 0
@@ -1001,7 +1151,7 @@ UPDATE jobs SET state = :state, attempts = :attempts, exit_code = :exit_code,
   locked_by = NULL, locked_at = NULL, cancel_requested = 0
 WHERE seq = :seq AND state = 'processing' AND locked_by = :locked_by AND run = :run"""
 ADD_ATTEMPT = f"INSERT INTO attempts VALUES ({', '.join('?' * (len(Attempt._fields) + 1))})"
-MARK_MET = "UPDATE needs SET met = 1 WHERE parent = :seq"
+MARK_MET = "UPDATE needs SET met = 1 WHERE parent = :seq AND (any_end = 1 OR :completed)"
 UNBLOCK = """
 UPDATE jobs SET readiness = run_after <= :now, updated_at = :now
 WHERE seq IN (SELECT child FROM needs WHERE parent = :seq)
@@ -1256,7 +1406,7 @@ if sys.platform == "win32":
             begin(PipeConnection(int(handle)))
 
         def launch(
-            self, argv: Sequence[str], cwd: str, env: Mapping[str, str], out: int, _home: str
+            self, argv: Sequence[str], cwd: str, env: Environ, out: int, _home: str, stdin: str
         ) -> Any:
             import subprocess
 
@@ -1265,10 +1415,12 @@ if sys.platform == "win32":
             if re.fullmatch(r"(.*[\\/])?cmd(\.exe)?", shell[0], re.IGNORECASE):  # quotes otherwise
                 line = subprocess.list2cmdline(shell) + f' "{command}"'
             flags = 0x200 | 0x4  # in a new group, suspended
-            streams: Any = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
-            child: Any = subprocess.Popen(
-                line, cwd=cwd, env={**os.environ, **env}, creationflags=flags, **streams
-            )
+            temporary = os.O_TEMPORARY if stdin != os.devnull else 0  # removed when closed by all
+            with open(os.open(stdin, os.O_RDONLY | os.O_BINARY | temporary), "rb") as file:
+                streams: Any = {"stdin": file, "stdout": out, "stderr": out}
+                child: Any = subprocess.Popen(
+                    line, cwd=cwd, env={**os.environ, **env}, creationflags=flags, **streams
+                )
             process = int(child._handle)
             self.jobs[child.pid] = self.call("CreateJobObjectW", None, env["QUEUECTL_RUN"])
             self.set_limit(child, 0x2000)  # kill on close
@@ -1658,12 +1810,13 @@ else:
                     os._exit(0)
 
         def launch(
-            self, argv: Sequence[str], cwd: str, env: Mapping[str, str], out: int, home: str
+            self, argv: Sequence[str], cwd: str, env: Environ, out: int, home: str, stdin: str
         ) -> Child:
             """Start a job in a session of its own; raise OSError where it cannot be started.
 
             `env` is added to the environment of this process, as UTF-8 whatever the locale. `out`
-            becomes stdout, stderr, and a descriptor that no redirection closes. `home` is this
+            becomes stdout, stderr, and a descriptor that no redirection closes; the file `stdin` is
+            opened for reading. `home` is this
             process's directory afterwards: an idle worker must not keep the job's busy. Before
             Python 3.10, Popen copies the whole process, which doubles the cost of a job.
             """
@@ -1675,8 +1828,8 @@ else:
                 elders = descendants(process_table(), {os.getpid()}, set())
             environ = {**self.inherited, **added}
             words = [*map(os.fsencode, argv[:-1]), argv[-1].encode()]
-            null = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
-            streams = [(os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, out, 2), null]
+            given = (os.POSIX_SPAWN_OPEN, 0, stdin, os.O_RDONLY, 0)
+            streams = [(os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, out, 2), given]
             ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by Python
             os.set_inheritable(out, True)  # noqa: FBT003
             os.chdir(cwd)
@@ -2528,17 +2681,30 @@ class Reader:
             yield from jobs
             seq = jobs[-1].seq
 
-    def latest(self, states: Sequence[str], limit: int, queue: str | None) -> list[Job]:
+    def latest(
+        self, states: Sequence[str], limit: int, queue: str | None, *, notifications: bool = True
+    ) -> list[Job]:
         """Return the jobs in these states that changed last, in order of arrival."""
         found: list[Job] = []
         for state, readiness in product(states, (READY, SCHEDULED, BLOCKED)):
             asked = {"state": state, "readiness": readiness, "queue": queue, "limit": limit}
-            found += self.select(LATEST, **asked)
+            found += self.select(LATEST, **asked, notifications=notifications)
         found.sort(key=lambda job: job.updated_at)
         return sorted(found[-limit:])
 
     def attempts(self, job: Job) -> list[Attempt]:
         return [Attempt(*row) for row in self.db.rows(ATTEMPTS, {"seq": job.seq})]
+
+    def stdin(self, job: Job) -> bytes:
+        return bytes(self.db.rows(STDIN, {"seq": job.seq})[0][0]) if job.stdin_size else b""
+
+    def facts(self, job: Job, attempts: Iterable[Attempt]) -> dict[str, Any]:
+        """Return a job and its attempts as `show --json` and notifications have them."""
+        facts = job_facts(job, self.settings(job.queue))
+        facts["stdin"] = self.stdin(job).decode()
+        facts["why"] = None
+        facts["after"] = [parent.id for parent in self.parents(job)]
+        return {**facts, "runs": [attempt_facts(attempt) for attempt in attempts]}
 
     def schedules(self) -> list[Job]:
         return self.select(SCHEDULES)
@@ -2553,8 +2719,8 @@ class Reader:
             return None
         return self.first(FAILED_ANCESTORS, seq=job.seq)
 
-    def dead(self) -> list[tuple[str, int, int]]:
-        """Return the id, number and run of each dead job, in the order in which they died."""
+    def dead(self) -> list[tuple[str, int, int, int | None]]:
+        """Return id, number, run and `notifies` of the dead jobs, in the order of their deaths."""
         return self.db.rows(DEAD_JOBS)
 
     def claimed(self) -> list[Job]:
@@ -2653,10 +2819,23 @@ class Reader:
 
 
 class Claim(NamedTuple):
-    """A job that a worker has claimed, and the settings that apply to it."""
+    """A job that a worker has claimed, and what applies to it or is given to it."""
 
     job: Job
     settings: Settings
+    stdin: bytes = b""
+    parents: str = ""  # ids, separated by blanks
+
+
+NOTIFICATION = {
+    "priority": TOP_PRIORITY,
+    "max_retries": 5,
+    "timeout": 60.0,
+    "readiness": READY,
+    "on_dead": "",
+    "on_end": "",
+}
+REPORTED_OUTPUT = 1 << 16  # bytes of a job's output in a notification about it
 
 
 class Ledger:
@@ -2688,17 +2867,26 @@ class Ledger:
         if not row["cwd"]:
             raise BadInput("the current directory no longer exists; set cwd")
         row["env"] = json.dumps(row["env"]) if row["env"] else None
-        try:
-            parents = self.reader.named(row.get("after", ()))
-        except NotFound as error:
-            raise BadInput(f"after: {error}") from None
-        blocked = any(parent.state != COMPLETED for parent in parents)
+        needs = self.needs(row) if "after" in row or "after_end" in row else ()
+        blocked = not all(need["met"] for need in needs)
         row.update(run_after=when, readiness=BLOCKED if blocked else when <= now)
         seq = self.insert(row)
-        for parent in parents:
-            met = parent.state == COMPLETED
-            self.db.execute(ADD_NEED, {"parent": parent.seq, "child": seq, "met": met})
+        for need in needs:
+            self.db.execute(ADD_NEED, {**need, "child": seq})
         return seq
+
+    def needs(self, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the rows, but for the child, of the jobs named in `after` and `after_end`."""
+        needs = []
+        for key, states in {"after": (COMPLETED,), "after_end": FINISHED}.items():
+            try:
+                parents = self.reader.named(fields.get(key, ()))
+            except NotFound as error:
+                raise BadInput(f"{key}: {error}") from None
+            for parent in parents:
+                met = parent.state in states
+                needs.append({"parent": parent.seq, "any_end": key == "after_end", "met": met})
+        return needs
 
     def insert(self, row: dict[str, Any]) -> int:
         """Insert a job under its id or, without one, under the next free number; return its seq."""
@@ -2710,7 +2898,8 @@ class Ledger:
             if row["rule"]:
                 row["schedule_id"] = name
                 row["id"] = self.next_id_of_schedule(name)
-            if not taken and self.change(INSERT, **row):  # else the number is taken
+            columns = [key for key in INSERTED if row[key] is not None]
+            if not taken and self.change(insert_job(*columns), **row):  # else the number is taken
                 return int(row["seq"])
             row["seq"] += 1
 
@@ -2742,7 +2931,8 @@ class Ledger:
         self.change(CLAIM, seq=job.seq, worker=worker, now=now, waited=waited)
         job = job._replace(state=PROCESSING, attempts=job.attempts + 1, run=job.run + 1)
         job = job._replace(waited=waited, locked_by=worker, locked_at=now, updated_at=now)
-        return Claim(job, self.reader.settings(job.queue))
+        parents = " ".join(row[0] for row in self.db.rows(PARENT_IDS, {"seq": job.seq}))
+        return Claim(job, self.reader.settings(job.queue), self.reader.stdin(job), parents)
 
     def finish(
         self, job: Job, outcome: Outcome, next_from: Sequence[str] | None = None
@@ -2758,8 +2948,9 @@ class Ledger:
             stored = self.reader.by_seq(job.seq) or job
             job = job._replace(cancel_requested=stored.cancel_requested)
         now = self.clock()
-        settings = self.reader.settings(job.queue) if outcome.error else {}  # they say how to retry
-        after = after_attempt(job, outcome, settings, now)
+        settings = self.reader.settings(job.queue)
+        chance = int.from_bytes(os.urandom(4), "big") / (1 << 32) if settings["jitter"] else 0.0
+        after = after_attempt(job, outcome, settings, now, chance)
         is_over = after.state in (COMPLETED, DEAD)
         is_ready = after.state != PENDING or after.run_after <= now
         after = after._replace(readiness=is_ready, rule=None if is_over else job.rule)
@@ -2768,17 +2959,52 @@ class Ledger:
         if outcome.end != "unstarted":
             attempt = (job.seq, job.run, job.locked_by, outcome.word, job.waited, *outcome[1:])
             self.db.execute(ADD_ATTEMPT, attempt)
-        if after.state == COMPLETED and self.change(MARK_MET, seq=job.seq):
-            self.change(UNBLOCK, seq=job.seq, now=now)
-            self.db.notify_when_stored()
+        if after.state in FINISHED:
+            stored = after._replace(locked_by=None, locked_at=None, cancel_requested=0)
+            self.end(stored, settings, now)
         if job.rule and is_over and not job.cancel_requested:  # cancelling ends the schedule
             self.add_next_of_schedule(job, now)
         return after
+
+    def end(self, job: Job, settings: Settings, now: float) -> None:
+        """Unblock the children of a job that has ended, and add the notifications about it."""
+        if self.change(MARK_MET, seq=job.seq, completed=job.state == COMPLETED):
+            self.change(UNBLOCK, seq=job.seq, now=now)
+            self.db.notify_when_stored()
+        for key, command in notification_commands(job, settings).items():
+            where = job.cwd if getattr(job, key) else os.path.dirname(self.db.path)
+            self.report(job, command, where, settings["max_notifications"])
+
+    def report(self, job: Job, command: str, cwd: str, limit: int) -> None:
+        """Add a notification about a job that has ended or, beyond the limit, sum them up in one.
+
+        Unless the command is the job's own, `cwd` is not the job's directory: that may be missing.
+        """
+        target = {"queue": job.queue, "command": command, "cwd": cwd}
+        if self.reader.number(COUNT_NOTIFICATIONS, state=PENDING, queue=None) < limit:
+            last = [Attempt(*row) for row in self.db.rows(LAST_ATTEMPT, {"seq": job.seq})]
+            facts = self.reader.facts(job, [attempt.cut(REPORTED_OUTPUT) for attempt in last])
+            self.add_notification(job, job.state, target, facts)
+        elif waiting := self.reader.first(WAITING_SUMMARY, **target):
+            facts = summary_facts(self.reader.stdin(waiting), job)
+            self.change(SET_STDIN, seq=waiting.seq, stdin=json_line(facts))
+        else:
+            self.add_notification(job, SUMMARY, target, summary_facts(b"", job))
+
+    def add_notification(self, job: Job, event: str, target: Facts, facts: Facts) -> None:
+        now = job.updated_at
+        env = {"QUEUECTL_OF": "" if event == SUMMARY else job.id, "QUEUECTL_EVENT": event}
+        row = {**dict.fromkeys(INSERTED), **NOTIFICATION, **target, "seq": self.last_seq() + 1}
+        row.update(created_at=now, updated_at=now, run_after=now, env=json.dumps(env))
+        row.update(stdin=json_line(facts), notifies=job.seq, event=event)
+        self.insert(row)
+        self.db.notify_when_stored()
 
     def add_next_of_schedule(self, job: Job, now: float) -> None:
         when = next_occurrence(str(job.rule), job.scheduled_for or now, now)
         row = {**job._asdict(), "id": job.schedule_id, "created_at": now, "updated_at": now}
         row.update(run_after=when, scheduled_for=when, readiness=SCHEDULED)
+        row["stdin"] = self.reader.stdin(job)
         self.insert({**row, "seq": self.last_seq() + 1})
         self.db.notify_when_stored()
 
@@ -2807,8 +3033,11 @@ class Ledger:
             raise BadInput(f"schedule {schedule} is active already, or its name is taken")
 
     def cancel(self, seq: int) -> None:
-        if not self.change(CANCEL_WAITING, seq=seq, now=self.clock()):
+        now = self.clock()
+        if not self.change(CANCEL_WAITING, seq=seq, now=now):
             self.change(CANCEL_RUNNING, seq=seq)
+        elif job := self.reader.by_seq(seq):
+            self.end(job, self.reader.settings(job.queue), now)
 
     def delete(self, seq: int) -> None:
         for sql in DELETE_JOB:
@@ -2903,9 +3132,10 @@ class Queue:
         """Add a job and return its id.
 
         Fields: id, queue, priority (higher first), delay or run_at, timeout (0: none),
-        max_retries, cwd (default: the current directory), env (a mapping), after (ids of jobs that
-        must complete first), every (seconds) or cron (five fields). With `if_absent`, an id that is
-        taken is not an error.
+        max_retries, retry_delays ("10s,1m" or a list), cwd (default: the current directory), env
+        (a mapping), stdin (text), after (ids of jobs that must complete first), after_end (ids of
+        jobs that must end first, in any way), every (seconds) or cron (five fields), on_dead and
+        on_end (commands; empty: none). With `if_absent`, an id that is taken is not an error.
         """
         return next(self.enqueue_many([{"command": command, **fields}], if_absent=if_absent))
 
@@ -2950,13 +3180,23 @@ class Queue:
         return self._reader.get(job_id)
 
     def jobs(
-        self, states: Sequence[str] = (), limit: int | None = None, queue: str | None = None
+        self,
+        states: Sequence[str] = (),
+        limit: int | None = None,
+        queue: str | None = None,
+        *,
+        notifications: bool = True,
     ) -> Iterator[Job]:
-        """Yield jobs in order of arrival; with a limit, those that changed last."""
+        """Yield jobs in order of arrival; with a limit, those that changed last.
+
+        Without `notifications`, those that have completed are left out.
+        """
         wanted = as_list(states) or STATES
         if limit is not None:
-            return iter(self._reader.latest(wanted, limit, queue))
-        return (job for job in self._reader.all(queue) if job.state in wanted)
+            latest = self._reader.latest(wanted, limit, queue, notifications=notifications)
+            return iter(latest)
+        found = (job for job in self._reader.all(queue) if job.state in wanted)
+        return (j for j in found if notifications or not j.notifies or j.state != COMPLETED)
 
     def attempts(self, job: Job | str) -> list[Attempt]:
         """Return the attempts of a job that have ended, oldest first."""
@@ -3221,7 +3461,9 @@ class Execution:
         link: Supervisor,
         wanted_end: Callable[[Job], End | None],
     ) -> None:
-        self.job, self.settings = claim
+        self.claim = claim
+        self.job = claim.job
+        self.settings = claim.settings
         self.run_dir = ledger.db.run_dir
         self.clock = ledger.clock
         self.link = link
@@ -3231,16 +3473,25 @@ class Execution:
 
     def launch(self, env: Mapping[str, str]) -> Any:
         """Start the job and return its process; None if that was impossible."""
+        stdin = self.run_dir.file(self.job.locked_by, "stdin")
         try:
+            if self.claim.stdin:  # a file, since a pipe has a writer who may have to wait
+                with open(stdin, "wb", opener=open_own) as file:
+                    file.write(self.claim.stdin)
             self.output = Output(self.run_dir.file(self.job.seq, self.job.run, "out"))
             argv = (*self.settings["shell"], self.job.command)
-            return SYSTEM.launch(argv, self.job.cwd, env, self.output.fd, self.run_dir.path)
+            given = stdin if self.claim.stdin else os.devnull
+            return SYSTEM.launch(argv, self.job.cwd, env, self.output.fd, self.run_dir.path, given)
         except OSError as error:
             reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
             blameless = self.output is None or error.errno in EXHAUSTED
         except Locked as error:
             reason = str(error)
             blameless = True
+        finally:
+            if self.claim.stdin:
+                with contextlib.suppress(OSError):  # Windows removes it when the job closes it
+                    os.unlink(stdin)
         end: End = "unstarted" if blameless else "exited"
         self.outcome = Outcome(end, self.started, self.clock(), None, f"cannot start: {reason}")
         return None
@@ -3487,7 +3738,7 @@ class Worker:
     def run(self, claim: Claim) -> Execution:
         job = claim.job
         execution = Execution(claim, self.ledger, self.link, self.wanted_end)
-        if child := execution.launch(self.environment(job)):
+        if child := execution.launch(self.environment(claim)):
             self.note_success()
             note = {"key": job.key, "leader": child.pid, "namespace": pid_namespace()}
             note["launched"] = execution.started
@@ -3498,13 +3749,15 @@ class Worker:
             self.link.notices.report(text, key=f"{job.id} unstarted")
         return execution
 
-    def environment(self, job: Job) -> dict[str, str]:
+    def environment(self, claim: Claim) -> dict[str, str]:
+        job = claim.job
         return {
             **json.loads(job.env or "{}"),
             "QUEUECTL_JOB_ID": job.id,
             "QUEUECTL_ATTEMPT": str(job.attempts),
             "QUEUECTL_WORKER": str(self.slot),
             "QUEUECTL_DB": self.db.path,
+            "QUEUECTL_PARENTS": claim.parents if len(claim.parents) <= PARENTS_LIMIT else "",
             "QUEUECTL_RUN": self.run_dir.run_token(job),
         }
 
@@ -3530,7 +3783,7 @@ class Worker:
         if ended.output:
             with contextlib.suppress(OSError):
                 ended.output.close()
-        state = after.state if after else ""
+        state = state_to_report(after)
         if not (unstarted and state == PENDING):  # else it was reported when it happened
             text = describe_end(ended.job, after, outcome)
             self.link.send(News("event", text, state, when), within=BATCH)
@@ -3886,7 +4139,7 @@ class Recovery:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         if after:
-            self.report(after.state, describe_end(job, after, outcome))
+            self.report(state_to_report(after), describe_end(job, after, outcome))
 
     def is_ending(self) -> bool:
         return not all(ending.is_overdue for ending, _ in self.orphans.values())
@@ -4244,26 +4497,6 @@ def section(headings: Sequence[str], rows: Rows) -> Iterator[str]:
     return iter(["", *table(headings, lines)] if lines else ())
 
 
-def job_facts(job: Job, settings: Settings) -> dict[str, Any]:
-    facts: dict[str, Any] = job._asdict()
-    for key in ("created_at", "updated_at", "run_after", "locked_at", "scheduled_for"):
-        facts[key] = format_time(facts[key])
-    for key in ("max_retries", "timeout"):
-        facts[key] = settings[key] if facts[key] is None else facts[key]
-    facts["env"] = json.loads(job.env or "{}")
-    facts["cancel_requested"] = bool(job.cancel_requested)
-    facts["waited"] = round(job.waited, 3)
-    facts["blocked"] = facts.pop("readiness") == BLOCKED
-    return facts
-
-
-def attempt_facts(attempt: Attempt) -> dict[str, Any]:
-    """Return an attempt as JSON shows it; output that is not UTF-8 has replacement characters."""
-    times = {"started": format_time(attempt.started), "finished": format_time(attempt.finished)}
-    output = attempt.output.decode(errors="replace")
-    return {**attempt._asdict(), **times, "waited": round(attempt.waited, 3), "output": output}
-
-
 def unserved(run_dir: RunDirectory, queue: str) -> str:
     """Return the reason that no worker would claim a job of a queue; empty if one would."""
     pools = run_dir.alive("pool")
@@ -4321,9 +4554,11 @@ def job_row(reader: Reader, job: Job, settings: Settings) -> tuple[object, ...]:
 
 def job_text(reader: Reader, job: Job) -> Iterator[str]:
     hidden = "seq run cancel_requested blocked rule scheduled_for snoozes waited".split()
+    hidden += ["notifies", "event", "stdin_size"]
     facts = job_facts(job, reader.settings(job.queue))
     facts = {key: value for key, value in facts.items() if key not in hidden}
     facts.update(why=reason_to_wait(reader, job), schedule=rule_text(job), snoozes=job.snoozes)
+    facts["stdin"] = plural(job.stdin_size, "byte") if job.stdin_size else ""
     if job.cancel_requested:
         facts["state"] += " (being cancelled)"
     for key, value in facts.items():
@@ -4502,6 +4737,16 @@ def parse_variable(text: str) -> Iterable[tuple[str, str]]:
     return valid_environment({name: value}).items()
 
 
+def read_input(path: str) -> bytes:
+    """Return the text in a file or, for -, on stdin, which is closed then."""
+    require(path != "-" or sys.stdin, "name a file: stdin is closed")
+    try:
+        with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
+            return valid_stdin(file.read(STDIN_LIMIT + 1))
+    except OSError as error:
+        raise ValueError(f"must name a file that can be read: {error.strerror}") from None
+
+
 class Screen:
     """Lines for people on stderr and, on a terminal, a progress line below them."""
 
@@ -4586,7 +4831,7 @@ def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) ->
     if words[0] == "-" and not exact:
         if len(words) > 1:
             raise BadInput("- must be the only argument; the jobs are read from stdin")
-        if not sys.stdin:
+        if not sys.stdin or sys.stdin.closed:
             raise BadInput("stdin is closed: there are no lines to read")
         stdin.seek(0)
         for at[0], line in enumerate(stdin, 1):
@@ -4620,7 +4865,7 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
 
     at = [0]
     with tempfile.SpooledTemporaryFile(1 << 20) as stdin:
-        if args.words == ["-"] and "--" not in args.rest and sys.stdin:
+        if args.words == ["-"] and "--" not in args.rest and sys.stdin and not sys.stdin.closed:
             shutil.copyfileobj(sys.stdin.buffer, stdin)  # a slow writer must not hold up workers
         try:
             if not os.path.lexists(args.db):  # bad input must not create a queue
@@ -4726,12 +4971,15 @@ def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str]) -> 
     settings = queue.config()
     name = getattr(args, "queue", None)
     limit = args.limit if args.limit is not None or args.json else 100
-    jobs = queue.jobs(states, limit or None, name)
+    notifications = getattr(args, "notifications", True)
+    jobs = queue.jobs(states, limit or None, name, notifications=notifications)
     facts = (job_facts(job, settings) for job in jobs)
     headings = ("ID", "STATE", "QUEUE", "TRIES", "WHEN", "WHY", "COMMAND")
     show_list(args, facts, headings, (job_row(queue._reader, job, settings) for job in jobs))
     counts = queue.counts([name] if name else ())
     total = sum(counts[state] for state in states or STATES)
+    if not notifications and COMPLETED in (states or STATES):
+        total -= queue._reader.number(COUNT_NOTIFICATIONS, state=COMPLETED, queue=name)
     if limit and limit < total and not args.json:
         say(f"{limit} of {total} jobs shown; --limit 0 shows all")
 
@@ -4758,11 +5006,8 @@ def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
     if not args.json:
         show(job_text(reader, job), whole=True)
         return
-    facts = job_facts(job, reader.settings(job.queue))
-    facts["why"] = reason_to_wait(reader, job) or None
-    facts["after"] = [parent.id for parent in reader.parents(job)]
-    facts["runs"] = [attempt_facts(attempt) for attempt in reader.attempts(job)]
-    print(json.dumps(facts))
+    facts = reader.facts(job, reader.attempts(job))
+    print(json.dumps({**facts, "why": reason_to_wait(reader, job) or None}))
 
 
 def require_ids(args: argparse.Namespace, *, selected: bool = False) -> list[str]:
@@ -4794,7 +5039,7 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
             return watch.jobs() if all(map(reader.failed_ancestor, watch.refresh())) else None
         if reader.drain_blockers():
             return None
-        died = (row[0] for row in reader.dead() if row not in old)
+        died = (row[0] for row in reader.dead() if row not in old and not row[3])
         return [*map(reader.get, islice(died, 1)), *reader.blocked(limit=1)]
 
     notices = Notices(say, NEVER)
@@ -5009,14 +5254,22 @@ COMMANDS = {
         field("run_at", "TIME", "start it at this time: 2030-01-31T08:00", "--at"),
         field("timeout", "DURATION", "end an attempt that takes longer (0: never)"),
         field("max_retries", "N", "the number of attempts, including the first"),
+        field("retry_delays", "DURATION,...", "wait this long before each retry; the last repeats"),
         field("queue", "QUEUE", "the queue it waits in (default: default)"),
         field("after", "ID,...", "start it once these jobs have completed; repeatable",
+              action="extend"),
+        field("after_end", "ID,...", "start it once these have ended in any way; repeatable",
               action="extend"),
         field("every", "DURATION", "repeat it at this interval"),
         field("cron", "RULE", "repeat it by a rule: '0 3 * * mon-fri', @daily"),
         field("cwd", "DIR", "the directory it runs in (default: this one)"),
         field("env", "NAME=VALUE", "set a variable in its environment; repeatable",
               action="append", check=parse_variable),
+        field("stdin", "TEXT", "the text that it reads from stdin"),
+        field("stdin", "FILE", "the same, from a file (-: from stdin)", "--stdin-file",
+              check=read_input),
+        field("on_dead", "COMMAND", "run this when it has died ('': nothing)"),
+        field("on_end", "COMMAND", "run this when it has ended in any way ('': nothing)"),
         flag("--if-absent", "do nothing if a job with that id exists"))),
     "worker start": Command(
         cmd_worker_start, "none", "run jobs until stopped", "worker start --count 4", (
@@ -5035,7 +5288,8 @@ COMMANDS = {
     "status": Command(cmd_status, "read", "show counts and workers", "status --watch", (
         QUEUE, flag("--watch", "refresh every second, with the rate and the last failures"), JSON)),
     "list": Command(cmd_list, "read", "list jobs", "list --state dead --limit 20", (
-        STATE, QUEUE, flag("--recurring", "list schedules and their next times"), LIMIT, JSON)),
+        STATE, QUEUE, flag("--recurring", "list schedules and their next times"),
+        flag("--notifications", "also show notifications that have completed"), LIMIT, JSON)),
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
     "logs": Command(cmd_logs, "read", "print the output of a job", "logs 7 -f", (
         ID, flag("-f --follow", "continue until the attempt ends"),

@@ -246,6 +246,10 @@ class Job(NamedTuple):
         return self.launched.get("host", "waiting for a place") if self.launch else None
 
     @property
+    def whereabouts(self) -> str:
+        return "on " + self.launched["host"] if "host" in self.launched else "elsewhere"
+
+    @property
     def key(self) -> str:
         """The name of the current attempt: one run of the job by one worker."""
         return f"{self.seq}.{self.run}.{self.locked_by}"
@@ -1930,10 +1934,13 @@ else:
             environ = {**self.inherited, **added}
             last = argv[-1]
             words = [*map(os.fsencode, argv[:-1]), last.encode() if isinstance(last, str) else last]
-            streams: list[Any] = [(os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, out, 2)]
-            if isinstance(stdin, str):
-                streams.append((os.POSIX_SPAWN_OPEN, 0, stdin, os.O_RDONLY, 0))
-            else:
+            given = (os.POSIX_SPAWN_OPEN, 0, stdin, os.O_RDONLY, 0)
+            streams: list[Any] = [
+                (os.POSIX_SPAWN_DUP2, out, 1),
+                (os.POSIX_SPAWN_DUP2, out, 2),
+                given,
+            ]
+            if not isinstance(stdin, str):
                 streams = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdin)]
             ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by Python
             os.set_inheritable(out, True)  # noqa: FBT003
@@ -3706,10 +3713,10 @@ class Execution:
 
 
 # Launchers. Another engine, such as Slurm or ssh, runs the job in a wrapper, which needs only a sh
-# sh there. The exit code of the engine's client proves nothing, so the wrapper reports the start and
+# there. The exit code of the engine's client proves nothing, so the wrapper reports the start and
 # the exit code of the job on stderr, beside a nonce. The wrapper's stdin is its lifeline: first the
-# size of the job's own stdin, then that, and at last the word TERM or the end of file, which end the
-# process group of the job. A wrapper that the engine ends reports no exit code.
+# size of the job's own stdin, then that, and at last the word TERM or the end of file, which end
+# the process group of the job. A wrapper that the engine ends reports no exit code.
 
 WRAPPER = r"""
 _nonce=$1 _grace=$2 _cwd=$3 _command=$4
@@ -3839,11 +3846,15 @@ class FarEnd:
             wait = math.ceil(self.grace) + self.MARGIN if self.facts.get("host") else 0.0
             self.due = self.due or now + wait
             return now >= self.due
+        if self.has_failed and self.is_forgotten():
+            if self.process:
+                kill_helper(self.process)
+            return True
         if self.process:
             return self.check(now)
         if now >= self.due:
             self.start(now)
-        return self.has_failed and self.is_forgotten()
+        return False
 
     def start(self, now: float) -> None:
         import tempfile
@@ -3876,11 +3887,8 @@ class FarEnd:
         self.said.close()
         command = quoted(join_words(self.facts["cancel"]))
         trouble = f"launcher_cancel ({command}) failed: {reason}" + (f": {said}" if said else "")
-        self.notices.report(
-            f"job {printable(self.job.id)} may still run on {self.job.host}: {trouble}; "
-            "trying again",
-            key=f"{self.job.key} launcher_cancel",
-        )
+        text = f"job {printable(self.job.id)} may still run {self.job.whereabouts}: {trouble}"
+        self.notices.report(f"{text}; trying again", key=f"{self.job.key} launcher_cancel")
         self.has_failed = True
         self.due = time.monotonic() + self.pause
         self.pause = min(self.pause * 2, 60.0)
@@ -5080,7 +5088,7 @@ def obstacle(reader: Reader, job: Job) -> str:
     run_dir = reader.db.run_dir
     if trouble := job.launched.get("trouble"):
         hint = f"once it is gone there, queuectl cancel --gone {printable(job.id)} ends the wait"
-        return f"it may still run on {job.host}: {trouble}; {hint}"
+        return f"it may still run {job.whereabouts}: {trouble}; {hint}"
     if job.state == PROCESSING and run_dir.is_unlocked(job.locked_by):
         pools = run_dir.alive("pool")
         hint = "a pool is recovering it" if pools else "recover it with: queuectl worker start"

@@ -605,14 +605,15 @@ def join_words(words: Sequence[str]) -> str:
     return re.sub('([&|<>^%!()"])', r"^\1", line) if special else line
 
 
-# The builtins and keywords of dash and bash. There may be programs of the same name.
+# The builtins and keywords of dash and bash; there may be programs of the same name. setsid is not
+# one, but it would wait for its program only where a shell has started it.
 SHELL_WORDS = frozenset(
-    """! . : [ [[ ]] { } alias bg bind break builtin caller case cd chdir command compgen complete
-    compopt continue coproc declare dirs disown do done echo elif else enable esac eval exec exit
-    export false fc fg fi for function getopts hash help history if in jobs kill let local logout
-    mapfile popd printf pushd pwd read readarray readonly return select set shift shopt source
-    suspend test then time times trap true type typeset ulimit umask unalias unset until wait
-    while""".split()
+    """! . : [ [[ ]] alias bg bind break builtin caller case cd chdir command compgen complete
+    compopt continue coproc declare dirs disown do done echo elif else enable esac eval exec
+    exit export false fc fg fi for function getopts hash help history if in jobs kill let local
+    logout mapfile popd printf pushd pwd read readarray readonly return select set setsid shift
+    shopt source suspend test then time times trap true type typeset ulimit umask unalias unset
+    until wait while { }""".split()
 )
 # Variables that a shell obeys, or sets for its commands. It drops those that are not names.
 SHELL_VARIABLES = rb"(BASHOPTS|IFS|LINENO|OPTIND|PPID|PS4|SHELLOPTS)\Z"
@@ -1631,10 +1632,10 @@ else:
         return table_from_ps() if sys.platform != "linux" else {}
 
     class Snapshot(NamedTuple):
-        """The living processes at one moment, with the environment of each as far as it shows."""
+        """The living processes at one moment."""
 
         table: Mapping[int, Process]
-        environs: Mapping[int, bytes]
+        tokens: Mapping[int, Sequence[bytes]]  # the values of QUEUECTL_RUN; needs /proc
 
     def is_alive(pid: int) -> bool:
         """Tell whether a process runs; a zombie counts only where /proc is missing."""
@@ -1965,21 +1966,21 @@ else:
             table = process_table(pids)
             table.pop(os.getpid(), None)
             shown = table if has_proc() else ()
-            return Snapshot(table, {pid: b"\0" + read_proc(f"{pid}/environ") for pid in shown})
+            token = re.compile(rb"(?<![^\0])QUEUECTL_RUN=([^\0]*)")
+            return Snapshot(table, {i: token.findall(read_proc(f"{i}/environ")) for i in shown})
 
         def processes(self, trace: Trace, snapshot: Snapshot | None = None) -> list[int]:
             """Return the processes of an attempt, parents first as a rule.
 
             Where there is no table of processes, -n is the process group of our child n.
             """
-            table, environs = snapshot or self.snapshot()
-            name = b"\0QUEUECTL_RUN="
-            key = name + trace.token.encode() + b"\0"
-            own = {pid for pid, environ in environs.items() if key in environ}
-            others = {pid for pid, environ in environs.items() if name in environ} - own
+            table, tokens = snapshot or self.snapshot()
+            token = trace.token.encode()
+            own = {pid for pid, found in tokens.items() if token in found}
+            others = {pid for pid, found in tokens.items() if found} - own
             found = own | self.family(trace, table, others)
             if not found and (not table or not self.is_unlocked(trace.lock_path)):
-                found = {pid for pid in environs if holds_lock(pid, trace.lock_path)}
+                found = {pid for pid in tokens if holds_lock(pid, trace.lock_path)}
             if not found and not table and self.child and self.child.pid == trace.leader:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(-trace.leader, 0)

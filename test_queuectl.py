@@ -579,6 +579,22 @@ def unrelated_process(case: Case) -> subprocess.Popen[bytes]:
     return process
 
 
+def process_of(case: Case, queue: Queue, job: Any, command: str) -> subprocess.Popen[bytes]:
+    """Start a process that belongs to the current attempt of a job."""
+    env = {**os.environ, "QUEUECTL_RUN": queue._db.run_dir.run_token(job)}
+    process = subprocess.Popen(["sh", "-c", command], env=env, cwd=case.dir)
+    case.processes.append(process)
+    return process
+
+
+def full_scans() -> tuple[list[Any], Any]:
+    """Return a list to which a patch, also returned, adds each look at all of /proc."""
+    count: list[Any] = []
+    scan = queuectl.table_from_proc
+    patched = lambda pids=(): scan(pids or count.append(1) or ())  # noqa: E731
+    return count, mock.patch.object(queuectl, "table_from_proc", patched)
+
+
 def hold_write_lock(case: Case) -> sqlite3.Connection:
     """Hold the write lock of the database, as another program may."""
     db = sqlite3.connect(case.path, isolation_level=None)
@@ -3772,7 +3788,7 @@ class AttemptWithoutShell(Live):
     """A plain command is started without a shell, and only the time that it takes shows it."""
 
     FILES = {  # mode and text; a mode of 0 makes a directory
-        "run": (0o755, '#!/bin/sh\nprintf \'<%s>\' "$0" "$@"; exit 7\n'),
+        "run": (0o755, '#!/bin/sh\nprintf \'<%s>\' "$0" "$@"\n'),
         "bin/tool": (0o755, '#!/bin/sh\nprintf \'<%s>\' "$0" "$@"\n'),
         "bin/-tool": (0o755, '#!/bin/sh\nprintf \'<%s>\' "$0" "$@"\n'),
         "bin/bare": (0o755, "printf '<%s>' bare \"$@\"; exit 5\n"),  # without #!
@@ -3784,7 +3800,7 @@ class AttemptWithoutShell(Live):
     }
     CHARACTERS = [c for c in map(chr, range(33, 128)) if not c.isalnum()]
     CHARACTERS += "\1\a\b\t\n\v\f\r\33 \x80\x81\x88\xa0\xff\u2003\u3000\ufeff\U0001f600"
-    SHAPES = ("./run x{}y {}", "{}", "./r'un' a'{0}'{0} '{0}' \"{0}\"", "./run '{0}' \"a{0}b\"")
+    SHAPES = ("./run x{}y {}", "{}", "./run {}", "{} ./run")
     COMMANDS = (
         *("./run", " \t./run\ta  b ", "./run ''", "./run '' a\"\"b ''", "./run 'a b'\"c  d\"e"),
         *(
@@ -3855,8 +3871,11 @@ class AttemptWithoutShell(Live):
         for command in self.COMMANDS:
             yield command.replace("{}", os.path.basename(self.dir)), {}
         for shape, character in product(self.SHAPES, self.CHARACTERS):
-            yield shape.replace("{}", "{0}").format(character), {}
-        for path, command in product(self.PATHS, ("tool a", "bare a", "nowhere", "ls -d .")):
+            yield shape.replace("{}", character), {}
+        for quote, start in product("'\"", range(0, len(self.CHARACTERS), 8)):
+            some = [c for c in self.CHARACTERS[start : start + 8] if c not in quote + '"$`\\']
+            yield "./run " + " ".join(f"{quote}{c}{quote} {quote}a{c}b{quote}" for c in some), {}
+        for path, command in product(self.PATHS, ("tool a", "bare a")):
             yield command, {"PATH": path.replace("DIR", self.dir)}
         for variables in self.VARIABLES:
             yield "/usr/bin/env", {k: v.replace("DIR", self.dir) for k, v in variables.items()}
@@ -3885,6 +3904,7 @@ class AttemptWithoutShell(Live):
             for attempt in self.attempts(str(number + 1))
         ]
 
+    @SLOW
     @internal
     def test_only_the_time_tells_whether_a_command_was_started_by_a_shell(self) -> None:
         given = [case for case in self.cases() if case[0].strip()]
@@ -3991,6 +4011,7 @@ class AttemptEnd(Live):
             "exit 137": (137, "exit code 137 (128 + SIGKILL)"),
             "kill -9 $$": (-9, "killed by SIGKILL"),
             "kill $$": (-15, "killed by SIGTERM"),
+            "sh -c 'kill -9 $$'": (-9, "killed by SIGKILL"),  # needs no shell
             "kill -INT $$": (-2, "killed by SIGINT"),
         }
         jobs = {command: self.enqueue(command) for command in cases}
@@ -4048,6 +4069,33 @@ class AttemptEnd(Live):
         self.assertEqual((self.job(job).state, self.job(job).last_error), ("dead", "exit code 3"))
 
     @internal
+    @unittest.skipUnless(LINUX, "there is no /proc")
+    def test_all_processes_are_examined_only_where_that_can_tell_more(self) -> None:
+        self.enqueue("true")
+        count, full = full_scans()
+        with Queue(self.path) as queue, full:
+            job = claim(queue, "worker-dead")
+            stubborn = process_of(self, queue, job, "trap '' TERM; exec sleep 300")
+            wait_until(lambda: "sleep" in self.read(f"/proc/{stubborn.pid}/comm"))
+            end = queuectl.Termination(
+                job, queue._db.run_dir, 60, queuectl.Notices(queuectl.ignore), None
+            )
+            with mock.patch.object(end, "INTERVAL", 60):
+                self.assertEqual([end.step() for _ in range(50)], [False] * 50)
+                self.assertEqual(len(count), 1)
+                end.deadline = end.snapshot_at = 0.0
+                self.assertFalse(end.step())  # KILL
+                stubborn.wait(10)
+                self.assertTrue(end.step())
+                self.assertEqual(len(count), 3)
+            process_of(self, queue, job, "sleep 300")
+            with mock.patch.object(end, "INTERVAL", 0):
+                end.deadline = queuectl.NEVER
+                end.step()
+                end.step()
+            self.assertEqual(len(count), 5)
+
+    @internal
     def test_system_error_while_processes_are_ended_is_retried(self) -> None:
         self.enqueue("true")
         with Queue(self.path) as queue:
@@ -4064,13 +4112,15 @@ class AttemptEnd(Live):
             self.assertTrue(end.step())
 
     def test_exit_code_of_a_job_asks_for_a_snooze_or_no_retry(self) -> None:
-        self.configure(no_retry_exit_codes="2,126,127", backoff_max="0")
+        self.configure(no_retry_exit_codes="2,126,127,137", backoff_max="0")
         self.enqueue("test -e n || { touch n; exit 75; }", id="later", max_retries=1)
         self.enqueue("./not-there", id="final")
+        self.enqueue("sh -c 'kill -9 $$'", id="killed")  # as a shell has it, this is 137
         self.enqueue("true", id="every", every="1h")  # the drain does not wait for this one
         self.drain(code=1)
-        found = [(job.state, job.attempts, job.run) for job in map(self.job, ("later", "final"))]
-        self.assertEqual(found, [("completed", 1, 2), ("dead", 1, 1)])
+        jobs = map(self.job, ("later", "final", "killed"))
+        found = [(job.state, job.attempts, job.run) for job in jobs]
+        self.assertEqual(found, [("completed", 1, 2), ("dead", 1, 1), ("dead", 1, 1)])
 
 
 class AttemptOutput(Live):
@@ -4535,6 +4585,20 @@ class PoolRecovery(Live):
         os.chmod(output, 0o600)
         self.assert_exits(pool, 0)
         self.assertEqual((self.job("1").state, self.job("1").attempts), ("completed", 2))
+
+    @internal
+    @unittest.skipUnless(LINUX, "there is no /proc")
+    def test_processes_are_examined_once_for_all_jobs_of_dead_workers(self) -> None:
+        count, full = full_scans()
+        with Queue(self.path) as queue, full:
+            queue._db.set_synchronous("normal")
+            queue.enqueue_many({"command": "true"} for _ in range(20))
+            for _ in range(20):
+                process_of(self, queue, claim(queue, "worker-dead"), "exec sleep 300")
+            pool = make_pool(self, queue)
+            wait_until(lambda: pool.recover() or queue.counts()["pending"] == 20)
+        self.assertLessEqual(len(count), 3)
+        wait_until(lambda: not self.leftover_processes(), 1.0)
 
     @internal
     def test_kept_result_that_is_not_ours_counts_as_a_crash(self) -> None:

@@ -17,7 +17,8 @@ its last holder dies, so liveness is a fact: there are no heartbeats, leases or 
 
     pool-ID         locked by one pool. Beside it are pool-ID.fifo, to which every command that
                     adds work writes a byte, and pool-ID.stop or .now, which ask the pool to stop
-    worker-ID       locked by one worker; unlocked means that the worker is gone
+    worker-ID       locked by one worker; unlocked means that the worker is gone. Beside it is
+                    worker-ID.stdin while the worker starts a job that has one
     SEQ.RUN.out     the output of one attempt, locked by its worker and, through an inherited
                     descriptor, by every process of the job; unlocked means that all are gone
     SEQ.RUN.kept.X  the same, with a result X that the worker could not store
@@ -26,6 +27,9 @@ A job in `processing` whose worker's lock is free has crashed, unless the worker
 The remaining processes of the attempt are found by its lock or, on Linux, by their environment.
 They are ended first; then the job returns to the queue, and the attempt counts. A worker without
 a pool finishes its job and exits. So a job runs at least once, and never twice at once.
+
+A notification (`on_dead`, `on_end`) is a job, inserted in the transaction that ends the job that
+it reports on, which it reads from stdin as JSON.
 
 Exit codes: 0 done; 1 failed or not found (a job failed, no such job); 2 bad usage or input; 4 the
 database or the machine is at fault; 124 timed out; 128+n ended by signal n.
@@ -719,14 +723,14 @@ SETTINGS = {
     "timeout": Setting(300.0, parse_duration, "how long an attempt may take (0: no limit)"),
     "kill_grace": Setting(5.0, parse_duration, "time between TERM and KILL when a job is ended"),
     "output_limit": Setting(65536, integer(0, 1 << 28), "how many bytes of output are kept"),
-    "shell": Setting(DEFAULT_SHELL, valid_prefix, "the program and options that run a command"),
-    "max_snoozes": Setting(20, integer(0, 10**6), "how many times a job may exit with 75"),
-    "no_retry_exit_codes": Setting((), valid_exit_codes, "final exit codes, such as 2,126,127"),
     "on_dead": Setting("", FIELDS["on_dead"], "a command to run when a job has died"),
     "on_end": Setting("", FIELDS["on_end"], "a command to run when a job has ended in any way"),
     "max_notifications": Setting(
         100, integer(0, 10**6), "how many may wait before further ones are summed up in one"
     ),
+    "shell": Setting(DEFAULT_SHELL, valid_prefix, "the program and options that run a command"),
+    "max_snoozes": Setting(20, integer(0, 10**6), "how many times a job may exit with 75"),
+    "no_retry_exit_codes": Setting((), valid_exit_codes, "final exit codes, such as 2,126,127"),
     "launcher": Setting(
         (), valid_launcher, "the program and options that run a command elsewhere", require_program
     ),
@@ -849,13 +853,14 @@ def json_line(facts: Facts) -> bytes:
 
 def summary_facts(earlier: bytes, job: Job) -> dict[str, Any]:
     """Return the facts of a summary, given as JSON, with one more job that has ended."""
-    facts: dict[str, Any] = {"event": SUMMARY, "queue": job.queue, "count": 0, "first": job.id}
-    facts.update(dict.fromkeys(FINISHED, 0))
-    with contextlib.suppress(ValueError, TypeError):  # there is none yet
-        facts.update(json.loads(earlier))
-    facts["count"] += 1
-    facts[job.state] += 1
-    return {**facts, "last": job.id}
+    counts: dict[str, int] = dict.fromkeys(FINISHED, 0)
+    counts.update({"count": 1, job.state: 1})
+    first = job.id
+    with contextlib.suppress(ValueError, TypeError, KeyError):  # there is none yet
+        known = json.loads(earlier)
+        counts = {key: known[key] + number for key, number in counts.items()}
+        first = known["first"]
+    return {"event": SUMMARY, "queue": job.queue, **counts, "first": first, "last": job.id}
 
 
 # The end of an attempt, and the state of its job after it.
@@ -1921,10 +1926,10 @@ else:
             """Start a job in a session of its own; raise OSError where it cannot be started.
 
             `env` is added to the environment of this process, as UTF-8 whatever the locale. `out`
-            becomes stdout, stderr, and a descriptor that no redirection closes; the file `stdin` is
-            opened for reading. Or else `stdin` has the descriptors of all three streams. `home` is
-            this process's directory afterwards: an idle worker must not keep the job's busy. Before
-            Python 3.10, Popen copies the whole process, which doubles the cost of a job.
+            becomes stdout, stderr, and a descriptor that no redirection closes. `stdin` is the path
+            of a file, or has the descriptors of all three streams. `home` is this process's
+            directory afterwards: an idle worker must not keep the job's busy. Before Python 3.10,
+            Popen copies the whole process, which doubles the cost of a job.
             """
             self.inherited = self.inherited or dict(os.environb)
             added = {k.encode(): v.encode(errors="surrogateescape") for k, v in env.items()}

@@ -3139,6 +3139,13 @@ class QueueRetries(Clocked):
         self.assertEqual((job.state, job.attempts, job.run), ("pending", 0, 1))
         self.assertEqual(self.claim().run, 2)
 
+    def test_jitter_spreads_the_retries_of_jobs_that_failed_together(self) -> None:
+        self.configure(jitter="0.5")
+        list(self.queue.enqueue_many({"command": "false"} for _ in range(9)))
+        waits = {self.finish(1).run_after - self.now for _ in range(9)}
+        self.assertGreater(len(waits), 5)
+        self.assertTrue(1 <= min(waits) < max(waits) <= 2, waits)
+
     def test_retry_applies_to_all_named_jobs_or_to_none(self) -> None:
         self.queue.enqueue("false", id="dead", max_retries=1)
         self.finish(1)
@@ -3250,6 +3257,8 @@ class QueueNotifications(Clocked):
                 env = {"QUEUECTL_OF": job_id, "QUEUECTL_EVENT": event}
                 for job in found:
                     self.assertEqual((job.event, json.loads(job.env)), (event, env))
+            self.assertEqual({(j.on_dead, j.on_end) for j in found} - {("", "")}, set())
+            self.queue._db.execute("UPDATE jobs SET on_end = 'E' WHERE notifies IS NOT NULL")
             self.queue.cancel([job.id for job in found])
             self.assertEqual(self.notifications(), [])  # one never causes another
 
@@ -3282,7 +3291,15 @@ class QueueNotifications(Clocked):
         self.assertEqual(self.given(found)["runs"][-1]["output"], "out$(x)\ufffd")
         self.assertEqual((found.queue, found.max_retries, found.timeout), ("q", 5, 60))
         self.queue.enqueue("true", id="urgent", queue="q", priority=10**6)
-        self.assertEqual(self.claim("q").id, found.id)
+        self.assertEqual(self.finish(0, self.claim("q")).id, found.id)
+        self.queue.retry([job_id])
+        self.queue.cancel(["urgent"])
+        job = self.claim("q")
+        with mock.patch.object(queuectl.RunDirectory, "notify") as notify:
+            self.finish(1, job)
+        notify.assert_called_once()  # a worker may be idle
+        (again,) = self.notifications()
+        self.assertEqual([run["run"] for run in self.given(again)["runs"]], [2])
 
     @internal
     def test_output_in_a_notification_is_cut_to_its_last_64_kib(self) -> None:
@@ -3358,7 +3375,7 @@ class QueueNotifications(Clocked):
         self.now += 1
         self.end_one("completed", id="y", on_end="")
         self.finish(1)
-        shown = {"": "x x2 y 4", "--notifications": "x x2 y 2 4"}
+        shown = {"": "x x2 y 4", "--notifications": "x x2 y 2 4", "--limit 0": "x x2 y 4"}
         for options, ids in {**shown, "--limit 2": "y 4", "--state completed": "x x2 y"}.items():
             found = self.run_cli("list", "--limit", "9", *options.split())
             lines = [line.split()[0] for line in found.stdout.splitlines()[1:]]
@@ -3372,9 +3389,11 @@ class QueueNotifications(Clocked):
     def test_unreadable_summary_of_an_edited_row_starts_again(self) -> None:
         self.configure(on_end="E", max_notifications="0")
         self.end_one("completed")
-        self.queue._db.execute("UPDATE jobs SET stdin = x'ff' WHERE notifies IS NOT NULL")
-        self.end_one("completed")
-        self.assertEqual(self.given(self.notifications()[0])["count"], 1)
+        for text in ("", "\\", "1", "[]", "{}", '{"count": []}'):
+            update = "UPDATE jobs SET stdin = ? WHERE notifies IS NOT NULL"
+            self.queue._db.execute(update, (text.encode(),))
+            self.end_one("completed")
+            self.assertEqual(self.given(self.notifications()[0])["count"], 1, text)
 
     def test_occurrence_of_a_schedule_inherits_stdin_delays_and_hooks(self) -> None:
         fields = {"stdin": "text", "retry_delays": "1,2", "on_end": "E", "on_dead": ""}
@@ -3727,7 +3746,13 @@ class AttemptLaunch(Live):
         self.enqueue(f'{program} logs "$QUEUECTL_PARENTS"', id="b", after_end="a")
         os.environ["QUEUECTL_PARENTS"] = "of an outer job"
         self.enqueue('echo "<$QUEUECTL_PARENTS>"', id="c")
+        many = [f"{number:0200}" for number in range(200)]
+        with Queue(self.path) as queue:
+            list(queue.enqueue_many({"command": "true", "id": name} for name in many))
+            queue.cancel(many)
+        self.enqueue('echo "<$QUEUECTL_PARENTS>"', id="d", after_end=many)
         self.drain(code=1)
+        self.assertEqual(self.stdout("logs", "d"), "<>\n")
         self.assertEqual(self.stdout("logs", "b"), "result\n")
         self.assertEqual(self.stdout("logs", "c"), "<>\n")
 
@@ -6298,6 +6323,14 @@ class CliCancel(Clocked):
         code, out, err = self.result("cancel", "--cascade", "ended")
         self.assertEqual((code, out), (1, ""))
         self.assertIn("job ended is completed; it was not changed", err)
+
+    def test_cancel_reports_only_the_children_that_stay_blocked(self) -> None:
+        enqueue_graph(self.queue, "a", "b a")
+        self.queue.enqueue("true", id="clean", after_end=["a"])
+        self.claim()
+        err = self.result("cancel", "a").stderr
+        self.assertIn("job a is being cancelled: its worker died", err)
+        self.assertIn("1 job waiting for a stays blocked; --cascade cancels these too", err)
 
     def test_cancel_of_one_occurrence_reports_that_its_schedule_ends(self) -> None:
         self.queue.enqueue("true", id="x", every=10)

@@ -863,6 +863,13 @@ def summary_facts(earlier: bytes, job: Job) -> dict[str, Any]:
     return {"event": SUMMARY, "queue": job.queue, **counts, "first": first, "last": job.id}
 
 
+def describe_hold(queue: str, until: float, failures: int, now: float) -> str:
+    """Return the reason that a queue is left alone after failed launches, in one phrase."""
+    failed = f"{plural(failures, 'job')}{' in a row' * (failures > 1)} could not be launched"
+    hint = f"queuectl resume --queue {queue}: now"
+    return f"queue {queue} is left alone: {failed}; next try {format_distance(until, now)} ({hint})"
+
+
 # The end of an attempt, and the state of its job after it.
 
 
@@ -947,9 +954,7 @@ def describe_end(job: Job, after: Job | None, outcome: Outcome) -> str:
         how = f"completed in {format_duration(outcome.finished - outcome.started)}"
     elif after.state != PENDING:
         how = f"is {after.state}: {reason} (try {job.attempts})"
-    elif outcome.end == "not launched":
-        how = f"is back in the queue: {reason}; the queue is left alone for {wait}"
-    elif outcome.end in ("crashed", "released", "unstarted"):
+    elif outcome.end == "crashed" or outcome.end in UNCOUNTED:
         how = f"is back in the queue: {reason}"
     elif after.snoozes > job.snoozes:
         how = f"is postponed: {reason}; next try in {wait}"
@@ -1287,13 +1292,13 @@ INSERT INTO queues (queue, paused) VALUES (:queue, 1)
 ON CONFLICT (queue) DO UPDATE SET paused = 1"""
 RESUME = """
 UPDATE queues SET paused = 0, launch_failures = 0, held_until = NULL WHERE :queue IN ('', queue)"""
-HELD = "SELECT queue, held_until, launch_failures FROM queues WHERE held_until > :now"
+LAUNCH_HOLDS = "SELECT queue, held_until, launch_failures FROM queues WHERE held_until > :now"
 COUNT_LAUNCH_FAILURE = """
 INSERT INTO queues (queue, launch_failures) VALUES (:queue, 1)
 ON CONFLICT (queue) DO UPDATE SET launch_failures = launch_failures + 1"""
 LAUNCH_FAILURES = "SELECT launch_failures FROM queues WHERE queue = :queue"
-HOLD = "UPDATE queues SET held_until = :until WHERE queue = :queue"
-END_HOLD = """
+HOLD_LAUNCHES = "UPDATE queues SET held_until = :until WHERE queue = :queue"
+END_LAUNCH_HOLD = """
 UPDATE queues SET launch_failures = 0, held_until = NULL
 WHERE queue = :queue AND launch_failures > 0"""
 NOTE_LAUNCH = """
@@ -2042,12 +2047,12 @@ else:
     SYSTEM = Posix()
 
 
-def start_helper(argv: Sequence[str], out: Any) -> Any:
+def start_helper(argv: Sequence[str], cwd: str, out: Any) -> Any:
     """Start a command that `kill_helper` ends with all that it started; return a Popen."""
     import subprocess
 
     streams: Any = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
-    return subprocess.Popen(argv, **streams, **SYSTEM.BACKGROUND)
+    return subprocess.Popen(argv, cwd=cwd, **streams, **SYSTEM.BACKGROUND)
 
 
 def kill_helper(process: Any) -> None:
@@ -2904,10 +2909,15 @@ class Reader:
         """Return the paused queues; "" stands for all queues."""
         return [row[0] for row in self.db.rows(PAUSED)]
 
-    def held(self) -> dict[str, tuple[float, int]]:
-        """Return the queues left alone after failed launches: until when, and how many failed."""
-        found = self.db.rows(HELD, {"now": self.clock()})
-        return {queue: (until, failures) for queue, until, failures in found}
+    def launch_holds(self, queue: str | None = None) -> dict[str, tuple[float, str]]:
+        """Return the queues left alone after failed launches: until when, and why."""
+        now = self.clock()
+        found = self.db.rows(LAUNCH_HOLDS, {"now": now})
+        return {
+            name: (until, describe_hold(name, until, failures, now))
+            for name, until, failures in found
+            if queue in (None, name)
+        }
 
     def waiting_queues(self, queues: Sequence[str]) -> dict[str, int]:
         """Return the unpaused queues with waiting jobs, as SCHEDULED where some are scheduled."""
@@ -2918,7 +2928,7 @@ class Reader:
     def next_ready_time(self, queues: Sequence[str] = ()) -> float | None:
         waiting = self.waiting_queues(queues)
         times = [self.db.rows(NEXT_SCHEDULED, {"queue": queue})[0][0] for queue in waiting]
-        times += [until for until, _ in self.held().values()]
+        times += [until for until, _ in self.launch_holds().values()]
         return min((when for when in times if when is not None), default=None)
 
     def drain_blockers(
@@ -3095,7 +3105,8 @@ class Ledger:
         chance = int.from_bytes(os.urandom(4), "big") / (1 << 32) if settings["jitter"] else 0.0
         after = after_attempt(job, outcome, settings, now, chance)
         if outcome.end == "not launched" and after.state == PENDING:
-            after = after._replace(run_after=self.hold(job.queue, after.updated_at))
+            after = after._replace(run_after=after.updated_at)  # another job is tried next
+            self.hold_launches(job.queue, now)
         is_over = after.state in (COMPLETED, DEAD)
         is_ready = after.state != PENDING or after.run_after <= now
         after = after._replace(readiness=is_ready, rule=None if is_over else job.rule)
@@ -3158,16 +3169,15 @@ class Ledger:
         row = {**job._asdict(), "launch": json.dumps(facts), "is_first": is_first}
         with self.db.transaction():
             if "host" in facts:  # the engine works
-                self.change(END_HOLD, queue=job.queue)
+                self.change(END_LAUNCH_HOLD, queue=job.queue)
             return self.change(NOTE_LAUNCH, **row)
 
-    def hold(self, queue: str, now: float) -> float:
-        """Leave a queue alone for a time after a job could not be launched; return its end."""
+    def hold_launches(self, queue: str, now: float) -> None:
+        """Leave a queue alone for a time after a job could not be launched."""
         self.change(COUNT_LAUNCH_FAILURE, queue=queue)
         failures = self.reader.number(LAUNCH_FAILURES, queue=queue)
-        until = now + (2**failures if failures < MANY_FAILURES else 60)
-        self.change(HOLD, queue=queue, until=until)
-        return until
+        pause = 2**failures if failures < MANY_FAILURES else 60
+        self.change(HOLD_LAUNCHES, queue=queue, until=now + pause)
 
     def correct_times(self) -> bool:
         """Reschedule jobs whose times come from a clock that was more than a day ahead, if any."""
@@ -3789,6 +3799,11 @@ def is_for_launcher(claim: Claim) -> bool:
     return bool(claim.settings["launcher"]) and not claim.job.notifies
 
 
+def client_directory(job: Job) -> str:
+    """Return where the programs of a launcher run: the directory of the job, if it exists here."""
+    return job.cwd if os.path.isdir(job.cwd) else os.sep
+
+
 class ReportStream:
     """An output stream of a client, without the reports of the wrapper in it."""
 
@@ -3868,7 +3883,7 @@ class FarEnd:
         self.due = now + self.LIMIT
         self.said = tempfile.TemporaryFile()  # noqa: SIM115
         try:
-            self.process = start_helper(self.facts["cancel"], self.said)
+            self.process = start_helper(self.facts["cancel"], client_directory(self.job), self.said)
         except OSError as error:
             self.fail(str(error))
 
@@ -3963,7 +3978,6 @@ class RemoteExecution(Execution):
         self.ledger.db.set_synchronous("full")  # after a power cut here, it may still run there
         if not self.ledger.note_launch(self.job, self.facts, is_first=True):
             raise Fault("its claim was lost")
-        here = self.job.cwd if os.path.isdir(self.job.cwd) else os.sep
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             ours.callback(self.close)
             given, lifeline = os.pipe()
@@ -3976,7 +3990,7 @@ class RemoteExecution(Execution):
                 theirs.callback(os.close, writer)
                 self.streams.append(ReportStream(reader, self.nonce))
                 ends.append(writer)
-            args = (here, env, output.fd, self.run_dir.path, ends)
+            args = (client_directory(self.job), env, output.fd, self.run_dir.path, ends)
             child = SYSTEM.launch(self.words(env), *args)
             ours.pop_all()
             return child
@@ -4341,6 +4355,9 @@ class Worker:
         state = state_to_report(after)
         if not (unstarted and state == PENDING):  # else it was reported when it happened
             text = describe_end(ended.job, after, outcome)
+            if outcome.end == "not launched":
+                holds = self.ledger.reader.launch_holds(ended.job.queue).values()
+                text = "; ".join([text, *(reason for _, reason in holds)])
             self.link.send(News("event", text, state, when), within=BATCH)
         return claim
 
@@ -5066,18 +5083,10 @@ def unserved(run_dir: RunDirectory, queue: str) -> str:
     return "" if is_served else f"no worker serves queue {queue}"
 
 
-def reason_of_hold(reader: Reader, queue: str) -> str:
-    """Return the reason that a queue is left alone, in one phrase; empty if it is not."""
-    until, failures = reader.held().get(queue, (0.0, 0))
-    when = format_distance(until, reader.clock())
-    failed = f"{plural(failures, 'job')} in a row could not be launched"
-    return f"{failed}; next try {when} (queuectl resume --queue {queue}: now)" if failures else ""
-
-
 def obstacle_of_pending(reader: Reader, job: Job) -> str:
     if job.readiness == BLOCKED:
         return describe_blockers(reader.parents(job))
-    if reason := reason_of_hold(reader, job.queue):
+    for _, reason in reader.launch_holds(job.queue).values():
         return reason
     if job.run_after > reader.clock():
         return "due " + format_distance(job.run_after, reader.clock())
@@ -5225,9 +5234,8 @@ def status_text(reader: Reader, only: str | None = None, *, full: bool = False) 
     lost = ((job, reason) for job, reason in claimed if reason and only in (None, job.queue))
     for job, reason in islice(lost, 1):
         yield f"lost       job {job.id}: {reason}"
-    for name in reader.held():
-        if only in (None, name):
-            yield f"held       queue {name}: {reason_of_hold(reader, name)}"
+    for _, reason in reader.launch_holds(only).values():
+        yield f"held       {reason}"
     for job in reader.blocked([only] if only else (), limit=1):
         yield f"blocked    job {job.id} is {describe_blockers(reader.parents(job))}"
     if set(facts["queues"]) - {"default"}:

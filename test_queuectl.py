@@ -19,7 +19,7 @@ The classes mirror the sections of queuectl.py, in the same order:
                      QueueRetries QueueNotifications QueueNotificationsLive QueuePause
                      QueuePauseLive QueueWait QueuePrune
     attempt          AttemptLaunch AttemptWithoutShell AttemptEnd AttemptOutput AttemptElsewhere
-                     AttemptElsewhereClocked
+                     AttemptElsewhereClocked Engine AttemptOverSsh AttemptInSlurm
     worker           WorkerFencing WorkerTrouble
     pool             PoolRecovery PoolFalseAlarms PoolStop PoolDispatch PoolDispatchLive PoolFiles
                      PoolTrouble PoolTroubleLive
@@ -63,6 +63,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import sqlite3
 import stat
 import struct
@@ -4609,6 +4610,251 @@ class AttemptElsewhereClocked(Clocked):
         self.finish(1, job)
         self.assertIsNotNone(self.fail_to_launch())
         self.assertEqual(self.queue._reader.next_ready_time(), self.now + 2)
+
+
+class Engine(Live):
+    """Jobs that an engine runs in processes which are not ours; they work in our directory."""
+
+    ENDS_WITH_CLIENT = True
+    EXITS = {"0": 0, "7": 7, "75": 75, "137": 137}
+    AGAIN = AttemptElsewhere.AGAIN + "; :"
+
+    def use_engine(self, **settings: str) -> None:
+        self.configure(kill_grace="1", max_retries="2", backoff_base="1", **settings)
+
+    def check_exit_codes(self) -> None:
+        for name, code in self.EXITS.items():
+            self.enqueue(f"echo {name}; exit {code}", id=name, max_retries=1)
+        self.enqueue(AttemptElsewhere.QUOTED, id="quoted", max_retries=1)
+        self.enqueue("head -c 10000000 /dev/zero; echo end", id="big")
+        self.enqueue("cat", id="input", stdin="x\n" * 50_000)
+        self.enqueue("true", id="nowhere", cwd="/no/such", max_retries=1)
+        self.drain("--count", "4", "--horizon", "0", code=1)
+        self.assert_table(self.EXITS, lambda name: self.job(name).exit_code)
+        expected = self.process("sh", "-c", AttemptElsewhere.QUOTED).stdout.encode()
+        self.assertEqual(self.attempts("quoted")[0].output, expected)
+        self.assertEqual(self.attempts("big")[0].bytes_dropped, 10_000_004 - 65536)
+        self.assertEqual(self.attempts("input")[0].output, b"x\n" * 32768)
+        self.assertIn("no directory /no/such on", self.job("nowhere").last_error)
+
+    def victims(self, worker: int, pool: int) -> dict[str, list[int]]:
+        clients = [int(pid) for pid in self.process("pgrep", "-P", str(worker)).stdout.split()]
+        return {"worker": [worker], "client": clients, "everything": [pool, worker, *clients]}
+
+    def check_kills(self, *victims: str) -> None:
+        """Kill everything that takes part, one after the other: the job runs again, but once."""
+        for victim in victims:
+            with self.subTest(victim):
+                for name in ("log", "run.log"):
+                    self.write(name)
+                job = self.enqueue(self.AGAIN, id=victim)
+                pool = self.pool("--drain")
+                self.wait_for_file("log", "start\n")
+                wait_until(lambda job=job: "host" in self.job(job).launched)
+                (worker,) = (note["pid"] for note in self.workers().values() if note.get("key"))
+                for pid in self.victims(worker, pool.pid)[victim]:
+                    os.kill(pid, signal.SIGKILL)
+                if victim == "everything":
+                    if self.ENDS_WITH_CLIENT:
+                        wait_until(lambda: self.leftover_processes() == [], 2 + self.second_here())
+                    self.assert_exits(self.pool("--drain"), 0, 30)
+                else:
+                    self.assert_exits(pool, 0, 30)
+                self.assertEqual(self.lines("log"), ["start", "start"])
+                self.assertNotIn("twice", self.read("run.log"))
+
+    def check_ends(self) -> None:
+        """Cancel one job, let another time out: none of their processes remain."""
+        self.enqueue("touch a; sleep 300 & sleep 300", id="a")
+        self.enqueue("sleep 300 & sleep 300", id="b", timeout=1, max_retries=1)
+        pool = self.pool("--drain", "--count", "2")
+        self.wait_for_file("a")
+        self.stdout("cancel", "a")
+        self.assert_exits(pool, 1, 30)
+        self.assertEqual(self.states(), {"a": "cancelled", "b": "dead"})
+        wait_until(lambda: not self.leftover_processes())
+
+
+@SLOW
+class AttemptOverSsh(Engine):
+    """Jobs that ssh runs on this machine."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        sshd = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin")
+        if not sshd or not shutil.which("ssh"):
+            raise unittest.SkipTest("there is no sshd or no ssh")
+        with contextlib.suppress(OSError):  # where sshd changes the root of a part of itself
+            os.makedirs("/run/sshd", exist_ok=True)
+        for name in ("host", "id"):
+            self.process("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.file(name))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        files = f"HostKey {self.file('host')}\nAuthorizedKeysFile {self.file('id.pub')}\n"
+        more = f"ListenAddress 127.0.0.1:{port}\nStrictModes no\nPidFile none\n"
+        self.write("sshd.conf", more + files)
+        command = [sshd, "-D", "-f", self.file("sshd.conf"), "-E", self.file("sshd.log")]
+        self.processes.append(subprocess.Popen(command))
+        options = f"-F none -i {self.file('id')} -o StrictHostKeyChecking=no -o UserKnownHostsFile="
+        options += f"{self.file('known')} -o BatchMode=yes -o LogLevel=ERROR -p {port}"
+        self.ssh = f"ssh {options} 127.0.0.1"
+        self.use_engine(launcher=self.ssh, launcher_quote="yes")
+        wait_until(lambda: not self.process(*self.ssh.split(), "true").returncode)
+
+    def test_exit_codes_output_and_input(self) -> None:
+        self.check_exit_codes()
+
+    def test_job_never_runs_twice_at_once_whatever_is_killed(self) -> None:
+        self.check_kills("worker", "client", "server", "everything")
+
+    def victims(self, worker: int, pool: int) -> dict[str, list[int]]:
+        """Return them with the process of sshd that serves the job."""
+        wrapper = int(self.process("pgrep", "-n", "-f", "queuectl [0-9a-f]{32} 1 /").stdout)
+        with open(f"/proc/{wrapper}/status") as file:
+            server = int(re.findall(r"PPid:\t(\d+)", file.read())[0])
+        return {**super().victims(worker, pool), "server": [server]}
+
+    def test_job_that_is_ended_leaves_no_process(self) -> None:
+        self.check_ends()
+
+    def test_refused_connection_is_no_attempt(self) -> None:
+        self.processes[0].kill()
+        self.enqueue("true", id="a")
+        pool = self.pool()
+        self.wait_for_output(pool, "Connection refused; queue default is left alone: 1 job could")
+        self.assertEqual((self.job("a").attempts, self.attempts("a")), (0, []))
+
+
+@SLOW
+@NEEDS_ROOT
+class AttemptInSlurm(Engine):
+    """Jobs that srun runs on three nodes with two slots each, all on this machine."""
+
+    ENDS_WITH_CLIENT = False  # but by launcher_cancel
+
+    CONF = """ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort=16827
+SlurmUser=root
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+JobAcctGatherType=jobacct_gather/none
+StateSaveLocation={dir}/state
+SlurmdSpoolDir={dir}/%n
+SlurmctldPidFile={dir}/slurmctld.pid
+SlurmdPidFile={dir}/%n.pid
+SlurmctldLogFile={dir}/slurmctld.log
+SlurmdLogFile={dir}/%n.log
+ReturnToService=1
+PartitionName=main Nodes=ALL Default=YES State=UP
+"""
+    NODES = ("n1", "n2", "n3")
+    START = "hostname {0}; mount --bind {1}/hosts /etc/hosts; exec slurmd"
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        for tool in ("slurmctld", "slurmd", "srun", "munged", "unshare"):
+            if not shutil.which(tool):
+                raise unittest.SkipTest(f"there is no {tool}")
+        cls.slurm = tempfile.mkdtemp(prefix="queuectl-slurm-")
+        conf = cls.CONF.format(host=os.uname().nodename, dir=cls.slurm)
+        hosts = "127.0.0.1 localhost " + os.uname().nodename + "\n"
+        os.mkdir(cls.slurm + "/state")
+        for number, node in enumerate(cls.NODES, 1):
+            os.mkdir(f"{cls.slurm}/{node}")
+            place = f"NodeAddr=127.0.0.1{number} Port={17100 + number} CPUs=2 State=UNKNOWN"
+            conf += f"NodeName={node} NodeHostname={node} {place}\n"
+            hosts += f"127.0.0.1{number} {node}\n"
+        for name, text in (("slurm.conf", conf), ("hosts", hosts)):
+            with open(f"{cls.slurm}/{name}", "w") as file:
+                file.write(text)
+        os.environ["SLURM_CONF"] = cls.slurm + "/slurm.conf"
+        subprocess.run(["install", "-d", "-o", "munge", "-m", "755", "/run/munge"], check=True)
+        if subprocess.run(["munge", "-n"], check=False, capture_output=True).returncode:
+            subprocess.run(["runuser", "-u", "munge", "--", "munged"], check=True)
+        subprocess.run(["slurmctld"], check=True)
+        for node in cls.NODES:
+            start = cls.START.format(node, cls.slurm)
+            subprocess.run(["unshare", "--uts", "--mount", "sh", "-c", start], check=True)
+        idle = ["sinfo", "-h", "-t", "idle", "-o", "%D"]
+        wait_until(lambda: subprocess.check_output(idle) == b"3\n", 30)
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        for path in glob.glob(cls.slurm + "/*.pid"):
+            with open(path) as file, contextlib.suppress(ProcessLookupError, ValueError):
+                os.kill(int(file.read()), signal.SIGKILL)
+        os.environ.pop("SLURM_CONF", None)
+        shutil.rmtree(cls.slurm, ignore_errors=True)
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.addCleanup(self.process, "scancel", "-p", "main", cwd="/")
+        name = "q-{seq}-{run}"
+        gone = f"scancel -n {name}; while squeue -h -n {name} | grep -q .; do sleep 0.2; done"
+        self.use_engine(launcher=f"srun -n1 -Q -J {name}", launcher_cancel=f"sh -c '{gone}'")
+
+    def test_exit_codes_output_and_input(self) -> None:
+        self.check_exit_codes()
+
+    def test_job_never_runs_twice_at_once_whatever_is_killed(self) -> None:
+        self.check_kills("worker", "client", "everything")
+
+    def test_job_outlives_the_second_process_of_its_client(self) -> None:
+        self.enqueue("echo start >> log; until [ -e go ]; do sleep 0.1; done", id="a")
+        pool = self.pool("--drain")
+        self.wait_for_file("log", "start\n")
+        (worker,) = (note["pid"] for note in self.workers().values() if note.get("key"))
+        (client,) = self.victims(worker, pool.pid)["client"]
+        os.kill(int(self.process("pgrep", "-P", str(client)).stdout), signal.SIGKILL)
+        self.write("go")
+        self.assert_exits(pool, 0, 30)
+        self.assertEqual(self.lines("log"), ["start"])
+
+    def test_job_that_is_ended_leaves_no_process(self) -> None:
+        self.check_ends()
+        wait_until(lambda: not self.process("squeue", "-h").stdout)
+
+    def test_job_of_a_node_that_fails_runs_again_elsewhere(self) -> None:
+        self.enqueue("uname -n >> log; [ $QUEUECTL_ATTEMPT = 2 ] || sleep 300", id="a")
+        pool = self.pool("--drain")
+        self.wait_for_file("log", "\n")
+        wait_until(lambda: "host" in self.job("a").launched)
+        (node,) = self.lines("log")
+        change = ("scontrol", "update", f"NodeName={node}")
+        self.process(*change, "State=DOWN", "Reason=test")
+        self.assert_exits(pool, 0, 30)
+        self.process(*change, "State=RESUME")
+        self.assertEqual(len(self.lines("log")), 2)
+        self.assertIn(f"lost on {node}: srun ended", self.attempts("a")[0].error)
+        self.assertEqual(self.job("a").attempts, 2)
+
+    def test_jobs_that_wait_for_a_place_do_not_time_out(self) -> None:
+        self.configure(launcher="srun -n1 -Q -w n1", timeout="3")
+        for _ in range(20):
+            self.enqueue("sleep 0.5", max_retries=1)
+        self.drain("--count", "20")
+        self.assertEqual(set(self.states().values()), {"completed"})
+
+    def test_engine_that_stops_for_a_time_loses_nothing(self) -> None:
+        with open(self.slurm + "/slurmctld.pid") as file:
+            pid = int(file.read())
+        self.enqueue("touch begun; sleep 4; echo $QUEUECTL_ATTEMPT >> log", id="running")
+        pool = self.pool("--drain", "--count", "2")
+        self.wait_for_file("begun")
+        os.kill(pid, signal.SIGSTOP)
+        self.enqueue("echo new >> log", id="new")
+        try:
+            time.sleep(10)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        self.assert_exits(pool, 0, 120)
+        self.assertEqual(sorted(self.lines("log")), ["1", "new"])
 
 
 # --- worker ---------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ database or the machine is at fault; 124 timed out; 128+n ended by signal n.
 
 The sections of this file, in order. Each one uses only the sections above it.
 
-    vocabulary      states, exit codes, errors, the records Job and Attempt
+    vocabulary      states, exit codes, errors, the records Job, Attempt, Selection
     rules           pure functions: validation, times, cron, settings, backoff, the retry rule
                     (after_attempt), a job as JSON (job_facts), and the event line about an
                     attempt (describe_end)
@@ -51,10 +51,13 @@ The sections of this file, in order. Each one uses only the sections above it.
     worker          the process that runs one job at a time
     pool            the process that starts workers and recovers the jobs of dead ones
     words           jobs as text, workers and counts as text and as JSON; not the event lines
+    report          jobs and attempts over time, as text, HTML, JUnit, Markdown, Prometheus, JSON
+    web             the report as a live page: who may see it, the server, pages and actions
+    doctor          trials of a machine and a directory
     command line    the commands, their arguments, and main
 
 To add a setting: SETTINGS. A field of a job: Job, FIELDS, SCHEMA, INSERTED, the options of enqueue
-in COMMANDS, job_facts. A column of `list`: job_row and show_jobs.
+in COMMANDS, job_facts. A column of `list`: job_row and show_jobs. A page of `web`: PAGES and MENU.
 
 To follow a job: cmd_enqueue, Queue.enqueue_many, RunDirectory.notify, Pool.turn, Crew.dispatch,
 Worker.main, Ledger.claim, Worker.run, Ledger.finish, after_attempt. To follow a killed worker:
@@ -95,7 +98,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from enum import IntEnum
 from functools import lru_cache, partial
-from itertools import chain, islice, product, starmap
+from itertools import accumulate, chain, islice, starmap
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, Union
 
 if TYPE_CHECKING:
@@ -105,6 +108,7 @@ if TYPE_CHECKING:
     Argument = tuple[tuple[str, ...], dict[str, Any]]
     Environ = Mapping[str, str]
     Facts = Mapping[str, Any]
+    Link = Callable[[str], str]  # returns the HTML for a job's id
     Rows = Iterable[Sequence[object]]
     Path = Union[str, os.PathLike[str]]
     Settings = Mapping[str, Any]
@@ -112,6 +116,7 @@ if TYPE_CHECKING:
     Validator = Callable[[Any], Any]  # returns the value as it is stored, or raises ValueError
 
 __version__ = "1.0.0"
+HOME_PAGE = "https://github.com/OWNER/queuectl"
 __all__ = ["Attempt", "Job", "Queue", "work"]
 __all__ += ["BadInput", "Damaged", "Fault", "Locked", "NotFound", "QueueError", "TimedOut"]
 
@@ -128,6 +133,8 @@ FINISHED = (COMPLETED, DEAD, CANCELLED)
 PRUNED_BY_DEFAULT = (COMPLETED, CANCELLED)  # dead letters stay until they are purged
 
 READY, SCHEDULED, BLOCKED = 1, 0, -1  # the readiness of a pending job; all others are READY
+READINESS_WORDS = {READY: "ready", SCHEDULED: "scheduled", BLOCKED: "blocked"}
+STATE_WORDS = (*STATES, *READINESS_WORDS.values())
 
 SUMMARY = "summary"  # the event of a notification about several jobs
 
@@ -287,12 +294,45 @@ class Attempt(NamedTuple):
         )
 
 
+class Selection(NamedTuple):
+    """The jobs that a command is about: the named ones, or all that match every filter given.
+
+    `states` are words of STATE_WORDS. `match` is a part of the id or of the command, in upper or
+    lower case. `older_than` is the time in seconds since the last change of state. Without
+    `notifications`, those that have completed are left out.
+    """
+
+    ids: Sequence[str] = ()
+    queues: Sequence[str] = ()
+    states: Sequence[str] = ()
+    match: str = ""
+    older_than: float | None = None
+    notifications: bool = True
+
+    def takes_state(self, state: State, readiness: int) -> bool:
+        words = (state, READINESS_WORDS[readiness]) if state == PENDING else (state,)
+        return not self.states or any(word in self.states for word in words)
+
+    def takes(self, job: Job, now: float) -> bool:
+        """Tell whether a job matches the filters."""
+        part = self.match.casefold()
+        return (
+            self.takes_state(job.state, job.readiness)
+            and (not self.queues or job.queue in self.queues)
+            and (part in job.command.casefold() or part in job.id.casefold())
+            and (not self.older_than or job.updated_at <= now - self.older_than)
+            and (self.notifications or not job.notifies or job.state != COMPLETED)
+        )
+
+
 # --- rules: pure functions -----------------------------------------------------------------------
 
 WINDOWS = os.name == "nt"
 DEFAULT_SHELL = ("cmd.exe", "/d", "/s", "/c") if WINDOWS else ("/bin/sh", "-c", "--")
 COMMAND_LIMIT = 8191 if WINDOWS else 131071  # bytes; Linux: MAX_ARG_STRLEN
 UNIT_SECONDS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
+UNIT = "w(?:eeks?)?|d(?:ays?)?|h(?:(?:ou)?rs?)?|m(?:in(?:ute)?s?)?|s(?:ec(?:ond)?s?)?"
+LATE = 0.1  # seconds; a start that was later than this after its token is not caught up
 LONGEST = 10 * 365 * 86400.0  # no duration is longer, so that sums of times never overflow
 LATEST_TIME = 253402214400  # the end of the year 9999 in every time zone
 STDIN_LIMIT = 1 << 20  # bytes of a job's stdin
@@ -327,6 +367,11 @@ def quoted(value: str, limit: int = QUOTED_LIMIT) -> str:
     return printable(value[:limit]) + "..." * (len(value) > limit)
 
 
+def last_line(output: str) -> str:
+    """Return the last line of an output, for a message."""
+    return quoted(next(filter(str.strip, reversed(output.split("\n"))), "").strip())
+
+
 def plural(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
@@ -342,6 +387,13 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     choices = list(known)
     close = nearest(word, choices)
     return f": did you mean {close}?" if close else f"; choose from {', '.join(choices)}"
+
+
+def id_hint(word: str) -> str:
+    """Return what a word that is not an id seems to mean, or an empty string."""
+    if "," in word:
+        return "; ids are separated by blanks"
+    return f": did you mean --state {word}?" if word in STATE_WORDS else ""
 
 
 def as_list(words: Iterable[str]) -> list[str]:
@@ -381,15 +433,26 @@ def number(low: int, high: int) -> Validator:
 
 
 def parse_duration(value: Any) -> float:
-    """Return a duration in seconds, given a number or `90`, `90s`, `5m`, `1h30m`, `2d`, `1.5h`."""
+    """Return a duration in seconds, given a number or `90`, `90s`, `5m`, `1h30m`, `2 days`."""
     if isinstance(value, str):
         text = value.strip().lower()
+        require(text not in ("none", "never", "inf"), "be a number; 0 means no limit")
+        require(not re.match(r"-\d", text), "not be negative")
         amount = r"(\d+(?:\.\d*)?|\.\d+)"
-        if re.fullmatch(f"{amount}|({amount}[smhdw])+", text):
-            parts = re.findall(f"{amount}([smhdw]?)", text)
+        if re.fullmatch(rf"{amount}|({amount}\s*({UNIT})\s*)+", text):
+            parts = re.findall(rf"{amount}\s*([smhdw]?)", text)
             value = sum(float(count) * UNIT_SECONDS[unit or "s"] for count, unit in parts)
     expectation = "be a duration between 0 and 10 years, such as 90, 90s, 5m or 1h30m"
     return float(in_range(0, value, LONGEST, expectation))
+
+
+def parse_size(value: Any) -> int:
+    """Return a number of bytes, given one or `64K`, `1M`, `10MB`, `1.5 MiB`; K is 1024."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)(?:i?b)?", value.strip().lower())
+        value = match and int(float(match[1]) * 1024 ** " kmg".index(match[2] or " "))
+    expectation = "be a size between 0 and 256M, such as 65536, 64K or 1M"
+    return int(in_range(0, value, 1 << 28, expectation))
 
 
 def valid_delays(value: Any) -> str:
@@ -408,6 +471,11 @@ def parse_time(value: Any) -> float:
             value = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", value.strip())).timestamp()
     expectation = "be a time between 1970 and 9999, such as 2030-01-31T08:00 or 2030-01-31T08:00Z"
     return float(in_range(0, value, LATEST_TIME, expectation))
+
+
+def valid_tries(value: Any) -> int:
+    require(str(value).strip() != "0", "be at least 1, which means to try once")
+    return int(integer(1, 1_000_000)(value))
 
 
 def valid_text(value: Any) -> str:
@@ -457,6 +525,20 @@ def valid_names(value: Any) -> list[str]:
     names = ",".join(items).split(",") if items else []
     require(all(names), "not contain an empty id")
     return [valid_name(name) for name in names]
+
+
+def valid_states(value: str) -> list[str]:
+    """Validate the names of states and of readiness in a string, separated by commas."""
+    words = value.split(",")
+    for word in words:
+        if word not in STATE_WORDS:
+            raise ValueError(f"has no state {quoted(word)}{suggestion(word, STATE_WORDS)}")
+    return words
+
+
+def valid_file(value: str) -> str:
+    require(value, "not be empty")
+    return valid_text(value)
 
 
 def valid_directory(value: object) -> str:
@@ -568,7 +650,7 @@ FIELDS: dict[str, Validator] = {
     "delay": parse_duration,
     "run_at": parse_time,
     "timeout": parse_duration,
-    "max_retries": integer(1, 1_000_000),
+    "max_retries": valid_tries,
     "retry_delays": valid_delays,
     "cwd": valid_directory,
     "env": valid_environment,
@@ -583,18 +665,23 @@ FIELDS: dict[str, Validator] = {
 CONFLICTS = (("delay", "run_at"), ("delay", "cron"), ("run_at", "cron"), ("every", "cron"))
 
 
-def validate_fields(fields: Mapping[str, object]) -> dict[str, Any]:
-    """Return the validated fields of a job, or raise BadInput that names the first bad one."""
+def validate_each(fields: Mapping[str, object], known: Mapping[str, Validator]) -> dict[str, Any]:
     job = {}
     for key, value in fields.items():
-        if key not in FIELDS:
-            raise BadInput(f"unknown field {quoted(key)}{suggestion(key, FIELDS)}")
-        job[key] = validate(key, FIELDS[key], value)
-    if "command" not in job:
-        raise BadInput("a job needs a command")
+        if key not in known:
+            raise BadInput(f"unknown field {quoted(key)}{suggestion(key, known)}")
+        job[key] = validate(key, known[key], value)
     for one, other in CONFLICTS:
         if one in job and other in job:
             raise BadInput(f"a job cannot have both {one} and {other}")
+    return job
+
+
+def validate_fields(fields: Mapping[str, object]) -> dict[str, Any]:
+    """Return the validated fields of a job, or raise BadInput that names the first bad one."""
+    job = validate_each(fields, FIELDS)
+    if "command" not in job:
+        raise BadInput("a job needs a command")
     return job
 
 
@@ -619,8 +706,9 @@ SHELL_WORDS = frozenset(
     shopt source suspend test then time times trap true type typeset ulimit umask unalias unset
     until wait while { }""".split()
 )
-# Variables that a shell obeys, or sets for its commands. It drops those that are not names.
-SHELL_VARIABLES = rb"(BASHOPTS|IFS|LINENO|OPTIND|PPID|PS4|SHELLOPTS)\Z"
+# Variables that a shell obeys or sets, or that macOS hides from its own. Others that are not names
+# are dropped by dash.
+SHELL_VARIABLES = rb"(BASHOPTS|DYLD_\w*|IFS|LINENO|OPTIND|PPID|PS4|SHELLOPTS)\Z"
 QUOTED_PART = r"""(?:'[^']*'|"[^"$`\\]*")"""
 PLAIN_PART = r"[\w@%+=:,./ \t-]*"
 PLAIN_COMMAND = f"{PLAIN_PART}(?:{QUOTED_PART}{PLAIN_PART})*"
@@ -664,6 +752,24 @@ def valid_exit_codes(value: Any) -> tuple[int, ...]:
 def valid_durability(value: object) -> str:
     require(value in ("normal", "full"), "be normal or full")
     return str(value)
+
+
+def rate_gap(rate: str) -> float:
+    """Return the seconds from one start to the next at a rate such as 10/1m or 10/m."""
+    number, _, period = rate.partition("/")
+    period = "1" + period if period in UNIT_SECONDS else period
+    return valid_interval(period) / float(integer(1, 10**6)(number))
+
+
+def valid_rate(value: object) -> str:
+    """Validate a rate; empty or 0 means none."""
+    rate = valid_text(value).strip()
+    if rate in ("", "0"):
+        return ""
+    with contextlib.suppress(ValueError):
+        rate_gap(rate)
+        return rate
+    raise ValueError("must be a number of starts in a time of 1 s or more, such as 10/1m, or 0")
 
 
 def valid_switch(value: object) -> str:
@@ -712,6 +818,7 @@ class Setting(NamedTuple):
     default: Any
     read: Validator
     meaning: str
+    per_queue: bool = True  # a queue may have a value of its own
     program: Callable[[str], None] | None = None
 
 
@@ -722,43 +829,93 @@ SETTINGS = {
     "jitter": Setting(0.0, number(0, 1), "a retry may wait less, by up to this part of the time"),
     "timeout": Setting(300.0, parse_duration, "how long an attempt may take (0: no limit)"),
     "kill_grace": Setting(5.0, parse_duration, "time between TERM and KILL when a job is ended"),
-    "output_limit": Setting(65536, integer(0, 1 << 28), "how many bytes of output are kept"),
+    "output_limit": Setting(65536, parse_size, "how much output is kept, such as 64K or 1M"),
     "on_dead": Setting("", FIELDS["on_dead"], "a command to run when a job has died"),
     "on_end": Setting("", FIELDS["on_end"], "a command to run when a job has ended in any way"),
     "max_notifications": Setting(
-        100, integer(0, 10**6), "how many may wait before further ones are summed up in one"
+        100,
+        integer(0, 10**6),
+        "how many may wait before further ones are summed up in one",
+        per_queue=False,
     ),
     "shell": Setting(DEFAULT_SHELL, valid_prefix, "the program and options that run a command"),
     "max_snoozes": Setting(20, integer(0, 10**6), "how many times a job may exit with 75"),
     "no_retry_exit_codes": Setting((), valid_exit_codes, "final exit codes, such as 2,126,127"),
+    "limit": Setting(0, integer(0, 10**6), "how many jobs of a queue run at once (0: any number)"),
+    "rate": Setting("", valid_rate, "how many jobs of a queue start in a time, such as 10/1m"),
     "launcher": Setting(
-        (), valid_launcher, "the program and options that run a command elsewhere", require_program
+        (),
+        valid_launcher,
+        "the program and options that run a command elsewhere",
+        program=require_program,
     ),
     "launcher_cancel": Setting(
-        (), valid_launcher, "the command that ends a job elsewhere", require_program
+        (), valid_launcher, "the command that ends a job elsewhere", program=require_program
     ),
     "launch_timeout": Setting(
         1800.0, parse_duration, "how long a job may wait for a place (0: any)"
     ),
     "launcher_quote": Setting("no", valid_switch, "yes: the launcher joins words, as ssh does"),
     "retention": Setting(
-        0.0, parse_duration, "age at which completed and cancelled jobs are pruned (0: never)"
+        0.0,
+        parse_duration,
+        "age at which completed and cancelled jobs are pruned (0: never)",
+        per_queue=False,
     ),
-    "synchronous": Setting("normal", valid_durability, "full: sync a result before the next claim"),
+    "synchronous": Setting(
+        "normal", valid_durability, "full: sync a result before the next claim", per_queue=False
+    ),
 }
 DEFAULTS = {key: setting.default for key, setting in SETTINGS.items()}
 
 
-def validate_setting(key: str, value: str | None = None) -> str:
-    """Return the key as it is stored, or raise BadInput for an unknown key or a bad value."""
+def valid_variables(value: Any) -> dict[str, str | None]:
+    """Validate changes of an environment; None removes a variable."""
+    require(isinstance(value, Mapping), 'be an object such as {"NAME": "value"}')
+    valid_environment({key: "" if item is None else item for key, item in value.items()})
+    return dict(value)
+
+
+BY_SETTINGS = {*SETTINGS, "retry_delays"}  # fields of a job that are None where settings decide
+
+
+def change_validator(key: str) -> Validator:
+    """Return the validator of a field's new value, which may also take the old one back."""
+    check = FIELDS[key]
+    if key in BY_SETTINGS:
+        return lambda value: None if value in (None, "default") else check(value)
+    if check is valid_names:
+        return lambda value: check(value or [])
+    return valid_variables if check is valid_environment else check
+
+
+EDITABLE = {key: change_validator(key) for key in FIELDS if key != "id"}
+
+
+def validate_changes(fields: Mapping[str, object]) -> dict[str, Any]:
+    """Return the validated new fields of a waiting job, or raise BadInput."""
+    if not fields:
+        raise BadInput("there is nothing to change: give at least one new field")
+    return validate_each(fields, EDITABLE)
+
+
+def validate_setting(key: str, value: str | None = None, queue: str = "") -> str:
+    """Return the key as it is stored; raise BadInput for a bad one, or a value or queue."""
     key = key.replace("-", "_")
     if key not in SETTINGS:
         raise BadInput(f"unknown key {quoted(key)}{suggestion(key, SETTINGS)}")
+    if queue and not SETTINGS[key].per_queue:
+        raise BadInput(f"{key} applies to all queues; use it without --queue")
     if value is not None:
-        found = validate(key, SETTINGS[key].read, value)
-        if found and (program := SETTINGS[key].program):
-            validate(key, program, found[0])
+        words = validate(key, SETTINGS[key].read, value)
+        if words and (program := SETTINGS[key].program):
+            validate(key, program, words[0])
     return key
+
+
+@lru_cache(maxsize=1000)
+def read_setting(key: str, value: str) -> Any:
+    return SETTINGS[key].read(value)
 
 
 # Text for people.
@@ -995,13 +1152,52 @@ SET_NO_WAIT = "PRAGMA busy_timeout = 0"
 GET_DATA_VERSION = "PRAGMA data_version"  # changes when another connection has written
 CONNECTION_PRAGMAS = (
     "PRAGMA fullfsync = 1",  # macOS: sync down to the medium
+    "PRAGMA wal_autocheckpoint = 2000",  # pages: half of LARGEST_WAL
     "PRAGMA temp_store = memory",  # else a batch writes each row's statement journal to a file
 )
 TRUNCATE_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
 BEGIN, COMMIT, ROLLBACK = WHOLE = ("BEGIN IMMEDIATE", "COMMIT", "ROLLBACK")
 PART = ("SAVEPOINT part", "RELEASE part", "ROLLBACK TO part", "RELEASE part")
 
-SCHEMA = """
+# A queue's row counts its jobs by these tests; in a trigger, {job} is `new` or `old`.
+JOB_KINDS = {
+    "ready": "state = 'pending' AND {job}.readiness = 1",
+    "scheduled": "state = 'pending' AND {job}.readiness = 0",
+    "blocked": "state = 'pending' AND {job}.readiness = -1",
+    "processing": "state = 'processing'",
+    "notifying": "state = 'processing' AND {job}.notifies IS NOT NULL",
+    "completed": "state = 'completed'",
+    "dead": "state = 'dead'",
+    "cancelled": "state = 'cancelled'",
+}
+OPEN = """next_seq IS NOT NULL AND paused = 0 AND (next_notifies OR (
+  closed_at IS NULL AND (capacity = 0 OR processing - notifying < capacity)))"""
+IN_CLAIM_ORDER = "ORDER BY next_priority DESC, next_due, next_seq"
+WAITING_KINDS, OTHER_KINDS = list(JOB_KINDS)[:3], list(JOB_KINDS)[3:]
+NEW_QUEUE = """queues (queue) SELECT new.queue
+    WHERE NOT EXISTS (SELECT 1 FROM queues WHERE queue = new.queue)"""
+FIND_NEXT = """
+    (next_priority, next_due, next_seq, next_notifies) = (
+      SELECT priority, run_after, seq, notifies IS NOT NULL FROM jobs
+      WHERE state = 'pending' AND readiness = 1 AND jobs.queue = queues.queue
+      ORDER BY priority DESC, run_after, seq LIMIT 1)"""
+CAPACITY = """coalesce(
+  (SELECT CAST(value AS INTEGER) FROM settings WHERE queue = queues.queue AND key = 'limit'),
+  (SELECT CAST(value AS INTEGER) FROM settings WHERE queue = '' AND key = 'limit'), 0)"""
+
+
+def recount(*, plus: str = "", minus: str = "", kinds: Iterable[str] = JOB_KINDS) -> str:
+    """Return the counts of a queue's row with a job (`new` or `old`) added, taken away, or both."""
+    signs = {job: sign for job, sign in ((plus, "+"), (minus, "-")) if job}
+    changes = (
+        f"{kind} = {kind}"
+        + "".join(f" {signs[job]} ({job}.{JOB_KINDS[kind].format(job=job)})" for job in signs)
+        for kind in kinds
+    )
+    return ", ".join(changes)
+
+
+SCHEMA = f"""
 CREATE TABLE jobs (
   seq INTEGER PRIMARY KEY AUTOINCREMENT,
   id TEXT NOT NULL UNIQUE,
@@ -1037,8 +1233,10 @@ CREATE TABLE jobs (
   launch TEXT,                          -- while it runs elsewhere: a JSON object about that
   stdin BLOB                            -- last: what precedes it is read without it
 );
-CREATE INDEX jobs_ready ON jobs (queue, priority DESC, run_after, seq)
+CREATE INDEX jobs_ready ON jobs (queue, priority DESC, run_after, seq, notifies)
   WHERE state = 'pending' AND readiness = 1;
+CREATE INDEX jobs_due ON jobs (run_after)
+  WHERE state = 'pending' AND readiness = 0;
 CREATE INDEX jobs_scheduled ON jobs (queue, run_after)
   WHERE state = 'pending' AND readiness = 0;
 CREATE INDEX jobs_state ON jobs (state, readiness, updated_at);
@@ -1078,36 +1276,59 @@ CREATE TABLE settings (                 -- queue '': the default for all queues
   PRIMARY KEY (queue, key)
 ) WITHOUT ROWID;
 
-CREATE TABLE queues (                   -- queue '': paused stands for all queues
+CREATE TABLE queues (                   -- kept by triggers; queue '': paused stands for all queues
   queue TEXT PRIMARY KEY,
   paused INTEGER NOT NULL DEFAULT 0,
+  capacity INTEGER NOT NULL DEFAULT 0,  -- the setting `limit`
+  ready INTEGER NOT NULL DEFAULT 0,     -- the number of jobs, here and below
+  scheduled INTEGER NOT NULL DEFAULT 0,
+  blocked INTEGER NOT NULL DEFAULT 0,
+  processing INTEGER NOT NULL DEFAULT 0,
+  notifying INTEGER NOT NULL DEFAULT 0, -- the notifications among those in processing
+  completed INTEGER NOT NULL DEFAULT 0,
+  dead INTEGER NOT NULL DEFAULT 0,
+  cancelled INTEGER NOT NULL DEFAULT 0,
+  next_priority INTEGER,                -- of the ready job that is next, here and below
+  next_due REAL,
+  next_seq INTEGER,
+  next_notifies INTEGER,
   launch_failures INTEGER NOT NULL DEFAULT 0,  -- in a row
-  held_until REAL,                      -- after such failures
-  tokens REAL,                          -- the bucket of the rate limit
-  refilled_at REAL
+  token_at REAL,                        -- when the rate, or a failure, allows the next start
+  closed_at REAL                        -- when that closed the queue; NULL: it is not closed
 ) WITHOUT ROWID;
-
-CREATE TABLE counts (                   -- the number of jobs, kept by triggers
-  state TEXT NOT NULL,
-  queue TEXT NOT NULL,
-  readiness INTEGER NOT NULL,
-  number INTEGER NOT NULL,
-  PRIMARY KEY (state, queue, readiness)
-) WITHOUT ROWID;
-CREATE TRIGGER counts_insert AFTER INSERT ON jobs BEGIN
-  INSERT INTO counts VALUES (new.state, new.queue, new.readiness, 1)
-    ON CONFLICT (state, queue, readiness) DO UPDATE SET number = number + 1;
+CREATE INDEX queues_open ON queues (next_priority DESC, next_due, next_seq) WHERE {OPEN};
+CREATE INDEX queues_token ON queues (token_at) WHERE closed_at IS NOT NULL;
+CREATE INDEX queues_closed ON queues (closed_at) WHERE closed_at IS NOT NULL;
+CREATE TRIGGER queues_insert AFTER INSERT ON queues BEGIN
+  UPDATE queues SET capacity = {CAPACITY} WHERE queue = new.queue;
 END;
-CREATE TRIGGER counts_update AFTER UPDATE OF queue, state, readiness ON jobs
-  WHEN old.state <> new.state OR old.readiness <> new.readiness OR old.queue <> new.queue BEGIN
-  UPDATE counts SET number = number - 1
-    WHERE state = old.state AND queue = old.queue AND readiness = old.readiness;
-  INSERT INTO counts VALUES (new.state, new.queue, new.readiness, 1)
-    ON CONFLICT (state, queue, readiness) DO UPDATE SET number = number + 1;
+CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
+  INSERT INTO {NEW_QUEUE};
+  UPDATE queues SET {recount(plus="new", kinds=WAITING_KINDS)} WHERE queue = new.queue;
+  UPDATE queues SET {recount(plus="new", kinds=OTHER_KINDS)}, {FIND_NEXT}
+    WHERE queue = new.queue AND NOT (new.state = 'pending' AND (
+      new.readiness <> 1 OR coalesce(next_priority > new.priority OR next_priority = new.priority
+        AND (next_due, next_seq) < (new.run_after, new.seq), 0)));
 END;
-CREATE TRIGGER counts_delete AFTER DELETE ON jobs BEGIN
-  UPDATE counts SET number = number - 1
-    WHERE state = old.state AND queue = old.queue AND readiness = old.readiness;
+CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
+  UPDATE queues SET {recount(minus="old")}, {FIND_NEXT} WHERE queue = old.queue;
+END;
+CREATE TRIGGER jobs_update AFTER UPDATE OF state, readiness, priority, run_after ON jobs
+  WHEN old.queue = new.queue AND (
+    old.state = 'pending' AND old.readiness = 1 OR new.state = 'pending' AND new.readiness = 1)
+BEGIN
+  UPDATE queues SET {recount(plus="new", minus="old")}, {FIND_NEXT} WHERE queue = new.queue;
+END;
+CREATE TRIGGER jobs_end AFTER UPDATE OF state, readiness ON jobs
+  WHEN old.queue = new.queue AND NOT (
+    old.state = 'pending' AND old.readiness = 1 OR new.state = 'pending' AND new.readiness = 1)
+BEGIN
+  UPDATE queues SET {recount(plus="new", minus="old")} WHERE queue = new.queue;
+END;
+CREATE TRIGGER jobs_move AFTER UPDATE OF queue ON jobs WHEN old.queue <> new.queue BEGIN
+  INSERT INTO {NEW_QUEUE};
+  UPDATE queues SET {recount(minus="old")}, {FIND_NEXT} WHERE queue = old.queue;
+  UPDATE queues SET {recount(plus="new")}, {FIND_NEXT} WHERE queue = new.queue;
 END;
 
 CREATE TABLE totals (                   -- of all attempts ever, kept by a trigger
@@ -1116,14 +1337,16 @@ CREATE TABLE totals (                   -- of all attempts ever, kept by a trigg
   number INTEGER NOT NULL,
   running REAL NOT NULL,                -- seconds
   waiting REAL NOT NULL,
+  last REAL NOT NULL,                   -- when the last one ended
   PRIMARY KEY (queue, outcome)
 ) WITHOUT ROWID;
 CREATE TRIGGER totals_insert AFTER INSERT ON attempts BEGIN
   INSERT INTO totals
-    SELECT queue, new.outcome, 1, new.finished - new.started, new.waited
+    SELECT queue, new.outcome, 1, new.finished - new.started, new.waited, new.finished
     FROM jobs WHERE seq = new.job
     ON CONFLICT (queue, outcome) DO UPDATE SET number = number + 1,
-      running = running + excluded.running, waiting = waiting + excluded.waiting;
+      running = running + excluded.running, waiting = waiting + excluded.waiting,
+      last = max(last, excluded.last);
 END;
 """
 
@@ -1145,7 +1368,18 @@ LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = :tabl
 IDS_BETWEEN = """
 SELECT seq, coalesce(schedule_id, id) FROM jobs
 WHERE seq BETWEEN :first AND :last ORDER BY seq LIMIT 1000"""
-ALL_JOBS = JOB + f"WHERE seq > :seq AND {IN_QUEUE} ORDER BY seq LIMIT 1000"
+ALL_JOBS = JOB + "WHERE seq > :seq ORDER BY seq LIMIT 1000"
+SLICE = 200  # jobs read by number, or deleted, at a time
+BY_SEQS = f"{JOB}WHERE seq IN ({', '.join('?' * SLICE)}) ORDER BY seq"
+# In two parts: SQLite does not search an index by rowid after a range of its last column.
+SEQS_IN_STATE = """
+SELECT * FROM (
+  SELECT updated_at, seq FROM jobs WHERE state = :state AND readiness = :readiness
+    AND updated_at = :updated_at AND seq > :seq ORDER BY seq LIMIT 5000)
+UNION ALL SELECT * FROM (
+  SELECT updated_at, seq FROM jobs WHERE state = :state AND readiness = :readiness
+    AND updated_at > :updated_at ORDER BY updated_at, seq LIMIT 5000)
+LIMIT 5000"""
 IN_STATE = JOB + f"WHERE state = :state AND readiness = :readiness AND {IN_QUEUE} "
 LATEST = (
     IN_STATE
@@ -1162,8 +1396,12 @@ SELECT count(*), min(updated_at) FROM (
   WHERE state = :state AND readiness = 1 AND updated_at > :since AND {IN_QUEUE}
   ORDER BY updated_at DESC LIMIT {RECENT_LIMIT})"""
 COUNTS = """
-SELECT queue, state, readiness, number FROM counts
-WHERE number > 0 ORDER BY queue, state, readiness"""
+SELECT queue, blocked, scheduled, ready, processing, completed, dead, cancelled FROM queues
+WHERE :served ORDER BY queue"""
+COUNTED: Sequence[tuple[State, int]] = (  # the columns of COUNTS
+    *((PENDING, readiness) for readiness in (BLOCKED, SCHEDULED, READY)),
+    *((state, READY) for state in STATES[1:]),
+)
 ATTEMPTS = ATTEMPT + "WHERE job = :seq ORDER BY run"
 LAST_ATTEMPT = ATTEMPT + "WHERE job = :seq ORDER BY run DESC LIMIT 1"
 STDIN = "SELECT stdin FROM jobs WHERE seq = :seq"
@@ -1175,6 +1413,38 @@ WHERE notifies IS NOT NULL AND state = :state AND {IN_QUEUE}"""
 WAITING_SUMMARY = f"""
 {JOB}INDEXED BY jobs_notifies WHERE notifies IS NOT NULL AND state = 'pending'
 AND event = '{SUMMARY}' AND queue = :queue AND command = :command AND cwd = :cwd"""
+RUNS = ATTEMPTS.replace("output FROM", "x'' FROM")
+OUTPUT_TAIL = """
+SELECT coalesce(substr(output, :start), x'') FROM attempts WHERE job = :seq AND run = :run"""
+TOTALS = "SELECT queue, outcome, number, running, waiting, last FROM totals"
+READY_IN_QUEUE = "FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue"
+# By priority, of which there are few: the index has no order by time alone.
+OLDEST_DUE = f"""
+WITH RECURSIVE levels (level) AS (
+  SELECT max(priority) {READY_IN_QUEUE}
+  UNION ALL SELECT (SELECT max(priority) {READY_IN_QUEUE} AND priority < level) FROM levels
+  WHERE level IS NOT NULL LIMIT 1000)
+SELECT min((SELECT min(run_after) {READY_IN_QUEUE} AND priority = level)) FROM levels"""
+LAST_RUNS = ATTEMPT.replace("output FROM", "x'' FROM")
+LAST_RUNS += "WHERE job = :seq ORDER BY run DESC LIMIT :limit"
+JOBS_BEFORE = JOB + "WHERE seq < :seq ORDER BY seq DESC LIMIT :limit"
+IN_STATE_BEFORE = f"""
+SELECT * FROM (
+  {JOB}WHERE state = :state AND readiness = :readiness
+    AND updated_at = :updated_at AND seq < :seq ORDER BY seq DESC LIMIT :limit)
+UNION ALL SELECT * FROM (
+  {JOB}WHERE state = :state AND readiness = :readiness
+    AND updated_at < :updated_at ORDER BY updated_at DESC, seq DESC LIMIT :limit)
+LIMIT :limit"""
+LAST_DEAD = """
+SELECT id, seq, updated_at, coalesce(last_error, '') AS reason FROM jobs
+WHERE state = 'dead' AND readiness = 1 ORDER BY updated_at DESC LIMIT :limit"""
+DEAD_REASONS = f"""
+SELECT reason, count(*), max(updated_at), max(seq) FROM ({LAST_DEAD})
+GROUP BY reason ORDER BY count(*) DESC LIMIT 100"""
+DEAD_LIKE = f"""
+SELECT id FROM ({LAST_DEAD})
+WHERE reason = (SELECT coalesce(last_error, '') FROM jobs WHERE id = :id) LIMIT 1000"""
 POSITION = """
 SELECT count(*) FROM (
   SELECT 1 FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue
@@ -1216,25 +1486,49 @@ def insert_job(*columns: str) -> str:
 
 ADD_NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :any_end, :met)"
 SET_STDIN = "UPDATE jobs SET stdin = :stdin WHERE seq = :seq AND state = 'pending'"
-WAITING_QUEUES = """
-SELECT queue, min(readiness) FROM counts
-WHERE state = 'pending' AND readiness >= 0 AND number > 0
-  AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = '' AND paused = 1)
-  AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = counts.queue
-    AND (paused = 1 OR held_until > :now))
-GROUP BY queue"""
-NEXT_READY = f"""
-{JOB}WHERE state = 'pending' AND readiness = 1 AND queue = :queue
-ORDER BY priority DESC, run_after, seq LIMIT 1"""
+# Statements with :served are about the queues that a pool serves; `for_queues` names them.
+TIMERS = """
+SELECT (
+    SELECT min(run_after) FROM jobs INDEXED BY jobs_due WHERE state = 'pending' AND readiness = 0),
+  (SELECT min(token_at) FROM queues WHERE closed_at IS NOT NULL),
+  (SELECT max(closed_at) FROM queues WHERE closed_at IS NOT NULL)"""
 # In slices: if more than 500 jobs become ready at once, one of high priority may be delayed.
 MAKE_READY = """
 UPDATE jobs SET readiness = 1, updated_at = run_after WHERE seq IN (
-  SELECT seq FROM jobs WHERE state = 'pending' AND readiness = 0 AND queue = :queue
-    AND run_after <= :now ORDER BY run_after LIMIT 500)"""
+  SELECT seq FROM jobs INDEXED BY jobs_due
+  WHERE state = 'pending' AND readiness = 0 AND run_after <= :now
+  ORDER BY run_after LIMIT 500)"""
+REOPEN = """
+UPDATE queues SET closed_at = NULL
+WHERE closed_at IS NOT NULL AND (token_at <= :now OR closed_at > :now)"""
+NEXT_READY = f"""
+{JOB}WHERE seq = (
+  SELECT next_seq FROM queues WHERE {OPEN} AND :served
+    AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = '' AND paused = 1)
+  {IN_CLAIM_ORDER} LIMIT 1)"""
+# A start that was late moves the following ones only if it was later than :late seconds.
+TAKE_TOKEN = """
+UPDATE queues SET closed_at = :now,
+  token_at = max(min(coalesce(token_at, 0), :now), :now - :late) + :gap
+WHERE queue = :queue AND NOT EXISTS (SELECT 1 FROM jobs WHERE seq = :seq AND notifies > 0)"""
+GOT_ROOM = f"""
+SELECT 1 FROM queues
+WHERE queue = :queue AND capacity > 0 AND processing - notifying = capacity - 1 AND {OPEN}"""
 NEXT_SCHEDULED = """
-SELECT min(run_after) FROM jobs WHERE state = 'pending' AND readiness = 0 AND queue = :queue"""
+SELECT min(run_after) FROM jobs INDEXED BY jobs_due WHERE state = 'pending' AND readiness = 0"""
+SCHEDULED_IN_QUEUE = """jobs INDEXED BY jobs_scheduled
+    WHERE state = 'pending' AND readiness = 0 AND queue = queues.queue"""
+NEXT_SCHEDULED_OF_QUEUES = f"""
+SELECT min((SELECT min(run_after) FROM {SCHEDULED_IN_QUEUE})) FROM queues
+WHERE scheduled > 0 AND :served"""
+NEXT_TOKEN = """
+SELECT min(token_at) FROM queues
+WHERE closed_at IS NOT NULL AND ready > 0 AND paused = 0 AND :served"""
 # A drain waits for the retry of a schedule's job, but not for the schedule's next job.
-NEXT_SCHEDULED_FOR_DRAIN = NEXT_SCHEDULED + " AND (rule IS NULL OR run > 0)"
+DRAINED = f"""
+SELECT queue, paused, ready, processing, CASE WHEN scheduled > 0 THEN (
+    SELECT min(run_after) FROM {SCHEDULED_IN_QUEUE} AND (rule IS NULL OR run > 0)) END
+FROM queues WHERE ready + scheduled + processing > 0 AND :served"""
 CLAIM = """
 UPDATE jobs SET state = 'processing', attempts = attempts + 1, run = run + 1, waited = :waited,
   locked_by = :worker, locked_at = :now, updated_at = :now
@@ -1263,6 +1557,21 @@ UPDATE jobs SET state = 'pending', attempts = 0, snoozes = 0, updated_at = :now,
     WHEN EXISTS (SELECT 1 FROM needs WHERE child = seq AND met = 0) THEN -1
     ELSE run > 0 OR run_after <= :now END
 WHERE seq = :seq AND state IN ('dead', 'cancelled')"""
+DROP_NEEDS = "DELETE FROM needs WHERE child = :child AND any_end = :any_end"
+COUNT_UNMET = "SELECT count(*) FROM needs WHERE child = :child AND met = 0"
+WAITS_FOR = """
+WITH RECURSIVE ancestors (seq) AS (
+  SELECT :job UNION SELECT parent FROM needs JOIN ancestors ON child = ancestors.seq WHERE met = 0)
+SELECT count(*) FROM ancestors WHERE seq = :other"""
+
+
+@lru_cache(maxsize=None)
+def edit_statement(*columns: str) -> str:
+    """Return the statement that changes columns of a waiting job."""
+    assignments = ", ".join(f"{column} = :{column}" for column in columns)
+    return f"UPDATE jobs SET {assignments} WHERE seq = :seq AND state = 'pending'"
+
+
 CANCEL_WAITING = """
 UPDATE jobs SET state = 'cancelled', readiness = 1, updated_at = :now,
   last_error = 'cancelled by the operator'
@@ -1274,7 +1583,6 @@ SCHEDULED_AHEAD = f"""
 RESCHEDULE = """
 UPDATE jobs SET run_after = :when, scheduled_for = :scheduled_for, updated_at = :now
 WHERE seq = :seq AND state = 'pending' AND readiness = 0 AND updated_at > :now"""
-SLICE = 200  # jobs deleted in one transaction
 PRUNABLE = f"""
 SELECT seq FROM jobs WHERE state = :state AND readiness = 1 AND updated_at <= :before
   AND NOT EXISTS (
@@ -1290,16 +1598,27 @@ PAUSED = "SELECT queue FROM queues WHERE paused = 1"
 PAUSE = """
 INSERT INTO queues (queue, paused) VALUES (:queue, 1)
 ON CONFLICT (queue) DO UPDATE SET paused = 1"""
+HELD = """
+SELECT capacity, processing - notifying, CASE WHEN closed_at IS NOT NULL THEN token_at END
+FROM queues WHERE queue = :queue"""
+HELD_QUEUES = """
+SELECT queue FROM queues
+WHERE ready > 0 AND (closed_at IS NOT NULL OR capacity > 0 AND processing - notifying >= capacity)
+ORDER BY queue"""
 RESUME = """
-UPDATE queues SET paused = 0, launch_failures = 0, held_until = NULL WHERE :queue IN ('', queue)"""
-LAUNCH_HOLDS = "SELECT queue, held_until, launch_failures FROM queues WHERE held_until > :now"
-COUNT_LAUNCH_FAILURE = """
-INSERT INTO queues (queue, launch_failures) VALUES (:queue, 1)
-ON CONFLICT (queue) DO UPDATE SET launch_failures = launch_failures + 1"""
+UPDATE queues SET paused = 0, launch_failures = 0,
+  closed_at = CASE WHEN launch_failures = 0 THEN closed_at END
+WHERE :queue IN ('', queue)"""
+LAUNCH_HOLDS = """
+SELECT queue, token_at, launch_failures FROM queues
+WHERE closed_at IS NOT NULL AND token_at > :now AND launch_failures > 0 AND :queue IN ('', queue)"""
+COUNT_LAUNCH_FAILURE = (
+    "UPDATE queues SET launch_failures = launch_failures + 1 WHERE queue = :queue"
+)
 LAUNCH_FAILURES = "SELECT launch_failures FROM queues WHERE queue = :queue"
-HOLD_LAUNCHES = "UPDATE queues SET held_until = :until WHERE queue = :queue"
+HOLD_LAUNCHES = "UPDATE queues SET closed_at = :now, token_at = :until WHERE queue = :queue"
 END_LAUNCH_HOLD = """
-UPDATE queues SET launch_failures = 0, held_until = NULL
+UPDATE queues SET launch_failures = 0, closed_at = NULL
 WHERE queue = :queue AND launch_failures > 0"""
 NOTE_LAUNCH = """
 UPDATE jobs SET launch = :launch
@@ -1307,15 +1626,18 @@ WHERE seq = :seq AND state = 'processing' AND locked_by = :locked_by AND run = :
   AND (launch IS NULL) = :is_first"""
 FORGET_LAUNCH = "UPDATE jobs SET launch = NULL WHERE seq = :seq AND state = 'processing'"
 STORED_SETTINGS = """
-SELECT key, value FROM settings WHERE queue = ''
-UNION ALL SELECT key, value FROM settings WHERE queue = :queue"""
+SELECT queue, key, value FROM settings WHERE queue = ''
+UNION ALL SELECT queue, key, value FROM settings WHERE queue = :queue AND queue <> ''"""
 SET = """
 INSERT INTO settings VALUES (:queue, :key, :value)
 ON CONFLICT (queue, key) DO UPDATE SET value = :value"""
 UNSET = "DELETE FROM settings WHERE queue = :queue AND key = :key"
+APPLY_SETTINGS = f"""
+UPDATE queues SET capacity = {CAPACITY}, closed_at = NULL WHERE :queue IN ('', queue)"""
 
-TABLES = "jobs|attempts|needs|settings|queues|counts|totals"
+TABLES = "jobs|attempts|needs|settings|queues|totals"
 REFERENCE = "FROM|JOIN|INTO|UPDATE|TABLE|INDEX|TRIGGER|ON|BY"  # precedes a table or an index
+FEW_QUEUES = 32
 GUEST_NAME = re.compile(rf"\b((?:{REFERENCE}) )?({TABLES})(?(1)(?=\b|_)|(?=\.))")
 
 
@@ -1323,6 +1645,17 @@ GUEST_NAME = re.compile(rf"\b((?:{REFERENCE}) )?({TABLES})(?(1)(?=\b|_)|(?=\.))"
 def for_guest(sql: str) -> str:
     """Return a statement for the tables in another program's database, which have a prefix."""
     return GUEST_NAME.sub(rf"\1{GUEST_PREFIX}\2", sql)
+
+
+@lru_cache(maxsize=None)
+def for_queues(sql: str, number: int) -> str:
+    """Return a statement for a number of queues, :q0, :q1 and so on; 0 stands for all.
+
+    A few are looked up by their names. The row of each of many is compared with the names.
+    """
+    names = ", ".join(f":q{n}" for n in range(number))
+    column = "queue" if number <= FEW_QUEUES else "+queue"
+    return sql.replace(":served", f"{column} IN ({names})" if number else "1")
 
 
 # --- system: the differences of POSIX and Windows; the only place with signals and kills ----------
@@ -1348,11 +1681,12 @@ def polling(limit: float = NEVER, first: float = 0.0005, longest: float = 0.05) 
         pause = min(pause * 1.5, longest)
 
 
+OWN = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+
+
 def open_own(path: str, flags: int) -> int:
     """Open a file of a queue: never through a symbolic link, never blocking on a FIFO."""
-    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # as far as the system has them
-        flags |= getattr(os, name, 0)
-    return os.open(path, flags, 0o600)
+    return os.open(path, flags | OWN, 0o600)
 
 
 def sync_file(path: str) -> None:
@@ -1576,6 +1910,9 @@ if sys.platform == "win32":
             for pid in self.jobs.keys() & set(pids):
                 with contextlib.suppress(OSError):  # no console
                     os.kill(pid, signal.CTRL_BREAK_EVENT)
+
+        def kill_group(self, trace: Trace) -> None:
+            """Do nothing: a Job Object is killed as a whole."""
 
         def kill(self, trace: Trace, pids: Iterable[int]) -> None:  # noqa: ARG002
             handle = self.call("OpenJobObjectW", 8, 0, trace.token)  # 8: to terminate
@@ -1943,8 +2280,6 @@ else:
                 os.waitpid(-1, os.WNOHANG)
                 elders = descendants(process_table(), {os.getpid()}, set())
             environ = {**self.inherited, **added}
-            last = argv[-1]
-            words = [*map(os.fsencode, argv[:-1]), last.encode() if isinstance(last, str) else last]
             given = (os.POSIX_SPAWN_OPEN, 0, stdin, os.O_RDONLY, 0)
             streams: list[Any] = [
                 (os.POSIX_SPAWN_DUP2, out, 1),
@@ -1959,7 +2294,11 @@ else:
             options: Any = {"file_actions": streams, "setsid": True, "setsigdef": ignored}
             try:
                 pid = spawn_without_shell(argv, environ, **options)
-                pid = pid or os.posix_spawnp(argv[0], words, environ, **options)
+                if not pid:
+                    last = argv[-1]
+                    last = last.encode() if isinstance(last, str) else last
+                    words = [*map(os.fsencode, argv[:-1]), last]
+                    pid = os.posix_spawnp(argv[0], words, environ, **options)
             finally:
                 with contextlib.suppress(OSError):
                     os.chdir(home)
@@ -2037,6 +2376,14 @@ else:
         def terminate(self, trace: Trace, pids: Sequence[int]) -> None:
             """Ask processes to end; a stopped one is continued, to receive it."""
             self.send(trace, pids, signal.SIGTERM, signal.SIGCONT)
+
+        def kill_group(self, trace: Trace) -> None:
+            """Kill the process group of a job of this process, unless its own process has ended.
+
+            Until that has been reaped here, no other process can have its pid.
+            """
+            if self.child and self.child.pid == trace.leader and self.child.poll() is None:
+                os.killpg(trace.leader, signal.SIGKILL)
 
         def kill(self, trace: Trace, pids: Sequence[int]) -> None:
             self.send(trace, pids, signal.SIGKILL)
@@ -2164,6 +2511,10 @@ class LockFile:
 
     def close(self) -> None:
         SYSTEM.remove_locked(self.fd, self.path)
+
+
+def new_pool_name() -> str:
+    return "pool-" + os.urandom(4).hex()
 
 
 def worker_name(pool: str, number: int) -> str:
@@ -2779,6 +3130,20 @@ def network_file_system(path: str) -> str | None:
 # --- queue: reading jobs, changing their state, and the public interface --------------------------
 
 
+class Totals(NamedTuple):
+    """The attempts of a queue with one outcome, ever: seconds, and when the last one ended."""
+
+    queue: str
+    outcome: str
+    number: int
+    running: float
+    waiting: float
+    last: float
+
+
+SHARE = 4  # an index finds jobs in states that fewer than one of so many jobs are in
+
+
 class Reader:
     """The queries of workers, pools and reports about jobs. Nothing here writes."""
 
@@ -2801,7 +3166,7 @@ class Reader:
             if job := self.first(sql, id=job_id):
                 return job
         near = nearest(job_id, (row[0] for row in self.db.rows(RECENT_IDS)))
-        hint = f": did you mean {near}?" if near else ""
+        hint = id_hint(job_id) or (f": did you mean {near}?" if near else "")
         raise NotFound(f"there is no job {quoted(job_id)} in {self.db.path}{hint}")
 
     def by_seq(self, seq: int) -> Job | None:
@@ -2813,23 +3178,65 @@ class Reader:
     def is_taken(self, job_id: str) -> bool:
         return any(self.db.rows(sql, {"id": job_id}) for sql in (BY_ID, ACTIVE_OF_SCHEDULE))
 
-    def all(self, queue: str | None) -> Iterator[Job]:
+    def all(self) -> Iterator[Job]:
         """Yield every job by arrival, in slices: a slow reader must not hold up the -wal."""
         seq = 0
-        while jobs := self.select(ALL_JOBS, queue=queue, seq=seq):
+        while jobs := self.select(ALL_JOBS, seq=seq):
             yield from jobs
             seq = jobs[-1].seq
 
-    def latest(
-        self, states: Sequence[str], limit: int, queue: str | None, *, notifications: bool = True
-    ) -> list[Job]:
-        """Return the jobs in these states that changed last, in order of arrival."""
+    def seqs_in_state(self, state: State, readiness: int, since: float = -NEVER) -> Iterator[int]:
+        """Yield the numbers of jobs in the order of their last change, from a time on."""
+        rows = [(since, 0)]
+        while rows:
+            updated_at, seq = rows[-1]
+            asked = {"state": state, "readiness": readiness, "updated_at": updated_at, "seq": seq}
+            rows = self.db.rows(SEQS_IN_STATE, asked)
+            yield from (seq for _, seq in rows)
+
+    def by_seqs(self, seqs: Sequence[int]) -> Iterator[Job]:
+        """Yield the jobs with these numbers by arrival, in slices."""
+        for first in range(0, len(seqs), SLICE):
+            numbers = seqs[first : first + SLICE]
+            padded = [*numbers, *[0] * (SLICE - len(numbers))]
+            yield from [Job(*row) for row in self.db.rows(BY_SEQS, padded)]
+
+    def selected(self, chosen: Selection) -> Iterator[Job]:
+        """Yield the jobs of a selection: the named ones in that order, or others by arrival.
+
+        Jobs are read in slices. Where few jobs are in the states in question, an index finds them.
+        """
+        if chosen.ids:
+            yield from self.named(chosen.ids)
+            return
+        now = self.clock()
+        counts = self.counts_by_queue()
+        found = {row[1:3] for row in counts if not chosen.queues or row[0] in chosen.queues}
+        kinds = {kind for kind in found if chosen.takes_state(*kind)}
+        number = sum(row[3] for row in counts if row[1:3] in kinds)
+        if number > sum(row[3] for row in counts) / SHARE:
+            jobs = self.all()
+        else:
+            jobs = self.by_seqs(sorted(chain.from_iterable(starmap(self.seqs_in_state, kinds))))
+        yield from (job for job in jobs if chosen.takes(job, now))
+
+    def latest_selected(self, chosen: Selection, limit: int) -> tuple[list[Job], int]:
+        """Return the jobs of a selection that changed last, by arrival, and how many there are."""
+        if chosen.ids or chosen.match or chosen.older_than:
+            seqs = sorted((job.updated_at, job.seq) for job in self.selected(chosen))
+            return list(self.by_seqs(sorted(seq for _, seq in seqs[-limit:]))), len(seqs)
+        counts = self.counts_by_queue(chosen.queues)
+        counts = [row for row in counts if chosen.takes_state(*row[1:3])]
         found: list[Job] = []
-        for state, readiness in product(states, (READY, SCHEDULED, BLOCKED)):
-            asked = {"state": state, "readiness": readiness, "queue": queue, "limit": limit}
-            found += self.select(LATEST, **asked, notifications=notifications)
+        kinds = {(row[0] if chosen.queues else None, *row[1:3]) for row in counts}
+        total = sum(row[3] for row in counts)
+        for queue, state, readiness in kinds:
+            asked = {"state": state, "readiness": readiness, "queue": queue}
+            found += self.select(LATEST, **asked, limit=limit, notifications=chosen.notifications)
+            if state == COMPLETED and not chosen.notifications:
+                total -= self.number(COUNT_NOTIFICATIONS, state=state, queue=queue)
         found.sort(key=lambda job: job.updated_at)
-        return sorted(found[-limit:])
+        return sorted(found[-limit:]), total
 
     def attempts(self, job: Job) -> list[Attempt]:
         return [Attempt(*row) for row in self.db.rows(ATTEMPTS, {"seq": job.seq})]
@@ -2839,11 +3246,21 @@ class Reader:
 
     def facts(self, job: Job, attempts: Iterable[Attempt]) -> dict[str, Any]:
         """Return a job and its attempts as `show --json` and notifications have them."""
-        facts = job_facts(job, self.settings(job.queue))
+        settings = self.settings(job.queue)
+        facts = {**job_facts(job, settings), "settings": settings}
         facts["stdin"] = self.stdin(job).decode()
         facts["why"] = None
         facts["after"] = [parent.id for parent in self.parents(job)]
         return {**facts, "runs": [attempt_facts(attempt) for attempt in attempts]}
+
+    def runs(self, job: Job) -> list[Attempt]:
+        """Return the attempts without their output."""
+        return [Attempt(*row) for row in self.db.rows(RUNS, {"seq": job.seq})]
+
+    def output_tail(self, seq: int, run: int, limit: int) -> str:
+        """Return the end of an attempt's output; bytes that are not UTF-8 are escaped."""
+        rows = self.db.rows(OUTPUT_TAIL, {"seq": seq, "run": run, "start": -limit})
+        return "".join(bytes(row[0]).decode(errors="backslashreplace") for row in rows)
 
     def schedules(self) -> list[Job]:
         return self.select(SCHEDULES)
@@ -2874,10 +3291,17 @@ class Reader:
         names = as_list(queues) or (None,)
         return [job for name in names for job in self.select(OLDEST, queue=name, **asked)]
 
+    def rows_of(self, sql: str, queues: Sequence[str], **args: object) -> list[Any]:
+        """Return the rows of a statement with :served, for these queues or for all."""
+        names = as_list(queues)
+        args.update((f"q{n}", name) for n, name in enumerate(names))
+        return self.db.rows(for_queues(sql, len(names)), args)
+
     def counts_by_queue(self, queues: Sequence[str] = ()) -> list[tuple[str, State, int, int]]:
         """Return the number of jobs by queue, state and readiness, in these queues or in all."""
-        names = as_list(queues)
-        return [row for row in self.db.rows(COUNTS) if not names or row[0] in names]
+        rows = self.rows_of(COUNTS, queues)
+        counted = ((row[0], *kind, n) for row in rows for kind, n in zip(COUNTED, row[1:]))
+        return [count for count in counted if count[-1]]
 
     def counts(self, queues: Sequence[str] = ()) -> dict[str, int]:
         counts: dict[str, int] = dict.fromkeys(STATES, 0)
@@ -2896,39 +3320,43 @@ class Reader:
         return rate
 
     def settings(self, queue: str = "") -> dict[str, Any]:
+        """Return the settings that apply to the jobs of a queue: its own, or the default's."""
         settings = DEFAULTS.copy()
-        for key, value in self.db.rows(STORED_SETTINGS, {"queue": queue}):
+        for _, key, value in self.db.rows(STORED_SETTINGS, {"queue": queue}):
             try:
                 if key in SETTINGS:
-                    settings[key] = SETTINGS[key].read(value)
+                    settings[key] = read_setting(key, value)
             except ValueError as error:
                 raise Damaged(f"{self.db.path}: the setting {key} {error}") from None
         return settings
+
+    def sources(self, queue: str = "") -> dict[str, str]:
+        """Return the settings that are stored and apply to a queue: it, or "" for all queues."""
+        rows = self.db.rows(STORED_SETTINGS, {"queue": queue})
+        return {key: source for source, key, _ in rows if key in SETTINGS}
+
+    def held(self) -> list[str]:
+        """Return the queues with ready jobs that are at their limit or their rate."""
+        return [row[0] for row in self.db.rows(HELD_QUEUES)]
 
     def paused(self) -> list[str]:
         """Return the paused queues; "" stands for all queues."""
         return [row[0] for row in self.db.rows(PAUSED)]
 
-    def launch_holds(self, queue: str | None = None) -> dict[str, tuple[float, str]]:
-        """Return the queues left alone after failed launches: until when, and why."""
+    def launch_holds(self, queue: str = "") -> dict[str, str]:
+        """Return the queues left alone after failed launches, or this one, and why."""
         now = self.clock()
-        found = self.db.rows(LAUNCH_HOLDS, {"now": now})
-        return {
-            name: (until, describe_hold(name, until, failures, now))
-            for name, until, failures in found
-            if queue in (None, name)
-        }
+        found = self.db.rows(LAUNCH_HOLDS, {"now": now, "queue": queue})
+        return {name: describe_hold(name, at, failures, now) for name, at, failures in found}
 
-    def waiting_queues(self, queues: Sequence[str]) -> dict[str, int]:
-        """Return the unpaused queues with waiting jobs, as SCHEDULED where some are scheduled."""
-        names = as_list(queues)
-        found = self.db.rows(WAITING_QUEUES, {"now": self.clock()})
-        return {queue: readiness for queue, readiness in found if not names or queue in names}
+    def next_due_time(self, queues: Sequence[str] = ()) -> float | None:
+        """Return when the next scheduled job of these queues, or of all, is due."""
+        sql = NEXT_SCHEDULED_OF_QUEUES if queues else NEXT_SCHEDULED
+        return self.rows_of(sql, queues)[0][0]  # type: ignore[no-any-return]
 
     def next_ready_time(self, queues: Sequence[str] = ()) -> float | None:
-        waiting = self.waiting_queues(queues)
-        times = [self.db.rows(NEXT_SCHEDULED, {"queue": queue})[0][0] for queue in waiting]
-        times += [until for until, _ in self.launch_holds().values()]
+        """Return when the next job is due, or when a queue's rate allows its next start."""
+        times = (self.next_due_time(queues), self.rows_of(NEXT_TOKEN, queues)[0][0])
         return min((when for when in times if when is not None), default=None)
 
     def drain_blockers(
@@ -2936,18 +3364,20 @@ class Reader:
     ) -> dict[str, bool]:
         """Return the queues that a drain waits for, some seconds ahead; True where paused."""
         found: dict[str, bool] = {}
-        paused = self.paused()
+        all_paused = "" in self.paused()
         until = self.clock() + horizon
-        for queue, state, readiness, _ in self.counts_by_queue(queues):
-            if state in FINISHED or readiness == BLOCKED:
-                continue
-            if readiness == SCHEDULED:
-                when = self.db.rows(NEXT_SCHEDULED_FOR_DRAIN, {"queue": queue})[0][0]
-                if when is None or when > until:
-                    continue
-            held = state == PENDING and ("" in paused or queue in paused)
-            found[queue] = held and found.get(queue, True)
+        for queue, paused, ready, processing, when in self.rows_of(DRAINED, queues):
+            if ready or processing or (when is not None and when <= until):
+                found[queue] = bool(paused or all_paused) and not processing
         return found
+
+    def totals(self) -> list[Totals]:
+        return [Totals(*row) for row in self.db.rows(TOTALS)]
+
+    def oldest_due(self, queue: str) -> float | None:
+        """Return when the ready job of a queue that was due first was due."""
+        due: float | None = self.db.rows(OLDEST_DUE, {"queue": queue})[0][0]
+        return due
 
     def data_version(self) -> int:
         return self.number(GET_DATA_VERSION)
@@ -2966,6 +3396,10 @@ class Reader:
                 yield
         if seen != self.data_version():
             yield
+
+
+HOLD = 0.015  # seconds after which a change of many jobs ends a transaction and begins another
+LET_IN = 0.006  # seconds between the two, for others: they try again sooner
 
 
 class Claim(NamedTuple):
@@ -3072,20 +3506,36 @@ class Ledger:
 
     def _claim(self, worker: str, queues: Sequence[str]) -> Claim | None:
         now = self.clock()
-        found: list[Job] = []
-        for queue, readiness in self.reader.waiting_queues(queues).items():
-            if readiness == SCHEDULED:
-                self.db.execute(MAKE_READY, {"queue": queue, "now": now})
-            found += self.reader.select(NEXT_READY, queue=queue)
-        if not found:
-            return None
-        job = min(found, key=lambda j: (-j.priority, j.run_after, j.seq))
-        waited = max(0.0, now - job.updated_at)
-        self.change(CLAIM, seq=job.seq, worker=worker, now=now, waited=waited)
-        job = job._replace(state=PROCESSING, attempts=job.attempts + 1, run=job.run + 1)
-        job = job._replace(waited=waited, locked_by=worker, locked_at=now, updated_at=now)
-        parents = " ".join(row[0] for row in self.db.rows(PARENT_IDS, {"seq": job.seq}))
-        return Claim(job, self.reader.settings(job.queue), self.reader.stdin(job), parents)
+        self.open_due(now)
+        for row in self.reader.rows_of(NEXT_READY, queues):
+            job = Job(*row)
+            settings = self.reader.settings(job.queue)
+            waited = max(0.0, now - job.updated_at)
+            self.change(CLAIM, seq=job.seq, worker=worker, now=now, waited=waited)
+            if settings["rate"]:
+                gap = rate_gap(settings["rate"])
+                taken = {"queue": job.queue, "seq": job.seq, "gap": gap, "late": min(gap, LATE)}
+                self.change(TAKE_TOKEN, **taken, now=now)
+            job = job._replace(
+                state=PROCESSING,
+                attempts=job.attempts + 1,
+                run=job.run + 1,
+                waited=waited,
+                locked_by=worker,
+                locked_at=now,
+                updated_at=now,
+            )
+            parents = " ".join(row[0] for row in self.db.rows(PARENT_IDS, {"seq": job.seq}))
+            return Claim(job, settings, self.reader.stdin(job), parents)
+        return None
+
+    def open_due(self, now: float) -> None:
+        """Make the jobs ready that are due, and open the queues whose rate allows a start."""
+        due, token_at, closed_at = self.db.rows(TIMERS)[0]
+        if due is not None and due <= now:
+            self.change(MAKE_READY, now=now)
+        if token_at is not None and (token_at <= now or closed_at > now):  # or a clock set back
+            self.change(REOPEN, now=now)
 
     def finish(
         self, job: Job, outcome: Outcome, next_from: Sequence[str] | None = None
@@ -3094,7 +3544,11 @@ class Ledger:
         with self.db.transaction():
             after = self._finish(job, outcome)
             worker = job.locked_by or ""
-            return after, None if next_from is None else self._claim(worker, next_from)
+            claim = None if next_from is None else self._claim(worker, next_from)
+            is_same = claim is not None and claim.job.queue == job.queue
+            if not is_same and self.db.rows(GOT_ROOM, {"queue": job.queue}):
+                self.db.notify_when_stored()  # an idle worker may use it
+            return after, claim
 
     def _finish(self, job: Job, outcome: Outcome) -> Job | None:
         if outcome.error is not None or job.rule:  # a completed job completes, cancelled or not
@@ -3177,7 +3631,7 @@ class Ledger:
         self.change(COUNT_LAUNCH_FAILURE, queue=queue)
         failures = self.reader.number(LAUNCH_FAILURES, queue=queue)
         pause = 2**failures if failures < MANY_FAILURES else 60
-        self.change(HOLD_LAUNCHES, queue=queue, until=now + pause)
+        self.change(HOLD_LAUNCHES, queue=queue, now=now, until=now + pause)
 
     def correct_times(self) -> bool:
         """Reschedule jobs whose times come from a clock that was more than a day ahead, if any."""
@@ -3194,14 +3648,86 @@ class Ledger:
                 self.change(RESCHEDULE, seq=job.seq, when=when, scheduled_for=planned, now=now)
         return True
 
-    def retry(self, job: Job) -> None:
-        if not self.change(RETRY, seq=job.seq, now=self.clock()):
-            raise NotFound(f"job {printable(job.id)} is {job.state}, not dead or cancelled")
+    def require_state(self, job: Job, states: Sequence[str]) -> None:
+        if job.state not in states:
+            raise NotFound(f"job {printable(job.id)} is {job.state}, not {' or '.join(states)}")
+
+    def check_retry(self, job: Job) -> None:
+        """Raise NotFound where a job cannot return to the queue."""
+        self.require_state(job, (DEAD, CANCELLED))
         name = {"id": job.schedule_id}
-        taken = job.rule and self.db.rows(BY_ID, name)
-        if taken or len(self.db.rows(ACTIVE_OF_SCHEDULE, name)) > 1:
+        if job.rule and (self.db.rows(BY_ID, name) or self.db.rows(ACTIVE_OF_SCHEDULE, name)):
             schedule = printable(str(job.schedule_id))
-            raise BadInput(f"schedule {schedule} is active already, or its name is taken")
+            raise NotFound(f"schedule {schedule} is active already, or its name is taken")
+
+    def retry(self, job: Job) -> None:
+        self.check_retry(job)
+        self.change(RETRY, seq=job.seq, now=self.clock())
+
+    def check_waits(self, job: Job) -> None:
+        """Raise NotFound where a job cannot be edited."""
+        if job.state != PENDING:
+            raise NotFound(f"job {printable(job.id)} is {job.state}; it was not changed")
+
+    def edit(self, job: Job, fields: Mapping[str, Any]) -> None:
+        """Give a waiting job new fields, as `validate_changes` returns them."""
+        now = self.clock()
+        row = {key: fields[key] for key in INSERTED if key in fields}
+        row.update(self.new_times(job, fields, now))
+        if "env" in fields:
+            env = {**json.loads(job.env or "{}"), **fields["env"]}
+            kept = {key: value for key, value in env.items() if value is not None}
+            row["env"] = json.dumps(kept) if kept else None
+        if "after" in fields or "after_end" in fields:
+            self.replace_needs(job, fields)
+        when = row.setdefault("run_after", job.run_after)
+        blocked = self.reader.number(COUNT_UNMET, child=job.seq)
+        row["readiness"] = BLOCKED if blocked else int(when <= now)
+        if (row["readiness"], when) != (job.readiness, job.run_after):
+            row["updated_at"] = now
+        self.change(edit_statement(*row), seq=job.seq, **row)
+
+    def new_times(self, job: Job, fields: Mapping[str, Any], now: float) -> dict[str, Any]:
+        """Return the columns that a new time or rule changes; a retry keeps its time."""
+        row: dict[str, Any] = {}
+        when = None
+        if "every" in fields:
+            row["rule"] = f"every {fields['every']:.15g}"
+            when = now + fields["every"]
+        if "cron" in fields:
+            row["rule"] = f"cron {fields['cron']}"
+            when = cron_next(fields["cron"], now)
+        if row and not job.rule:
+            raise NotFound(f"job {printable(job.id)} is not the next one of a schedule")
+        when = None if job.run else when
+        if "delay" in fields:
+            when = now + fields["delay"]
+        when = fields.get("run_at", when)
+        if when is not None:
+            row["run_after"] = when
+            if job.rule and not job.run:
+                row["scheduled_for"] = when
+        return row
+
+    def replace_needs(self, job: Job, fields: Mapping[str, Any]) -> None:
+        """Let a job wait for other jobs than before; raise NotFound where they wait for it."""
+        needs = self.needs(fields)
+        for need in needs:
+            if self.reader.number(WAITS_FOR, job=need["parent"], other=job.seq):
+                parent = self.reader.by_seq(need["parent"]) or job
+                cycle = f"{printable(parent.id)}, which waits for it" if parent != job else "itself"
+                raise NotFound(f"job {printable(job.id)} cannot wait for {cycle}")
+        for key in fields.keys() & {"after", "after_end"}:
+            self.db.execute(DROP_NEEDS, {"child": job.seq, "any_end": key == "after_end"})
+        for need in needs:
+            self.db.execute(ADD_NEED, {**need, "child": job.seq})
+
+    def check_delete(self, job: Job, states: Sequence[str]) -> None:
+        """Raise NotFound where a job is in none of these states, or another one waits for it."""
+        self.require_state(job, states)
+        if child := self.reader.first(BLOCKED_CHILDREN, seq=job.seq):
+            name = printable(job.id)
+            raise NotFound(f"job {printable(child.id)} waits for {name}; cancel that first")
 
     def cancel(self, seq: int) -> None:
         now = self.clock()
@@ -3221,6 +3747,32 @@ class Ledger:
             for (seq,) in rows:
                 self.delete(seq)
         return len(rows)
+
+    def in_slices(
+        self, seqs: Iterable[int], check: Callable[[Job], None], act: Callable[[Job], None]
+    ) -> Iterator[list[Job]]:
+        """Change jobs in short transactions; yield the jobs, as they were before, of each.
+
+        Jobs for which the check raises NotFound are left as they are. What was yielded is stored,
+        whatever happens to the caller later.
+        """
+        left = collections.deque(seqs)
+        while left:
+            changed = []
+            with self.db.transaction(notify=True):
+                until = time.monotonic() + HOLD
+                while left:
+                    job = self.reader.by_seq(left.popleft())
+                    with contextlib.suppress(NotFound):
+                        if job:
+                            check(job)
+                            act(job)
+                            changed.append(job)
+                    if time.monotonic() > until:
+                        break
+            yield changed
+            if left and not self.db.connection.in_block:
+                time.sleep(LET_IN)
 
 
 class JobWatch:
@@ -3360,14 +3912,15 @@ class Queue:
     ) -> Iterator[Job]:
         """Yield jobs in order of arrival; with a limit, those that changed last.
 
-        Without `notifications`, those that have completed are left out.
+        Without `notifications`, those that have completed are left out. `states` may also name the
+        kinds of pending jobs: ready, scheduled, blocked.
         """
+        queues = [queue] if queue else []
         wanted = as_list(states) or STATES
+        chosen = Selection(queues=queues, states=wanted, notifications=notifications)
         if limit is not None:
-            latest = self._reader.latest(wanted, limit, queue, notifications=notifications)
-            return iter(latest)
-        found = (job for job in self._reader.all(queue) if job.state in wanted)
-        return (j for j in found if notifications or not j.notifies or j.state != COMPLETED)
+            return iter(self._reader.latest_selected(chosen, limit)[0])
+        return self._reader.selected(chosen)
 
     def attempts(self, job: Job | str) -> list[Attempt]:
         """Return the attempts of a job that have ended, oldest first."""
@@ -3407,11 +3960,32 @@ class Queue:
                 self._ledger.cancel(seq)
         return [self.get(job.id) for job in jobs.values()]
 
-    def retry(self, ids: Iterable[str] | None = None) -> list[str]:
-        """Return dead or cancelled jobs to the queue, all or none; without ids, all dead ones."""
+    def edit(self, ids: Iterable[str], **fields: object) -> list[Job]:
+        """Change the fields of waiting jobs; return those that were changed, as they are now.
+
+        A job that runs or has ended is left as it is. If a value is bad, no job is changed. Takes
+        the fields of `enqueue` but the id. `env` is added to the variables, and None removes one;
+        `after` replaces the jobs to wait for, and an empty one removes them. "default" as
+        max_retries or timeout leaves it to the settings again. A schedule, by its name, is changed
+        from its next job on; only one that waits can be given another `every` or `cron`.
+        """
+        changes = validate_changes(fields)
         with self._db.transaction(notify=True):
-            if ids is None:
-                ids = [row[0] for row in self._reader.dead()]
+            jobs = [job for job in self._reader.named(ids) if job.state == PENDING]
+            for job in jobs:
+                self._ledger.edit(job, changes)
+            return list(self._reader.by_seqs([job.seq for job in jobs]))
+
+    def retry(self, ids: Iterable[str] | None = None) -> list[str]:
+        """Return dead or cancelled jobs to the queue, all or none; return their ids.
+
+        Without ids, return all dead jobs, in slices, so that nobody else waits for long.
+        """
+        if ids is None:
+            seqs = [row[1] for row in self._reader.dead()]
+            slices = self._ledger.in_slices(seqs, self._ledger.check_retry, self._ledger.retry)
+            return [job.id for jobs in slices for job in jobs]
+        with self._db.transaction(notify=True):
             jobs = self._reader.named(ids)
             for job in jobs:
                 self._ledger.retry(job)
@@ -3419,16 +3993,16 @@ class Queue:
 
     def purge(self, ids: Iterable[str]) -> int:
         """Delete dead or cancelled jobs, all or none; return how many."""
+        return len(self._delete(ids, (DEAD, CANCELLED)))
+
+    def _delete(self, ids: Iterable[str], states: Sequence[str]) -> list[Job]:
+        """Delete the named jobs, all or none; return them."""
         with self._db.transaction():
             jobs = self._reader.named(ids)
             for job in jobs:
-                name = printable(job.id)
-                if job.state not in (DEAD, CANCELLED):
-                    raise NotFound(f"job {name} is {job.state}, not dead or cancelled")
-                for child in self._reader.select(BLOCKED_CHILDREN, seq=job.seq):
-                    raise NotFound(f"job {printable(child.id)} waits for {name}; cancel that first")
+                self._ledger.check_delete(job, states)
                 self._ledger.delete(job.seq)
-        return len(jobs)
+        return jobs
 
     def prune(self, older_than: float = 0, states: Sequence[str] = PRUNED_BY_DEFAULT) -> int:
         """Delete jobs that ended `older_than` seconds ago or earlier; return how many.
@@ -3436,18 +4010,14 @@ class Queue:
         A job that a blocked job waits for is kept. The work is done in slices, so that nobody else
         waits for long.
         """
-        before = self._reader.clock() - older_than
         wanted = as_list(states)
         if not set(wanted) <= set(FINISHED):
             raise BadInput(f"only jobs in the states {', '.join(FINISHED)} can be pruned")
-        total = 0
-        for state in wanted:
-            began = time.monotonic()
-            while deleted := self._ledger.delete_slice(state, before):
-                total += deleted
-                time.sleep(min(time.monotonic() - began, 0.05))
-                began = time.monotonic()
-        return total
+        chosen = Selection(states=wanted, older_than=older_than)
+        seqs = [job.seq for job in self._reader.selected(chosen)]
+        check = partial(self._ledger.check_delete, states=wanted)
+        slices = self._ledger.in_slices(seqs, check, lambda job: self._ledger.delete(job.seq))
+        return sum(map(len, slices))
 
     def pause(self, queue: str = "") -> None:
         """Start no more jobs of a queue, or of any; running jobs continue."""
@@ -3459,16 +4029,23 @@ class Queue:
         with self._db.transaction(notify=True):
             self._db.execute(RESUME, {"queue": queue})
 
-    def config(self) -> dict[str, Any]:
-        """Return the value of every setting."""
-        return self._reader.settings()
+    def config(self, queue: str = "") -> dict[str, Any]:
+        """Return the value of every setting, as it applies to the jobs of a queue."""
+        return self._reader.settings(queue)
 
-    def configure(self, key: str, value: str | None) -> None:
-        """Store a setting, written as on the command line; None restores the default."""
-        key = validate_setting(key, value)
+    def configure(self, key: str, value: str | None, queue: str = "") -> None:
+        """Store a setting, written as on the command line; None restores the default.
+
+        It is the default of all queues or, given a queue, applies to that one only.
+        """
+        key = validate_setting(key, value, queue)
+        if queue:
+            validate("queue", valid_name, queue)
         with self._db.transaction(notify=True):
             sql = UNSET if value is None else SET
-            self._db.execute(sql, {"queue": "", "key": key, "value": value})
+            self._db.execute(sql, {"queue": queue, "key": key, "value": value})
+            if key in ("limit", "rate"):
+                self._db.execute(APPLY_SETTINGS, {"queue": queue})
 
 
 # --- attempt: launching a job, watching it, ending it, keeping its output and its result ----------
@@ -3596,6 +4173,8 @@ class Termination:
             self.output.reopen()
             self.output = None
         trace = self.run_dir.trace(self.job)
+        if time.monotonic() >= self.deadline:
+            SYSTEM.kill_group(trace)  # at once, however long it takes to find the others
         self.found = SYSTEM.processes(trace, snapshot())
         now = time.monotonic()
         if now >= self.deadline:
@@ -3679,7 +4258,7 @@ class Execution:
             self.is_over = self.end_processes(child)
         if self.is_over:
             SYSTEM.release(child)
-        code = child.poll()
+        code = child.returncode
         self.conclude(end, code, error or explain_exit(code))
 
     def conclude(self, end: End, code: int | None, error: str | None) -> None:
@@ -3834,12 +4413,6 @@ class ReportStream:
         return data[: len(data) - len(self.part)], reports
 
 
-def last_line(output: bytes) -> str:
-    """Return the last line of an output for a message."""
-    lines = output.decode(errors="replace").strip().splitlines()
-    return quoted(lines[-1].strip(), 2 * QUOTED_LIMIT) if lines else ""
-
-
 class FarEnd:
     """Makes sure that an attempt is over elsewhere, once its client is gone: by launcher_cancel.
 
@@ -3904,7 +4477,7 @@ class FarEnd:
     def fail(self, reason: str) -> None:
         """Report a failure, record it for `status`, and try again after a growing pause."""
         self.said.seek(0)
-        said = last_line(self.said.read(1 << 16))
+        said = last_line(self.said.read(1 << 16).decode(errors="replace"))
         self.said.close()
         command = quoted(join_words(self.facts["cancel"]))
         trouble = f"launcher_cancel ({command}) failed: {reason}" + (f": {said}" if said else "")
@@ -4099,8 +4672,9 @@ class RemoteExecution(Execution):
         )
         if host:
             return "crashed", None, f"lost on {host}: {client} without a result"
-        said = last_line(self.output.tail(1 << 12)[1]) if self.output else ""
-        return "not launched", None, f"not launched: {client}" + (f": {said}" if said else "")
+        output = self.output.tail(1 << 12)[1] if self.output else b""
+        said = last_line(output.decode(errors="replace"))
+        return "not launched", None, ": ".join(filter(None, ("not launched", client, said)))
 
 
 def keep_result(run_dir: RunDirectory, job: Job, outcome: Outcome, output: Output) -> None:
@@ -4357,7 +4931,7 @@ class Worker:
             text = describe_end(ended.job, after, outcome)
             if outcome.end == "not launched":
                 holds = self.ledger.reader.launch_holds(ended.job.queue).values()
-                text = "; ".join([text, *(reason for _, reason in holds)])
+                text = "; ".join([text, *holds])
             self.link.send(News("event", text, state, when), within=BATCH)
         return claim
 
@@ -4399,6 +4973,7 @@ class PoolOptions(NamedTuple):
     signals: bool = False
     say: Callable[[str], None] = ignore
     tick: Callable[[], None] = ignore
+    name: str = ""
 
 
 class Agenda:
@@ -4431,7 +5006,7 @@ class PoolFiles:
         import socket
 
         self.run_dir = db.run_dir
-        self.name = "pool-" + os.urandom(4).hex()
+        self.name = options.name or new_pool_name()
         with contextlib.ExitStack() as stack:
             self.lock_file = LockFile(self.run_dir.file(self.name))  # says: this pool is alive
             stack.callback(self.lock_file.close)
@@ -4753,12 +5328,15 @@ class Pool:
         self.recovery = Recovery(ledger, self.notices, self.report_recovered)
         self.wal = WalSync(ledger.db)
         start = self.crew.start_missing
-        self.agenda = Agenda(self.poll, start, self.prune, self.sync, self.print_events)
+        steps = (self.poll, self.look_ahead, start, self.prune, self.sync, self.print_events)
+        self.agenda = Agenda(*steps)
         self.signals: list[tuple[float, int]] = []
         self.code: int = Exit.OK
+        self.ended: collections.Counter[str] = collections.Counter()  # jobs by their final state
         self.fault: Fault | None = None
         self.seen: object = None  # the data_version of the last poll, and its connection
-        self.ready_at = NEVER  # when the next scheduled job is due, on the clock of the jobs
+        self.ready_at = NEVER  # when a job is due or a rate allows it, on the clock of the jobs
+        self.polled_at = 0.0  # on the same clock
         ledger.db.keep_waiting = lambda waited: waited < 0.3 and not self.signals
 
     def on_signal(self, number: int, _: object) -> None:
@@ -4770,6 +5348,7 @@ class Pool:
             if self.options.signals:
                 stack.enter_context(handle_signals(self.on_signal, self.files.wakeup))
             stack.callback(self.crew.close)
+            began = time.monotonic()
             reader = self.ledger.reader
             empty = "" if any(reader.counts().values()) else ", which has no jobs yet"
             workers = plural(self.options.size, "worker")
@@ -4779,12 +5358,17 @@ class Pool:
                 self.agenda.set(step, 0.0)
             while not self.crew.mode or self.crew.is_alive() or self.recovery.is_ending():
                 self.turn()
-            self.flush_events()
             with self.ledger.db.translate_errors():
                 self.sync()
+            self.summarize(time.monotonic() - began)
         if self.fault:
             raise self.fault
         return self.code
+
+    def summarize(self, seconds: float) -> None:
+        words = (*FINISHED, "blocked")
+        numbers = [f"{self.ended[word]} {word}" for word in words if self.ended[word]]
+        self.say(f"{', '.join(numbers) or 'no jobs ended'} in {format_duration(seconds)}")
 
     def say(self, text: str) -> None:
         self.flush_events()
@@ -4846,6 +5430,8 @@ class Pool:
                 self.report(news.state, news.text, news.when)
             else:
                 worker.state = news.kind
+            if news.kind == "idle":  # when does the rate of a queue allow the next start?
+                self.agenda.set(self.look_ahead, 0.0)
             if news.kind == "busy":  # a claim must survive a power cut too; there may be more work
                 self.crew.maybe_work = True
                 self.agenda.within(self.sync, BATCH)
@@ -4856,12 +5442,17 @@ class Pool:
         self.agenda.within(self.sync, BATCH)
         if state == DEAD and self.options.drain:
             self.code = Exit.NO
+        if state in FINISHED:
+            self.ended[state] += 1
         if state == PENDING:
             self.agenda.within(self.poll, BATCH)  # when is it due?
 
     def report_recovered(self, state: str, text: str) -> None:
         self.seen = None  # changes of our own do not show in the data_version
         self.report(state, text)
+        if not self.crew.mode:  # there may be many to recover: the first must not wait for all
+            self.crew.maybe_work = True
+            self.crew.dispatch()
 
     def print_events(self) -> None:
         """Print the events that no late news can precede any more."""
@@ -4915,13 +5506,21 @@ class Pool:
             require_in_place(path, info)
         # Read first: later changes are seen later. A new connection has a new count.
         version = (self.ledger.reader.data_version(), self.ledger.db.connection)
+        now = self.ledger.clock()
+        if now < self.polled_at:  # the clock was set back
+            self.seen = None
+        self.polled_at = now
         if version != self.seen or self.recovery.has_strangers:  # they may die without a change
             self.recover()
         if version != self.seen:
             self.seen = version
             self.crew.maybe_work = True
-            when = self.ledger.reader.next_ready_time(self.options.queues)
-            self.ready_at = NEVER if when is None else when
+            self.look_ahead()
+
+    def look_ahead(self) -> None:
+        """Find out when the next job will be ready by itself."""
+        when = self.ledger.reader.next_ready_time(self.options.queues)
+        self.ready_at = NEVER if when is None else when
 
     def recover(self) -> None:
         claimed = self.ledger.reader.claimed()
@@ -4966,9 +5565,11 @@ class Pool:
         for job in blocked:
             self.code = Exit.NO
             self.say(f"job {printable(job.id)} is {describe_blockers(reader.parents(job))}")
-        more = reader.counts(self.options.queues)[PENDING] - len(blocked)
-        if blocked and more > 0:
-            self.say(f"and {more} more are pending")
+        rows = reader.counts_by_queue(self.options.queues)
+        number = sum(row[3] for row in rows if row[1:3] == (PENDING, BLOCKED))
+        if number > len(blocked):
+            self.say(f"and {number - len(blocked)} more are blocked")
+        self.ended["blocked"] = number
         self.stop("stop")
 
 
@@ -4991,6 +5592,7 @@ def work(  # noqa: PLR0913
     signals: bool = False,
     say: Callable[[str], None] = ignore,
     tick: Callable[[], None] = ignore,
+    name: str = "",
 ) -> int:
     """Run jobs with `count` workers until stopped or, with `drain`, until nothing is left to run.
 
@@ -4998,10 +5600,11 @@ def work(  # noqa: PLR0913
     exit code: 0; 1 if a job died during a drain or is left blocked; 128+n if signal n ended the
     jobs. `signals` lets INT, TERM and HUP stop it, which only a main thread may ask for;
     `queuectl worker stop` always can. `say` gets a line for each event, `tick` is called at least
-    once a second. `insecure` is as in Queue.
+    once a second. `insecure` is as in Queue. `name` names the pool in the run directory.
     """
     validate("count", integer(1, 1000), count)
-    options = PoolOptions(count, as_list(queues), drain, horizon, insecure, signals, say, tick)
+    hooks = (say, tick, name)
+    options = PoolOptions(count, as_list(queues), drain, horizon, insecure, signals, *hooks)
     end_a_thread()
     with Queue(path, insecure=insecure) as queue:
         queue.config()  # with damaged settings no worker could begin
@@ -5016,8 +5619,7 @@ def work(  # noqa: PLR0913
 
 # --- words: jobs, workers and counts as text and as JSON ------------------------------------------
 
-WORKER_HEADINGS = ("WORKER", "PID", "JOB", "SINCE", "HOST", "COMMAND")
-READINESS_WORDS = {READY: "ready", SCHEDULED: "scheduled", BLOCKED: "blocked"}
+WORKER_HEADINGS = ("WORKER", "PID", "QUEUES", "STARTED", "JOB", "SINCE", "HOST", "COMMAND")
 
 
 def display_width(text: str) -> int:
@@ -5083,24 +5685,22 @@ def unserved(run_dir: RunDirectory, queue: str) -> str:
     return "" if is_served else f"no worker serves queue {queue}"
 
 
-def obstacle_of_pending(reader: Reader, job: Job) -> str:
-    if job.readiness == BLOCKED:
-        return describe_blockers(reader.parents(job))
-    for _, reason in reader.launch_holds(job.queue).values():
+def hold(reader: Reader, queue: str) -> str:
+    """Return which setting lets a queue start no job now; empty if none does."""
+    for reason in reader.launch_holds(queue).values():
         return reason
-    if job.run_after > reader.clock():
-        return "due " + format_distance(job.run_after, reader.clock())
-    paused = reader.paused()
-    if "" in paused:
-        return "all queues are paused (queuectl resume)"
-    if job.queue in paused:
-        return f"queue {job.queue} is paused (queuectl resume --queue {job.queue})"
-    return unserved(reader.db.run_dir, job.queue)
+    for capacity, running, token_at in reader.db.rows(HELD, {"queue": queue}):
+        if 0 < capacity <= running:
+            return f"queue {queue} is at its limit of {capacity}"
+        if token_at and token_at > reader.clock():
+            rate = reader.settings(queue)["rate"]
+            when = format_distance(token_at, reader.clock())
+            return f"queue {queue} is at its rate of {rate}; next {when}"
+    return ""
 
 
-def obstacle(reader: Reader, job: Job) -> str:
-    """Return the reason that a job cannot run now, in one phrase; empty if there is none."""
-    run_dir = reader.db.run_dir
+def obstacle_of_running(run_dir: RunDirectory, job: Job) -> str:
+    """Return the reason that a claimed job makes no progress, in one phrase; empty if it does."""
     if trouble := job.launched.get("trouble"):
         hint = f"once it is gone there, queuectl cancel --gone {printable(job.id)} ends the wait"
         return f"it may still run {job.whereabouts}: {trouble}; {hint}"
@@ -5108,7 +5708,24 @@ def obstacle(reader: Reader, job: Job) -> str:
         pools = run_dir.alive("pool")
         hint = "a pool is recovering it" if pools else "recover it with: queuectl worker start"
         return f"its worker died; {hint}"
-    return obstacle_of_pending(reader, job) if job.state == PENDING else ""
+    return ""
+
+
+def obstacle(reader: Reader, job: Job) -> str:
+    """Return the reason that a job cannot run now, in one phrase; empty if there is none."""
+    run_dir = reader.db.run_dir
+    if job.state != PENDING:
+        return obstacle_of_running(run_dir, job)
+    if job.readiness == BLOCKED:
+        return describe_blockers(reader.parents(job))
+    if job.run_after > reader.clock():
+        return "due " + format_distance(job.run_after, reader.clock())
+    paused = reader.paused()
+    if "" in paused:
+        return "all queues are paused (queuectl resume)"
+    if job.queue in paused:
+        return f"queue {job.queue} is paused (queuectl resume --queue {job.queue})"
+    return unserved(run_dir, job.queue) or hold(reader, job.queue)
 
 
 def reason_to_wait(reader: Reader, job: Job) -> str:
@@ -5124,6 +5741,22 @@ def rule_text(job: Job) -> str:
     return f"every {format_duration(float(rule))}" if kind == "every" else rule
 
 
+def setting_text(value: object) -> str:
+    """Return the value of a setting as `config set` takes it."""
+    if isinstance(value, tuple):
+        numbers = all(isinstance(item, int) for item in value)
+        return ",".join(map(str, value)) if numbers else join_words(value)
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
+
+
+def stored_settings(reader: Reader, queue: str) -> Iterator[str]:
+    """Yield each setting that applies to a queue and is not built in, with its source."""
+    settings = reader.settings(queue)
+    for key, source in reader.sources(queue).items():
+        where = f"queue {source}" if source else "all queues"
+        yield f"{key} {setting_text(settings[key])} ({where})"
+
+
 def job_row(reader: Reader, job: Job, settings: Settings) -> tuple[object, ...]:
     queue = "" if job.queue == "default" else job.queue
     tries = f"{job.attempts}/{job.max_retries or settings['max_retries']}"
@@ -5135,18 +5768,25 @@ def job_row(reader: Reader, job: Job, settings: Settings) -> tuple[object, ...]:
     return job.id, job.state, queue, tries, distance, reason or "", job.command
 
 
-def job_text(reader: Reader, job: Job) -> Iterator[str]:
+def job_details(reader: Reader, job: Job) -> Iterator[tuple[str, object]]:
+    """Yield the facts about a job that people want to see, by name."""
     hidden = "seq run cancel_requested blocked rule scheduled_for snoozes waited".split()
     hidden += ["notifies", "event", "stdin_size"]
     facts = job_facts(job, reader.settings(job.queue))
     facts = {key: value for key, value in facts.items() if key not in hidden}
     facts.update(why=reason_to_wait(reader, job), schedule=rule_text(job), snoozes=job.snoozes)
     facts["stdin"] = plural(job.stdin_size, "byte") if job.stdin_size else ""
+    facts["settings"] = ", ".join(stored_settings(reader, job.queue))
     if job.cancel_requested:
         facts["state"] += " (being cancelled)"
     for key, value in facts.items():
         if value not in (None, {}, "", 0) or key in ("priority", "timeout"):
-            yield f"{key:<12} {value}"
+            yield key, value
+
+
+def job_text(reader: Reader, job: Job) -> Iterator[str]:
+    for key, value in job_details(reader, job):
+        yield f"{key:<12} {value}"
     rows = []
     for run in reader.attempts(job):
         took = format_duration(run.finished - run.started)
@@ -5154,35 +5794,37 @@ def job_text(reader: Reader, job: Job) -> Iterator[str]:
     yield from section(("RUN", "STARTED", "TOOK", "ENDED", "WORKER"), rows)
 
 
-def worker_facts(reader: Reader) -> Iterator[dict[str, Any]]:
+def worker_facts(reader: Reader, only: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the living workers, or those that serve one queue."""
     running = {job.locked_by: job for job in reader.claimed()}
+    pools = reader.db.run_dir.alive("pool")
     for name, note in reader.db.run_dir.alive("worker").items():
-        job = running.get(name)
-        facts = {"worker": name, "pool": pool_of(name), "pid": note.get("pid")}
-        since = job and format_time(job.locked_at)
-        claim = {"job": job and job.id, "since": since, "command": job and job.command}
-        claim["host"] = job and job.host
-        yield {**facts, "slot": note.get("slot"), **claim}
+        pool = pools.get(pool_of(name), {})
+        queues = pool.get("queues", [])
+        if only is None or not queues or only in queues:
+            job = running.get(name)
+            facts = {"worker": name, "pool": pool_of(name), "pid": note.get("pid")}
+            facts.update(slot=note.get("slot"), queues=queues)
+            facts["started"] = format_time(pool.get("started"))
+            facts.update(job=job and job.id, since=job and format_time(job.locked_at))
+            facts["host"] = job and job.host
+            yield {**facts, "command": job and job.command}
 
 
 def worker_rows(workers: Iterable[Facts], now: float) -> Iterator[tuple[object, ...]]:
+    def ago(when: str | None) -> str:
+        return format_distance(parse_time(when), now) if when else ""
+
     for worker in workers:
-        since = worker["since"] and format_distance(parse_time(worker["since"]), now)
-        job = worker["job"] or "idle"
-        host = worker["host"] or ""
-        yield (
-            worker["worker"],
-            worker["pid"] or "?",
-            job,
-            since or "",
-            host,
-            worker["command"] or "",
-        )
+        queues = ",".join(worker["queues"])
+        started, since = ago(worker["started"]), ago(worker["since"])
+        about = (worker["job"] or "idle", since, worker["host"] or "", worker["command"] or "")
+        yield (worker["worker"], worker["pid"] or "?", queues, started, *about)
 
 
 def tally(counts: Iterable[tuple[State, int, int]]) -> dict[str, int]:
     """Sum up numbers of jobs by state and, for pending ones, also by readiness."""
-    found: dict[str, int] = dict.fromkeys((*STATES, *READINESS_WORDS.values()), 0)
+    found: dict[str, int] = dict.fromkeys(STATE_WORDS, 0)
     for state, readiness, number in counts:
         found[state] += number
         if state == PENDING:
@@ -5198,13 +5840,15 @@ def status_facts(reader: Reader, only: str | None = None) -> dict[str, Any]:
         queues.setdefault(name, dict.fromkeys(STATES, 0))[state] += number
     facts["queues"] = queues
     facts["paused"] = [name for name in reader.paused() if only in (None, name) or not name]
+    held = {name: hold(reader, name) for name in reader.held() if only in (None, name)}
+    facts["held"] = {name: reason for name, reason in held.items() if reason}
     now = reader.clock()
     pools = reader.db.run_dir.alive("pool").values()
     age = now - min((note.get("started", now) for note in pools), default=0)
     facts["rate"] = round(reader.rate(only, min(60.0, max(1.0, age))), 3)  # over a minute, or less
     oldest = reader.oldest(only)
     facts["oldest"] = oldest and job_facts(oldest, reader.settings(oldest.queue))
-    facts["workers"] = list(worker_facts(reader))
+    facts["workers"] = list(worker_facts(reader, only))
     return facts
 
 
@@ -5216,10 +5860,14 @@ def status_counts(reader: Reader, facts: Facts, only: str | None, *, full: bool)
     yield f"{'workers':<10} {len(facts['workers']):>8}"
     if full:
         yield f"{'rate':<10} {facts['rate']:>8.1f}  jobs/s recently"
-    if facts["scheduled"] and (when := reader.next_ready_time([only] if only else ())):
+    if facts["scheduled"] and (when := reader.next_due_time([only] if only else ())):
         yield f"next       due {format_distance(when, reader.clock())}"
     if facts["paused"]:
         yield "paused     " + ", ".join(name or "all queues" for name in facts["paused"])
+    for reason in islice(facts["held"].values(), 5):
+        yield f"waiting    {reason}"
+    if len(facts["held"]) > 5:
+        yield f"waiting    {len(facts['held']) - 5} more queues are at their limit or rate"
 
 
 def status_text(reader: Reader, only: str | None = None, *, full: bool = False) -> Iterator[str]:
@@ -5234,15 +5882,14 @@ def status_text(reader: Reader, only: str | None = None, *, full: bool = False) 
     lost = ((job, reason) for job, reason in claimed if reason and only in (None, job.queue))
     for job, reason in islice(lost, 1):
         yield f"lost       job {job.id}: {reason}"
-    for _, reason in reader.launch_holds(only).values():
-        yield f"held       {reason}"
     for job in reader.blocked([only] if only else (), limit=1):
         yield f"blocked    job {job.id} is {describe_blockers(reader.parents(job))}"
     if set(facts["queues"]) - {"default"}:
         rows = ((name, *states.values()) for name, states in facts["queues"].items())
         yield from section(("QUEUE", *map(str.upper, STATES)), rows)
     yield from section(WORKER_HEADINGS, worker_rows(facts["workers"], now))
-    failed = reader.latest((DEAD,), 5, only) if full else []
+    chosen = Selection(queues=[only] if only else [], states=[DEAD])
+    failed = reader.latest_selected(chosen, 5)[0] if full else []
     reasons = ((job.id, format_distance(job.updated_at, now), job.last_error) for job in failed)
     yield from section(("LAST FAILED", "WHEN", "WHY"), reasons)
 
@@ -5251,7 +5898,7 @@ def survey_queues(reader: Reader, queues: Sequence[str] = ()) -> tuple[dict[str,
     """Return a tally of the jobs in these queues, or in all, and when the next one is due."""
     rows = reader.counts_by_queue()
     counts = tally(row[1:] for row in rows if not queues or row[0] in queues)
-    return counts, (counts["scheduled"] and reader.next_ready_time(queues)) or 0
+    return counts, (counts["scheduled"] and reader.next_due_time(queues)) or 0
 
 
 def survey_jobs(watch: JobWatch) -> tuple[dict[str, int], float]:
@@ -5291,6 +5938,2108 @@ class Progress:
         return ", ".join(part for part, is_shown in parts.items() if is_shown)
 
 
+# --- report: jobs and attempts as text, HTML, JUnit, Markdown, Prometheus and JSON ----------------
+
+TAIL = 4096  # bytes of an attempt's output that a report shows
+SHORT_TAIL = 1500  # where it shows one for each reason of failures
+LISTED = 10  # entries of a list of the slowest jobs, for instance
+DEAD_LISTED = 1000  # of all dead jobs
+GROUPS = 20  # reasons of failures that are shown, of at most 1000 that are told apart
+BARS = 8000  # of a Gantt chart
+LANES = 64
+BLAMELESS = (COMPLETED, "released", CANCELLED)  # outcomes of attempts that did not fail
+SHORT_BUCKETS = (1, 5, 10, 50, 150, 300, 600, 3000, 9000, 18000)  # widths in tenths of a second
+BUCKETS = (*SHORT_BUCKETS, 36000, 108000, 216000, 432000, 864000, 6048000)  # 1 h to a week
+
+
+class History(NamedTuple):
+    """A job and those of its attempts that have ended, oldest first, without their output.
+
+    `failures` are the attempts that failed. An exit with 75 that postponed the job did not.
+    """
+
+    job: Job
+    runs: list[Attempt]
+    failures: list[Attempt]
+
+    @property
+    def took(self) -> float:
+        """The seconds that the last attempt took."""
+        return sum(run.finished - run.started for run in self.runs[-1:])
+
+
+def history(job: Job, runs: list[Attempt]) -> History:
+    failures = [run for run in runs if run.outcome not in BLAMELESS and run.exit_code != TRY_LATER]
+    if job.state == DEAD and runs and runs[-1] not in failures[-1:]:
+        failures.append(runs[-1])
+    return History(job, runs, failures)
+
+
+def changed_jobs(reader: Reader, chosen: Selection, since: float) -> Iterator[Job]:
+    """Yield the jobs of a selection that changed at a time or later; an index finds them.
+
+    Those that have ended come first, so that a job that ends meanwhile is not read twice.
+    """
+    now = reader.clock()
+    kinds = [(state, READY) for state in (*FINISHED, PROCESSING)]
+    kinds += [(PENDING, readiness) for readiness in READINESS_WORDS]
+    for kind in kinds if since and not chosen.ids else ():
+        seqs = reader.seqs_in_state(*kind, since)
+        while numbers := list(islice(seqs, SLICE)):
+            jobs = reader.by_seqs(numbers)
+            yield from (
+                job for job in jobs if kind == (job.state, job.readiness) and chosen.takes(job, now)
+            )
+    if chosen.ids or not since:
+        yield from (job for job in reader.selected(chosen) if job.updated_at >= since)
+
+
+def histories(reader: Reader, jobs: Iterable[Job], since: float = 0) -> Iterator[History]:
+    """Yield jobs with their attempts that ended at a time or later: the data of every report."""
+    for job in jobs:
+        runs = reader.runs(job) if job.run else []
+        yield history(job, [run for run in runs if run.finished >= since])
+
+
+def drain_histories(
+    reader: Reader, queues: Sequence[str], pool: str, since: float
+) -> Iterator[History]:
+    """Yield the jobs that a pool ran since it began, and those that it left waiting."""
+    changed = Selection(queues=queues, states=(*FINISHED, PROCESSING, "scheduled"))
+    for found in histories(reader, changed_jobs(reader, changed, since), since):
+        if found.job.state == CANCELLED or any(pool_of(run.worker) == pool for run in found.runs):
+            yield found
+    waiting = Selection(queues=queues, states=("ready", "blocked"))
+    yield from histories(reader, reader.selected(waiting), since)
+
+
+class Distribution:
+    """Durations in logarithmic buckets: quantiles are exact to 2 %, whatever their number."""
+
+    STEP = math.log(1.02)
+
+    def __init__(self, parts: Iterable[Distribution] = ()) -> None:
+        self.number = 0
+        self.max = 0.0
+        self.buckets: dict[int, tuple[int, float]] = {}  # the number of durations, and the longest
+        for part in parts:
+            for bucket, (number, longest) in part.buckets.items():
+                self.put(bucket, number, longest)
+
+    def put(self, bucket: int, number: int, longest: float) -> None:
+        before = self.buckets.get(bucket, (0, 0.0))
+        self.buckets[bucket] = (before[0] + number, max(before[1], longest))
+        self.number += number
+        self.max = max(self.max, longest)
+
+    def add(self, seconds: float) -> None:
+        seconds = max(0.0, seconds)
+        self.put(round(math.log(max(seconds, 0.001)) / self.STEP), 1, seconds)
+
+    def quantile(self, part: float) -> float:
+        rest = math.ceil(self.number * part)
+        for _, (number, longest) in sorted(self.buckets.items()):
+            rest -= number
+            if rest <= 0:
+                return longest
+        return 0.0
+
+    def facts(self, name: str) -> dict[str, float]:
+        facts = {"p50": self.quantile(0.5), "p95": self.quantile(0.95), "max": self.max}
+        return {f"{name}_{key}": round(value, 3) for key, value in facts.items()}
+
+    def histogram(self) -> list[tuple[float, float, int]]:
+        """Return the lower and upper end of eighths of decades, and the number of durations."""
+        bins: collections.Counter[int] = collections.Counter()
+        for bucket, (number, _) in self.buckets.items():
+            bins[max(-24, math.floor(bucket * self.STEP / math.log(10) * 8))] += number
+        return [(10 ** (n / 8), 10 ** ((n + 1) / 8), number) for n, number in sorted(bins.items())]
+
+
+class Timeline:
+    """Numbers by time and key, in at most `limit` buckets, which widen as the time span grows."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.width = BUCKETS[0]  # in tenths of a second
+        self.numbers: collections.Counter[tuple[int, str]] = collections.Counter()
+        self.first = self.last = 0
+
+    def add(self, when: float, key: str, number: int = 1) -> None:
+        slot = int(when * 10) // self.width
+        self.first = min(self.first, slot) if self.numbers else slot
+        self.last = max(self.last, slot) if self.numbers else slot
+        self.numbers[slot, key] += number
+        while self.last - self.first >= self.limit:
+            self.widen()
+
+    def widen(self) -> None:
+        wider = next((width for width in BUCKETS if width > self.width), self.width * 2)
+        factor = wider // self.width
+        numbers = self.numbers
+        self.width = wider
+        self.numbers = collections.Counter()
+        for (slot, key), number in numbers.items():
+            self.numbers[slot // factor, key] += number
+        self.first //= factor
+        self.last //= factor
+
+    def facts(self, keys: Sequence[str], *, running_sum: bool = False) -> dict[str, Any]:
+        """Return where it starts, the width of a bucket, and of each key the numbers in order."""
+        facts: dict[str, Any] = {"start": self.first * self.width / 10, "width": self.width / 10}
+        slots = range(self.first, self.last + 1) if self.numbers else ()
+        for key in keys:
+            values = [self.numbers[slot, key] for slot in slots]
+            facts[key] = list(accumulate(values)) if running_sum else values
+        return facts
+
+
+class Counts:
+    """How many jobs there are by queue and state, and how long their attempts took and waited."""
+
+    def __init__(self) -> None:
+        self.jobs: collections.Counter[tuple[str, State, int]] = collections.Counter()
+        self.seconds: dict[str, Distribution] = collections.defaultdict(Distribution)
+        self.waits: dict[str, Distribution] = collections.defaultdict(Distribution)
+        self.outcomes: collections.Counter[str] = collections.Counter()
+
+    def add(self, history: History) -> None:
+        job = history.job
+        self.jobs[job.queue, job.state, job.readiness] += 1
+        for run in history.runs:
+            self.outcomes[run.outcome] += 1
+            self.seconds[job.queue].add(run.finished - run.started)
+            self.waits[job.queue].add(run.waited)
+
+    def facts_of(self, queues: Sequence[str]) -> dict[str, Any]:
+        jobs = ((key[1:], number) for key, number in self.jobs.items() if key[0] in queues)
+        took = Distribution(self.seconds[queue] for queue in queues)
+        waited = Distribution(self.waits[queue] for queue in queues)
+        counts = tally((*kind, number) for kind, number in jobs)
+        facts = {**counts, "attempts": took.number, **took.facts("took"), **waited.facts("waited")}
+        return {**facts, "histogram": took.histogram()}
+
+    def facts(self) -> dict[str, Any]:
+        queues = sorted({key[0] for key in self.jobs})
+        each = [{"queue": queue, **self.facts_of([queue])} for queue in queues]
+        return {
+            "jobs": sum(self.jobs.values()),
+            **self.facts_of(queues),
+            "outcomes": dict(self.outcomes),
+            "queues": sorted(each, key=lambda facts: -facts["attempts"]),
+        }
+
+
+class Course:
+    """How many jobs were in each state over time, and how many finished in each bucket of it."""
+
+    def __init__(self, since: float) -> None:
+        self.since = since
+        self.depth = Timeline(240)
+        self.finished = Timeline(100)
+        self.first = NEVER  # the first start and the last end of an attempt
+        self.last = 0.0
+
+    def move(self, when: float, before: str, after: str) -> None:
+        if before:
+            self.depth.add(max(when, self.since), before, -1)
+        self.depth.add(max(when, self.since), after)
+
+    def add(self, history: History) -> None:
+        job = history.job
+        state: str = PENDING
+        self.move(job.created_at, "", PENDING)
+        for run in history.runs:
+            self.first = min(self.first, run.started)
+            self.last = max(self.last, run.finished)
+            state = job.state if run is history.runs[-1] and job.state in FINISHED else PENDING
+            self.move(run.started, PENDING, PROCESSING)
+            self.move(run.finished, PROCESSING, state)
+        if job.state != state:  # it runs, or was cancelled while it waited
+            self.move(job.updated_at, state, job.state)
+        if job.state in FINISHED:
+            self.finished.add(job.updated_at, job.state)
+
+    def facts(self) -> dict[str, Any]:
+        finished = self.finished.facts(FINISHED)
+        number = sum(map(sum, (finished[COMPLETED], finished[DEAD])))
+        span = max(0.0, self.last - self.first)
+        return {
+            "first_start": format_time(self.first) if self.last else None,
+            "last_end": format_time(self.last) if self.last else None,
+            "rate": round(number / max(span, 0.001), 3) if self.last else 0.0,
+            "depth": self.depth.facts(STATES, running_sum=True),
+            "finished": finished,
+        }
+
+
+class Bar(NamedTuple):
+    """An attempt in a Gantt chart, or several that are too short to be told apart there."""
+
+    worker: str
+    started: float
+    finished: float
+    waited: float
+    outcome: str
+    number: int
+    failures: int
+    id: str
+    reason: str
+
+    def merged(self, other: Bar) -> Bar:
+        """Return a bar for both; it shows a failure if there is one."""
+        shown = other if other.failures and not self.failures else self
+        return shown._replace(
+            started=min(self.started, other.started),
+            finished=max(self.finished, other.finished),
+            waited=max(self.waited, other.waited),
+            number=self.number + other.number,
+            failures=self.failures + other.failures,
+        )
+
+
+class Gantt:
+    """The attempts of each worker over time; where there are too many, short ones are merged."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+        self.width = 0.001  # seconds; shorter attempts may have been merged
+        self.bars: list[Bar] = []
+
+    def add(self, history: History) -> None:
+        job = history.job
+        for run in history.runs:
+            times = (run.started, run.finished, run.waited)
+            failed = int(run in history.failures)
+            reason = quoted(run.error or "")
+            self.bars.append(Bar(run.worker, *times, run.outcome, 1, failed, job.id, reason))
+        if job.state == PROCESSING:
+            began = job.locked_at or self.now
+            times = (began, max(began, self.now), job.waited)
+            self.bars.append(Bar(job.locked_by or "", *times, "running", 1, 0, job.id, ""))
+        while len(self.bars) > 2 * BARS:
+            self.merge(self.width * 2)
+
+    def merge(self, width: float) -> None:
+        """Merge the attempts of a worker that are shorter than a width and begin within it."""
+        self.width = width
+        merged: dict[tuple[str, int], Bar] = {}
+        long = []
+        for bar in self.bars:
+            key = (bar.worker, int(bar.started / width))
+            if bar.finished - bar.started >= width:
+                long.append(bar)
+            else:
+                merged[key] = merged[key].merged(bar) if key in merged else bar
+        self.bars = [*long, *merged.values()]
+
+    def lanes(self) -> list[list[Bar]]:
+        """Return the bars by lane: a worker takes the lane of one that had ended before it."""
+        by_worker: dict[str, list[Bar]] = {}
+        for bar in sorted(self.bars, key=lambda bar: bar.started):
+            by_worker.setdefault(bar.worker, []).append(bar)
+        lanes: list[list[Bar]] = []
+        for bars in by_worker.values():
+            free = (lane for lane in lanes if lane[-1].finished <= bars[0].started)
+            lane = next(free, None)
+            if lane is None:
+                lanes.append(lane := [])
+            lane += bars
+        return lanes
+
+    def facts(self) -> dict[str, Any]:
+        start = min((bar.started for bar in self.bars), default=self.now)
+        end = max((bar.finished for bar in self.bars), default=self.now)
+        self.merge(max((end - start) / 1000, self.width))
+        while len(self.bars) > BARS and self.width < end - start:
+            self.merge(self.width * 2)
+        lanes = self.lanes()
+        shown = [[bar._asdict() for bar in lane] for lane in lanes[:LANES]]
+        return {"start": start, "end": end, "lanes": shown, "hidden": len(lanes) - len(shown)}
+
+
+class Ranking:
+    """The largest of many items."""
+
+    def __init__(self) -> None:
+        self.heap: list[tuple[float, int, dict[str, Any]]] = []
+        self.number = 0
+
+    def add(self, size: float, item: dict[str, Any]) -> None:
+        import heapq
+
+        self.number += 1
+        push = heapq.heappush if len(self.heap) < LISTED else heapq.heappushpop
+        push(self.heap, (size, self.number, item))
+
+    def facts(self) -> list[dict[str, Any]]:
+        return [item for _, _, item in sorted(self.heap, reverse=True)]
+
+
+class Failures:
+    """The attempts that failed, by reason."""
+
+    def __init__(self) -> None:
+        self.groups: dict[str, dict[str, Any]] = {}
+        self.dead: list[dict[str, Any]] = []  # the first of the dead jobs
+
+    def add(self, history: History) -> None:
+        job = history.job
+        for run in history.failures:
+            reason = quoted(run.error or run.outcome)
+            if reason not in self.groups and len(self.groups) >= 1000:
+                reason = "other reasons"
+            group = self.groups.setdefault(
+                reason, {"reason": reason, "attempts": 0, "dead": 0, "when": 0.0, "jobs": []}
+            )
+            group["attempts"] += 1
+            if job.state == DEAD and run is history.runs[-1]:
+                group["dead"] += 1
+                facts = {"id": job.id, "queue": job.queue, "run": run.run, "reason": reason}
+                self.dead += [{**facts, "seq": job.seq}] * (len(self.dead) < DEAD_LISTED)
+            if not group["jobs"] or group["jobs"][-1] != job.id:
+                group["jobs"] = [*group["jobs"], job.id][-LISTED:]
+            if run.finished >= group["when"]:
+                group.update(when=run.finished, seq=job.seq, id=job.id, run=run.run)
+
+    def facts(self, reader: Reader) -> dict[str, Any]:
+        """Return dead jobs, and the most frequent reasons with the end of one output each."""
+        groups = sorted(self.groups.values(), key=lambda g: (g["dead"], g["attempts"], g["when"]))
+        shown = groups[: -GROUPS - 1 : -1]
+        for group in shown:
+            group["when"] = format_time(group["when"])
+            group["output"] = reader.output_tail(group.pop("seq"), group["run"], SHORT_TAIL)
+            group["last_line"] = last_line(group["output"])
+        return {"failures": shown, "dead_jobs": self.dead}
+
+
+class Notable:
+    """The slowest attempts, the jobs with the most attempts, and those that failed before."""
+
+    def __init__(self) -> None:
+        self.slowest = Ranking()
+        self.retried = Ranking()
+        self.flaky = Ranking()
+
+    def add(self, history: History) -> None:
+        job = history.job
+        facts: dict[str, Any] = {"id": job.id, "queue": job.queue, "state": job.state}
+        for run in history.runs:
+            seconds = round(run.finished - run.started, 3)
+            self.slowest.add(seconds, {**facts, "run": run.run, "took": seconds})
+        failures = history.failures
+        facts.update(
+            failures=len(failures), reason=quoted(failures[-1].error or "") if failures else ""
+        )
+        if len(history.runs) > 1:
+            self.retried.add(len(history.runs), {**facts, "attempts": len(history.runs)})
+        if failures and job.state == COMPLETED:
+            self.flaky.add(job.updated_at, facts)
+
+    def facts(self) -> dict[str, Any]:
+        lists = {key: ranking.facts() for key, ranking in vars(self).items()}
+        return {**lists, "flaky_number": self.flaky.number}
+
+
+def schedule_facts(reader: Reader, queues: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the active schedules: when each is next due, and how late its last job started."""
+    for job in reader.schedules():
+        if queues and job.queue not in queues:
+            continue
+        facts = {"schedule": job.schedule_id, "queue": job.queue, "rule": rule_text(job)}
+        last = reader.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id)
+        runs = reader.runs(last) if last else []
+        started = runs[0].started if runs else last and last.locked_at
+        late = started and last and max(0.0, started - (last.scheduled_for or started))
+        yield {
+            **facts,
+            "next": format_time(job.scheduled_for),
+            "id": last and last.id,
+            "state": last and last.state,
+            "started": format_time(started),
+            "started_late": None if late is None else round(late, 3),
+        }
+
+
+class Report(NamedTuple):
+    """What a report is about: each renderer takes one and yields text."""
+
+    reader: Reader
+    histories: Callable[[], Iterable[History]]  # is called once by a renderer that needs them
+    queues: Sequence[str] = ()  # limit the schedules and the metrics; none: all
+    since: float = 0.0
+
+    def facts(self) -> dict[str, Any]:
+        """Return all facts, as JSON has them; the histories are read once, in bounded memory."""
+        reader = self.reader
+        now = reader.clock()
+        counts, course, gantt = Counts(), Course(self.since), Gantt(now)
+        failures, notable = Failures(), Notable()
+        for history in self.histories():
+            for part in (counts, course, gantt, failures, notable):
+                part.add(history)
+        return {
+            "path": reader.db.path,
+            "version": __version__,
+            "time": format_time(now),
+            "since": format_time(self.since) if self.since else None,
+            **counts.facts(),
+            **course.facts(),
+            **notable.facts(),
+            **failures.facts(reader),
+            "gantt": gantt.facts(),
+            "paused": reader.paused(),
+            "workers": list(worker_facts(reader)),
+            "schedules": list(islice(schedule_facts(reader, self.queues), 100)),
+        }
+
+
+# The tables that text, HTML and Markdown show: of each list of facts, the columns.
+TIMES = tuple(f"{name}_{part}" for name in ("took", "waited") for part in ("p50", "p95", "max"))
+COLUMNS = {
+    "queues": ("queue", "attempts", *TIMES),
+    "failures": ("reason", "attempts", "dead", "id", "last_line"),
+    "slowest": ("id", "queue", "state", "run", "took"),
+    "retried": ("id", "queue", "state", "attempts", "reason"),
+    "flaky": ("id", "queue", "failures", "reason"),
+    "schedules": ("schedule", "rule", "next", "id", "state", "started", "started_late"),
+}
+HEADINGS = {"slowest": "Slowest attempts", "retried": "Most attempts"}
+HEADINGS.update(flaky="Completed after failures", queues="Queues", schedules="Schedules")
+
+
+def cell_text(value: object) -> str:
+    """Return a fact for people: a float is a duration in seconds."""
+    if value is None:
+        return ""
+    return format_duration(value) if isinstance(value, float) else str(value)
+
+
+def heading_text(key: str) -> str:
+    return "job" if key == "id" else key.replace("_", " ")
+
+
+# HTML. The page needs no script; everything that a job supplied goes through `safe`.
+
+STYLE = """
+:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b1f24; --dim: #59636e;
+  --line: #d8dee4; --completed: #2f9e60; --dead: #d1353f; --late: #d9822b; --running: #2f7fd1;
+  --pending: #8593a3; --cancelled: #8a6fc0; --crashed: #b43c96; }
+@media (prefers-color-scheme: dark) { :root { --page: #0f1216; --card: #181c22; --ink: #e3e7ec;
+  --dim: #97a1ad; --line: #2c333c; --completed: #3fb272; --dead: #f0606a; --late: #e79a4a;
+  --running: #5aa2ee; --pending: #7d8a99; --cancelled: #a993dd; --crashed: #e07cc6; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--page); color: var(--ink);
+  font: 15px/1.45 system-ui, sans-serif; }
+h1 { font-size: 1.2rem; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1rem; margin: 0 0 .6rem; }
+p { margin: .2rem 0 .4rem; }
+h3 { font-size: .9rem; margin: .8rem 0 .3rem; }
+h3:first-child { margin-top: 0; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
+  margin: .8rem 0; padding: .8rem 1rem; }
+.dim, figcaption { color: var(--dim); font-size: .85rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(6.5rem, 1fr)); gap: .6rem; }
+.tile { border-left: 3px solid var(--line); padding: 0 .6rem; }
+.tile b { display: block; font-size: 1.35rem; font-weight: 600; white-space: nowrap; }
+figure { margin: 0 0 .7rem; }
+figure:last-child { margin-bottom: 0; }
+svg { display: block; }
+.lane { display: grid; grid-template-columns: 1.8rem 1fr; align-items: center; font-size: .75rem; }
+.axis { display: flex; justify-content: space-between; color: var(--dim); font-size: .75rem;
+  border-top: 1px solid var(--line); }
+.lane + .axis { margin-left: 1.8rem; }
+.legend span { margin-right: .9rem; white-space: nowrap; }
+.legend i { display: inline-block; width: .7rem; height: .7rem; margin-right: .3rem;
+  background: currentColor; }
+rect, path { fill: var(--dead); }
+.completed { fill: var(--completed); color: var(--completed); border-color: var(--completed); }
+.dead, .failed { fill: var(--dead); color: var(--dead); border-color: var(--dead); }
+.timed-out { fill: var(--late); color: var(--late); }
+.crashed { fill: var(--crashed); color: var(--crashed); }
+.processing, .running { fill: var(--running); color: var(--running); border-color: var(--running); }
+.pending { fill: var(--pending); color: var(--pending); border-color: var(--pending); }
+.cancelled, .released { fill: var(--cancelled); color: var(--cancelled);
+  border-color: var(--cancelled); }
+.legend span, .tile { fill: none; color: inherit; }
+.grid { stroke: var(--line); fill: none; vector-effect: non-scaling-stroke; }
+.wait { fill: var(--pending); }
+.mark { stroke: var(--ink); stroke-dasharray: 3 3; vector-effect: non-scaling-stroke; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .87rem; }
+th { text-align: left; color: var(--dim); font-weight: 500; }
+th, td { padding: .22rem .7rem .22rem 0; border-bottom: 1px solid var(--line); }
+.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+summary { cursor: pointer; overflow-wrap: anywhere; }
+pre { margin: .4rem 0; padding: .6rem; background: var(--page); font-size: .8rem;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+@media print { :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --dim: #444;
+  --line: #bbb; } body { padding: 0; max-width: none; } figure, details, tr { break-inside: avoid; }
+  rect, path, i { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+"""
+ESCAPED = {ord(c): f"&#{ord(c)};" for c in "&<>\"'`="}
+
+
+def safe(text: object) -> str:
+    """Return any text as HTML, for an element or a quoted attribute; it cannot reorder others."""
+    return printable(str(text)).translate(ESCAPED)
+
+
+def printable_lines(text: str) -> str:
+    return "\n".join(map(printable, text.expandtabs().replace("\r\n", "\n").split("\n")))
+
+
+def html_page(title: str, body: str, *, nonce: str = "", head: str = "") -> str:
+    """Return a complete page; with a nonce, its style obeys a Content-Security-Policy."""
+    allowed = f' nonce="{safe(nonce)}"' if nonce else ""
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{safe(title)}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style{allowed}>{STYLE}</style>{head}</head>
+<body>{body}</body></html>
+"""
+
+
+def html_table(facts: Facts, name: str, link: Link) -> str:
+    """Return one of COLUMNS with a heading; empty if it has no rows."""
+    items = facts[name][:100]
+    if not items:
+        return ""
+    lines = ""
+    for number, item in enumerate((COLUMNS[name], *items)):
+        tag = "td" if number else "th"
+        for key in COLUMNS[name]:
+            css = ' class="number"' if isinstance(items[0][key], (int, float)) else ""
+            text = cell_text(item[key]) if number else heading_text(key)
+            lines += f"<{tag}{css}>{link(text) if key == 'id' and number else safe(text)}</{tag}>"
+        lines += "</tr>\n<tr>"
+    heading = f"<h3>{HEADINGS[name]}</h3>" if name in HEADINGS else ""
+    return f'{heading}<div class="wide"><table><tr>{lines}</tr></table></div>'
+
+
+def rect(css: str, x: float, y: float, width: float, height: float, title: str = "") -> str:
+    name = css.replace(" ", "-")
+    box = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+    return f'<rect class="{safe(name)}" {box}><title>{safe(title)}</title></rect>'
+
+
+def svg(shapes: str, height: int, label: str, parts: int = 4) -> str:
+    """Return a picture 1000 units wide that fills its column; lines divide it into parts."""
+    grid = "".join(f"M{1000 * n / parts:.1f} 0v{height}" for n in range(1, parts))
+    return (
+        f'<svg viewBox="0 0 1000 {height}" width="100%" height="{height}" role="img" '
+        f'aria-label="{safe(label)}" preserveAspectRatio="none">'
+        f'<path class="grid" d="{grid}"/>{shapes}</svg>'
+    )
+
+
+def time_label(when: float, span: float) -> str:
+    style = "%H:%M:%S" if span < 3600 else "%H:%M" if span < 86400 else "%d %b %H:%M"
+    label = datetime.fromtimestamp(when, timezone.utc).astimezone().strftime(style)
+    return f"{label}.{int(when * 10) % 10}" if span < 20 else label
+
+
+def axis(labels: Iterable[str]) -> str:
+    return f'<div class="axis">{"".join(f"<span>{safe(label)}</span>" for label in labels)}</div>'
+
+
+def time_axis(start: float, span: float) -> str:
+    return axis(time_label(start + span * n / 4, span) for n in range(5))
+
+
+def legend(outcomes: Iterable[str]) -> str:
+    items = (
+        f'<span><i class="{safe(word.replace(" ", "-"))}"></i>{safe(word)}</span>'
+        for word in outcomes
+    )
+    return f'<p class="legend dim">{"".join(items)}</p>'
+
+
+def html_tiles(facts: Facts, _link: Link) -> str:
+    tiles: list[tuple[str, ...]] = [(state, f"{facts[state]:,}", state) for state in STATES]
+    busy = sum(worker["job"] is not None for worker in facts["workers"])
+    times = {"took_p50": "p50 duration", "took_p95": "p95 duration", "took_max": "longest"}
+    workers = f"{busy}/{len(facts['workers'])}"
+    tiles += [("", f"{facts['rate']:,.3g}", "jobs/s"), ("", workers, "workers busy")]
+    tiles += [("", format_duration(facts[key]), words) for key, words in times.items()]
+    boxes = (
+        f'<div class="tile {css}"><b>{safe(value)}</b><span class="dim">{safe(name)}</span></div>'
+        for css, value, name in tiles
+    )
+    paused = ", ".join(name or "all queues" for name in facts["paused"])
+    note = f'<p class="dim">paused: {safe(paused)}</p>' if paused else ""
+    return f'<div class="tiles">{"".join(boxes)}</div>{note}'
+
+
+def describe_bar(bar: Facts, span: float) -> str:
+    times = f"{time_label(bar['started'], span)} to {time_label(bar['finished'], span)}"
+    took = format_duration(bar["finished"] - bar["started"])
+    wait = f", after waiting {format_duration(bar['waited'])}" if bar["waited"] >= 0.001 else ""
+    reason = f": {bar['reason']}" if bar["reason"] else ""
+    if bar["number"] > 1:
+        many = f"{bar['number']} attempts, {bar['failures']} failed, {times}"
+        return f"{many}; job {bar['id']} {bar['outcome']}{reason}"
+    return f"job {bar['id']} {bar['outcome']}{reason}; {times} ({took}){wait}"
+
+
+def bar_shapes(bar: Facts, start: float, span: float) -> str:
+    """Return an attempt as a rectangle; of merged ones, the part that failed is in its colour."""
+    left = min((bar["started"] - start) / span * 1000, 999.2)
+    width = max((bar["finished"] - bar["started"]) / span * 1000, 0.8)
+    title = describe_bar(bar, span)
+    if bar["number"] == 1 or not bar["failures"]:
+        return rect(bar["outcome"], left, 2, width, 12, title)
+    part = max(2.0, 12 * bar["failures"] / bar["number"])
+    completed = rect(COMPLETED, left, 2, width, 12, title)
+    return completed + rect(bar["outcome"], left, 2, width, part, title)
+
+
+def waits_of(lane: Iterable[Facts]) -> list[list[float]]:
+    """Return the times in which jobs of a lane waited, joined where they overlap."""
+    found: list[list[float]] = []
+    for start, end in sorted((bar["started"] - bar["waited"], bar["started"]) for bar in lane):
+        if found and start <= found[-1][1]:
+            found[-1][1] = max(end, found[-1][1])
+        else:
+            found.append([start, end])
+    return found
+
+
+def html_gantt(facts: Facts, _link: Link) -> str:
+    """Return a lane for each worker slot: its attempts, and their waits as a thin line."""
+    gantt = facts["gantt"]
+    start = gantt["start"]
+    span = max(gantt["end"] - start, 0.001)
+    rows = []
+    for number, lane in enumerate(gantt["lanes"], 1):
+        shapes = ""
+        for begin, end in waits_of(lane):
+            left = max(0.0, begin - start) / span * 1000
+            shapes += rect("wait", left, 7.5, (end - start) / span * 1000 - left, 1)
+        shapes += "".join(bar_shapes(bar, start, span) for bar in lane)
+        picture = svg(shapes, 16, f"the attempts of worker slot {number}")
+        rows.append(f'<div class="lane"><span class="dim">{number}</span>{picture}</div>')
+    if not rows:
+        return '<p class="dim">No attempts yet.</p>'
+    hidden = f'<p class="dim">and {gantt["hidden"]} more slots</p>' if gantt["hidden"] else ""
+    outcomes = {bar["outcome"]: 1 for lane in gantt["lanes"] for bar in lane}
+    return "".join(rows) + time_axis(start, span) + hidden + legend(sorted(outcomes))
+
+
+def html_depth(facts: Facts, _link: Link) -> str:
+    """Return how many jobs were in each state over time: an area for each state that occurred."""
+    depth = facts["depth"]
+    found = ""
+    for state in STATES:
+        values = depth[state]
+        most = max(values, default=0)
+        if most:
+            step = 1000 / len(values)
+            line = "".join(f"V{40 - 38 * v / most:.1f}h{step:.2f}" for v in values)
+            picture = svg(f'<path class="{state}" d="M0 40{line}V40z"/>', 40, f"jobs {state}")
+            caption = f"<figcaption>{state}: {values[-1]:,}, at most {most:,}</figcaption>"
+            found += f"<figure>{caption}{picture}</figure>"
+    span = depth["width"] * len(depth[PENDING])
+    return found + time_axis(depth["start"], span) if found else '<p class="dim">No jobs yet.</p>'
+
+
+def html_finished(facts: Facts, _link: Link) -> str:
+    """Return bars of the jobs that finished in each bucket of time, those that died on top."""
+    finished = facts["finished"]
+    start, width = finished["start"], finished["width"]
+    pairs = list(zip(finished[COMPLETED], finished[DEAD]))
+    most = max(map(sum, pairs), default=0)
+    if not most:
+        return '<p class="dim">No job has finished yet.</p>'
+    step = 1000 / len(pairs)
+    span = width * len(pairs)
+    shapes = ""
+    for n, (completed, dead) in enumerate(pairs):
+        low, high = 78 * completed / most, 78 * dead / most
+        title = f"{time_label(start + n * width, span)}: {completed} completed, {dead} dead"
+        for state, base, size in ((COMPLETED, 0.0, low), (DEAD, low, high)):
+            if size:
+                shapes += rect(state, n * step, 80 - base - size, step * 0.9, size, title)
+    caption = f"<figcaption>in {format_duration(width)} each, at most {most:,}</figcaption>"
+    picture = svg(shapes, 80, "jobs finished over time")
+    both = legend((COMPLETED, DEAD))
+    return f"<figure>{caption}{picture}</figure>{time_axis(start, span)}{both}"
+
+
+def html_durations(facts: Facts, link: Link) -> str:
+    """Return how long attempts took, on a logarithmic scale, and a table of the queues."""
+    bins = facts["histogram"]
+    if not bins:
+        return '<p class="dim">No attempt has ended yet.</p>'
+    low = math.floor(math.log10(bins[0][0] * 1.01))
+    high = math.ceil(math.log10(bins[-1][1] * 0.99))
+    most = max(number for *_, number in bins)
+
+    def place(seconds: float) -> float:
+        return (math.log10(max(seconds, 1e-3)) - low) / (high - low) * 1000
+
+    shapes = ""
+    for begin, end, number in bins:
+        title = f"{format_duration(begin)} to {format_duration(end)}: {plural(number, 'attempt')}"
+        size = max(78 * number / most, 1)
+        width = (place(end) - place(begin)) * 0.94
+        shapes += rect("running", place(begin), 80 - size, width, size, title)
+    for key in ("took_p50", "took_p95"):
+        shapes += f'<path class="mark" d="M{place(facts[key]):.1f} 0v80"/>'
+    half, most_of = (format_duration(facts[key]) for key in ("took_p50", "took_p95"))
+    caption = f"<figcaption>p50 {half}, p95 {most_of} (dashed), at most {most:,} in a bar"
+    labels = (format_duration(10.0**n) for n in range(low, high + 1))
+    picture = svg(shapes, 80, "durations of attempts", high - low)
+    chart = f"<figure>{caption}</figcaption>{picture}{axis(labels)}</figure>"
+    return chart + html_table(facts, "queues", link)
+
+
+def html_failures(facts: Facts, link: Link) -> str:
+    """Return the failed attempts by reason, with the end of one output each; then flaky jobs."""
+    found = ""
+    for place, group in enumerate(facts["failures"]):
+        numbers = f"{plural(group['attempts'], 'attempt')}, {plural(group['dead'], 'dead job')}"
+        ids = ", ".join(map(link, group["jobs"]))
+        output = (
+            f"<pre>{printable_lines(group['output']).translate(ESCAPED)}</pre>"
+            if group["output"].strip()
+            else ""
+        )
+        when = safe(group["when"])
+        last = f"last by job {link(group['id'])} in run {group['run']}, {when}"
+        found += (
+            f"<details{' open' * (place < 3)}><summary><b>{safe(group['reason'])}</b> "
+            f'<span class="dim">{numbers}</span></summary><p class="dim">{last}; jobs: {ids}</p>'
+            f"{output}</details>"
+        )
+    return found or '<p class="dim">Nothing has failed.</p>'
+
+
+def html_notable(facts: Facts, link: Link) -> str:
+    return "".join(html_table(facts, name, link) for name in ("flaky", "slowest", "retried"))
+
+
+def html_schedules(facts: Facts, link: Link) -> str:
+    return html_table(facts, "schedules", link)
+
+
+PARTS: dict[str, tuple[str, Callable[[Facts, Link], str]]] = {  # by the id of its element
+    "tiles": ("", html_tiles),
+    "failures": ("Failures by reason", html_failures),
+    "gantt": ("Attempts by worker slot, waits as a thin line", html_gantt),
+    "finished": ("Jobs finished", html_finished),
+    "depth": ("Jobs by state", html_depth),
+    "durations": ("How long attempts took", html_durations),
+    "notable": ("", html_notable),
+    "schedules": ("", html_schedules),
+}
+
+
+def html_part(name: str, facts: Facts, link: Link = safe) -> str:
+    """Return a part of the overview as a section whose id is the name; hidden if it is empty."""
+    heading, render = PARTS[name]
+    body = render(facts, link)
+    title = f"<h2>{heading}</h2>" if heading else ""
+    return f'<section id="{name}"{"" if body else " hidden"}>{title}{body}</section>\n'
+
+
+def html_report(report: Report) -> Iterator[str]:
+    facts = report.facts()
+    about = f"{plural(facts['jobs'], 'job')}, {plural(facts['attempts'], 'attempt')}"
+    since = f" since {facts['since']}" if facts["since"] else ""
+    note = safe(f"{about}{since}; made at {facts['time']} by queuectl {__version__}")
+    body = "".join(html_part(name, facts) for name in PARTS)
+    header = f'<header><h1>{safe(facts["path"])}</h1><p class="dim">{note}</p></header>'
+    yield html_page(f"queuectl: {facts['path']}", f"{header}\n{body}")
+
+
+# Markdown and plain text.
+
+MARKDOWN_LIMIT = 900_000  # bytes; GitHub refuses a summary of more than 1 MiB
+INERT = {ord(c): f"&#{ord(c)};" for c in "&<>\"'`\\*_[]|~#@:"}
+
+
+def markdown_table(facts: Facts, name: str) -> str:
+    keys = COLUMNS[name]
+    lines = [[heading_text(key) for key in keys], ["---"] * len(keys)]
+    for item in facts[name][:LISTED]:
+        lines.append([printable(cell_text(item[key])).translate(INERT) for key in keys])
+    rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"\n#### {HEADINGS[name]}\n\n{rows}" if facts[name] else ""
+
+
+def fenced(text: str) -> str:
+    """Return text as a code block, whose fence is longer than any run of backticks in it."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{printable_lines(text)}\n{fence}\n"
+
+
+def markdown_blocks(report: Report) -> Iterator[str]:
+    facts = report.facts()
+    counts = ", ".join(f"{facts[state]} {state}" for state in STATES)
+    yield f"### queuectl: {counts}\n\n{facts['rate']:,.3g} jobs/s, {facts['attempts']} attempts\n"
+    yield from (markdown_table(facts, name) for name in ("queues", "flaky", "slowest"))
+    for job in facts["dead_jobs"]:
+        output = report.reader.output_tail(job["seq"], job["run"], TAIL).strip()
+        name, reason = (printable(job[key]).translate(INERT) for key in ("id", "reason"))
+        block = f"\n#### Job {name} is dead: {reason}\n"
+        yield block + (f"\n{fenced(output)}" if output else "")
+    if more := facts[DEAD] - len(facts["dead_jobs"]):
+        yield f"\nand {plural(more, 'more dead job')}\n"
+
+
+def markdown_report(report: Report) -> Iterator[str]:
+    """Yield a summary for CI, within MARKDOWN_LIMIT."""
+    size = left_out = 0
+    for block in markdown_blocks(report):
+        size += len(block.encode())
+        if size > MARKDOWN_LIMIT:
+            left_out += 1
+        else:
+            yield block
+    if left_out:
+        yield f"\n{plural(left_out, 'part')} left out: a summary may not be larger\n"
+
+
+def text_report(report: Report) -> Iterator[str]:
+    """Yield one screen: counts, times by queue, reasons of failures, and notable jobs."""
+    facts = report.facts()
+    counts = ", ".join(f"{facts[state]} {state}" for state in STATES)
+    yield f"{counts}; {facts['rate']:,.3g} jobs/s, {facts['attempts']} attempts\n"
+    for name, number in (
+        ("queues", 5),
+        ("failures", 5),
+        ("slowest", 3),
+        ("retried", 3),
+        ("flaky", 3),
+    ):
+        rows = [[cell_text(item[key]) for key in COLUMNS[name]] for item in facts[name][:number]]
+        headings = [name.upper(), *(heading_text(key).upper() for key in COLUMNS[name][1:])]
+        yield from (line + "\n" for line in section(headings, rows))
+
+
+def json_report(report: Report) -> Iterator[str]:
+    yield json.dumps(report.facts()) + "\n"
+
+
+# JUnit. The elements are in the order of Maven Surefire's schema.
+
+XML_BLANKS = {ord(c): f"&#{ord(c)};" for c in "\t\n"}  # an attribute would lose them
+
+
+@lru_cache(maxsize=None)
+def xml_escapes() -> dict[int, str]:
+    refused = {*range(32), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF} - {*b"\t\n\r"}
+    escapes = {number: f"#x{number:X}" for number in refused}
+    return {**escapes, **{ord(c): f"&#{ord(c)};" for c in "&<>\"'\r"}}
+
+
+def xml_text(text: str) -> str:
+    """Return any text for an element; a character that XML cannot hold is written as #x1B."""
+    return text.translate(xml_escapes())
+
+
+def xml_tag(name: str, /, **attributes: str) -> str:
+    pairs = (f' {k}="{xml_text(v).translate(XML_BLANKS)}"' for k, v in attributes.items())
+    return f"<{name}{''.join(pairs)}>"
+
+
+def junit_failure(reader: Reader, job: Job, run: Attempt, name: str) -> str:
+    reason = run.error or run.outcome
+    text = xml_text(f"{reason}\n{reader.output_tail(job.seq, run.run, TAIL)}")
+    if name in ("rerunFailure", "flakyFailure"):
+        text = f"<stackTrace>{text}</stackTrace>"
+    return f"{xml_tag(name, message=reason, type=run.outcome)}{text}</{name}>\n"
+
+
+def junit_elements(reader: Reader, history: History) -> tuple[str, list[str]]:
+    """Return how a job counts in its suite, and the elements of its case."""
+    job = history.job
+    failures = history.failures
+    if job.state == COMPLETED:
+        return "", [junit_failure(reader, job, run, "flakyFailure") for run in failures]
+    if job.state == DEAD and failures:
+        *earlier, last = failures
+        found = [junit_failure(reader, job, run, "rerunFailure") for run in earlier]
+        if last.outcome == "failed" and last.exit_code is None:  # it could not start
+            return "errors", [*found, junit_failure(reader, job, last, "error")]
+        return "failures", [junit_failure(reader, job, last, "failure"), *found]
+    reason = job.last_error or job.state
+    if job.readiness == BLOCKED:
+        reason = describe_blockers(reader.parents(job))
+    return "skipped", [xml_tag("skipped", message=reason) + "</skipped>\n"]
+
+
+def junit_case(reader: Reader, history: History) -> tuple[str, str]:
+    job = history.job
+    result, elements = junit_elements(reader, history)
+    names = {"name": job.id, "classname": job.queue, "time": f"{history.took:.3f}"}
+    return result, f"{xml_tag('testcase', **names)}{''.join(elements)}</testcase>\n"
+
+
+def junit_report(report: Report) -> Iterator[str]:
+    """Yield a suite for each queue, with a case for each job; the cases are kept in files."""
+    import tempfile
+
+    suites: dict[str, collections.Counter[str]] = {}
+    with tempfile.TemporaryDirectory() as where:
+        files: dict[str, str] = {}
+        for history in report.histories():
+            queue = history.job.queue
+            suite = suites.setdefault(queue, collections.Counter())
+            path = files.setdefault(queue, os.path.join(where, str(len(files))))
+            result, case = junit_case(report.reader, history)
+            suite.update(("tests", result))
+            suite["ms"] += round(1000 * history.took)
+            with open(path, "a", encoding="utf-8", newline="") as file:
+                file.write(case)
+        yield '<?xml version="1.0" encoding="UTF-8"?>\n<testsuites>\n'
+        for queue, suite in sorted(suites.items()):
+            counts = {key: str(suite[key]) for key in ("tests", "errors", "skipped", "failures")}
+            yield xml_tag("testsuite", name=queue, time=f"{suite['ms'] / 1000:.3f}", **counts)
+            with open(files[queue], encoding="utf-8", newline="") as file:
+                yield from iter(partial(file.read, 1 << 16), "")
+            yield "</testsuite>\n"
+        yield "</testsuites>\n"
+
+
+# Prometheus: the text format 0.0.4.
+
+
+def family(name: str, kind: str, meaning: str, samples: Iterable[tuple[Any, ...]]) -> Iterator[str]:
+    """Yield a family of metrics; a sample is its value, a suffix of the name, and labels."""
+    yield f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n"
+    escapes = {ord("\\"): r"\\", ord('"'): r"\"", ord("\n"): r"\n"}
+    for value, suffix, labels in samples:
+        pairs = ",".join(f'{key}="{text.translate(escapes)}"' for key, text in labels.items())
+        yield f"{name}{suffix}{{{pairs}}} {value:.15g}\n"
+
+
+def summary(name: str, meaning: str, totals: Iterable[tuple[str, int, float]]) -> Iterator[str]:
+    """Yield a family of sums and counts by queue, given numbers and seconds to add up."""
+    numbers: collections.Counter[str] = collections.Counter()
+    seconds: dict[str, float] = collections.defaultdict(float)
+    for queue, number, sum_of_them in totals:
+        numbers[queue] += number
+        seconds[queue] += sum_of_them
+    samples = [(seconds[queue], "_sum", {"queue": queue}) for queue in numbers]
+    samples += [(number, "_count", {"queue": queue}) for queue, number in numbers.items()]
+    yield from family(name, "summary", meaning, samples)
+
+
+def gauges(reader: Reader, queues: Sequence[str]) -> Iterator[str]:
+    """Yield the metrics of the present state of each queue."""
+    counts = collections.Counter({(queue, state): 0 for queue in queues for state in STATES})
+    for queue, state, _, number in reader.counts_by_queue(queues):
+        counts[queue, state] += number
+    samples: list[tuple[float, str, dict[str, str]]] = [
+        (number, "", {"queue": queue, "state": state}) for (queue, state), number in counts.items()
+    ]
+    yield from family("queuectl_jobs", "gauge", "Jobs by queue and state.", samples)
+    now = reader.clock()
+    ages = [(reader.oldest_due(queue), queue) for queue in queues]
+    samples = [(max(0.0, now - due), "", {"queue": name}) for due, name in ages if due is not None]
+    meaning = "How long the ready job that was due first has been due."
+    yield from family("queuectl_oldest_ready_seconds", "gauge", meaning, samples)
+    paused = reader.paused()
+    samples = [("" in paused or name in paused, "", {"queue": name}) for name in queues]
+    yield from family("queuectl_paused", "gauge", "1 where no jobs are started.", samples)
+    if "limit" in SETTINGS:
+        samples = [(reader.settings(name)["limit"], "", {"queue": name}) for name in queues]
+        meaning = "Jobs that may run at once; 0: any number."
+        yield from family("queuectl_limit", "gauge", meaning, samples)
+
+
+def prometheus_report(report: Report) -> Iterator[str]:
+    """Yield the metrics; those of attempts count also the jobs that were deleted meanwhile."""
+    reader = report.reader
+    totals = [row for row in reader.totals() if not report.queues or row.queue in report.queues]
+    known = {row[0] for row in reader.counts_by_queue(report.queues)} | {
+        row.queue for row in totals
+    }
+    yield from gauges(reader, sorted(known))
+    busy = collections.Counter({"idle": 0, "busy": 0})
+    busy.update("busy" if worker["job"] else "idle" for worker in worker_facts(reader))
+    samples = [(number, "", {"state": state}) for state, number in busy.items()]
+    yield from family("queuectl_workers", "gauge", "Living workers.", samples)
+    ended = [(row.number, "", {"queue": row.queue, "outcome": row.outcome}) for row in totals]
+    meaning = "Attempts that have ended."
+    yield from family("queuectl_attempts_total", "counter", meaning, ended)
+    running = ((row.queue, row.number, row.running) for row in totals)
+    yield from summary("queuectl_attempt_seconds", "How long attempts took.", running)
+    waiting = ((row.queue, row.number, row.waiting) for row in totals)
+    yield from summary("queuectl_wait_seconds", "How long jobs were ready before it.", waiting)
+    last = [(row.last, "", {"queue": row.queue}) for row in totals if row.outcome == COMPLETED]
+    name = "queuectl_last_completed_timestamp_seconds"
+    yield from family(name, "gauge", "When a job last completed.", last)
+    version = [(1, "", {"version": __version__})]
+    yield from family("queuectl_build_info", "gauge", "The version of queuectl.", version)
+
+
+# Files.
+
+FORMATS: dict[str, Callable[[Report], Iterator[str]]] = {
+    "text": text_report,
+    "html": html_report,
+    "junit": junit_report,
+    "markdown": markdown_report,
+    "prometheus": prometheus_report,
+    "json": json_report,
+}
+ENDINGS = {".txt": "text", ".html": "html", ".xml": "junit", ".md": "markdown"}
+ENDINGS.update({".prom": "prometheus", ".json": "json"})
+
+
+def format_of(path: str) -> str:
+    """Return the format that the ending of a file stands for, or raise BadInput."""
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in ENDINGS:
+        raise BadInput(f"{quoted(path)} must end in {', '.join(ENDINGS)}, or use --format")
+    return ENDINGS[ending]
+
+
+def write_report(path: str, chunks: Iterable[str]) -> None:
+    """Write a file aside and rename it, so that nobody reads half of it; a device directly."""
+    is_file = os.path.isfile(path) or not os.path.exists(path)
+    path = os.path.realpath(path) if is_file else path
+    aside = f"{path}.{os.getpid()}.tmp" if is_file else path
+    try:
+        with open(aside, "x" if is_file else "w", encoding="utf-8", newline="") as file:
+            file.writelines(chunk.encode(errors="backslashreplace").decode() for chunk in chunks)
+        if is_file:
+            os.replace(aside, path)
+    except BaseException:
+        if is_file:
+            with contextlib.suppress(OSError):
+                os.unlink(aside)
+        raise
+
+
+# --- web: the report as a live page, for a browser on this machine --------------------------------
+
+WEB_PORT = 8642
+MAX_CONNECTIONS = 32  # each has a thread
+CONNECTION_SECONDS = 10.0  # how long a connection may last
+QUERY_SECONDS = 2.0  # how long the statements of one page may take
+LARGEST_BODY = 1 << 18  # bytes of a POST
+LARGEST_RAW = 16 << 20  # bytes of output that are sent as a file
+SHOWN_OUTPUT = 1 << 16  # bytes of output on a page
+PAGE_SIZE = 100  # jobs, attempts or schedules on a page
+OVERVIEW_JOBS = 1000  # the latest jobs, about which the overview reports
+EXAMINED = 10_000  # dead jobs that are grouped by reason
+SEARCHED = 500  # jobs that a search reads at a time
+SEARCH_SECONDS = 0.15
+LAST = 10**17  # a number after that of every job
+LOOPBACK_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.IGNORECASE)
+HTTP_STATUS = {BadInput: 400, NotFound: 404, Fault: 503}
+
+
+class Refused(Exception):
+    """A request that is not answered, with the status that tells why."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def address(path: str, /, **fields: Any) -> str:
+    """Return the URL of a page, without the fields that are empty."""
+    from urllib.parse import urlencode
+
+    query = urlencode({key: value for key, value in fields.items() if value}, doseq=True)
+    return f"{path}?{query}" if query else path
+
+
+def parse_fields(text: str) -> dict[str, list[str]]:
+    from urllib.parse import parse_qs
+
+    try:
+        return parse_qs(text, keep_blank_values=True, max_num_fields=5000)
+    except ValueError:
+        raise Refused(400, "too many fields") from None
+
+
+class Request(NamedTuple):
+    """A request; `fields` are those of the query or, for a POST, of the form."""
+
+    method: str
+    path: str
+    fields: Mapping[str, list[str]]
+    headers: Any
+
+    def text(self, name: str) -> str:
+        """Return the last value of a field, empty if there is none."""
+        return self.fields.get(name, [""])[-1]
+
+    def number(self, name: str) -> int:
+        """Return the value of a field, 0 if it is empty."""
+        return int(validate(name, integer(0, 1 << 53), self.text(name) or 0))
+
+    def header(self, name: str) -> str:
+        """Return the value of a header that may not be repeated, empty if there is none."""
+        values = self.headers.get_all(name, [""])
+        if len(values) > 1:
+            raise Refused(400, f"more than one {name} header")
+        return str(values[0]).strip()
+
+    @property
+    def url(self) -> str:
+        return address(self.path, **self.fields)
+
+
+class Response(NamedTuple):
+    """A response: a page, unless it has another type."""
+
+    status: int
+    body: str | bytes = ""
+    kind: str = "text/html"
+    nonce: str = ""  # of the styles and scripts that the page may have
+    headers: Mapping[str, str] = {}
+
+
+class Page(NamedTuple):
+    """A page: `parts` are kept up to date while it is open, `top` is not."""
+
+    title: str
+    parts: Mapping[str, str]
+    top: str = ""
+
+
+class Gate:
+    """Lets in the browser and the scripts of the user who started the server, and nobody else.
+
+    A page of another site can make the browser send requests here, even under a name that leads to
+    this machine. So the Host must be a loopback name, the Origin ours, and the token must be sent.
+    """
+
+    def __init__(self, port: int) -> None:
+        import secrets
+
+        self.token = secrets.token_urlsafe(32)
+        self.cookie = f"queuectl-{port}"  # the cookies of all ports are sent to each
+
+    def is_token(self, word: str) -> bool:
+        import hmac
+
+        return hmac.compare_digest(word.encode(), self.token.encode())
+
+    def admit(self, request: Request) -> Response | None:
+        """Return None for a request to be answered, or the response to a login; else Refused."""
+        self.check_host(request)
+        is_login = request.method != "POST" and request.path == "/" and "token" in request.fields
+        site = request.header("Sec-Fetch-Site") or "none"
+        if is_login and self.is_token(request.text("token")):
+            return self.log_in(is_direct=site == "none")
+        if site not in ("same-origin", "none"):
+            raise Refused(403, f"a request from another site ({quoted(site)})")
+        if is_login or not (self.has_bearer(request) or self.has_cookie(request)):
+            how = "open the address that `queuectl web` printed; each start has a new one"
+            raise Refused(401, f"no valid token: {how}")
+        return None
+
+    def check_host(self, request: Request) -> None:
+        hosts = request.headers.get_all("Host", [])
+        if len(hosts) != 1 or not LOOPBACK_HOST.fullmatch(hosts[0].strip()):
+            raise Refused(421, "the Host must be 127.0.0.1 or localhost")
+        origin = request.header("Origin")
+        if origin and origin.lower() != f"http://{hosts[0].strip().lower()}":
+            raise Refused(403, f"a request from another origin ({quoted(origin)})")
+
+    def has_bearer(self, request: Request) -> bool:
+        kind, _, word = request.header("Authorization").partition(" ")
+        return kind.lower() == "bearer" and self.is_token(word.strip())
+
+    def has_cookie(self, request: Request) -> bool:
+        """Tell whether the cookie is sent; a POST must have an Origin too, as browsers do it."""
+        pairs = (pair.strip().partition("=") for pair in request.header("Cookie").split(";"))
+        sent = any(name == self.cookie and self.is_token(word) for name, _, word in pairs)
+        if sent and request.method == "POST" and not request.header("Origin"):
+            raise Refused(403, "a POST without an Origin")
+        return sent
+
+    def log_in(self, *, is_direct: bool) -> Response:
+        """Exchange the token in the URL for a cookie, and lead to the URL without it.
+
+        After a redirect, the browser still counts the request as that of the page with the link,
+        and withholds the cookie if that was another site's, such as a file.
+        """
+        cookie = f"{self.cookie}={self.token}; HttpOnly; SameSite=Strict; Path=/"
+        if is_direct:
+            return Response(303, headers={"Set-Cookie": cookie, "Location": "/"})
+        return Response(200, headers={"Set-Cookie": cookie, "Refresh": "0; url=/"})
+
+
+class Connections:
+    """The open connections, oldest first. Idle ones give way to new ones."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.opened: dict[Any, float] = {}  # when, on the monotonic clock
+
+    def has_room(self) -> bool:
+        return len(self.opened) < 2 * MAX_CONNECTIONS  # threads that are about to end included
+
+    def add(self, connection: Any) -> None:
+        with self.lock:
+            self.opened[connection] = time.monotonic()
+        self.end_old()
+
+    def remove(self, connection: Any) -> None:
+        with self.lock:
+            self.opened.pop(connection, None)
+
+    def end_old(self) -> None:
+        """End the oldest connections, if there are too many, and those that last too long."""
+        with self.lock:
+            excess = len(self.opened) - MAX_CONNECTIONS
+            for number, (connection, since) in enumerate(self.opened.items()):
+                if number < excess or time.monotonic() > since + CONNECTION_SECONDS:
+                    with contextlib.suppress(OSError):  # its thread, which waits for it, ends
+                        connection.shutdown(2)  # SHUT_RDWR
+
+
+def security_headers(nonce: str) -> dict[str, str]:
+    own = f"'nonce-{nonce}'" if nonce else "'none'"
+    allowed = f"style-src {own}; script-src {own}; connect-src 'self'; img-src 'self'"
+    denied = "base-uri 'none'; frame-ancestors 'none'"
+    return {
+        "Content-Security-Policy": f"default-src 'none'; {allowed}; form-action 'self'; {denied}",
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Connection": "close",
+    }
+
+
+def encode_response(response: Response, *, head_only: bool) -> bytes:
+    from http import HTTPStatus
+
+    body = response.body.encode() if isinstance(response.body, str) else response.body
+    headers = {**security_headers(response.nonce), **response.headers}
+    headers.update({"Content-Type": f"{response.kind}; charset=utf-8"})
+    headers.update({"Content-Length": str(len(body))})
+    lines = [f"HTTP/1.0 {response.status} {HTTPStatus(response.status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    head = "\r\n".join(lines).encode("ascii") + b"\r\n\r\n"
+    return head if head_only else head + body
+
+
+def refusal(error: Refused) -> Response:
+    more = {401: {"WWW-Authenticate": "Bearer"}, 405: {"Allow": "GET, HEAD, POST"}}
+    return Response(error.status, f"{error}\n", "text/plain", headers=more.get(error.status, {}))
+
+
+def read_form(headers: Any, file: Any) -> str:
+    """Return the body of a POST, or refuse it."""
+    lengths = headers.get_all("Content-Length", [])
+    if len(lengths) != 1 or "Transfer-Encoding" in headers:
+        raise Refused(411, "a POST needs one Content-Length")
+    if not re.fullmatch("[0-9]{1,18}", lengths[0].strip()):
+        raise Refused(400, "the Content-Length must be a number")
+    length = int(lengths[0])
+    if length > LARGEST_BODY:
+        raise Refused(413, f"a POST must not have more than {LARGEST_BODY} bytes")
+    body = file.read(length)
+    if headers.get_content_type() != "application/x-www-form-urlencoded":
+        raise Refused(415, "a POST must be a form")
+    if len(body) < length:
+        raise Refused(400, "the body is shorter than its Content-Length")
+    return str(body, "ascii", "replace")
+
+
+def handler_class(respond: Callable[[Request], Response]) -> Any:
+    """Return the class of which an object handles one connection: one request, by HTTP/1.0.
+
+    With HTTP/1.1, the body of a refused POST could be taken for the next request.
+    """
+    from http.server import BaseHTTPRequestHandler
+
+    class Handler(BaseHTTPRequestHandler):
+        """Reads a request, and writes the response."""
+
+        timeout = CONNECTION_SECONDS
+
+        def do_GET(self) -> None:
+            path, _, text = self.path.partition("?")
+            try:
+                if self.command == "POST":
+                    text = read_form(self.headers, self.rfile)
+                request = Request(self.command, path, parse_fields(text), self.headers)
+                response = respond(request)
+            except Refused as error:
+                response = refusal(error)
+            head_only = self.command == "HEAD"
+            self.wfile.write(encode_response(response, head_only=head_only))
+
+        do_HEAD = do_POST = do_GET  # noqa: N815
+
+        def send_error(self, code: int, *_: Any) -> None:
+            error = Refused(405 if code == 501 else code, "this request is not understood")
+            self.wfile.write(encode_response(refusal(error), head_only=False))
+
+        def log_message(self, *_: Any) -> None:
+            """Log nothing: a request may have the token in it."""
+
+    return Handler
+
+
+def server_class() -> Any:
+    """Return the class of a server that handles each connection in a thread."""
+    from socketserver import ThreadingTCPServer
+
+    connections = Connections()
+
+    class Server(ThreadingTCPServer):
+        """Limits the number of connections, and the time that each takes."""
+
+        allow_reuse_address = not WINDOWS  # there, another program could take the same port
+        daemon_threads = True
+        request_queue_size = 1024
+
+        def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002
+            return any(connections.has_room() for _ in polling(1.0))
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            connections.add(request)
+            super().process_request(request, client_address)
+
+        def shutdown_request(self, request: Any) -> None:
+            connections.remove(request)
+            super().shutdown_request(request)
+
+        def service_actions(self) -> None:
+            connections.end_old()
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            if not isinstance(sys.exc_info()[1], OSError):  # else the other side is gone
+                super().handle_error(request, client_address)
+
+    return Server
+
+
+def make_server(port: int, respond: Callable[[Request], Response]) -> Any:
+    """Return a server on the loopback interface; port 0 is any free one."""
+    try:
+        return server_class()(("127.0.0.1", port), handler_class(respond))
+    except OSError as error:
+        hint = "choose another one with --port, or 0 for any that is free"
+        raise Fault(f"port {port}: {error.strerror}; {hint}") from None
+
+
+# The pages. Whatever a job supplied goes through `safe`, or through a function that calls it.
+
+WEB_STYLE = """
+nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; align-items: baseline; }
+nav h1 { flex: 1 1 18rem; }
+a { color: var(--running); }
+[aria-current] { color: inherit; font-weight: 600; text-decoration: none; }
+form { margin: .4rem 0; }
+td form { margin: 0; }
+label { margin-right: .8rem; }
+td { vertical-align: top; }
+td:last-child, td code { overflow-wrap: anywhere; min-width: 12rem; }
+td code { display: block; }
+button, input { font: inherit; }
+pre.output { max-height: 60vh; }
+"""
+WEB_SCRIPT = """
+"use strict";
+const button = document.getElementById("pause");
+const note = document.getElementById("live");
+let paused = false;
+function isRead() {
+  const active = document.activeElement;
+  return document.hidden || !getSelection().isCollapsed || (active && active.closest("[data-tag]"))
+    || document.querySelector("[data-tag] input:checked");
+}
+function replace(part) {
+  const old = document.getElementById(part.id);
+  const both = (kind) => {
+    const after = part.querySelectorAll(kind);
+    return [...old.querySelectorAll(kind)].slice(0, after.length).map((e, i) => [e, after[i]]);
+  };
+  const outputs = both("pre").map(([e, after]) =>
+    [after, e.scrollTop + e.clientHeight >= e.scrollHeight - 4 ? 1e9 : e.scrollTop]);
+  for (const [e, after] of both("details")) after.open = e.open;
+  old.replaceWith(part);
+  for (const [e, place] of outputs) e.scrollTop = place;
+}
+async function update() {
+  const tags = [...document.querySelectorAll("[data-tag]")].map((e) => e.dataset.tag);
+  const answer = await fetch(location.href, {headers: {"X-Queuectl-Tags": tags.join(" ")}});
+  if (answer.status === 401) throw new Error("The server was started anew: open its new address");
+  if (answer.status === 404) throw new Error("It no longer exists");
+  if (!answer.ok) throw new Error("The queue cannot be read; trying again");
+  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  if (!isRead()) page.querySelectorAll("[data-tag]").forEach(replace);
+}
+async function turn() {
+  const began = performance.now();
+  note.textContent = paused ? "paused" : isRead() ? "paused while you select" : "live";
+  if (note.textContent === "live") {
+    try {
+      await update();
+    } catch (error) {
+      note.textContent = error instanceof TypeError ? "the server is gone" : error.message;
+    }
+  }
+  setTimeout(turn, Math.max(1000, 20 * (performance.now() - began)));
+}
+button.hidden = false;
+button.onclick = () => {
+  paused = !paused;
+  button.textContent = paused ? "Resume updates" : "Pause updates";
+};
+document.querySelectorAll(".output").forEach((e) => { e.scrollTop = 1e9; });
+setTimeout(turn, 1000);
+"""
+ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><g fill="#2f7fd1">
+<rect width="16" height="4"/><rect y="6" width="11" height="4"/><rect y="12" width="6" height="4"/>
+</g></svg>"""
+STATE_TABS: Mapping[str, tuple[State, int]] = {
+    **{word: (PENDING, readiness) for readiness, word in READINESS_WORDS.items()},
+    **{state: (state, READY) for state in (PROCESSING, *FINISHED)},
+}
+
+
+def element(tag: str, content: str = "", /, **attributes: object) -> str:
+    """Return an HTML element; its content is HTML, the values of its attributes are text."""
+    words = (f' {key.strip("_").replace("_", "-")}="{safe(v)}"' for key, v in attributes.items())
+    end = "" if tag == "input" else f"</{tag}>"
+    return f"<{tag}{''.join(words)}>{content}{end}"
+
+
+def html_grid(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of HTML cells; columns whose headings end with # are numbers."""
+    classes = [' class="number"' if heading[-1:] == "#" else "" for heading in headings]
+    lines = ["".join(f"<td{css}>{cell}</td>" for css, cell in zip(classes, row)) for row in rows]
+    head = "".join(f"<th{css}>{safe(h.rstrip('#'))}</th>" for css, h in zip(classes, headings))
+    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>' if lines else ""
+
+
+def link(text: object, path: str, **fields: object) -> str:
+    return element("a", safe(text), href=address(path, **fields))
+
+
+def job_link(job_id: str) -> str:
+    return link(job_id, "/job", id=job_id)
+
+
+def code(text: str) -> str:
+    return element("code", safe(shorten(text, 160)))
+
+
+def time_cell(when: float, now: float) -> str:
+    return element("span", safe(format_distance(when, now)), title=format_time(when))
+
+
+def action_form(
+    content: str, actions: Iterable[str], back: str, fields: Iterable[tuple[str, str]] = ()
+) -> str:
+    """Return a form around some HTML, with a button for each action; `back` is its page."""
+    hidden = "".join(
+        element("input", type="hidden", name=name, value=value)
+        for name, value in (*fields, ("back", back))
+    )
+    buttons = " ".join(
+        element("button", action.capitalize(), name="action", value=action) for action in actions
+    )
+    return element("form", hidden + content + buttons, method="post", action="/act")
+
+
+def queues_html(reader: Reader, back: str) -> str:
+    """Return a table of the queues, with buttons to pause and resume them."""
+    counts: dict[str, dict[str, int]] = {}
+    for queue, state, _, number in reader.counts_by_queue():
+        counts.setdefault(queue, dict.fromkeys(STATES, 0))[state] += number
+    paused = reader.paused()
+    rows = []
+    for queue in sorted({*counts, *paused} - {""})[:PAGE_SIZE]:
+        numbers = [f"{n:,}" for n in counts.get(queue, dict.fromkeys(STATES, 0)).values()]
+        action = "resume" if queue in paused else "pause"
+        word = "paused" if {"", queue} & {*paused} else ""
+        form = action_form("", (action,), back, [("queue", queue)])
+        rows.append((link(queue, "/jobs", queue=queue), *numbers, word, form))
+    action = "resume" if "" in paused else "pause"
+    everything = action_form("All queues: ", (action,), back, [("queue", "")])
+    return html_grid(("queue", *(f"{state}#" for state in STATES), "", ""), rows) + everything
+
+
+def card(content: str, heading: str = "") -> str:
+    title = element("h2", heading) if heading else ""
+    return element("section", title + content) if content else ""
+
+
+def overview_page(reader: Reader, request: Request) -> Page:
+    """Show the report about the jobs that ran last, and the counts of all jobs."""
+    asked = {"readiness": READY, "updated_at": NEVER, "seq": LAST, "limit": OVERVIEW_JOBS}
+    states = (PROCESSING, *FINISHED)
+    found = [
+        job for state in states for job in reader.select(IN_STATE_BEFORE, state=state, **asked)
+    ]
+    latest = sorted(found, key=lambda job: job.updated_at)[-OVERVIEW_JOBS:]
+    report = Report(reader, lambda: (history(job, reader.runs(job)) for job in latest))
+    facts = {**report.facts(), **reader.counts()}
+    parts = {name: html_part(name, facts, job_link) for name in PARTS}
+    queues = card(queues_html(reader, request.url), "Queues")
+    note = f"Below: the {plural(len(latest), 'job')} that ran last."
+    parts = {"tiles": parts.pop("tiles"), "queues": queues + note, **parts}
+    return Page("Overview", parts)
+
+
+class JobFilter(NamedTuple):
+    """The filters of the page of jobs, which its URL has, and the job after which it begins.
+
+    That is given by its time of change and its number, since it may have changed or be gone.
+    """
+
+    state: str = ""
+    queue: str = ""
+    match: str = ""
+    reason: str = ""
+    at: str = ""
+    after: str = ""
+
+    def start(self) -> tuple[float, int]:
+        """Return the time and the number after which the page begins."""
+        try:
+            at = float(self.at or NEVER)
+        except ValueError:
+            raise BadInput("at must be a number") from None
+        return at, validate("after", integer(0, LAST), self.after or LAST)
+
+    def following(self, reader: Reader, at: float, seq: int) -> list[Job]:
+        """Return the jobs that follow a place in the order of the page, matching or not."""
+        if not self.state:
+            return reader.select(JOBS_BEFORE, seq=seq, limit=SEARCHED)
+        state, readiness = STATE_TABS[self.state]
+        place = {"updated_at": at, "seq": seq, "limit": SEARCHED}
+        return reader.select(IN_STATE_BEFORE, state=state, readiness=readiness, **place)
+
+
+def find_jobs(reader: Reader, chosen: JobFilter) -> tuple[list[Job], JobFilter | None]:
+    """Return a page of jobs that match, and the next page, None if there is none.
+
+    The search takes a limited time, since of a million jobs few may match.
+    """
+    wanted = Selection(queues=[chosen.queue] if chosen.queue else [], match=chosen.match)
+    found: list[Job] = []
+    at, seq = chosen.start()
+    deadline = time.monotonic() + SEARCH_SECONDS
+    while len(found) < PAGE_SIZE and time.monotonic() < deadline:
+        jobs = chosen.following(reader, at, seq)
+        for job in jobs:
+            at, seq = job.updated_at, job.seq
+            if wanted.takes(job, 0) and chosen.reason in ("", job.last_error):
+                found.append(job)
+                if len(found) == PAGE_SIZE:
+                    break
+        else:
+            if len(jobs) < SEARCHED:
+                return found, None
+    return found, chosen._replace(at=repr(at), after=str(seq))
+
+
+def jobs_html(reader: Reader, jobs: Iterable[Job]) -> str:
+    settings = {queue: reader.settings(queue) for queue in {job.queue for job in jobs}}
+    rows = []
+    for job in jobs:
+        row = job_row(reader, job, settings[job.queue])
+        _, state, _, tries, distance, reason, command = map(str, row)
+        box = element("input", type="checkbox", name="id", value=job.id, aria_label=job.id)
+        word = element("span", state, class_=state)
+        why = safe(shorten(reason, 160))
+        cells = (box, job_link(job.id), word, safe(job.queue), tries, distance, why)
+        rows.append((*cells, code(command)))
+    return html_grid(("", "id", "state", "queue", "tries", "when", "why", "command"), rows)
+
+
+def tabs_html(reader: Reader, chosen: JobFilter) -> str:
+    counts = tally(
+        row[1:] for row in reader.counts_by_queue([chosen.queue] if chosen.queue else [])
+    )
+    links = []
+    for tab in ("", *STATE_TABS):
+        number = counts[tab] if tab else sum(counts[state] for state in STATES)
+        url = address("/jobs", state=tab, queue=chosen.queue, match=chosen.match)
+        current = {"aria_current": "page"} if tab == chosen.state else {}
+        links.append(element("a", f"{tab or 'all'} {number:,}", href=url, **current))
+    return element("nav", " ".join(links))
+
+
+def filter_form(chosen: JobFilter) -> str:
+    inputs = element("input", type="hidden", name="state", value=chosen.state)
+    for name in ("queue", "match", *["reason"] * bool(chosen.reason)):
+        box = element("input", name=name, value=getattr(chosen, name), placeholder="any")
+        inputs += element("label", f"{name} {box}")
+    return card(element("form", inputs + element("button", "Filter"), action="/jobs"))
+
+
+def jobs_page(reader: Reader, request: Request) -> Page:
+    chosen = JobFilter(*map(request.text, JobFilter._fields))
+    if chosen.state and chosen.state not in STATE_TABS:
+        hint = suggestion(chosen.state, STATE_TABS)
+        raise BadInput(f"unknown state {quoted(chosen.state)}{hint}")
+    jobs, rest = find_jobs(reader, chosen)
+    table = action_form(jobs_html(reader, jobs), ("retry", "cancel"), request.url) if jobs else ""
+    end = element("p", "no more jobs" if jobs or chosen.after else "no jobs", class_="dim")
+    if rest:
+        end = link("older jobs" if jobs else "none so far; search on", "/jobs", **rest._asdict())
+    parts = {"tabs": card(tabs_html(reader, chosen)), "jobs": card(table + end)}
+    return Page("Jobs", parts, filter_form(chosen))
+
+
+def time_line(job: Job, runs: list[Attempt], now: float) -> str:
+    gantt = Gantt(now)
+    gantt.add(history(job, runs))
+    return html_gantt({"gantt": gantt.facts()}, job_link) if job.run else ""
+
+
+def runs_html(job: Job, runs: Iterable[Attempt], now: float) -> str:
+    rows = (
+        (
+            link(run.run, "/job", id=job.id, run=run.run),
+            time_cell(run.started, now),
+            format_duration(run.finished - run.started),
+            format_duration(run.waited),
+            element("span", safe(run.error or COMPLETED), class_=run.outcome.replace(" ", "-")),
+            safe(run.worker),
+        )
+        for run in runs
+    )
+    return html_grid(("run", "started", "took#", "waited#", "ended", "worker"), rows)
+
+
+def read_output(reader: Reader, job: Job, run: int, limit: int) -> bytes:
+    """Return the end of the output of an attempt, which may still run."""
+    path = reader.db.run_dir.output_file(job._replace(run=run))
+    with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=open_own) as file:
+        return last_bytes(file.fileno(), limit)[1]
+    asked = {"seq": job.seq, "run": run, "start": -limit}
+    return b"".join(bytes(row[0]) for row in reader.db.rows(OUTPUT_TAIL, asked))
+
+
+def output_html(reader: Reader, job: Job, run: int) -> str:
+    output = read_output(reader, job, run, SHOWN_OUTPUT)
+    note = f", its last {SHOWN_OUTPUT} bytes" if len(output) == SHOWN_OUTPUT else ""
+    raw = link("as text", "/output", id=job.id, run=run)
+    text = printable_lines(output.decode(errors="backslashreplace")).translate(ESCAPED)
+    pre = element("pre", text, class_="output", tabindex=0)
+    return card(pre, f"Output of run {run}{note} ({raw})")
+
+
+def job_page(reader: Reader, request: Request) -> Page:
+    job = reader.get(request.text("id"))
+    now = reader.clock()
+    run = request.number("run") or job.run
+    rows = reader.db.rows(LAST_RUNS, {"seq": job.seq, "limit": PAGE_SIZE})
+    runs = [Attempt(*row) for row in rows]
+    facts = ((safe(key), safe(value)) for key, value in job_details(reader, job))
+    action = {COMPLETED: "", DEAD: "retry", CANCELLED: "retry"}.get(job.state, "cancel")
+    form = action_form("", (action,), request.url, [("id", job.id)]) if action else ""
+    parts = {
+        "facts": card(form + html_grid(("", ""), facts)),
+        "runs": card(time_line(job, runs[::-1], now) + runs_html(job, runs, now)),
+        "output": output_html(reader, job, run) if run else "",
+    }
+    return Page(f"Job {job.id}", parts)
+
+
+def dead_page(reader: Reader, request: Request) -> Page:
+    """Group the jobs that died last by the reason, each group with its newest job."""
+    now = reader.clock()
+    rows = []
+    for reason, number, when, seq in reader.db.rows(DEAD_REASONS, {"limit": EXAMINED}):
+        if job := reader.by_seq(seq):
+            jobs = link(f"{number:,}", "/jobs", state=DEAD, reason=reason)
+            output = code(last_line(reader.output_tail(seq, job.run, 2000)))
+            retry = action_form("", ("retry",), request.url, [("like", job.id)])
+            name = safe(shorten(reason, 160))
+            rows.append((name, jobs, time_cell(when, now), job_link(job.id), output, retry))
+    headings = ("reason", "jobs#", "last", "newest job", "end of its output", "")
+    return Page("Dead letters", {"dead": card(html_grid(headings, rows) or "No job is dead.")})
+
+
+def schedules_page(reader: Reader, request: Request) -> Page:
+    now = reader.clock()
+    rows = []
+    for job in reader.select(SCHEDULES + " LIMIT :limit", limit=PAGE_SIZE):
+        last = reader.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id)
+        ran = f"{job_link(last.id)} {last.state}" if last else ""
+        cancel = action_form("", ("cancel",), request.url, [("id", job.id)])
+        due = time_cell(job.run_after, now)
+        names = (safe(job.schedule_id), safe(rule_text(job)), due, job_link(job.id), ran)
+        rows.append((*names, code(job.command), cancel))
+    headings = ("schedule", "rule", "next", "job", "last", "command", "")
+    table = html_grid(headings, rows) or "There are no schedules."
+    return Page("Schedules", {"schedules": card(table)})
+
+
+def workers_page(reader: Reader, _request: Request) -> Page:
+    rows = []
+    for name, pid, job, since, command in worker_rows(worker_facts(reader), reader.clock()):
+        claimed = job_link(str(job)) if since else "idle"
+        rows.append((safe(name), safe(pid), claimed, safe(since), code(str(command))))
+    headings = [heading.lower() for heading in WORKER_HEADINGS]
+    table = html_grid(headings, rows) or "No worker is running (queuectl worker start)."
+    return Page("Workers", {"workers": card(table)})
+
+
+PAGES: Mapping[str, Callable[[Reader, Request], Page]] = {
+    "/": overview_page,
+    "/jobs": jobs_page,
+    "/dead": dead_page,
+    "/schedules": schedules_page,
+    "/workers": workers_page,
+    "/job": job_page,
+}
+MENU = {"/": "Overview", "/jobs": "Jobs", "/dead": "Dead letters"}
+MENU.update({"/schedules": "Schedules", "/workers": "Workers"})
+
+
+# Actions. A POST shows what would be done; another one, from that page, does it.
+
+ACTIONS: Mapping[str, Callable[[Queue, Any], object]] = {
+    "retry": Queue.retry,
+    "cancel": Queue.cancel,
+    "pause": Queue.pause,
+    "resume": Queue.resume,
+}
+
+
+def subjects(reader: Reader, request: Request) -> list[str]:
+    """Return the ids of the jobs or the names of the queues that an action is about."""
+    if request.text("action") in ("pause", "resume"):
+        queues = request.fields.get("queue", [])
+        return [queue and validate("queue", valid_name, queue) for queue in queues]
+    if like := request.text("like"):
+        return [row[0] for row in reader.db.rows(DEAD_LIKE, {"id": like, "limit": EXAMINED})]
+    return list(request.fields.get("id", []))
+
+
+def confirmation(action: str, names: Sequence[str], back: str) -> Page:
+    noun = "queue" if action in ("pause", "resume") else "job"
+    which = f"{noun} {names[0] or 'all'}" if len(names) == 1 else plural(len(names), noun)
+    title = f"{action.capitalize()} {'all queues' if '' in names else which}?"
+    items = "".join(element("li", safe(name)) for name in names[:PAGE_SIZE] if name)
+    more = len(names) - PAGE_SIZE
+    rest = element("p", f"and {more} more") if more > 0 else ""
+    key = "queue" if noun == "queue" else "id"
+    fields = [(key, name) for name in names]
+    form = action_form("", (action,), back, [*fields, ("confirmed", "yes")])
+    leave = element("a", "Change nothing", href=back)
+    return Page(title, {}, card(element("ul", items) + rest + form + leave, safe(title)))
+
+
+def way_back(url: str) -> str:
+    """Return the URL of the page to show after an action: one of ours, written anew."""
+    path, _, query = url.partition("?")
+    return address(path, **parse_fields(query)) if path in PAGES else "/"
+
+
+def act(queue: Queue, request: Request) -> Page | str:
+    """Return the page that asks for confirmation or, once an action is done, the URL to show."""
+    action = request.text("action")
+    if action not in ACTIONS:
+        raise BadInput(f"unknown action {quoted(action)}{suggestion(action, ACTIONS)}")
+    names = subjects(queue._reader, request)
+    if not names:
+        raise BadInput(f"nothing is selected; select what to {action}")
+    back = way_back(request.text("back"))
+    if request.text("confirmed") != "yes":
+        return confirmation(action, names, back)
+    for subject in names if action in ("pause", "resume") else [names]:
+        ACTIONS[action](queue, subject)
+    return back
+
+
+# The site.
+
+
+def frame(page: Page, parts: str, path: str, db: str) -> Response:
+    """Return a whole page. Its script and styles have a nonce; nothing else may run.
+
+    The referrer policy lets a browser send the Origin with a POST; no other site is ever linked.
+    """
+    import secrets
+
+    nonce = secrets.token_urlsafe(16)
+    links = []
+    for url, name in MENU.items():
+        current = {"aria_current": "page"} if url == path else {}
+        links.append(element("a", name, href=url, **current))
+    state = element("span", "", id="live", class_="dim", role="status")
+    pause = element("button", "Pause updates", id="pause", type="button", hidden="")
+    menu = element("nav", element("h1", safe(db)) + " ".join((*links, pause, state)))
+    script = element("script", WEB_SCRIPT, nonce=nonce) if page.parts else ""
+    head = '<meta name="referrer" content="same-origin">'
+    head += element("style", WEB_STYLE, nonce=nonce)
+    body = f"{menu}<main>{page.top}{parts}</main>{script}"
+    html = html_page(f"{page.title} - queuectl", body, nonce=nonce, head=head)
+    return Response(200, html, nonce=nonce)
+
+
+class Site:
+    """The pages and actions of a queue. Each request opens it anew, to read it or to act."""
+
+    def __init__(self, path: str, port: int, *, insecure: bool) -> None:
+        self.path = path
+        self.insecure = insecure
+        self.server = make_server(port, self.respond)
+        self.port = int(self.server.server_address[1])
+        self.gate = Gate(self.port)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/?token={self.gate.token}"
+
+    def serve(self) -> None:
+        with self.server:
+            self.server.serve_forever()
+
+    def respond(self, request: Request) -> Response:
+        if login := self.gate.admit(request):
+            return login
+        if (request.method == "POST") != (request.path == "/act"):
+            raise Refused(405, "an action is a POST to /act, a page a GET")
+        is_final = request.method == "POST" and request.text("confirmed") == "yes"
+        options: Any = {"readonly": not is_final, "create": False, "insecure": self.insecure}
+        try:
+            with Queue(self.path, **options) as queue, queue._db.translate_errors():
+                self.limit_time(queue._db)
+                return self.answer(queue, request)
+        except QueueError as error:
+            status = next(n for kind, n in HTTP_STATUS.items() if isinstance(error, kind))
+            page = Page("Not possible", {}, card(safe(error), "This is not possible"))
+            return self.show(page, request)._replace(status=status)
+
+    def limit_time(self, db: Database) -> None:
+        """Let no request take long, whatever the queue contains and whoever has locked it."""
+        deadline = time.monotonic() + QUERY_SECONDS
+        db.keep_waiting = lambda waited: waited < QUERY_SECONDS
+        db.connection.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
+
+    def answer(self, queue: Queue, request: Request) -> Response:
+        reader = queue._reader
+        if request.path == "/act":
+            done = act(queue, request)
+            if isinstance(done, str):
+                return Response(303, headers={"Location": done})
+            return self.show(done, request)
+        if request.path == "/favicon.ico":
+            return Response(200, ICON, "image/svg+xml")
+        if request.path == "/metrics":
+            metrics = "".join(prometheus_report(Report(reader, tuple)))
+            return Response(200, metrics, "text/plain; version=0.0.4")
+        if request.path == "/output":
+            job = reader.get(request.text("id"))
+            run = request.number("run") or job.run
+            return Response(200, read_output(reader, job, run, LARGEST_RAW), "text/plain")
+        if request.path not in PAGES:
+            raise NotFound("there is no such page")
+        return self.show(PAGES[request.path](reader, request), request)
+
+    def show(self, page: Page, request: Request) -> Response:
+        """Return a page or, to its script, the parts that have changed: it names those it has."""
+        import hashlib
+
+        known = request.header("X-Queuectl-Tags").split()
+        parts = ""
+        for name, html in page.parts.items():
+            tag = hashlib.sha256(f"{name} {html}".encode()).hexdigest()[:16]
+            if tag not in known:
+                parts += element("div", html, id=f"part-{name}", data_tag=tag)
+        if "X-Queuectl-Tags" in request.headers:
+            return Response(200, parts)
+        return frame(page, parts, request.path, self.path)
+
+
+def open_browser(url: str, file: str) -> None:
+    """Open a URL in the browser by a file that leads there: all users can read arguments."""
+    import pathlib
+    import webbrowser
+
+    with open(open_own(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as page:
+        page.write(f'<meta http-equiv="refresh" content="0;url={safe(url)}">')
+    threading.Thread(
+        target=webbrowser.open, args=[pathlib.Path(file).as_uri()], daemon=True
+    ).start()
+
+
+# --- doctor: whether this machine and this directory can carry a queue ----------------------------
+
+TRIAL_LIMIT = 8.0  # seconds that one trial may take
+LEAST_FREE = 100 << 20  # bytes
+KILL = "import os, sys; os.kill(int(sys.argv[1]), 9)"  # the same on every system
+STUCK_ONCE = "import os, time; time.sleep(60 * (os.environ['QUEUECTL_ATTEMPT'] == '1'))"
+BEAT = "import time\nwhile True: open('beat', 'a').write('x'); time.sleep(0.02)"
+TREE = f"import subprocess, sys; subprocess.call([sys.executable, '-c', {BEAT!r}])"
+
+
+class Doctor:
+    """Trials of a machine and a directory, in a temporary queue beside the real one.
+
+    Each trial returns a fact to print; it raises QueueError, OSError or sqlite3.Error with what is
+    wrong.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)
+        self.directory = os.path.dirname(self.path)
+        self.trial = ""
+
+    def examine(self) -> Iterator[tuple[str, bool, str]]:
+        """Yield the name of each trial, whether it succeeded, and its fact or what is wrong."""
+        import shutil
+
+        trials = (self.versions, self.owner, self.file_system, self.space, self.queue)
+        live = (self.locks, self.wal, self.sync, self.recovery, self.process_tree)
+        try:
+            for trial in (*trials, *live):
+                if self.trial or trial not in live:
+                    yield (trial.__name__.replace("_", " "), *self.attempt(trial))
+        finally:
+            if self.trial:
+                shutil.rmtree(os.path.dirname(self.trial), ignore_errors=True)
+
+    def attempt(self, trial: Callable[[], str]) -> tuple[bool, str]:
+        try:
+            return True, trial()
+        except (QueueError, sqlite3.Error) as error:
+            return False, str(error)
+        except OSError as error:
+            return False, str(system_fault(error, self.directory))
+
+    def versions(self) -> str:
+        import platform
+
+        if sqlite3.sqlite_version_info < (3, 31):
+            raise Fault(f"SQLite {sqlite3.sqlite_version} is too old; 3.31 or later is needed")
+        python = f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}"
+        return f"queuectl {__version__}, {python}, {platform.platform()}"
+
+    def owner(self) -> str:
+        require_trust(self.path)
+        return f"no other user can write to {self.directory}"
+
+    def file_system(self) -> str:
+        if kind := network_file_system(self.path):
+            raise Fault(f"{self.directory} is on {kind}; SQLite needs a local disk")
+        return f"{self.directory} is not on a known network file system"
+
+    def space(self) -> str:
+        import shutil
+
+        free = shutil.disk_usage(self.directory).free
+        if free < LEAST_FREE:
+            raise Fault(f"only {free >> 20} MiB are free on the disk of {self.directory}")
+        return f"{free >> 20} MiB are free"
+
+    def queue(self) -> str:
+        import tempfile
+
+        name = os.path.basename(self.path) + ".doctor-"
+        self.trial = os.path.join(tempfile.mkdtemp("", name, self.directory), "queuectl.db")
+        with self.open() as queue:
+            queue.configure("kill_grace", "1")
+        return "a temporary queue was created beside this one"
+
+    def open(self) -> Queue:
+        return Queue(self.trial, insecure=True)  # the directory has been judged already
+
+    def locks(self) -> str:
+        import subprocess
+
+        path = self.trial + ".lock"
+        lock = LockFile(path)
+        command = [SYSTEM.PYTHON, "-c", "input()"]
+        inherited: Any = {} if WINDOWS else {"pass_fds": [lock.fd]}
+        with subprocess.Popen(command, stdin=subprocess.PIPE, **inherited) as heir:
+            os.close(lock.fd)
+            held = WINDOWS or not SYSTEM.is_unlocked(path)
+            heir.communicate(b"\n")
+        if not held or not SYSTEM.is_unlocked(path):
+            raise Fault("a lock is not kept by a child that inherits it; queuectl needs flock()")
+        return "a lock is held as long as a process that inherited it lives"
+
+    def wal(self) -> str:
+        import subprocess
+
+        with self.open() as queue:
+            job = queue.enqueue("true")
+            command = [SYSTEM.PYTHON, os.path.abspath(__file__), "--insecure", "--db", self.trial]
+            seen = subprocess.run([*command, "show", job], capture_output=True, check=False)
+            queue.cancel([job])
+        if seen.returncode:
+            raise Fault(f"another process cannot read the queue: {seen.stderr.decode().strip()}")
+        return "another process reads what this one has written"
+
+    def sync(self) -> str:
+        import statistics
+
+        times = []
+        with open(os.path.join(os.path.dirname(self.trial), "sync"), "wb", buffering=0) as file:
+            for _ in range(20):
+                file.write(bytes(4096))
+                began = time.perf_counter()
+                os.fsync(file.fileno())
+                times.append(time.perf_counter() - began)
+        return f"the disk takes {statistics.median(times) * 1000:.3g} ms to sync a page"
+
+    def run_job(self, code: str, meddle: Callable[[Queue], None], **fields: Any) -> list[Attempt]:
+        """Run a Python program as a job and return its attempts; `meddle` is called meanwhile."""
+        command = join_words([SYSTEM.PYTHON, "-c", code])
+        with self.open() as queue:
+            job = queue.enqueue(command, cwd=os.path.dirname(self.trial), **fields)
+            options = {"drain": True, "insecure": True}
+            pool = threading.Thread(target=work, args=(self.trial,), kwargs=options, daemon=True)
+            pool.start()
+            try:
+                meddle(queue)
+                queue.wait([job], TRIAL_LIMIT)
+            finally:
+                for name in queue._db.run_dir.alive("pool"):
+                    queue._db.run_dir.request_stop(name, "now")
+                queue._db.run_dir.notify()
+                pool.join(TRIAL_LIMIT)
+            return queue.attempts(job)
+
+    def recovery(self) -> str:
+        killed = 0.0
+
+        def kill_worker(queue: Queue) -> None:
+            nonlocal killed
+            import subprocess
+
+            for _ in polling(TRIAL_LIMIT):
+                for note in queue._db.run_dir.alive("worker").values():
+                    if queue.counts()[PROCESSING] and note.get("pid"):
+                        subprocess.run([SYSTEM.PYTHON, "-c", KILL, str(note["pid"])], check=False)
+                        killed = time.time()
+                        return
+
+        attempts = self.run_job(STUCK_ONCE, kill_worker)
+        outcomes = [attempt.outcome for attempt in attempts]
+        if outcomes != ["crashed", "completed"]:
+            raise Fault(f"the job of a killed worker did not run again, but: {outcomes}")
+        return f"the job of a killed worker ran again after {attempts[1].started - killed:.2f} s"
+
+    def process_tree(self) -> str:
+        beat = os.path.join(os.path.dirname(self.trial), "beat")
+        (attempt,) = self.run_job(TREE, ignore, timeout=1.0, max_retries=1)
+        size = os.path.getsize(beat)
+        time.sleep(0.2)
+        if os.path.getsize(beat) > size:
+            raise Fault("a process that a job started has outlived the job's timeout")
+        took = format_duration(attempt.finished - attempt.started)
+        return f"a job and its child process were ended in {took}, by a timeout of 1s"
+
+
 # --- command line ---------------------------------------------------------------------------------
 
 
@@ -5311,18 +8060,44 @@ def arg(
     name: str, metavar: str | None, meaning: str = "", check: Validator = str, **options: Any
 ) -> Argument:
     """Describe an argument of a command as argparse takes it, with a validator of its value."""
-    options.update(type=partial(validate, name, check), metavar=metavar, help=meaning)
-    return (name,), options
+    names = tuple(name.split())
+    options.update(type=partial(validate, names[-1], check), metavar=metavar, help=meaning)
+    return names, options
 
 
-def flag(names: str, meaning: str) -> Argument:
-    return tuple(names.split()), {"action": "store_true", "help": meaning}
+def flag(names: str, meaning: str, **options: Any) -> Argument:
+    return tuple(names.split()), {"action": "store_true", "help": meaning, **options}
 
 
 def field(key: str, metavar: str, meaning: str, name: str = "", **options: Any) -> Argument:
     """Describe an option of `enqueue` that gives a field of a job."""
     options.setdefault("check", FIELDS[key])
     return arg(name or "--" + key.replace("_", "-"), metavar, meaning, dest=key, **options)
+
+
+def parse_change(text: str) -> Iterable[tuple[str, str | None]]:
+    name, equals, value = text.partition("=")
+    return valid_variables({name: value if equals else None}).items()
+
+
+def parse_edit(check: Validator, text: str) -> Any:
+    """Return a new value; the text itself where that is None, as for an option that is absent."""
+    value = check(text)
+    return text if value is None else value
+
+
+def edit_option(names: tuple[str, ...], options: dict[str, Any]) -> Argument:
+    """Return an option of `enqueue` as one of `edit`, by which a value can also be taken back."""
+    key = options["dest"]
+    meaning = options["help"].replace(" (default: this one)", "")
+    if options["type"].args[1] is FIELDS[key]:
+        check = partial(parse_edit, EDITABLE[key])
+        options = {**options, "type": partial(validate, names[-1], check)}
+    if key in BY_SETTINGS:
+        meaning += "; default: as the queue's setting says"
+    if FIELDS[key] is valid_names:
+        meaning += "; instead of those before, '' for none"
+    return names, {**options, "help": meaning}
 
 
 def parse_variable(text: str) -> Iterable[tuple[str, str]]:
@@ -5402,6 +8177,9 @@ def show_list(args: Any, facts: Iterable[Facts], headings: Sequence[str], rows: 
         show(table(headings, rows))
 
 
+JSON_START = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""  # unlike a shell line
+
+
 def parse_json_jobs(source: str) -> list[dict[str, object]]:
     try:
         value = json.loads(source.lstrip("\ufeff"))  # PowerShell puts it before the text of a file
@@ -5418,7 +8196,6 @@ def parse_json_jobs(source: str) -> list[dict[str, object]]:
 def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) -> Iterator[Any]:
     """Yield the jobs of JSON lines, JSON, a shell line or words; `at` holds the line's number."""
     words: list[str] = args.words
-    json_start = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""  # unlike a shell line
     exact = args.rest[-len(words) - 1 :] == ["--", *words]
     if "--" in args.rest and not exact:
         raise BadInput("all words of the command go after --, as in: enqueue -- git log -- README")
@@ -5433,7 +8210,7 @@ def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) ->
                 SCREEN.draw(lambda: f"{at[0]} lines")
             if line.strip():
                 yield from parse_json_jobs(line.decode(errors="surrogateescape"))
-    elif re.match(json_start, words[0]) and not exact:
+    elif re.match(JSON_START, words[0]) and not exact:
         yield from parse_json_jobs(" ".join(words))
     else:
         is_line = len(words) == 1 and not exact
@@ -5473,6 +8250,15 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
             raise BadInput(f"line {at[0]}: {error}" if at[0] else str(error)) from None
 
 
+def started_pool(run_dir: RunDirectory, pid: int, *, complete: bool) -> str | None:
+    """Return the name of a process's pool once it is alive and, if asked, all of its workers."""
+    for name, note in run_dir.alive("pool").items():
+        if note.get("pid") == pid:
+            workers = [worker for worker in run_dir.alive("worker") if pool_of(worker) == name]
+            return name if len(workers) >= note["count"] or not complete else None
+    return None
+
+
 def detach(args: argparse.Namespace) -> int:
     """Start a pool in a session of its own; report its log or, if it ends at once, the reason."""
     import subprocess
@@ -5480,6 +8266,8 @@ def detach(args: argparse.Namespace) -> int:
     with Queue(args.db, insecure=args.insecure) as queue:
         run_dir = queue._db.run_dir
     run_dir.make()  # the database may have been copied here
+    for name, note in run_dir.alive("pool").items():
+        say(f"{name} runs here too, with {plural(note.get('count', 0), 'worker')}")
     insecure = ["--insecure"] * args.insecure
     options = [word for word in args.rest if word != "--detach"]
     command = [SYSTEM.PYTHON, os.path.abspath(__file__), f"--db={args.db}", *insecure]
@@ -5489,12 +8277,11 @@ def detach(args: argparse.Namespace) -> int:
         size = file.tell()
         streams: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
         pool = subprocess.Popen(command, **streams, **SYSTEM.BACKGROUND)
-        for _ in polling(longest=0.02):
-            for name, note in run_dir.alive("pool").items():
-                if note.get("pid") == pool.pid:
-                    say(f"{name} runs as process {pool.pid}; its log is {log}")
-                    pool.returncode = Exit.OK  # it is not waited for
-                    return Exit.OK
+        for waited in polling(longest=0.02):
+            if started := started_pool(run_dir, pool.pid, complete=waited < 10):
+                say(f"{started} runs as process {pool.pid}; its log is {log}")
+                pool.returncode = Exit.OK  # it is not waited for
+                return Exit.OK
             if pool.poll() is not None:
                 break
         file.seek(size)
@@ -5503,40 +8290,89 @@ def detach(args: argparse.Namespace) -> int:
     return shell_code(pool.returncode)
 
 
+def say_event(text: str) -> None:
+    """Print an event line: on a terminal with the time, in a log with the date (RFC 3339)."""
+    now = datetime.now().astimezone()
+    when = now.strftime("%H:%M:%S") if terminal_width(sys.stderr) else now.isoformat("T", "seconds")
+    SCREEN.line(f"{when} {text}")
+
+
+def cpu_count() -> int:
+    """Return the number of CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def check_reports(args: argparse.Namespace) -> None:
+    """Raise BadInput where a report could not be written once the drain is over."""
+    if args.reports and not args.drain:
+        raise BadInput("--report requires --drain")
+    for path in args.reports:
+        format_of(path)
+        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            raise BadInput(f"{quoted(path)}: there is no such directory")
+
+
+def write_drain_reports(args: argparse.Namespace, pool: str, began: float) -> None:
+    with Queue(args.db, readonly=True, insecure=args.insecure) as queue:
+        found = partial(drain_histories, queue._reader, args.queues, pool, began)
+        report = Report(queue._reader, found, args.queues, began)
+        for path in args.reports:
+            write_report(path, FORMATS[format_of(path)](report))
+
+
 def cmd_worker_start(args: argparse.Namespace) -> int:
     if args.horizon < LONGEST and not args.drain:
         raise BadInput("--horizon requires --drain")
     if args.detach:
         return detach(args)
+    check_reports(args)
     keys = ("drain", "horizon", "insecure", "queues")
     options: dict[str, Any] = {key: getattr(args, key) for key in keys}
     if not args.quiet:
-        options["say"] = lambda text: SCREEN.line(time.strftime("%H:%M:%S ") + text)
+        options["say"] = say_event
     with contextlib.ExitStack() as stack:
+        if args.reports:
+            options["name"] = new_pool_name()
+            stack.callback(write_drain_reports, args, options["name"], time.time())
         if terminal_width(sys.stderr) and not args.quiet:
             queue = stack.enter_context(Queue(args.db, insecure=args.insecure))
             reader = queue._reader
             progress = Progress(partial(survey_queues, reader, args.queues), reader.clock)
             options["tick"] = lambda: SCREEN.draw(progress.line)
-        code = work(args.db, args.count, **options, signals=True)
+        code = work(args.db, args.count or cpu_count(), **options, signals=True)
     return Exit.SIGNALLED - code if code > Exit.SIGNALLED else code
+
+
+def pools_to_stop(args: argparse.Namespace, run_dir: RunDirectory) -> set[str]:
+    """Return the living pools, or those that are named or were started for one of the queues."""
+    pools = run_dir.alive("pool")
+    if args.queues:
+        return {name for name, note in pools.items() if {*note.get("queues", ())} & {*args.queues}}
+    every = {*pools, *map(pool_of, run_dir.alive("worker"))}  # a worker may have lost its pool
+    for pool in args.pools:
+        if pool not in every:
+            raise NotFound(f"there is no pool {quoted(pool)} (queuectl worker list)")
+    return set(args.pools) or every
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
     run_dir = queue._db.run_dir
-    alive = [*run_dir.alive("pool"), *run_dir.alive("worker")]  # a worker may have lost its pool
-    for pool in set(map(pool_of, alive)):
+    pools = pools_to_stop(args, run_dir)
+    workers = [name for name in run_dir.alive("worker") if pool_of(name) in pools]
+    for pool in pools:
         run_dir.request_stop(pool, "now" if args.now else "stop")
     run_dir.notify()
-    if not alive:
-        say("no workers are running")
+    if not pools:
+        say("no workers are running" + " for this queue" * bool(args.queues))
     notices = Notices(say, NEVER)
     for waited in polling(NEVER if args.timeout is None else args.timeout, longest=0.02):
-        if all(map(run_dir.is_unlocked, alive)):
+        if all(map(run_dir.is_unlocked, (*pools, *workers))):
             return Exit.OK
         if waited > 1:
-            busy = ", ".join(job.id for job in queue._reader.claimed())
-            notices.report(f"waiting for {busy or 'the workers to exit'}", key="waiting")
+            busy = [job.id for job in queue._reader.claimed() if job.locked_by in workers]
+            notices.report(f"waiting for {', '.join(busy) or 'the workers to exit'}", key="waiting")
     say(f"workers are still running after {format_duration(args.timeout)}")
     return Exit.TIMED_OUT
 
@@ -5561,37 +8397,130 @@ def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
             return
 
 
-def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str]) -> None:
-    settings = queue.config()
-    name = getattr(args, "queue", None)
-    limit = args.limit if args.limit is not None or args.json else 100
-    notifications = getattr(args, "notifications", True)
-    jobs = queue.jobs(states, limit or None, name, notifications=notifications)
-    facts = (job_facts(job, settings) for job in jobs)
+def selection_options(args: argparse.Namespace) -> dict[str, Any]:
+    filters = ("ids", "queues", "states", "match", "older_than")
+    options = {key: vars(args).get(key) for key in filters}
+    return {key: value for key, value in options.items() if value not in (None, "", [])}
+
+
+def selection(args: argparse.Namespace, states: Sequence[str] = ()) -> Selection:
+    """Return the jobs that the arguments select, by default among those in some states."""
+    given = selection_options(args)
+    if args.ids and len(given) > 1:
+        raise BadInput("either name the jobs or select them by options, not both")
+    return Selection(**{"states": states, **given})
+
+
+def targets(
+    args: argparse.Namespace,
+    states: Sequence[str],
+    usual: Sequence[str],
+    *,
+    everything: bool = False,
+) -> Selection:
+    """Return the jobs that a command is to change: those in some states, by default the usual ones.
+
+    Unless `everything` or --all is meant, at least one id or option must be given.
+    """
+    all_given = vars(args).get("all", False)
+    if args.ids and all_given:
+        raise BadInput("either name the jobs or use --all")
+    known = (*states, *READINESS_WORDS.values()) if PENDING in states else states
+    for word in args.states:
+        if word not in known:
+            raise BadInput(f"--state must be of {', '.join(known)} here, not {word}")
+    if not (everything or all_given or selection_options(args)):
+        raise BadInput("name the jobs, or select them by --queue, --state, --match, --older-than")
+    return selection(args, usual)
+
+
+def dry_run(jobs: Iterable[Job], check: Callable[[Job], None], *, named: bool) -> int:
+    """Print the ids of the jobs that a command would change; report the others of named ones."""
+    code = Exit.OK
+    for job in jobs:
+        try:
+            check(job)
+            print(job.id)
+        except NotFound as error:
+            if named:
+                say(str(error))
+                code = Exit.NO
+    return code
+
+
+def change_jobs(
+    queue: Queue,
+    seqs: Iterable[int],
+    check: Callable[[Job], None],
+    act: Callable[[Job], None],
+    report: Callable[[list[Job]], None],
+) -> int:
+    """Change jobs in slices, and report each slice; a signal to stop ends it after a slice."""
+    numbers: list[int] = []
+    changed = 0
+    left = list(seqs)
+    with handle_signals(lambda number, _frame: numbers.append(number), None):
+        for jobs in queue._ledger.in_slices(left, check, act):
+            report(jobs)
+            changed += len(jobs)
+            if numbers:
+                say(f"interrupted; {plural(changed, 'job')} of {len(left)} changed")
+                return -numbers[0]
+    return Exit.OK
+
+
+def show_ids(jobs: Iterable[Job]) -> None:
+    show((job.id for job in jobs), whole=True)
+
+
+def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str] = ()) -> None:
+    settings = lru_cache(maxsize=None)(queue.config)
+    reader = queue._reader
+    chosen = selection(args, states)
+    if not chosen.ids:
+        chosen = chosen._replace(notifications=getattr(args, "notifications", True))
+    is_program = args.json or args.ids_only or chosen.ids
+    limit = args.limit if args.limit is not None or is_program else 100
+    total = 0
+    jobs: Iterable[Job] = reader.selected(chosen)
+    if limit:
+        jobs, total = reader.latest_selected(chosen, limit)
+    if args.ids_only:
+        show_ids(jobs)
+        return
+    facts = (job_facts(job, settings(job.queue)) for job in jobs)
     headings = ("ID", "STATE", "QUEUE", "TRIES", "WHEN", "WHY", "COMMAND")
-    show_list(args, facts, headings, (job_row(queue._reader, job, settings) for job in jobs))
-    counts = queue.counts([name] if name else ())
-    total = sum(counts[state] for state in states or STATES)
-    if not notifications and COMPLETED in (states or STATES):
-        total -= queue._reader.number(COUNT_NOTIFICATIONS, state=COMPLETED, queue=name)
+    rows = (job_row(reader, job, settings(job.queue)) for job in jobs)
+    show_list(args, facts, headings, rows)
     if limit and limit < total and not args.json:
         say(f"{limit} of {total} jobs shown; --limit 0 shows all")
 
 
 def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
     if not args.recurring:
-        show_jobs(args, queue, args.state or ())
+        show_jobs(args, queue)
         return
     now = queue._reader.clock()
-    settings = queue.config()
     facts = []
     rows = []
     for job in queue._reader.schedules():
-        if args.queue in (None, job.queue) and job.state in (args.state or STATES):
-            facts.append(job_facts(job, settings))
+        if selection(args).takes(job, now):
+            facts.append(job_facts(job, queue.config(job.queue)))
             due = format_distance(job.run_after, now)
             rows.append((job.schedule_id, rule_text(job), due, job.id, job.command))
     show_list(args, facts, ("ID", "SCHEDULE", "NEXT", "JOB", "COMMAND"), rows)
+
+
+def cmd_web(args: argparse.Namespace, queue: Queue) -> None:
+    site = Site(queue.path, args.port, insecure=args.insecure)
+    print(site.url, flush=True)
+    with contextlib.ExitStack() as stack:
+        if args.open:
+            queue._db.run_dir.make()  # the database may have been copied here
+            file = queue._db.run_dir.file(f"web-{site.port}.html")
+            stack.callback(os.unlink, file)
+            open_browser(site.url, file)
+        site.serve()
 
 
 def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
@@ -5604,9 +8533,26 @@ def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
     print(json.dumps({**facts, "why": reason_to_wait(reader, job) or None}))
 
 
-def require_ids(args: argparse.Namespace, *, selected: bool = False) -> list[str]:
-    """Return the ids that a command names; none where --all or another selection is given."""
-    if bool(args.ids) == (args.all or selected):
+def cmd_report(args: argparse.Namespace, queue: Queue) -> None:
+    chosen = selection(args)
+    reader = queue._reader
+    style = args.format or (format_of(args.output) if args.output else "text")
+    if style == "prometheus" and (chosen._replace(queues=()) != Selection() or args.since):
+        raise BadInput("metrics are about queues; the only selection they take is --queue")
+    since = reader.clock() - args.since if args.since else 0.0
+    jobs = partial(changed_jobs, reader, chosen, since)
+    report = Report(reader, lambda: histories(reader, jobs(), since), chosen.queues, since)
+    if args.output:
+        write_report(args.output, FORMATS[style](report))
+    elif style == "text":
+        show(line.rstrip("\n") for line in text_report(report))
+    else:
+        sys.stdout.writelines(FORMATS[style](report))
+
+
+def require_ids(args: argparse.Namespace) -> list[str]:
+    """Return the ids that a command names; none where --all is given."""
+    if bool(args.ids) == args.all:
         raise BadInput("either name the jobs or use --all")
     return list(args.ids)
 
@@ -5759,8 +8705,33 @@ def report_cancelled(args: argparse.Namespace, queue: Queue, job: Job) -> int:
     return Exit.OK
 
 
-def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
-    jobs = queue.cancel(args.ids, cascade=args.cascade, gone=args.gone)
+def to_cancel(args: argparse.Namespace, queue: Queue, chosen: Selection) -> Iterable[Job]:
+    """Return the selected jobs and, with --cascade, those that wait for them."""
+    jobs = {job.seq: job for job in queue._reader.selected(chosen)}
+    for seq in list(jobs) if args.cascade else []:
+        jobs.update((job.seq, job) for job in queue._reader.select(DESCENDANTS, seq=seq))
+    return jobs.values()
+
+
+def cancel_waiting(args: argparse.Namespace, queue: Queue, chosen: Selection) -> int:
+    """Cancel the jobs that wait, in slices."""
+    ledger = queue._ledger
+    ended: list[Job] = []
+
+    def report(jobs: list[Job]) -> None:
+        show_ids(jobs)
+        ended.extend(job for job in jobs if job.rule)
+
+    check = partial(ledger.require_state, states=(PENDING,))
+    seqs = [job.seq for job in to_cancel(args, queue, chosen)]
+    code = change_jobs(queue, seqs, check, lambda job: ledger.cancel(job.seq), report)
+    for job in ended:
+        say(f"schedule {job.schedule_id} has ended with {job.id}")
+    return code
+
+
+def cancel_named(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> int:
+    jobs = queue.cancel(ids, cascade=args.cascade, gone=args.gone)
     run_dir = queue._db.run_dir
     notices = Notices(say, NEVER)
     report_at = time.monotonic() + 1
@@ -5775,6 +8746,59 @@ def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
     return max(report_cancelled(args, queue, job) for job in jobs)
 
 
+def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
+    states = (PENDING, PROCESSING)
+    chosen = targets(args, states, states)
+    if args.dry_run:
+        check = partial(queue._ledger.require_state, states=states)
+        return dry_run(to_cancel(args, queue, chosen), check, named=bool(chosen.ids))
+    ids = chosen.ids
+    if not ids:
+        if code := cancel_waiting(args, queue, chosen):
+            return code
+        running = (job for job in queue._reader.selected(chosen) if job.state == PROCESSING)
+        ids = [job.id for job in running]
+    return cancel_named(args, queue, ids) if ids else Exit.OK
+
+
+def await_occurrence(queue: Queue, name: str) -> None:
+    """Wait while the job of a schedule runs: it cannot be changed, and the next one is not made."""
+    notices = Notices(say, NEVER)
+    for _ in queue._reader.changes():
+        job = queue.get(name)
+        if job.id == name or job.state != PROCESSING:
+            return
+        notices.report(f"waiting for {job.id} to end, before the next job of {name} is changed")
+
+
+def cmd_edit(args: argparse.Namespace, queue: Queue) -> int:
+    given = vars(args)
+    fields = {key: given[key] for key in EDITABLE if given[key] is not None}
+    if "env" in fields:
+        fields["env"] = dict(chain(*fields["env"]))
+    if args.ids and args.queues:  # without ids, it selects
+        fields["queue"] = args.queues.pop()
+    if not fields:
+        raise BadInput("give a new field, such as --priority 5; --to-queue moves selected jobs")
+    changes = validate_changes(fields)
+    ledger = queue._ledger
+    chosen = targets(args, (PENDING,), (PENDING,))
+    jobs = queue._reader.selected(chosen)
+    if args.dry_run:
+        return dry_run(jobs, ledger.check_waits, named=bool(chosen.ids))
+    if not chosen.ids:
+        act = partial(ledger.edit, fields=changes)
+        return change_jobs(queue, [job.seq for job in jobs], ledger.check_waits, act, show_ids)
+    for name in chosen.ids:
+        await_occurrence(queue, name)
+    changed = queue.edit(chosen.ids, **fields)
+    show_ids(changed)
+    others = {job.seq: job for job in jobs if job.seq not in {other.seq for other in changed}}
+    for job in others.values():
+        say(f"job {job.id} is {job.state}; it was not changed")
+    return Exit.NO if others else Exit.OK
+
+
 def cmd_pause(args: argparse.Namespace, queue: Queue) -> None:
     for name in args.queues or [""]:
         queue.pause(name)
@@ -5787,69 +8811,135 @@ def cmd_resume(args: argparse.Namespace, queue: Queue) -> None:
         say("all queues are still paused; resume without --queue resumes them")
 
 
-def cmd_dlq_retry(args: argparse.Namespace, queue: Queue) -> None:
-    ids = queue.retry(require_ids(args) or None)
-    show(ids)
-    if not ids and (cancelled := queue.counts()[CANCELLED]):
-        say(f"no job is dead; {plural(cancelled, 'cancelled job')} can be retried by id")
+def cmd_dlq_retry(args: argparse.Namespace, queue: Queue) -> int:
+    ledger = queue._ledger
+    chosen = targets(args, (DEAD, CANCELLED), (DEAD,))
+    if args.dry_run:
+        jobs = queue._reader.selected(chosen)
+        return dry_run(jobs, ledger.check_retry, named=bool(chosen.ids))
+    if chosen.ids:
+        show(queue.retry(chosen.ids))
+        return Exit.OK
+    counts = queue.counts()
+    if chosen.states == (DEAD,) and not counts[DEAD] and counts[CANCELLED]:
+        cancelled = plural(counts[CANCELLED], "cancelled job")
+        say(f"no job is dead; {cancelled} can be retried by id or with --state cancelled")
+    seqs = [job.seq for job in queue._reader.selected(chosen)]
+    return change_jobs(queue, seqs, ledger.check_retry, ledger.retry, show_ids)
 
 
-def cmd_dlq_purge(args: argparse.Namespace, queue: Queue) -> None:
-    ids = require_ids(args, selected=args.older_than is not None)
-    print(queue.purge(ids) if ids else queue.prune(args.older_than or 0, (DEAD,)), "purged")
+def delete_jobs(
+    args: argparse.Namespace, queue: Queue, chosen: Selection, states: Sequence[str], done: str
+) -> int:
+    """Delete jobs in some states, the named ones all or none; print their number or their ids."""
+    ledger = queue._ledger
+    check = partial(ledger.check_delete, states=states)
+    if args.dry_run:
+        return dry_run(queue._reader.selected(chosen), check, named=bool(chosen.ids))
+    deleted = 0
+
+    def report(jobs: list[Job]) -> None:
+        nonlocal deleted
+        deleted += len(jobs)
+        if args.ids_only:
+            show_ids(jobs)
+
+    code: int = Exit.OK
+    if chosen.ids:
+        report(queue._delete(chosen.ids, states))
+    else:
+        seqs = [job.seq for job in queue._reader.selected(chosen)]
+        code = change_jobs(queue, seqs, check, lambda job: ledger.delete(job.seq), report)
+    if not args.ids_only:
+        print(deleted, done)
+    return code
 
 
-def cmd_prune(args: argparse.Namespace, queue: Queue) -> None:
-    print(queue.prune(args.older_than, args.state or PRUNED_BY_DEFAULT), "pruned")
+def cmd_dlq_purge(args: argparse.Namespace, queue: Queue) -> int:
+    chosen = targets(args, (DEAD, CANCELLED), (DEAD,))
+    return delete_jobs(args, queue, chosen, (DEAD, CANCELLED), "purged")
 
 
-def setting_text(value: object) -> str:
-    """Return the value of a setting as `config set` takes it."""
-    if isinstance(value, tuple):
-        numbers = all(isinstance(item, int) for item in value)
-        return ",".join(map(str, value)) if numbers else join_words(value)
-    return f"{value:.15g}" if isinstance(value, float) else str(value)
+def cmd_prune(args: argparse.Namespace, queue: Queue) -> int:
+    chosen = targets(args, FINISHED, PRUNED_BY_DEFAULT, everything=True)
+    return delete_jobs(args, queue, chosen, FINISHED, "pruned")
+
+
+def cmd_config_get(args: argparse.Namespace, queue: Queue) -> None:
+    key = validate_setting(args.key, queue=args.queue or "")
+    show([setting_text(queue.config(args.queue or "")[key])], whole=True)
 
 
 def cmd_config_set(args: argparse.Namespace) -> None:
-    validate_setting(args.key, args.value)  # before a queue is created for it
+    validate_setting(args.key, args.value, args.queue or "")  # before a queue is created for it
     with Queue(args.db, insecure=args.insecure) as queue:
-        queue.configure(args.key, args.value)
+        queue.configure(args.key, args.value, args.queue or "")
 
 
 def cmd_config_list(args: argparse.Namespace, queue: Queue) -> None:
-    settings = queue.config().items()
-    facts = ({"key": k, "value": value, "default": SETTINGS[k].default} for k, value in settings)
-    rows = ((key, setting_text(value), SETTINGS[key].meaning) for key, value in settings)
-    show_list(args, facts, ("KEY", "VALUE", "MEANING"), rows)
+    name = args.queue or ""
+    sources = queue._reader.sources(name)
+    facts = []
+    rows = []
+    for key, value in queue.config(name).items():
+        setting = SETTINGS[key]
+        if setting.per_queue or not name:
+            source = sources.get(key)
+            facts.append({"key": key, "value": value, "default": setting.default, "queue": source})
+            where = source or ("" if source is None else "(all)")
+            rows.append((key, setting_text(value), where, setting.meaning))
+    show_list(args, facts, ("KEY", "VALUE", "QUEUE", "MEANING"), rows)
+
+
+def cmd_doctor(args: argparse.Namespace) -> int:
+    healthy = True
+    for check, ok, detail in Doctor(args.db).examine():
+        healthy = healthy and ok
+        if args.json:
+            print(json.dumps({"check": check, "ok": ok, "detail": detail}), flush=True)
+        else:
+            show([f"{'ok' if ok else 'FAIL':<5} {check:<13} {detail}"], whole=True)
+            sys.stdout.flush()
+    return Exit.OK if healthy else Exit.NO
 
 
 # fmt: off
 JSON = flag("--json", "print JSON; the README documents the fields")
-LIMIT = arg("--limit", "N", "show the N that changed last (0: all)", integer(0, 10**9))
-STATE = arg("--state", None, "only this state; repeatable", action="append", choices=STATES)
+LIMIT = arg("-n --limit", "N", "show the N that changed last (0: all)", integer(0, 10**9))
 TIMEOUT = arg("--timeout", "DURATION", "stop waiting after this time, and exit with 124",
               parse_duration)
-QUEUE = arg("--queue", "QUEUE", "only this queue", valid_name)
-QUEUES = arg("--queue", "QUEUE", "only this queue; repeatable", valid_name, dest="queues",
+QUEUE = arg("-q --queue", "QUEUE", "only this queue", valid_name)
+QUEUES = arg("-q --queue", "QUEUE", "only this queue; repeatable", valid_name, dest="queues",
              action="append", default=[])
 ID = arg("id", "ID")
 IDS = arg("ids", "ID", nargs="*")
+# A selection of jobs: named ones, or those that match all of these options.
+STATE = arg("-s --state", "STATE,...", "only jobs in these states: " + ", ".join(STATE_WORDS),
+            valid_states, dest="states", action="extend", default=[])
+MATCH = arg("--match", "TEXT", "only jobs with this text in the id or the command, in upper or "
+            "lower case", valid_command)
+OLDER_THAN = arg("--older-than", "DURATION", "only jobs that have been in their state for at "
+                 "least this time", parse_duration)
+IDS_ONLY = flag("--ids", "print the ids alone", dest="ids_only")
+SELECT = (IDS, QUEUES, STATE, MATCH, OLDER_THAN, IDS_ONLY)
+CHANGE = (*SELECT, flag("-n --dry-run", "print the ids of the jobs, and change nothing"))
 ALL_DEAD = flag("--all", "all dead jobs")
 KEY = arg("key", "KEY", "one of: " + ", ".join(SETTINGS), validate_setting)
+OF_QUEUE = arg("--queue", "QUEUE", "the value for this queue (default: for all queues that have "
+               "none of their own)", valid_name)
 
 COMMANDS = {
     "enqueue": Command(cmd_enqueue, "none", "add a job and print its id", "enqueue 'make all'", (
         arg("words", "JOB", "a quoted shell line; JSON (an object or an array); - for JSON lines "
             "on stdin; or -- followed by the words of a command", nargs="+"),
         field("id", "ID", "the name of the job (default: a number)"),
-        field("priority", "N", "higher numbers run first (default: 0)"),
+        field("queue", "QUEUE", "the queue it waits in (default: default)", "-q --queue"),
+        field("priority", "N", "higher numbers run first (default: 0)", "-p --priority"),
         field("delay", "DURATION", "start it after this time"),
         field("run_at", "TIME", "start it at this time: 2030-01-31T08:00", "--at"),
-        field("timeout", "DURATION", "end an attempt that takes longer (0: never)"),
-        field("max_retries", "N", "the number of attempts, including the first"),
+        field("timeout", "DURATION", "end an attempt that takes longer (0: never; default: 300s)"),
+        field("max_retries", "N", "the number of attempts, including the first (default: 3)"),
         field("retry_delays", "DURATION,...", "wait this long before each retry; the last repeats"),
-        field("queue", "QUEUE", "the queue it waits in (default: default)"),
         field("after", "ID,...", "start it once these jobs have completed; repeatable",
               action="extend"),
         field("after_end", "ID,...", "start it once these have ended in any way; repeatable",
@@ -5867,58 +8957,99 @@ COMMANDS = {
         flag("--if-absent", "do nothing if a job with that id exists"))),
     "worker start": Command(
         cmd_worker_start, "none", "run jobs until stopped", "worker start --count 4", (
-            arg("--count", "N", "how many jobs to run at a time (default: 1)", integer(1, 1000),
-                default=1),
+            arg("-c --count", "N", "how many jobs to run at a time (default: 1; 0: one per CPU)",
+                integer(0, 1000), default=1),
             QUEUES,
             flag("--drain", "exit when nothing is left to run; with 1 if a job died or is blocked"),
             arg("--horizon", "DURATION", "with --drain: do not wait for jobs that are due later "
                 "than this", parse_duration, default=LONGEST),
+            arg("--report", "FILE", "with --drain: write a report about it at the end; its format "
+                "follows the ending, as in: report -o FILE; repeatable", valid_file,
+                dest="reports", action="append", default=[]),
             flag("--detach", "run in the background; the log is in the queue's .run directory"),
             flag("--quiet", "print no event lines"))),
     "worker stop": Command(
         cmd_worker_stop, "read", "let workers finish their jobs and exit", "worker stop --now",
-        (flag("--now", "end the running jobs; they return to the queue"), TIMEOUT)),
+        (arg("pools", "POOL", "only this pool (default: all)", nargs="*"),
+            arg("-q --queue", "QUEUE", "only pools started for this queue; repeatable", valid_name,
+                dest="queues", action="append", default=[]),
+            flag("--now", "end the running jobs; they return to the queue"), TIMEOUT)),
     "worker list": Command(cmd_worker_list, "read", "list living workers", "worker list", (JSON,)),
     "status": Command(cmd_status, "read", "show counts and workers", "status --watch", (
         QUEUE, flag("--watch", "refresh every second, with the rate and the last failures"), JSON)),
+    "report": Command(cmd_report, "read", "report on jobs, for people, CI and Prometheus",
+        "report -o report.html --since 1d", (
+        arg("--format", None, "the default follows the ending of FILE, or is text",
+            choices=tuple(FORMATS)),
+        arg("-o", "FILE", "write FILE, in one step, instead of stdout", valid_file,
+            dest="output"),
+        arg("--since", "DURATION", "only jobs that changed, and attempts that ended, in this time",
+            parse_duration, default=0.0), *SELECT[:-1])),
     "list": Command(cmd_list, "read", "list jobs", "list --state dead --limit 20", (
-        STATE, QUEUE, flag("--recurring", "list schedules and their next times"),
+        *SELECT, flag("--recurring", "list schedules and their next times"),
         flag("--notifications", "also show notifications that have completed"), LIMIT, JSON)),
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
     "logs": Command(cmd_logs, "read", "print the output of a job", "logs 7 -f", (
         ID, flag("-f --follow", "continue until the attempt ends"),
         arg("--run", "N", "print attempt N instead of the last", integer(1, 10**9)))),
+    "web": Command(cmd_web, "read", "show the jobs in a browser on this machine", "web --open", (
+        arg("--port", "N", f"the port (default: {WEB_PORT}; 0: any that is free)",
+            integer(0, 65535), default=WEB_PORT),
+        flag("--open", "open the page in the browser"))),
     "wait": Command(cmd_wait, "read", "wait for jobs; exit with the code of the first that failed",
         "wait 7 8", (IDS, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
     "cancel": Command(cmd_cancel, "write", "cancel waiting or running jobs", "cancel 7", (
-        arg("ids", "ID", nargs="+"), flag("--cascade", "also cancel the jobs that wait for them"),
+        *CHANGE, flag("--cascade", "also cancel the jobs that wait for them"),
         flag("--gone", "they are gone elsewhere, although launcher_cancel fails"))),
+    "edit": Command(cmd_edit, "write", "change jobs that wait", "edit 7 --priority 5"),
     "pause": Command(cmd_pause, "create", "start no new jobs until resume",
         "pause --queue gpu", (QUEUES,)),
     "resume": Command(cmd_resume, "write", "start jobs again after pause", "resume", (QUEUES,)),
     "dlq list": Command(lambda args, queue: show_jobs(args, queue, (DEAD,)), "read",
-        "list the dead letter queue", "dlq list", (LIMIT, JSON)),
+        "list the dead letter queue", "dlq list", (*SELECT, LIMIT, JSON)),
     "dlq retry": Command(cmd_dlq_retry, "write", "return dead or cancelled jobs to the queue",
-        "dlq retry 7", (IDS, ALL_DEAD)),
+        "dlq retry 7", (*CHANGE, ALL_DEAD)),
     "dlq purge": Command(cmd_dlq_purge, "write", "delete dead or cancelled jobs",
-        "dlq purge --older-than 30d", (IDS, ALL_DEAD, arg("--older-than", "DURATION",
-            "only jobs that died at least this long ago", parse_duration))),
-    "prune": Command(
-        cmd_prune, "write", "delete completed and cancelled jobs", "prune --older-than 7d", (
-            arg("--older-than", "DURATION", "only jobs that ended at least this long ago",
-                parse_duration, default=0.0),
-            arg("--state", None, "only this state (default: completed and cancelled); repeatable",
-                action="append", choices=FINISHED))),
-    "config get": Command(
-        lambda args, queue: show([setting_text(queue.config()[args.key])], whole=True),
-        "read", "print a setting", "config get timeout", (KEY,)),
-    "config set": Command(cmd_config_set, "none", "change a setting", "config set backoff_base 3",
-        (KEY, arg("value", "VALUE"))),
-    "config unset": Command(lambda args, queue: queue.configure(args.key, None), "write",
-        "restore the default of a setting", "config unset timeout", (KEY,)),
-    "config list": Command(cmd_config_list, "read", "list the settings", "config list", (JSON,)),
+        "dlq purge --older-than 30d", (*CHANGE, ALL_DEAD)),
+    "prune": Command(cmd_prune, "write", "delete completed and cancelled jobs",
+        "prune --older-than 7d", CHANGE),
+    "doctor": Command(cmd_doctor, "none", "test this machine and this directory", "doctor",
+        (JSON,)),
+    "config get": Command(cmd_config_get, "read", "print a setting", "config get timeout",
+        (KEY, OF_QUEUE)),
+    "config set": Command(cmd_config_set, "none", "change a setting",
+        "config set limit 1 --queue gpu", (KEY, arg("value", "VALUE"), OF_QUEUE)),
+    "config unset": Command(lambda args, queue: queue.configure(args.key, None, args.queue or ""),
+        "write", "restore the default of a setting", "config unset timeout", (KEY, OF_QUEUE)),
+    "config list": Command(cmd_config_list, "read", "list the settings", "config list",
+        (OF_QUEUE, JSON)),
 }
+# The fields that can be changed are the options of `enqueue`, except where selections have others.
+EDITS = (
+    field("command", "COMMAND", "the shell line"),
+    field("queue", "QUEUE", "move it to this queue; with ids, --queue does the same", "--to-queue"),
+    field("env", "NAME[=VALUE]", "set a variable or, without =, remove it; repeatable",
+          action="append", check=parse_change),
+    *(option for option in COMMANDS["enqueue"].arguments
+      if option[1].get("dest") in EDITABLE.keys() - {"queue", "env"}))
+COMMANDS["edit"] = COMMANDS["edit"]._replace(arguments=(*CHANGE, *starmap(edit_option, EDITS)))
 # fmt: on
+
+
+SYNONYMS = {  # words of other tools, and the command to type here
+    "enqueue": "add submit run push exec queue",
+    "worker start": "start work workers",
+    "worker stop": "stop shutdown",
+    "list": "ls jobs ps",
+    "logs": "log tail output cat",
+    "cancel": "kill rm abort delete remove",
+    "dlq retry": "retry restart requeue rerun",
+    "show": "info inspect describe get",
+    "status --watch": "top watch",
+    "dlq list": "failed failures dead",
+    "config list": "settings",
+    "--version": "version",
+}
 
 
 def menu(family: str = "") -> dict[str, str]:
@@ -5974,23 +9105,56 @@ COMMANDS["completion"] = Command(
 
 HELP = """\
 PATH is the queue; the default is $QUEUECTL_DB, or else ./queuectl.db.
-COMMANDS
-examples:
-  queuectl enqueue 'make all'                  add a job
-  queuectl worker start --count 4              run jobs, four at a time
-  queuectl status --watch                      watch the jobs
-  queuectl dlq retry --all                     retry the jobs that failed
+
+to begin:
+  queuectl enqueue 'make all'        add a job and print its id
+  queuectl worker start --count 4    run jobs, four at a time
+  queuectl status --watch            see what waits, runs and has failed
+  queuectl logs 7                    print the output of a job
+  queuectl dlq retry --all           retry the jobs that failed for good
+
+commands:
+  jobs      enqueue, list, show, logs, wait, cancel, edit
+  workers   worker start, worker stop, worker list
+  queue     status, report, web, pause, resume, prune
+  failures  dlq list, dlq retry, dlq purge
+  settings  config get, config set, config unset, config list
+  machine   doctor, completion, help
+
+queuectl help COMMAND describes a command; the README describes everything:
+HOME_PAGE#readme
 """
 
 
+def command_hint(name: str, word: str) -> str:
+    """Return which command a wrong word may stand for; never one that deletes."""
+    for command, words in SYNONYMS.items():
+        if word in words.split() and command.startswith(name):
+            return f"; type: queuectl {command}"
+    verbs = menu(name)
+    close = nearest(word, verbs)
+    if close and close not in ("prune", "purge"):
+        return f": did you mean {close}?"
+    return f"; choose from {', '.join(verbs)}"
+
+
+WORD_HINTS = {  # the option that a word stands for where a command takes no words
+    "queuectl worker start": "--count",
+    "queuectl pause": "--queue",
+    "queuectl resume": "--queue",
+    "queuectl status": "--queue",
+}
+
+
 def usage_hint(prog: str, message: str, options: Iterable[str]) -> str:
-    if not (wrong := re.match("unrecognized arguments: (-[^ =]+)", message)):
-        return ""
-    if wrong[1] in ("--db", "--insecure"):
-        return f": {wrong[1]} goes before the command"
-    if prog == "queuectl enqueue" and wrong[1][1] != "-":
-        return ": a command of several words goes after --, as in: enqueue -- ls -l"
-    return suggestion(wrong[1], options)
+    wrong = re.match("unrecognized arguments: ([^ =]+)", message)
+    if wrong and wrong[1][0] == "-":
+        return suggestion(wrong[1], options)
+    if wrong and prog in WORD_HINTS:
+        return f": did you mean {WORD_HINTS[prog]} {wrong[1]}?"
+    if re.match("argument .*: expected one argument", message):
+        return "; it must not begin with -"
+    return ""
 
 
 def new_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
@@ -6009,6 +9173,15 @@ def new_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
     return Parser(prog, formatter_class=style, allow_abbrev=False, **options)
 
 
+def add_global_options(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take the options that may stand before the command or after it."""
+    import argparse
+
+    hidden: Any = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    parser.add_argument("--db", metavar="PATH", **hidden)
+    parser.add_argument("--insecure", action="store_true", **hidden)
+
+
 def menu_parser(name: str) -> argparse.ArgumentParser:
     """Return the parser of a command word that others follow: the program's, or a family's."""
     import argparse
@@ -6016,7 +9189,7 @@ def menu_parser(name: str) -> argparse.ArgumentParser:
     hidden = argparse.SUPPRESS
     prog = f"queuectl {name}".strip()
     lines = "".join(f"  {word:<11} {meaning}\n" for word, meaning in menu(name).items())
-    about = lines if name else HELP.replace("COMMANDS\n", lines + "\n")
+    about = lines if name else HELP.replace("HOME_PAGE", HOME_PAGE)
     globals_usage = "" if name else " [--db PATH] [--insecure] [--version]"
     usage = f"{prog}{globals_usage} COMMAND [--help] ..."
     parser = new_parser(prog, usage=usage, description=about, add_help=False)
@@ -6025,11 +9198,52 @@ def menu_parser(name: str) -> argparse.ArgumentParser:
         db = os.environ.get("QUEUECTL_DB") or "queuectl.db"
         versions = f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
         version = f"queuectl {__version__} ({versions}, schema {SCHEMA_VERSION})"
-        parser.add_argument("--version", action="version", version=version, help=hidden)
-        parser.add_argument("--db", default=db, metavar="PATH", help=hidden)
-        parser.add_argument("--insecure", action="store_true", help=hidden)
+        parser.add_argument("-V", "--version", action="version", version=version, help=hidden)
+        add_global_options(parser)
+        parser.set_defaults(db=db, insecure=False)
     parser.add_argument("rest", nargs=argparse.PARSER, metavar="COMMAND", help=hidden)
     return parser
+
+
+METAVARS = {
+    "DURATION": "seconds, or a number with a unit: 90, 90s, 5m, 1h30m, 2d, '2 days'",
+    "TIME": "2030-01-31T08:00 (local time), 2030-01-31T08:00Z, or Unix seconds",
+}
+
+
+def command_parser(name: str, command: Command) -> argparse.ArgumentParser:
+    about = command.help[0].upper() + command.help[1:] + "."
+    used = {options.get("metavar") for _, options in command.arguments}
+    notes = [f"{word}: {text}\n" for word, text in METAVARS.items() if word in used]
+    example = f"example: queuectl {command.example}"
+    epilog = "".join([*notes, example, f"\nqueuectl {__version__}, {HOME_PAGE}"])
+    parser = new_parser(f"queuectl {name}", description=about, epilog=epilog)
+    for names, options in command.arguments:
+        parser.add_argument(*names, **options)
+    add_global_options(parser)
+    return parser
+
+
+def count_options(words: Sequence[str], options: Mapping[str, argparse.Action]) -> int:
+    """Return how many words at the beginning are options and their values."""
+    count = 0
+    while count < len(words) and re.match("-[^-]|--.", words[count]):
+        name, value = re.fullmatch("(?s)(--[^=]*|-.)(.*)", words[count]).groups()  # type: ignore[union-attr]
+        if name not in options:
+            return count
+        count += 1 if value or options[name].nargs == 0 else 2
+    return count
+
+
+def mark_command(words: list[str], options: Mapping[str, argparse.Action]) -> list[str]:
+    """Put -- before a command of several words, so that none of them is taken for an option."""
+    start = count_options(words, options)
+    first, *rest = words[start:] or [""]
+    if not rest or first[:1] == "-" or re.match(JSON_START, first):
+        return words
+    if count_options(rest, options) == len(rest) or (" " in first and rest[0][:1] == "-"):
+        return words  # one word or a shell line, whose options may follow it
+    return [*words[:start], "--", *words[start:]]
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -6041,18 +9255,26 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     while name not in COMMANDS:
         parser = menu_parser(name)
         word, *args.rest = parser.parse_args(args.rest, args).rest
-        if not args.db:
-            parser.error("--db must not be empty")
         if word not in menu(name):
-            parser.error(f"there is no command {quoted(word)}{suggestion(word, menu(name))}")
+            parser.error(f"there is no command {quoted(word)}{command_hint(name, word)}")
         name = f"{name} {word}".strip()
     args.chosen = COMMANDS[name]
-    about = args.chosen.help.capitalize() + "."
-    example = f"example: queuectl {args.chosen.example}"
-    parser = new_parser(f"queuectl {name}", description=about, epilog=example)
-    for names, options in args.chosen.arguments:
-        parser.add_argument(*names, **options)
-    return parser.parse_args(args.rest, args)
+    parser = command_parser(name, args.chosen)
+    if args.chosen.act is cmd_enqueue:
+        args.rest = mark_command(args.rest, parser._option_string_actions)
+    parser.parse_args(args.rest, args)
+    if not args.db:
+        parser.error("--db must not be empty")
+    return args
+
+
+def cmd_help(args: argparse.Namespace) -> None:
+    parse([*args.words, "--help"])
+
+
+COMMANDS["help"] = Command(
+    cmd_help, "none", "describe a command", "help enqueue", (arg("words", "COMMAND", nargs="*"),)
+)
 
 
 def execute(args: argparse.Namespace) -> int:

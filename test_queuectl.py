@@ -15,18 +15,24 @@ The classes mirror the sections of queuectl.py, in the same order:
                      DatabaseFullDisk DatabaseDurability DatabaseDurabilityLive DatabaseGuest
                      DatabaseTransactions DatabaseForks
     trust            Trust TrustAttacks
-    queue            QueueEnqueue QueueReading QueueOrder QueueDependencies QueueSchedules
-                     QueueRetries QueueNotifications QueueNotificationsLive QueuePause
-                     QueuePauseLive QueueWait QueuePrune
+    queue            QueueEnqueue QueueReading QueueSelection QueueEdit QueueEditLive QueueOrder
+                     QueueDependencies QueueSchedules QueueRetries QueueNotifications
+                     QueueNotificationsLive QueuePause QueuePauseLive QueueLimit QueueLimitLive
+                     QueueWait QueuePrune
     attempt          AttemptLaunch AttemptWithoutShell AttemptEnd AttemptOutput AttemptElsewhere
                      AttemptElsewhereClocked Engine AttemptOverSsh AttemptInSlurm
     worker           WorkerFencing WorkerTrouble
     pool             PoolRecovery PoolFalseAlarms PoolStop PoolDispatch PoolDispatchLive PoolFiles
                      PoolTrouble PoolTroubleLive
     words            WordsWhy WordsProgress
+    report           ReportFacts ReportFormats ReportDrain
+    web              PageParser Web WebGate WebServer WebCommand WebPages WebActions WebCost
+                     WebHostile
+    doctor           DoctorTrials
     command line     CliEnqueue CliEnqueueLive CliBadInput CliWorkers CliStatus CliStatusLive
                      CliList CliListLive CliShow CliLogs CliLogsLive CliWait CliWaitLive CliCancel
-                     CliCancelLive CliDlq CliConfig CliHelp CliCompletion CliSignals CliTerminal
+                     CliCancelLive CliSelectionLive CliDlq CliConfig CliHelp CliCompletion
+                     CliSignals CliTerminal
     whole program    Library Vendored AnySystem AsOnMacOS Readme Layout Speed
 
 A test marked @internal calls functions that are not public; it may change with them. The others
@@ -53,9 +59,11 @@ import faulthandler
 import functools
 import glob
 import hashlib
+import html.parser
 import io
 import itertools
 import json
+import multiprocessing
 import operator
 import os
 import re
@@ -74,9 +82,13 @@ import tempfile
 import threading
 import time
 import unittest
+import urllib.parse
+import urllib.request
+import xml.etree.ElementTree
 from concurrent import futures
 from functools import partial
 from itertools import filterfalse, product
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 from unittest import mock
 
@@ -402,6 +414,84 @@ class Clocked(Case):
         act()
         self.queue._db.connection.set_progress_handler(None, 0)
         return len(taken)
+
+
+class Tags(html.parser.HTMLParser):
+    """The elements of an HTML page, with their attributes, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, Any]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+HOSTILE = "NUL\0 ]]> \x1b[31mred\x1b[m <script>alert(1)</script> \u202eevil\u2066 ``` x | y & \"'"
+HOSTILE_ID = "<script>`|\"'*_[x](y)&amp;]]>"
+
+
+class Reported(Clocked):
+    """A queue whose attempts take as long, and end as, a test says."""
+
+    def attempt(self, code: Any = 0, took: float = 1.0, **more: Any) -> Any:
+        """Run the next job: None stands for one that could not start; return its new record."""
+        job = claim(self.queue, more.pop("worker", "worker-aa-1"))
+        started, self.now = self.now, self.now + took
+        error = "cannot start: no" if code is None else queuectl.explain_exit(code)
+        given = {"end": "exited", "exit_code": code, "error": error, **more}
+        outcome = Outcome(started=started, finished=self.now, **given)
+        return self.queue._ledger.finish(job, outcome)[0]
+
+    def run_jobs(self) -> None:
+        """Make one job of each kind."""
+        configure = self.queue.configure
+        configure("backoff_base", "1")
+        self.queue.enqueue("true", id="good")
+        self.attempt(took=4)
+        self.queue.enqueue("true", id="flaky")
+        self.attempt(1, output=b"first\n")
+        self.now += 1
+        self.attempt(75)
+        self.now += 1
+        self.attempt(took=3)
+        self.queue.enqueue("true", id=HOSTILE_ID, queue=HOSTILE_ID, max_retries=2)
+        self.attempt(3, output=HOSTILE.encode() + b"\xff\n")
+        self.now += 1
+        self.attempt(3, output=HOSTILE.encode() + b"\xff\n")
+        self.queue.enqueue("true", id="nowhere", max_retries=1)
+        self.attempt(None)
+        self.queue.enqueue("true", id="blocked", after=["nowhere"])
+        self.queue.enqueue("true", id="cancelled")
+        self.queue.cancel(["cancelled"])
+        self.queue.enqueue("true", id="nightly", every=3600, run_at=self.now + 100)
+
+    def report(self, style: str, *args: str) -> str:
+        """Return a report as the command prints it, by the clock of the test."""
+        chosen = queuectl.parse(["report", "--format", style, *args])
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            queuectl.cmd_report(chosen, self.queue)
+        return out.getvalue()
+
+    def facts(self, *args: str) -> Any:
+        return json.loads(self.report("json", *args))
+
+
+NUMBERS = "n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :number)"
+FAKE_JOBS = """
+INSERT INTO jobs (id, queue, command, cwd, priority, state, readiness, created_at, updated_at,
+  run_after, run, attempts)
+SELECT i, 'q' || i % 5, 'true', '/', 0, CASE WHEN i % 9 THEN 'completed' ELSE 'dead' END, 1,
+  1e6, 1e6 + i, 1e6, 2, 2 FROM n"""
+FAKE_ATTEMPTS = """
+INSERT INTO attempts SELECT (i + 1) / 2, 1 + i % 2, 'worker-aa-' || i % 8,
+  CASE WHEN i % 2 AND i / 2 % 9 THEN 'completed' ELSE 'failed' END, i % 100, 1e6 + i,
+  1e6 + i + i % 7, i % 2 = 0, 'exit code ' || i % 30, 0, CAST(hex(zeroblob(2500)) AS BLOB) FROM n"""
 
 
 RUN_UNTIL_GO = "until [ -e go ]; do sleep 0.02; done"  # a job that runs until the test says go
@@ -830,11 +920,21 @@ class Rules(Case):
             "1.5h": 5400,
             "2d": 172800,
             "1W": 604800,
+            "5 m": 300,
+            "10min": 600,
+            "1hour": 3600,
+            "2 days 3 hrs": 183600,
         }
         self.assert_table(valid, queuectl.parse_duration)
-        texts = ("", "x", "5 m", "-1", "1h30", "1e3", "nan", "11000d", "m")
+        texts = ("", "x", "5 x", "-1", "5 mo", "1h30", "1e3", "nan", "11000d", "m")
         self.rejects(queuectl.parse_duration, *texts)
         self.rejects(queuectl.parse_duration, None, True, [], -1)
+
+    @internal
+    def test_sizes_are_parsed_and_invalid_ones_rejected(self) -> None:
+        valid = {"0": 0, "7": 7, "64K": 65536, "1M": 1 << 20, "1.5 MiB": 3 << 19, "2kb": 2048}
+        self.assert_table({**valid, 9: 9}, queuectl.parse_size)
+        self.rejects(queuectl.parse_size, "", "x", "1T", "257M", "-1", None, True, -1, 1 << 29)
 
     @internal
     def test_times_are_parsed_and_invalid_ones_rejected(self) -> None:
@@ -1077,15 +1177,20 @@ class SqlPlans(Clocked):
     """The query plans of the program's statements."""
 
     HOT = {  # statement: index
-        "NEXT_READY": "jobs_ready",
-        "MAKE_READY": "jobs_scheduled",
-        "NEXT_SCHEDULED": "jobs_scheduled",
+        "NEXT_READY": "queues_open",
+        "TIMERS": "jobs_due",
+        "MAKE_READY": "jobs_due",
+        "REOPEN": "queues_closed",
+        "NEXT_SCHEDULED": "jobs_due",
+        "NEXT_TOKEN": "queues_token",
         "CLAIMED": "jobs_state",
         "LATEST": "jobs_state",
         "OLDEST": "jobs_state",
         "RECENT_ENDS": "jobs_state",
+        "SEQS_IN_STATE": "updated_at=? AND rowid>?",
+        "BY_SEQS": "INTEGER PRIMARY KEY (rowid=?)",
         "PRUNABLE": "jobs_state",
-        "NEXT_SCHEDULED_FOR_DRAIN": "jobs_scheduled",
+        "DRAINED": "jobs_scheduled",
         "POSITION": "jobs_ready",
         "NEWEST_OF_SCHEDULE": "jobs_schedule",
         "ACTIVE_OF_SCHEDULE": "jobs_rule",
@@ -1096,19 +1201,22 @@ class SqlPlans(Clocked):
         "PARENT_IDS": "needs_child",
         "COUNT_NOTIFICATIONS": "COVERING INDEX jobs_notifies",
         "WAITING_SUMMARY": "jobs_notifies",
+        "COUNT_UNMET": "needs_child",
+        "WAITS_FOR": "needs_child",
+        "DROP_NEEDS": "needs_child",
         "BY_ID": "sqlite_autoindex_jobs_1",
+        "RUNS": "PRIMARY KEY",
+        "OUTPUT_TAIL": "PRIMARY KEY",
+        "OLDEST_DUE": "jobs_ready",
     }
 
     @internal
     def test_hot_statements_use_an_index_and_do_not_sort(self) -> None:
         """Promise 8: the cost of a hot statement does not grow with the history."""
-        parameters = (
-            "queue now state limit id readiness seq since before priority run_after completed "
-            "notifications command cwd"
-        ).split()
         for name, index in self.HOT.items():
             sql = "EXPLAIN QUERY PLAN " + getattr(queuectl, name)
-            rows = self.queue._db.execute(sql, dict.fromkeys(parameters, 1))
+            args = [1] * sql.count("?") or dict.fromkeys(re.findall(r":(\w+)", sql), 1)
+            rows = self.queue._db.execute(sql, args)
             plan = " ".join(str(row[-1]) for row in rows)
             with self.subTest(name):
                 self.assertIn(index, plan)
@@ -1136,6 +1244,45 @@ class SqlPlans(Clocked):
             list(self.queue.enqueue_many([*waiting, {"command": "true"}]))
             self.assertLess(self.sqlite_steps(self.finish), 15)
         self.assertLess(self.sqlite_steps(lambda: queuectl.status_facts(self.queue._reader)), 15)
+
+    @internal
+    def test_claim_cost_does_not_depend_on_the_number_of_queues(self) -> None:
+        """Promise 8: a thousand queues, half of them paused, full or at their rate."""
+        queue = self.queue
+        queue.enqueue("true", queue="q0")
+        alone = self.sqlite_steps(self.claim)
+        names = [f"q{number}" for number in range(1000)]
+        with queue.transaction():
+            for number, name in enumerate(names):
+                queue.enqueue("true", queue=name, priority=number % 7)
+            for paused, full, slow in zip(*(names[first:900:6] for first in range(3))):
+                queue.pause(paused)
+                queue.configure("limit", "1", full)
+                queue.configure("rate", "1/1h", slow)
+                for name in (full, slow):
+                    queue.enqueue("true", queue=name, priority=9)
+        while self.claim().priority == 9:  # now these are full, or wait for a token
+            pass
+        for served in ((), ("q999",), names[:20], names[100:200]):
+            with self.subTest(len(served)):
+                cost = self.sqlite_steps(partial(self.claim, *served))
+                self.assertLessEqual(cost, 2 * alone + 2 + len(served) // 5)
+                next_time = partial(queue._reader.next_ready_time, served)
+                self.assertLess(self.sqlite_steps(next_time), 60)
+        facts = partial(queuectl.status_facts, queue._reader)
+        self.assertLess(self.sqlite_steps(facts), 2500)
+        self.assertLess(self.sqlite_steps(queue._reader.drain_blockers), 500)
+
+    @internal
+    def test_statements_for_some_queues_look_them_up_and_for_many_walk_the_index(self) -> None:
+        for number, plan in {
+            2: "SEARCH (TABLE )?queues USING PRIMARY KEY",
+            40: "SCAN (TABLE )?queues USING INDEX queues_open",
+        }.items():
+            sql = queuectl.for_queues(queuectl.NEXT_READY, number)
+            args = {f"q{n}": n for n in range(number)}
+            rows = self.queue._db.execute("EXPLAIN QUERY PLAN " + sql, args)
+            self.assertRegex(" ".join(row[-1] for row in rows), plan)
 
     def dependency_costs(self, size: int) -> dict[str, int]:
         """Return the costs of a parent with this many children and of a chain of this many jobs."""
@@ -2635,8 +2782,8 @@ class TrustAttacks(Live):
     def test_insecure_option_or_variable_overrides_for_one_command_or_for_all(self) -> None:
         os.chmod(self.dir, 0o1777)
         self.assert_refused("enqueue", "true", code=4)
-        self.assertIn("goes before", self.assert_refused("enqueue", "--insecure", "--", "true"))
         self.assertEqual(self.stdout("--insecure", "enqueue", "true"), "1\n")
+        self.assertEqual(self.stdout("list", "--json", "--insecure").count("\n"), 1)
         self.stdout("--insecure", "worker", "start", "--drain")
         self.assertEqual(self.job_state_insecurely(), "completed")
         os.environ["QUEUECTL_INSECURE"] = "0"
@@ -2704,6 +2851,330 @@ class QueueReading(Clocked):
         self.now += 1
         self.queue.enqueue("true", id="c")
         self.assertEqual([job.id for job in self.queue.jobs(limit=2)], ["b", "c"])
+
+
+class QueueSelection(Clocked):
+    """Which jobs a selection takes."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        enqueue_graph(self.queue, "ended", "failed", "ready")
+        for code in (0, 1):
+            self.finish(code)
+        self.queue.enqueue("echo Grün", id="later", queue="gpu", delay=60)
+        self.now += 10
+        self.queue.enqueue("true", id="BLOCKED", queue="gpu", after="later")
+        self.queue.enqueue("true", id="none", queue="cpu")
+        self.queue.cancel("none")
+
+    SELECTIONS = (  # the filters, and the ids in order
+        ({}, "ended failed ready later BLOCKED none"),
+        ({"states": ["pending"]}, "ready later BLOCKED"),
+        ({"states": ["blocked", "dead"]}, "failed BLOCKED"),
+        ({"states": ["scheduled"]}, "later"),
+        ({"states": ["ready"]}, "ready"),
+        ({"states": ["processing"]}, ""),
+        ({"queues": ["gpu", "cpu"]}, "later BLOCKED none"),
+        ({"queues": ["gpu"], "states": ["pending", "cancelled"]}, "later BLOCKED"),
+        ({"queues": ["unused"]}, ""),
+        ({"match": "GRÜN"}, "later"),
+        ({"match": "blocked"}, "BLOCKED"),
+        ({"match": "%"}, ""),
+        ({"older_than": 10}, "ended failed ready later"),
+        ({"older_than": 11}, ""),
+        ({"ids": ["ready", "ended"]}, "ready ended"),
+    )
+
+    @internal
+    def test_selection_takes_the_jobs_that_match_every_filter(self) -> None:
+        for share in (4, 1, 1e9):  # by an index where few match, always, and never
+            for fields, ids in self.SELECTIONS:
+                with self.subTest(share, **fields), mock.patch.object(queuectl, "SHARE", share):
+                    jobs = self.queue._reader.selected(queuectl.Selection(**fields))
+                    self.assertEqual(" ".join(job.id for job in jobs), ids)
+
+    @internal
+    def test_selection_by_state_yields_every_job_of_a_large_batch_once(self) -> None:
+        self.queue.enqueue_many({"command": "true"} for _ in range(5010))
+        self.now += 1
+        self.queue.enqueue_many({"command": "true"} for _ in range(5010))
+        with mock.patch.object(queuectl, "SHARE", 1):
+            jobs = self.queue._reader.selected(queuectl.Selection(states=["ready"]))
+            self.assertEqual([job.seq for job in jobs], [3, *range(7, 10027)])
+        dead = queuectl.Selection(states=["dead", "blocked"])
+        self.assertLess(self.sqlite_steps(lambda: list(self.queue._reader.selected(dead))), 50)
+
+    def test_list_shows_the_selected_jobs(self) -> None:
+        cases = {
+            "": "ended failed ready later BLOCKED none",
+            "--state blocked,scheduled --state cancelled": "later BLOCKED none",
+            "--queue gpu --queue cpu --limit 2": "BLOCKED none",
+            "--match ed --limit 2": "failed BLOCKED",
+            "none ended": "none ended",
+            "none ended --limit 1": "none",
+        }
+        self.assert_table(
+            cases, lambda words: " ".join(self.stdout("list", "--ids", *words.split()).split())
+        )
+        self.assertEqual(self.stdout("dlq", "list", "--ids"), "failed\n")
+        for words in ("list ready --queue gpu", "list --state done", "list --match ed --queue="):
+            self.assert_refused(*words.split())
+
+    CHANGES = {  # the command, and the ids of the jobs that it changes
+        "cancel --queue gpu": "later BLOCKED",
+        "cancel --state ready,scheduled --older-than 1d": "ready later",
+        "cancel --cascade --match later": "later BLOCKED",
+        "dlq retry --all": "failed",
+        "dlq retry --state dead,cancelled": "failed none",
+        "dlq purge --match FAIL": "failed",
+        "dlq purge --older-than 0 --queue gpu": "",
+        "prune": "ended none",
+        "prune --state dead --state completed": "ended failed",
+        "prune none": "none",
+    }
+
+    def test_command_changes_the_selected_jobs_and_none_in_a_dry_run(self) -> None:
+        before = self.ids(), self.queue.counts()
+        for words, ids in self.CHANGES.items():
+            with self.subTest(words):
+                dry = self.stdout(*words.split(), "--dry-run")
+                self.assertEqual((self.ids(), self.queue.counts()), before)
+                copy = self.file(str(len(words)) + ".db")
+                with contextlib.closing(sqlite3.connect(copy)) as db:
+                    self.queue._db.connection.backup(db)
+                os.chmod(copy, 0o600)
+                found = self.stdout("--db", copy, *words.split(), "--ids")
+                self.assertEqual([dry.split(), found.split()], [ids.split()] * 2)
+                with Queue(copy) as queue:
+                    changed = {job.id for job in self.queue.jobs()} - {
+                        job.id for job in queue.jobs()
+                    }
+                    changed |= {job.id for job in queue.jobs() if job != self.queue.get(job.id)}
+                self.assertEqual(changed, set(ids.split()))
+        self.assertEqual(self.result("dlq", "retry", "none", "ended", "-n")[:2], (1, "none\n"))
+
+    @internal
+    def test_change_of_many_jobs_is_made_in_short_transactions(self) -> None:
+        """Each is stored by itself, and jobs that another process changed meanwhile are left."""
+        ledger = self.queue._ledger
+        seqs = [job.seq for job in self.queue.jobs()]
+        seen = []
+        with mock.patch.multiple(queuectl, HOLD=1e-9, LET_IN=0):
+            for jobs in ledger.in_slices(seqs, ledger.check_retry, ledger.retry):
+                seen.append(" ".join(job.id for job in jobs))
+                if len(seen) == 2:
+                    self.queue.purge("none")
+                with Queue(self.path) as other:
+                    self.assertEqual(other.counts()["pending"], 3 + ("failed" in seen))
+        self.assertEqual(seen, ["", "failed", "", "", "", ""])
+
+
+class QueueEdit(Clocked):
+    """Changing jobs that wait."""
+
+    EDITS = (  # the new fields, and the facts of the job that follow
+        ({"command": "false", "cwd": "/tmp"}, {"command": "false", "cwd": "/tmp"}),
+        ({"priority": "7", "queue": "gpu"}, {"priority": 7, "queue": "gpu"}),
+        ({"delay": "1h"}, {"run_after": 1e6 + 3610, "readiness": queuectl.SCHEDULED}),
+        ({"run_at": 5}, {"run_after": 5, "readiness": queuectl.READY}),
+        ({"timeout": "5m", "max_retries": 9}, {"timeout": 300, "max_retries": 9}),
+        ({"timeout": "default", "max_retries": None}, {"timeout": None, "max_retries": None}),
+        ({"env": {"B": None, "C": "3"}}, {"env": '{"A": "1", "C": "3"}'}),
+        ({"env": {"A": None, "B": None}}, {"env": None}),
+        ({"after": "parent"}, {"readiness": queuectl.BLOCKED}),
+        ({"after": "parent", "delay": 9}, {"readiness": queuectl.BLOCKED, "run_after": 1e6 + 19}),
+        ({"after": ["done"]}, {}),
+    )
+
+    @internal
+    def test_edit_changes_the_given_fields_and_what_follows_from_them(self) -> None:
+        enqueue_graph(self.queue, "done")
+        self.finish()
+        self.queue.enqueue("true", id="parent", delay=1e6)
+        for number, (fields, facts) in enumerate(self.EDITS):
+            job_id = f"j{number}"
+            self.now = 1e6
+            env = {"A": "1", "B": "2"}
+            self.queue.enqueue("true", id=job_id, env=env, timeout=1, max_retries=1)
+            before = self.queue.get(job_id)
+            self.now += 10
+            (job,) = self.queue.edit(job_id, **fields)
+            with self.subTest(fields):
+                if facts.keys() & {"readiness", "run_after"}:
+                    before = before._replace(updated_at=self.now)
+                self.assertEqual(job, before._replace(**facts))
+                self.assertEqual(job, self.queue.get(job_id))
+        self.check_counts()
+
+    def check_counts(self) -> None:
+        """Check that the number of jobs of each queue, state and readiness is right."""
+        found: dict[Any, int] = {}
+        for job in self.queue.jobs():
+            kind = (job.queue, job.state, job.readiness)
+            found[kind] = found.get(kind, 0) + 1
+        counts = self.queue._reader.counts_by_queue()
+        self.assertEqual(found, {tuple(row[:3]): row[3] for row in counts if row[3]})
+
+    @internal
+    def test_edit_moves_waiting_jobs_of_every_kind_to_another_queue(self) -> None:
+        enqueue_graph(self.queue, "a", "b a")
+        self.queue.enqueue("true", id="later", delay=5)
+        self.queue.edit(["a", "b", "later"], queue="gpu")
+        self.check_counts()
+        self.assertIsNone(self.claim("default"))
+        self.now += 5
+        self.assertEqual(
+            [self.finish(0, self.claim("gpu")).id for _ in range(3)], ["a", "b", "later"]
+        )
+        self.check_counts()
+
+    def test_edit_replaces_dependencies_and_refuses_a_cycle(self) -> None:
+        enqueue_graph(self.queue, "a", "b a", "c b", "d")
+        for after in ("c", "a", ["d", "b"]):
+            with self.subTest(after), self.assertRaises(queuectl.NotFound):
+                self.queue.edit("a", after=after)
+        with self.assertRaisesRegex(queuectl.BadInput, "after: there is no job nope"):
+            self.queue.edit(["d", "c"], priority=1, after=["a", "nope"])
+        self.assertEqual(self.queue.get("d").priority, 0)
+        self.queue.edit("b", after="d")
+        self.queue.edit("a", after="c")
+        self.queue.edit("d", priority=9)
+        self.assertEqual(self.run_all(), "d b c a")
+        enqueue_graph(self.queue, "e", "f e")
+        self.queue.edit("f", after="", priority=1)
+        self.assertEqual(self.run_all(), "f e")
+
+    def test_edit_leaves_jobs_that_run_or_have_ended(self) -> None:
+        enqueue_graph(self.queue, "ended", "runs", "waits")
+        self.finish()
+        self.claim()
+        before = [self.queue.get(name) for name in ("ended", "runs")]
+        code, out, err = self.result("edit", "ended", "runs", "waits", "--priority", "5")
+        self.assertEqual((code, out), (1, "waits\n"))
+        left = "queuectl: job {0.id} is {0.state}; it was not changed\n"
+        self.assertEqual(err, "".join(left.format(job) for job in before))
+        self.assertEqual([self.queue.get(name) for name in ("ended", "runs")], before)
+        self.assertEqual(
+            self.result("edit", "runs", "waits", "-n", "--priority=1")[:2], (1, "waits\n")
+        )
+        ledger = self.queue._ledger
+        act = partial(ledger.edit, fields={"priority": 9})
+        (slices,) = ledger.in_slices([job.seq for job in before], ledger.check_waits, act)
+        self.assertEqual(slices, [])
+
+    def test_edit_of_a_schedule_applies_to_its_next_jobs(self) -> None:
+        self.queue.enqueue("true", id="x", every=3600, delay=3600)
+        self.queue.edit("x", command="echo", priority=3, every=60)
+        self.assertEqual((self.queue.get("x").run_after, self.queue.get("x").id), (1e6 + 60, "x.1"))
+        self.queue.edit("x.1", delay=0)
+        self.finish()
+        job = self.queue.get("x")
+        self.assertEqual((job.id, job.command, job.priority), ("x.2", "echo", 3))
+        self.assertEqual((job.rule, job.run_after), ("every 60", 1e6 + 60))
+        with time_zone("UTC"):
+            (job,) = self.queue.edit("x", cron="@daily")
+        self.assertEqual(
+            (job.rule, job.run_after, job.scheduled_for), ("cron @daily", 1036800, 1036800)
+        )
+        self.queue.enqueue("true", id="plain")
+        with self.assertRaisesRegex(queuectl.NotFound, "not the next one of a schedule"):
+            self.queue.edit("plain", every=60)
+
+    @internal
+    def test_edit_of_a_schedule_leaves_the_time_of_a_retry(self) -> None:
+        self.queue.enqueue("true", id="x", every=3600)
+        self.finish(1)
+        retry_at = self.queue.get("x").run_after
+        (job,) = self.queue.edit("x", every=60)
+        self.assertEqual((job.rule, job.run_after, job.scheduled_for), ("every 60", retry_at, 1e6))
+        self.now = retry_at
+        self.finish()
+        self.assertEqual(self.queue.get("x").run_after, 1e6 + 60)
+
+    OPTIONS = {  # of `edit`, and the fields that it gives
+        "--command false --cwd /": {"command": "false", "cwd": "/"},
+        "--queue gpu": {"queue": "gpu"},
+        "--to-queue gpu --priority -3": {"queue": "gpu", "priority": -3},
+        "--timeout default --max-retries 7": {"timeout": None, "max_retries": 7},
+        "--env A=1 --env B=2 --env C": {"env": '{"A": "1", "B": "2"}'},
+        "--at 1970-01-01T00:00:05Z --after=": {"run_after": 5.0},
+    }
+
+    def test_options_of_edit_are_those_of_enqueue(self) -> None:
+        for options, facts in self.OPTIONS.items():
+            with self.subTest(options):
+                job_id = self.queue.enqueue("true", timeout=5, env={"C": "3"})
+                self.assertEqual(self.stdout("edit", job_id, *options.split()), f"{job_id}\n")
+                job = self.queue.get(job_id)._asdict()
+                self.assertEqual({key: job[key] for key in facts}, facts)
+        for options in ("", "--id x", "--priority high", "--max-retries 0", "--env =x", "--cron 5"):
+            with self.subTest(options):
+                self.assert_refused("edit", "1", *options.split())
+        self.assert_refused("edit", "--queue", "gpu")
+        self.assert_refused("edit", "--priority", "1")
+        moved = self.stdout("edit", "--queue", "gpu", "--match", "TRUE", "--to-queue", "cpu")
+        self.assertEqual(moved, "2\n3\n")
+        self.assertEqual([job.id for job in self.queue.jobs(queue="cpu")], ["2", "3"])
+
+    @internal
+    def test_edit_wakes_the_pools(self) -> None:
+        self.queue.enqueue("true", id="x", delay=3600)
+        for words in (["x"], ["--state", "pending"]):
+            with mock.patch.object(queuectl.RunDirectory, "notify") as notify:
+                self.assertEqual(self.stdout("edit", *words, "--priority", "1"), "x\n")
+            notify.assert_called_once_with()
+
+    @internal
+    def test_edit_cost_is_that_of_one_job(self) -> None:
+        self.queue.enqueue("true", id="x")
+        fields = {"priority": 5, "queue": "gpu", "delay": 60, "env": {"A": "1"}}
+        few = self.sqlite_steps(lambda: self.queue.edit("x", **fields))
+        self.queue.enqueue_many({"command": "true", "queue": "gpu"} for _ in range(2000))
+        many = self.sqlite_steps(
+            lambda: self.queue.edit("x", **{**fields, "priority": 6, "delay": 0})
+        )
+        self.assertLess(many, few + 3, few)
+
+
+@NEEDS_SHELL
+class QueueEditLive(Live):
+    """Changing jobs while workers claim them."""
+
+    def edit_while_workers_run(self, size: int, workers: int) -> None:
+        """Check that each job runs once, as it was or as it is."""
+        line = "echo {0} $KIND $QUEUECTL_JOB_ID >> log"
+        with Queue(self.path) as queue:
+            old = {"command": line.format("old"), "env": {"KIND": "old"}, "cwd": self.dir}
+            ids = list(queue.enqueue_many(old for _ in range(size)))
+            pool = self.pool("--count", str(workers), "--drain")
+            wait_until(lambda: self.read("log"))
+            new = {"command": line.format("new"), "env": {"KIND": "new"}, "queue": "other"}
+            edited = [job.id for job_id in reversed(ids) for job in queue.edit(job_id, **new)]
+            pool.wait(60)
+            self.assertEqual(queue.counts()["completed"], size)
+        expected = [f"{'new' if name in edited else 'old'} " * 2 + name for name in ids]
+        self.assertEqual(sorted(self.lines("log")), sorted(expected))
+        self.assertTrue(0 < len(edited) < size, len(edited))
+
+    def test_edited_job_runs_once_as_it_was_or_as_it_is(self) -> None:
+        self.edit_while_workers_run(150, 2)
+
+    @SLOW
+    def test_a_thousand_edits_against_four_workers(self) -> None:
+        """Promise 2: each job runs once, as it was or as it is."""
+        self.edit_while_workers_run(1000, 4)
+
+    def test_edit_of_a_schedule_waits_while_its_job_runs(self) -> None:
+        self.enqueue(RUN_UNTIL_GO, id="x", every=3600)
+        self.pool()
+        self.wait_for_state("x.1", "processing")
+        error = "queuectl: job x.1 is processing; it was not changed\n"
+        self.assertEqual(self.result("edit", "x.1", "--priority", "3"), (1, "", error))
+        edit = self.start("edit", "x", "--priority", "3", bufsize=1)
+        self.assertIn("waiting for x.1 to end", edit.stdout.readline())
+        self.write("go")
+        self.assertEqual(edit.communicate()[0], "x.2\n")
+        self.assertEqual((self.job("x.1").priority, self.job("x.2").priority), (0, 3))
 
 
 class QueueOrder(Clocked):
@@ -3487,6 +3958,266 @@ class QueuePauseLive(Live):
         self.assertEqual(self.job("waiting").state, "completed")
 
 
+FACTS_OF_QUEUES = """
+SELECT queue,
+  sum(state = 'pending' AND readiness = 1), sum(state = 'pending' AND readiness = 0),
+  sum(state = 'pending' AND readiness = -1), sum(state = 'processing'),
+  sum(state = 'processing' AND notifies IS NOT NULL), sum(state = 'completed'),
+  sum(state = 'dead'), sum(state = 'cancelled')
+FROM jobs GROUP BY queue ORDER BY queue"""
+KEPT_FACTS = """
+SELECT queue, ready, scheduled, blocked, processing, notifying, completed, dead, cancelled
+FROM queues WHERE ready + scheduled + blocked + processing + completed + dead + cancelled > 0
+ORDER BY queue"""
+NEXT_OF_QUEUES = """
+SELECT queue, priority, run_after, seq, notifies IS NOT NULL FROM jobs AS one
+WHERE state = 'pending' AND readiness = 1 AND seq = (
+  SELECT seq FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = one.queue
+  ORDER BY priority DESC, run_after, seq LIMIT 1) ORDER BY queue"""
+KEPT_NEXT = """
+SELECT queue, next_priority, next_due, next_seq, next_notifies FROM queues
+WHERE next_seq IS NOT NULL ORDER BY queue"""
+
+
+class QueueLimit(Clocked):
+    """`limit` and `rate`, with a clock that the test moves."""
+
+    def add_notification(self, queue: str) -> str:
+        """Add a job as the program adds one that reports an end; return its id."""
+        job_id = self.queue.enqueue("true", queue=queue)
+        sql = "UPDATE jobs SET notifies = 1, priority = 1000001 WHERE id = ?"
+        self.queue._db.execute(sql, (job_id,))
+        return job_id
+
+    def test_full_queue_starts_no_job_and_holds_up_no_other(self) -> None:
+        self.stdout("config", "set", "limit", "2", "--queue", "gpu")
+        for number in range(3):
+            self.queue.enqueue("true", id=f"gpu{number}", queue="gpu", priority=9)
+        self.queue.enqueue("true", id="cpu", queue="cpu")
+        jobs = [self.claim() for _ in range(4)]
+        self.assertEqual([job and job.id for job in jobs], ["gpu0", "gpu1", "cpu", None])
+        self.assertIsNone(self.claim("gpu"))
+        self.assertEqual(self.queue._reader.drain_blockers(), {"gpu": False, "cpu": False})
+        full = "queue gpu is at its limit of 2"
+        with mock.patch.object(queuectl, "unserved", return_value=""):
+            self.assertEqual(self.why("gpu2"), full)
+        self.assertEqual(self.json_object("status")["held"], {"gpu": full})
+        self.assertIn(f"waiting    {full}\n", self.stdout("status"))
+        notification = self.add_notification("gpu")
+        self.assertEqual(self.claim().id, notification)
+        self.finish(1, jobs[1])  # its retry is due later
+        self.assertEqual([job and job.id for job in (self.claim(), self.claim())], ["gpu2", None])
+        self.now += 2
+        self.assertIsNone(self.claim())
+        self.queue.configure("limit", "3", "gpu")
+        self.assertEqual(self.claim().id, "gpu1")
+        self.assertEqual(self.json_object("status")["held"], {})
+
+    def test_limit_of_all_queues_is_that_of_a_queue_without_its_own(self) -> None:
+        self.queue.enqueue("true", queue="old")
+        self.queue.configure("limit", "1")
+        self.queue.configure("limit", "0", "free")
+        for name in ("old", "free", "free", "new", "new"):
+            self.queue.enqueue("true", queue=name)
+        started = [job.queue for job in iter(self.claim, None)]
+        self.assertEqual(started, ["old", "free", "free", "new"])
+        self.queue.configure("limit", None, "free")
+        self.queue.configure("limit", "2")
+        self.queue.enqueue("true", queue="free")
+        self.assertEqual([job.queue for job in iter(self.claim, None)], ["old", "new"])
+
+    def test_slot_that_its_worker_leaves_wakes_the_pools(self) -> None:
+        self.queue.configure("limit", "1", "gpu")
+        cases = {  # queues the worker claims from next: pools are woken
+            None: True,  # it stops
+            ("cpu",): True,
+            ("gpu",): False,
+        }
+        for served, woken in cases.items():
+            for name in ("gpu", "gpu", "cpu"):
+                self.queue.enqueue("true", queue=name)
+            job = self.claim("gpu")
+            with mock.patch.object(self.queue._db.run_dir, "notify") as notify:
+                outcome = Outcome("exited", self.now, self.now, 0, None)
+                self.queue._ledger.finish(job, outcome, served)
+            with self.subTest(served):
+                self.assertEqual(notify.called, woken)
+            for running in self.queue._reader.claimed():
+                self.finish(0, running)
+            self.run_all()
+
+    @internal
+    def test_rows_of_queues_agree_with_the_jobs_after_any_changes(self) -> None:
+        random = __import__("random").Random(1)
+        queue = self.queue
+        changes: list[Callable[[Any], object]] = [
+            lambda job: queue.cancel([job.id]),
+            lambda job: queue.retry([job.id]),
+            lambda job: queue.purge([job.id]),
+            lambda job: self.add_notification(job.queue),
+            lambda job: queue._db.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,)),
+            *(
+                partial(lambda sql, job: queue._db.execute(sql, (job.seq,)), sql)
+                for sql in (
+                    "UPDATE jobs SET queue = 'q' || (seq % 5) WHERE seq = ?",
+                    "UPDATE jobs SET priority = 3, run_after = 5 WHERE seq = ?",
+                )
+            ),
+        ]
+        for number in range(150):
+            fields: dict[str, Any] = {"queue": f"q{number % 3}", "priority": random.randrange(3)}
+            fields.update(random.choice([{}, {}, {"delay": 9}, {"after": ["1"] if number else []}]))
+            queue.enqueue("true", **fields)
+            if random.random() < 0.7 and (job := self.claim()):
+                self.finish(random.choice([0, 0, 1, 75]), job)
+            self.claim()
+            with contextlib.suppress(queuectl.NotFound):
+                random.choice(changes)(random.choice(list(queue.jobs())))
+            self.now += 1
+            for kept, real in ((KEPT_FACTS, FACTS_OF_QUEUES), (KEPT_NEXT, NEXT_OF_QUEUES)):
+                self.assertEqual(queue._db.rows(kept), queue._db.rows(real))
+
+    def starts(self, seconds: float, step: float) -> list[float]:
+        """Claim whatever can be claimed, every step; return the times."""
+        began = self.now
+        found = []
+        for number in range(round(seconds / step)):
+            self.now = began + number * step
+            found += [self.now for _ in iter(self.claim, None)]
+        return found
+
+    def test_rate_holds_within_one_in_every_window(self) -> None:
+        list(self.queue.enqueue_many({"command": "true", "queue": "api"} for _ in range(900)))
+        for rate, seconds, number, step in (
+            ("10/1m", 60, 10, 0.07),
+            ("3/m", 60, 3, 0.9),
+            ("50/1s", 1, 50, 0.003),
+            ("7/10", 10, 7, 0.031),
+        ):
+            self.queue.configure("rate", rate, "api")
+            self.now += 1000
+            self.assertLessEqual(len(self.starts(0.01, 0.003)), 2)  # no burst after a long time
+            self.now += seconds / number
+            times = self.starts(3.2 * seconds, step)
+            for begin in times[: len(times) // 2]:
+                in_window = [when for when in times if begin <= when < begin + seconds]
+                with self.subTest(rate, begin=begin):
+                    self.assertLessEqual(abs(len(in_window) - number), 1)
+
+    def test_queue_at_its_rate_opens_by_itself(self) -> None:
+        self.stdout("config", "set", "rate", "10/1m", "--queue", "api")
+        for number in range(6):
+            self.queue.enqueue("true", id=f"api{number}", queue="api", priority=9)
+        self.queue.enqueue("true", id="cpu", queue="cpu")
+        self.assertEqual([self.claim().id, self.claim().id, self.claim()], ["api0", "cpu", None])
+        self.assertEqual(self.claim(), None)
+        reason = "queue api is at its rate of 10/1m; next in 6 s"
+        with mock.patch.object(queuectl, "unserved", return_value=""):
+            self.assertEqual(self.why("api1"), reason)
+        text = "\n".join(queuectl.status_text(self.queue._reader))
+        self.assertIn(f"waiting    {reason}", text)
+        self.assertEqual(self.queue._reader.drain_blockers()["api"], False)
+        for served in ((), ("api",), ("api", "cpu")):
+            next_time = self.queue._reader.next_ready_time(served)
+            self.assertAlmostEqual(next_time - self.now, 5.9)
+        self.assertIsNone(self.queue._reader.next_ready_time(("cpu",)))
+        self.assertEqual(self.claim("api"), None)
+        self.assertEqual(self.claim(self.add_notification("api") and "api").attempts, 1)
+        self.assertEqual(self.claim("api"), None)  # a notification neither needs nor takes a token
+        self.queue.close()
+        self.now += 5.9
+        self.assertEqual([self.claim().id, self.claim()], ["api1", None])
+        self.now -= 3600  # the clock is set back: no longer than usual
+        self.assertEqual([self.claim().id, self.claim()], ["api2", None])
+        self.now += 6
+        self.assertEqual(self.claim().id, "api3")
+        self.queue.configure("rate", None, "api")
+        self.assertEqual(self.run_all(), "api4 api5")
+
+    @internal
+    def test_pool_looks_again_when_a_worker_is_idle_and_when_the_clock_is_set_back(self) -> None:
+        pool = make_pool(self, self.queue)
+        pool.poll()
+        pool.crew.maybe_work = False
+        pool.poll()
+        self.assertFalse(pool.crew.maybe_work)
+        self.now -= 3600
+        pool.poll()
+        self.assertTrue(pool.crew.maybe_work)
+        ours, theirs = multiprocessing.Pipe()
+        self.addCleanup(theirs.close)
+        self.addCleanup(ours.close)
+        queuectl.write_line(theirs, queuectl.News("idle"))
+        pool.receive(queuectl.WorkerHandle("worker-1", 1, None, ours))
+        self.assertEqual(pool.agenda.pause(), 0.0)
+
+
+@NEEDS_SHELL
+class QueueLimitLive(Live):
+    """`limit` and `rate` while workers are running."""
+
+    SLOT = "exec 9>>a; flock -n 9 || { exec 9>>b; flock -n 9 || echo three >> three; }; "
+
+    def run_with_kills(self, number: int, pause: float, taking: float) -> None:
+        """Run jobs of a queue of limit 2 by 8 workers of 2 pools; kill a busy one every pause."""
+        self.configure(max_retries="1000", limit="2")
+        command = f"{self.SLOT} sleep {taking}; echo $QUEUECTL_JOB_ID >> done"
+        jobs = [{"command": command, "cwd": self.dir} for _ in range(number)]
+        with Queue(self.path) as queue:
+            ids = set(queue.enqueue_many(jobs))
+            pools: list[Any] = []
+            while queue.counts()["completed"] < number:
+                pools = [pool for pool in pools if pool.poll() is None]  # one may see too many die
+                pools += [self.pool("--count", "4") for _ in range(2 - len(pools))]
+                time.sleep(pause)
+                workers = self.workers()
+                for job in queue._reader.claimed()[:1]:
+                    with contextlib.suppress(ProcessLookupError, KeyError):
+                        os.kill(workers[job.locked_by]["pid"], signal.SIGKILL)
+        self.assertEqual(self.read("three"), "")
+        self.assertEqual(len(ids - set(self.lines("done"))), 0)
+
+    def test_limit_is_never_exceeded_while_workers_are_killed(self) -> None:
+        self.run_with_kills(8, 0.1, 0.04)
+
+    @SLOW
+    def test_limit_is_never_exceeded_in_a_long_run_while_workers_are_killed(self) -> None:
+        self.run_with_kills(5000, 0.2, 0.003)
+
+    @SLOW
+    def test_free_slot_and_a_higher_limit_wake_an_idle_worker_of_another_pool(self) -> None:
+        self.configure(limit="1")
+        for number in range(3):
+            self.enqueue(f"touch started{number}; until [ -e go{number} ]; do sleep 0.02; done")
+        one = self.pool()
+        self.wait_for_file("started0")
+        two = self.pool("--count", "2")
+        self.wait_for_workers(3)
+        one.send_signal(signal.SIGTERM)  # its worker will claim no more
+        acts = {
+            "started1": partial(self.write, "go0"),
+            "started2": partial(self.configure, limit="2"),
+        }
+        for started, act in acts.items():
+            self.wait_for_poll(two)
+            began = time.monotonic()
+            act()
+            self.wait_for_file(started)
+            self.assertLess(time.monotonic() - began, 0.4)  # sooner than a poll
+        for number in (1, 2):
+            self.write(f"go{number}")
+
+    def test_pool_sleeps_until_the_next_token_and_drains(self) -> None:
+        self.configure(rate="20/1s")
+        for _ in range(8):
+            self.enqueue("true")
+        self.drain("--count", "2")
+        starts = sorted(self.attempts(str(number))[0].started for number in range(1, 9))
+        gaps = [b - a for a, b in zip(starts, starts[1:])]
+        self.assertGreater(starts[-1] - starts[0], 6 * 0.05 - 0.03)
+        self.assertLess(sorted(gaps)[len(gaps) // 2], 0.07)
+
+
 class QueueWait(Live):
     """Waiting for jobs, through the command and the library."""
 
@@ -3613,7 +4344,10 @@ class QueuePrune(Clocked):
             job = claim(self.queue, "worker-1")._replace(waited=0.5)
             outcome = Outcome("exited", started, 1e6 + 10, code, error)
             self.queue._ledger.finish(job, outcome)
-        totals = [("gpu", "completed", 2, 14.0, 1.0), ("gpu", "failed", 1, 5.0, 0.5)]
+        totals = [
+            ("gpu", "completed", 2, 14.0, 1.0, 1000010.0),
+            ("gpu", "failed", 1, 5.0, 0.5, 1000010.0),
+        ]
         self.assertEqual(self.queue._db.rows("SELECT * FROM totals"), totals)
         self.assertEqual(self.queue.prune(0, ["completed", "dead"]), 3)
         self.assertEqual(self.queue._db.rows("SELECT * FROM totals"), totals)
@@ -3817,6 +4551,8 @@ class AttemptWithoutShell(Live):
     FILES = {  # mode and text; a mode of 0 makes a directory
         "run": (0o755, '#!/bin/sh\nprintf \'<%s>\' "$0" "$@"\n'),
         "bin/tool": (0o755, '#!/bin/sh\nprintf \'<%s>\' "$0" "$@"\n'),
+        "tool": (0o755, "#!/bin/sh\necho here\n"),
+        "odd%func/tool": (0o755, "#!/bin/sh\necho odd\n"),
         "bin/-tool": (0o755, '#!/bin/sh\nprintf \'<%s>\' "$0" "$@"\n'),
         "bin/bare": (0o755, "printf '<%s>' bare \"$@\"; exit 5\n"),  # without #!
         "text/tool": (0o644, "not a program\n"),
@@ -3876,7 +4612,8 @@ class AttemptWithoutShell(Live):
     )
     PATHS = (  # in DIR stands for the directory of the job
         *("DIR/bin", "/nowhere:DIR/text:DIR/folder:DIR/bin", "bin", ":/bin", "/bin:", "", "."),
-        *("DIR/text:/bin", "DIR/folder", "DIR/bin%func:/bin", "~/bin", "/bin::DIR/bin"),
+        *("DIR/text:/bin", "DIR/folder", "DIR/bin%func:/bin", "~/bin", "/bin::DIR/bin", ":DIR/bin"),
+        *("DIR/odd%func:DIR/bin", "bin:DIR/bin"),
     )
     VARIABLES = (
         *({"PWD": "DIR/link"}, {"PWD": "/"}, {"PWD": "."}, {"PWD": ""}, {"OLDPWD": "/usr"}),
@@ -3892,6 +4629,8 @@ class AttemptWithoutShell(Live):
                 self.write(name, text)
                 os.chmod(self.file(name), mode)
         os.symlink(self.dir, self.file("link"))
+        is_bash = "bash" in self.process("/bin/sh", "--version").stdout
+        self.own = re.compile(rb"(QUEUECTL_\w+|_|SHLVL)=" if is_bash else rb"QUEUECTL_\w+=")
 
     def cases(self) -> Iterator[tuple[str, dict[str, str]]]:
         """Yield commands and their environments."""
@@ -3922,11 +4661,10 @@ class AttemptWithoutShell(Live):
 
     def ends(self, number: int) -> list[Any]:
         """Return how the attempts of a job ended, and the sorted lines of their output."""
-        own = re.compile(rb"QUEUECTL_\w+=")
         return [
             (
                 *(attempt.outcome, attempt.exit_code, attempt.error),
-                sorted(filterfalse(own.match, attempt.output.split(b"\n"))),
+                sorted(filterfalse(self.own.match, attempt.output.split(b"\n"))),
             )
             for attempt in self.attempts(str(number + 1))
         ]
@@ -3971,9 +4709,17 @@ class AttemptWithoutShell(Live):
                 os, "posix_spawnp", wraps=os.posix_spawnp
             ) as by_shell, mock.patch.object(system, "child", None):
                 argv = (*queuectl.DEFAULT_SHELL, command)
-                child = system.launch(argv, self.dir, {}, out.fileno(), HERE)
+                child = system.launch(argv, self.dir, {}, out.fileno(), HERE, os.devnull)
                 os.waitpid(child.pid, 0)
                 self.assertEqual(by_shell.called, spawned)
+
+    @internal
+    def test_variables_that_a_shell_passes_on_unchanged(self) -> None:
+        names = {b"A": True, b"_b1": True, b"PPIDS": True, b"PWD": True, b"PATH": True}
+        names.update(
+            dict.fromkeys((b"PPID", b"IFS", b"DYLD_X", b"a-b", b"1a", b"\xc3\xa9", b""), False)
+        )
+        self.assert_table(names, queuectl.is_plain_variable)
 
     @internal
     def test_words_of_plain_commands(self) -> None:
@@ -4121,6 +4867,25 @@ class AttemptEnd(Live):
                 end.step()
                 end.step()
             self.assertEqual(len(count), 5)
+
+    @internal
+    @unittest.skipUnless(LINUX, "there is no /proc")
+    def test_process_group_is_killed_before_the_other_processes_are_found(self) -> None:
+        self.enqueue("true")
+        process = unrelated_process(self)
+        with Queue(self.path) as queue:
+            job = claim(queue, "worker-1")
+            note = queuectl.LockFile(queue._db.run_dir.file("worker-1"))
+            facts = {"leader": process.pid, "namespace": queuectl.pid_namespace()}
+            note.write_note(key=job.key, launched=time.time(), **facts)
+            end = queuectl.Termination(
+                job, queue._db.run_dir, 0, queuectl.Notices(queuectl.ignore), None
+            )
+            child = queuectl.Child(process.pid, set())
+            gone = partial(wait_until, lambda: not alive(process.pid), 2.0)
+            with mock.patch.object(queuectl.SYSTEM, "child", child):
+                end.step(lambda: gone() and queuectl.Snapshot({}, {}))
+            note.close()
 
     @internal
     def test_system_error_while_processes_are_ended_is_retried(self) -> None:
@@ -4590,9 +5355,9 @@ class AttemptElsewhereClocked(Clocked):
             self.now += 60
         self.now -= 50
         text = "3 jobs in a row could not be launched; next try in 50 s"
-        self.assertIn(text, self.why("a"))
+        self.assertIn(text, queuectl.hold(self.queue._reader, "default"))
         status = "\n".join(queuectl.status_text(self.queue._reader))
-        self.assertIn("held       queue default is left alone: " + text, status)
+        self.assertIn("queue default is left alone: " + text, status)
         self.assertIn("not launched: ssh: refused", self.stdout("show", "a"))
         self.queue.resume()
         self.assertIsNotNone(self.fail_to_launch())
@@ -5217,8 +5982,12 @@ class PoolRecovery(Live):
             for _ in range(20):
                 process_of(self, queue, claim(queue, "worker-dead"), "exec sleep 300")
             pool = make_pool(self, queue)
+            idle = mock.Mock(state="idle")
+            idle.send.side_effect = lambda _: self.assertEqual(queue.counts()["pending"], 1)
+            pool.crew.workers.append(idle)
             wait_until(lambda: pool.recover() or queue.counts()["pending"] == 20)
         self.assertLessEqual(len(count), 3)
+        idle.send.assert_called_once_with("go")  # for the first, while others are recovered
         wait_until(lambda: not self.leftover_processes(), 1.0)
 
     @internal
@@ -6069,6 +6838,1106 @@ class WordsProgress(Clocked):
         self.assertRegex(self.stdout("status"), r"\nnext +due in 9h")
 
 
+# --- report ---------------------------------------------------------------------------------------
+
+
+@NEEDS_SHELL
+class ReportFacts(Reported):
+    """The facts of a report, as its JSON has them."""
+
+    def test_facts_of_jobs_attempts_failures_and_schedules(self) -> None:
+        self.run_jobs()
+        facts = self.facts()
+        states = {state: facts[state] for state in queuectl.STATES}
+        expected = {"pending": 2, "processing": 0, "completed": 2, "dead": 2, "cancelled": 1}
+        self.assertEqual(states, expected)
+        keys = ("jobs", "attempts", "took_p50", "took_p95", "took_max", "flaky_number")
+        self.assertEqual([facts[key] for key in keys], [7, 7, 1.0, 4.0, 4.0, 1])
+        self.assertEqual(facts["outcomes"], {"completed": 2, "failed": 5})
+        groups = {group["reason"]: group for group in facts["failures"]}
+        self.assertEqual(set(groups), {"exit code 3", "exit code 1", "cannot start: no"})
+        group = groups["exit code 3"]
+        self.assertEqual((group["attempts"], group["dead"], group["run"]), (2, 1, 2))
+        self.assertEqual(group["last_line"], queuectl.printable(HOSTILE + "\\xff"))
+        self.assertEqual([job["id"] for job in facts["dead_jobs"]], [HOSTILE_ID, "nowhere"])
+        self.assertEqual([job["took"] for job in facts["slowest"][:3]], [4.0, 3.0, 1.0])
+        self.assertEqual([job["attempts"] for job in facts["retried"]], [3, 2])
+        self.assertEqual([(job["id"], job["failures"]) for job in facts["flaky"]], [("flaky", 1)])
+        self.assertEqual(facts["schedules"][0]["rule"], "every 1h")
+        self.now += 107
+        self.attempt()
+        self.assertEqual(self.facts("nightly.1")["schedules"][0]["started_late"], 7.0)
+
+    def test_selection_and_since_limit_jobs_attempts_and_charts(self) -> None:
+        self.run_jobs()
+        cases = {
+            ("good", "flaky"): (2, 4),
+            ("--queue", HOSTILE_ID): (1, 2),
+            ("--state", "dead"): (2, 3),
+            ("--match", "NO"): (1, 1),
+            ("--since", "1m"): (7, 7),
+            ("--since", "2s"): (5, 2),  # of one job, only the second attempt
+            ("--since", "0.5s", "--state", "dead"): (1, 1),
+            ("--since", "5s", "good"): (0, 0),
+        }
+        for args, numbers in cases.items():
+            with self.subTest(args):
+                facts = self.facts(*args)
+                self.assertEqual((facts["jobs"], facts["attempts"]), numbers)
+                number = sum(b["number"] for lane in facts["gantt"]["lanes"] for b in lane)
+                self.assertEqual(number, numbers[1])
+
+    @internal
+    def test_quantiles_are_exact_to_2_percent_in_bounded_memory(self) -> None:
+        values = [0.001 * 1.0003**n for n in range(50000)]
+        found = queuectl.Distribution()
+        for value in values[::-1]:
+            found.add(value)
+        for part in (0.5, 0.95, 1.0):
+            exact = values[int(len(values) * part) - 1]
+            self.assertLess(abs(found.quantile(part) / exact - 1), 0.02)
+        self.assertLess(len(found.buckets), 1000)
+        self.assertEqual(sum(number for *_, number in found.histogram()), len(values))
+        few = queuectl.Distribution()
+        for value in (0.0, 3.21, 3.22, 4.56):
+            few.add(value)
+        facts = {"x_p50": 3.21, "x_p95": 4.56, "x_max": 4.56}
+        self.assertEqual(few.facts("x")["x_max"], facts["x_max"])
+        self.assertLess(abs(few.facts("x")["x_p50"] / facts["x_p50"] - 1), 0.02)
+
+    @internal
+    def test_ranking_keeps_the_largest(self) -> None:
+        found = queuectl.Ranking()
+        for n in reversed(range(50)):
+            found.add(n * 7 % 50, {"n": n * 7 % 50})
+        self.assertEqual([item["n"] for item in found.facts()], list(range(49, 39, -1)))
+
+    @internal
+    def test_report_of_a_drain_leaves_out_what_other_pools_ran(self) -> None:
+        for job_id, worker in (("before", "aa"), ("ours", "aa"), ("theirs", "bb")):
+            self.queue.enqueue("true", id=job_id)
+            self.now += 10
+            self.attempt(worker=f"worker-{worker}-1")
+        for job_id, more in (("left", {}), ("elsewhere", {"queue": "x"}), ("later", {"delay": 9})):
+            self.queue.enqueue("true", id=job_id, **more)
+        found = queuectl.drain_histories(self.queue._reader, ["default"], "pool-aa", self.now - 15)
+        self.assertEqual([history.job.id for history in found], ["ours", "left"])
+
+    @internal
+    def test_timeline_keeps_its_sums_in_bounded_memory(self) -> None:
+        found = queuectl.Timeline(100)
+        for n in range(3000):
+            found.add(1e9 + n * n, "x", 1 + n % 2)
+        facts = found.facts(["x", "y"])
+        self.assertEqual(sum(facts["x"]), 4500)
+        self.assertLessEqual(len(facts["x"]), 100)
+        self.assertEqual(facts["width"], 604800)
+        self.assertLessEqual(facts["start"], 1e9)
+        self.assertGreater(facts["start"] + facts["width"] * len(facts["x"]), 1e9 + 2999**2)
+
+    @internal
+    def test_depth_over_time_ends_with_the_present_counts(self) -> None:
+        self.run_jobs()
+        self.queue.enqueue("true", id="now", priority=9)
+        self.claim()
+        facts = self.facts()
+        for state in queuectl.STATES:
+            with self.subTest(state):
+                depth = facts["depth"][state]
+                self.assertEqual((depth[-1], min(depth) >= 0), (facts[state], True))
+        self.assertEqual(facts["gantt"]["lanes"][0][-1]["outcome"], "running")
+        finished = facts["finished"]
+        self.assertEqual((sum(finished["completed"]), sum(finished["dead"])), (2, 2))
+
+    @internal
+    def test_gantt_merges_short_attempts_and_keeps_failures_visible(self) -> None:
+        job = make_job(id="x", state="completed")
+        gantt = queuectl.Gantt(0.0)
+        for n in range(40000):
+            name = f"worker-aa-{n % 2 + 1 + 2 * (n > 20000)}"
+            outcome = "failed" if n == 777 else "completed"
+            took = 500.0 if n == 39000 else 0.01
+            run = queuectl.Attempt(n, name, outcome, 0.0, n, n + took, 0, None, 0, b"")
+            gantt.add(queuectl.history(job, [run]))
+            self.assertLessEqual(len(gantt.bars), 2 * queuectl.BARS)
+        facts = gantt.facts()
+        self.assertEqual(len(facts["lanes"]), 2)  # workers 3 and 4 replaced 1 and 2
+        bars = [bar for lane in facts["lanes"] for bar in lane]
+        self.assertEqual(sum(bar["number"] for bar in bars), 40000)
+        self.assertLess(len(bars), 2100)
+        (failed,) = [bar for bar in bars if bar["failures"]]
+        self.assertEqual((failed["outcome"], failed["failures"]), ("failed", 1))
+        self.assertEqual([b["number"] for b in bars if b["finished"] - b["started"] == 500], [1])
+
+    @SLOW
+    @internal
+    def test_50000_jobs_take_5_s_and_5_mb_and_memory_does_not_grow(self) -> None:
+        import tracemalloc
+
+        with self.queue._db.transaction():
+            self.queue._db.execute(f"WITH {NUMBERS} {FAKE_JOBS}", {"number": 50000})
+            self.queue._db.execute(f"WITH {NUMBERS} {FAKE_ATTEMPTS}", {"number": 60000})
+        for style in queuectl.FORMATS:
+            began = time.process_time()
+            text = self.report(style)
+            with self.subTest(style):
+                self.assertLess(time.process_time() - began, 5)
+                self.assertTrue(len(text) < 5e6 or style == "junit")
+        peaks = []
+        for number in (10000, 40000):
+            jobs = itertools.islice(self.queue._reader.all(), number)
+            found = partial(queuectl.histories, self.queue._reader, jobs)
+            tracemalloc.start()
+            queuectl.Report(self.queue._reader, found).facts()
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        self.assertLess(peaks[1], 1.3 * peaks[0])
+
+
+@NEEDS_SHELL
+class ReportFormats(Reported):
+    """What each format holds; hostile jobs in all of them."""
+
+    def test_html_has_every_part_and_nothing_that_runs_or_is_loaded(self) -> None:
+        self.run_jobs()
+        page = self.report("html")
+        tags = Tags(page)
+        ids = [attrs["id"] for tag, attrs in tags.found if tag == "section"]
+        self.assertEqual(ids, list(queuectl.PARTS))
+        names = {name for _, attrs in tags.found for name in attrs}
+        self.assertEqual([n for n in names if n[:2] == "on" or n in ("style", "src", "href")], [])
+        self.assertLessEqual(
+            {"svg", "rect", "title", "details", "pre", "table"}, dict(tags.found).keys()
+        )
+        self.assertFalse({"script", "link", "img", "iframe", "a"} & dict(tags.found).keys())
+        self.assertNotIn("url(", page)
+        self.assertIn(HOSTILE_ID, tags.text)
+        self.assertIn(queuectl.printable(HOSTILE) + "\\xff", tags.text)
+        self.assertRegex(tags.text, r"job good completed; \S+ to \S+ \(4 s\)")
+        self.assertEqual([c for c in page if not c.isprintable() and c != "\n"], [])
+
+    @internal
+    def test_html_of_an_empty_queue_and_with_a_nonce(self) -> None:
+        self.assertIn("No attempts yet", self.report("html"))
+        page = queuectl.html_page("<&\ud800", "<p>body</p>", nonce='n"', head="<meta>")
+        self.assertIn("<title>&#60;&#38;\\ud800</title>", page)
+        self.assertEqual(dict(Tags(page).found)["style"], {"nonce": 'n"'})
+        self.assertIn("<meta></head>\n<body><p>body</p></body>", page)
+
+    def test_junit_cases_by_outcome_in_the_order_of_the_schema(self) -> None:
+        self.run_jobs()
+        self.now += 200
+        root = xml.etree.ElementTree.fromstring(self.report("junit"))
+        suites = {suite.get("name"): suite for suite in root}
+        self.assertEqual(set(suites), {"default", HOSTILE_ID})
+        attributes = {"name": "default", "tests": "6", "errors": "1", "skipped": "3"}
+        attributes.update(failures="0", time="8.000")
+        self.assertEqual(suites["default"].attrib, attributes)
+        cases = {case.get("name"): [item.tag for item in case] for case in root.iter("testcase")}
+        expected = {"good": [], "flaky": ["flakyFailure"], "nowhere": ["error"]}
+        expected.update({name: ["skipped"] for name in ("blocked", "cancelled", "nightly.1")})
+        self.assertEqual(cases, {**expected, HOSTILE_ID: ["failure", "rerunFailure"]})
+        (case,) = suites[HOSTILE_ID]
+        named = {"name": HOSTILE_ID, "classname": HOSTILE_ID, "time": "1.000"}
+        self.assertEqual(case.attrib, named)
+        self.assertEqual(case[0].attrib, {"message": "exit code 3", "type": "failed"})
+        text = HOSTILE.replace("\0", "#x0").replace("\x1b", "#x1B") + "\\xff\n"
+        self.assertEqual(case[0].text, f"exit code 3\n{text}")
+        self.assertEqual([item.tag for item in case[1]], ["stackTrace"])
+        messages = {
+            case.get("name"): case[0].get("message") for case in root.iterfind(".//skipped/..")
+        }
+        reasons = ("blocked by nowhere (dead)", "cancelled by the operator", "pending")
+        self.assertEqual(messages, dict(zip(("blocked", "cancelled", "nightly.1"), reasons)))
+
+    @internal
+    def test_xml_holds_any_character(self) -> None:
+        every = "".join(map(chr, (*range(0x300), 0xD800, 0xDFFF, 0xFFFE, 0x10FFFF)))
+        tag = queuectl.xml_tag("a", b=every) + queuectl.xml_text(every) + "</a>"
+        found = xml.etree.ElementTree.fromstring(tag)
+        shown = re.sub(
+            "[\0-\x08\x0b\x0c\x0e-\x1f\ud800\udfff\ufffe]", lambda m: f"#x{ord(m[0]):X}", every
+        )
+        self.assertEqual((found.text, found.get("b")), (shown, shown))
+
+    def test_markdown_is_inert_and_within_the_limit_of_github(self) -> None:
+        self.run_jobs()
+        found = self.report("markdown")
+        self.assertIn("\n````text\n" + queuectl.printable(HOSTILE) + "\\xff\n````\n", found)
+        outside = re.sub(r"(?s)````text.*?````", "", found)
+        self.assertNotIn("<script>", outside)
+        rows = [line for line in outside.splitlines() if line.startswith("|")]
+        self.assertLess(len(rows), 30)
+        for row in rows:
+            self.assertIn(row.count("|"), (5, 6, 9))
+        self.queue.configure("max_retries", "1")
+        noise = bytes([240, 159, 152, 128]) * 1100  # four bytes each
+        for _ in range(250):
+            self.queue.enqueue("false")
+            self.attempt(1, output=noise)
+        found = self.report("markdown")
+        self.assertLess(len(found.encode()), 900_000)
+        self.assertGreater(len(found.encode()), 880_000)
+        self.assertRegex(found, r"\n\d\d parts left out: a summary may not be larger\n\Z")
+
+    def metrics(self, *args: str) -> dict[str, str]:
+        """Return the metrics by name and labels, after checking the form of each line."""
+        text = self.report("prometheus", *args)
+        families = re.findall(r"(?m)^# TYPE (\w+) (?:gauge|counter|summary)$", text)
+        self.assertEqual(re.findall(r"(?m)^# HELP (\w+) .", text), families)
+        self.assertEqual(len(set(families)), len(families))
+        samples = [line.rpartition(" ") for line in text.splitlines() if line[0] != "#"]
+        for name, _, value in samples:
+            self.assertRegex(name, r'\Aqueuectl_\w+\{\w+="([^\\"]|\\.)*"(,\w+="\w[\w ]*")*\}\Z')
+            float(value)
+        return {name: value for name, _, value in samples}
+
+    def test_prometheus_metrics_and_counters_survive_a_prune(self) -> None:
+        self.run_jobs()
+        self.queue.pause("default")
+        self.queue.enqueue("true", id="ready")
+        before = self.metrics()
+        label = HOSTILE_ID.replace('"', r"\"")
+        expected = {
+            'jobs{queue="default",state="pending"}': "3",
+            f'jobs{{queue="{label}",state="dead"}}': "1",
+            'attempts_total{queue="default",outcome="failed"}': "3",
+            'attempt_seconds_sum{queue="default"}': "10",
+            'attempt_seconds_count{queue="default"}': "5",
+            'wait_seconds_count{queue="default"}': "5",
+            'paused{queue="default"}': "1",
+            f'paused{{queue="{label}"}}': "0",
+            'workers{state="busy"}': "0",
+            'last_completed_timestamp_seconds{queue="default"}': "1000011",
+            f'build_info{{version="{queuectl.__version__}"}}': "1",
+        }
+        for name, value in expected.items():
+            with self.subTest(name):
+                self.assertEqual(before["queuectl_" + name], value)
+        self.assertEqual([name for name in before if "flaky" in name or 'ready"' in name], [])
+        self.assertEqual(any("_limit{" in name for name in before), "limit" in queuectl.SETTINGS)
+        self.queue.prune(states=queuectl.FINISHED)
+        after = self.metrics()
+        for name, value in before.items():
+            if "_jobs{" not in name and "_ready_" not in name:
+                self.assertEqual(after.get(name), value, name)
+        self.assertLess(len(self.metrics("--queue", HOSTILE_ID)), 25)
+        self.assert_refused("report", "--format", "prometheus", "--state", "dead")
+
+    @internal
+    def test_oldest_due_is_found_at_each_priority(self) -> None:
+        for priority, age in ((0, 5), (9, 1), (-3, 7), (4, 2)):
+            self.queue.enqueue("true", priority=priority, run_at=self.now - age)
+        self.queue.enqueue("true", queue="other", run_at=self.now - 99)
+        self.assertEqual(self.queue._reader.oldest_due("default"), self.now - 7)
+        self.assertIsNone(self.queue._reader.oldest_due("none"))
+        name = 'queuectl_oldest_ready_seconds{queue="default"}'
+        self.assertEqual(self.metrics()[name], "7")
+
+    def test_text_fits_on_a_screen_and_json_is_one_ascii_object(self) -> None:
+        self.run_jobs()
+        lines = self.stdout("report").splitlines()
+        self.assertLess(len(lines), 30)
+        self.assertTrue(all(line.isprintable() for line in lines))
+        for word in ("2 completed, 2 dead", "QUEUES", "FAILURES", "SLOWEST", "RETRIED", "FLAKY"):
+            self.assertIn(word, "\n".join(lines))
+        text = self.report("json")
+        self.assertTrue(text.isascii())
+        self.assertEqual(text.count("\n"), 1)
+
+    def test_format_follows_the_ending_and_files_are_replaced_whole(self) -> None:
+        self.run_jobs()
+        starts = {".html": "<!DOCTYPE", ".xml": "<?xml", ".md": "### ", ".prom": "# HELP"}
+        for ending, start in {**starts, ".json": "{", ".txt": "2 pending"}.items():
+            self.write(f"r{ending}", "old")
+            self.stdout("report", "-o", f"r{ending}")
+            self.assertEqual(self.read(f"r{ending}")[: len(start)], start)
+        self.stdout("report", "-o", "summary", "--format", "markdown")
+        self.assertIn("### ", self.read("summary"))
+        self.write("r.xml", "old")
+        with mock.patch.object(queuectl, "junit_case", side_effect=OSError(28, "full")):
+            self.assertEqual(self.result("report", "-o", "r.xml").returncode, 4)
+        self.assertEqual(self.read("r.xml"), "old")
+        self.assertEqual(glob.glob(self.file("*.tmp")), [])
+        for args in (("-o", "r.pdf"), ("-o", ""), ("--format", "pdf"), ("--since", "x")):
+            self.assert_refused("report", *args)
+        self.assert_refused("report", "-o", "none/r.html", code=4)
+        self.assert_refused("report", "unknown", code=1)
+
+    def test_metrics_pass_the_check_of_promtool(self) -> None:
+        self.run_jobs()
+        try:
+            done = self.process("promtool", "check", "metrics", input=self.report("prometheus"))
+        except FileNotFoundError:
+            self.skipTest("promtool, of Prometheus, is not installed")
+        self.assertEqual(done, Result(0, "", ""))
+
+    def test_junit_is_understood_by_junitparser(self) -> None:
+        try:
+            import junitparser
+        except ImportError:
+            self.skipTest("junitparser is not installed")
+        self.run_jobs()
+        self.stdout("report", "-o", "r.xml")
+        suites = {suite.name: suite for suite in junitparser.JUnitXml.fromfile(self.file("r.xml"))}
+        self.assertEqual(suites["default"].errors, 1)
+        results = [type(item).__name__ for case in suites[HOSTILE_ID] for item in case.result]
+        self.assertEqual(results[0], "Failure")
+
+
+class ReportDrain(Live):
+    """Reports about a drain."""
+
+    def cases(self, name: str = "r.xml") -> dict[str, list[str]]:
+        root = xml.etree.ElementTree.parse(self.file(name)).getroot()
+        return {str(case.get("name")): [e.tag for e in case] for case in root.iter("testcase")}
+
+    def test_drain_writes_reports_about_what_it_ran_whatever_the_outcome(self) -> None:
+        self.enqueue("true", id="earlier")
+        self.enqueue("false", id="dead", max_retries=1, priority=-1)
+        self.drain("--queue", "none", "--report", "none.json")
+        self.assertEqual(json.loads(self.read("none.json"))["jobs"], 0)
+        with Queue(self.path) as queue:
+            queue._ledger.finish(claim(queue), Outcome("exited", time.time(), time.time(), 0, None))
+        self.enqueue("true", id="blocked", after=["dead"])
+        self.enqueue("true", id="later", delay=1000)
+        reports = ("--report", "r.xml", "--report", "r.json")
+        self.run_cli("worker", "start", "--drain", "--horizon", "0", *reports, code=1)
+        self.assertEqual(self.cases(), {"dead": ["failure"], "blocked": ["skipped"]})
+        self.assertEqual(json.loads(self.read("r.json"))["jobs"], 2)
+
+    def stopped_drain(self, stop: Callable[[Any], Any]) -> Any:
+        """Stop a drain while its second job runs; return its exit code."""
+        self.enqueue("true", id="good", priority=1)
+        self.enqueue("touch begun; sleep 100", id="long")
+        pool = self.pool("--drain", "--report", "r.xml")
+        wait_until(lambda: os.path.exists(self.file("begun")))
+        stop(pool)
+        pool.wait(10)
+        self.assertEqual(self.cases(), {"good": [], "long": ["skipped"]})
+        return pool.returncode
+
+    def test_drain_that_is_stopped_writes_its_report(self) -> None:
+        self.assertEqual(self.stopped_drain(lambda _: self.stdout("worker", "stop", "--now")), 0)
+
+    @SLOW
+    def test_drain_that_a_second_signal_ends_writes_its_report(self) -> None:
+        def signal_twice(pool: Any) -> None:
+            pool.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            wait_until(lambda: time.monotonic() > began + 1.1)
+            pool.send_signal(signal.SIGTERM)
+
+        self.assertEqual(self.stopped_drain(signal_twice), -signal.SIGTERM)
+
+    def test_report_that_could_not_be_written_is_refused_before_the_drain(self) -> None:
+        start = ("worker", "start", "--report")
+        for args in (
+            (*start, "r.xml"),
+            (*start, "r.pdf", "--drain"),
+            (*start, "no/r.md", "--drain"),
+        ):
+            self.assert_refused(*args)
+        self.assertEqual(os.listdir(self.dir), [])
+
+
+# --- web ------------------------------------------------------------------------------------------
+
+
+class PageParser(html.parser.HTMLParser):
+    """Collects the elements of a page, with their attributes, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.elements and self.elements[-1][0] not in ("script", "style"):
+            self.text += data
+
+
+class Web(Case):
+    """A queue and its server, in a thread, which the tests of a class share."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        home = os.path.realpath(tempfile.mkdtemp(prefix="queuectl-test-"))
+        cls.addClassCleanup(shutil.rmtree, home)
+        cls.db = os.path.join(home, "queuectl.db")
+        with Queue(cls.db) as queue:
+            cls.fill(queue)
+        cls.site = queuectl.Site(cls.db, 0, insecure=False)
+        cls.host = f"127.0.0.1:{cls.site.port}"
+        cls.cookie = f"{cls.site.gate.cookie}={cls.site.gate.token}"
+        server = cls.site.server
+        cls.thread = threading.Thread(target=server.serve_forever, args=[0.02])
+        cls.thread.start()
+        for cleanup in (cls.thread.join, server.server_close, server.shutdown):
+            cls.addClassCleanup(cleanup)
+
+    @classmethod
+    def fill(cls, queue: Queue) -> None:
+        """Put jobs into the queue: one completed, two dead for one reason, and waiting ones."""
+        queue.configure("max_retries", "1")
+        for job_id, code, output in (
+            ("done", 0, b"fine\n"),
+            ("bad", 3, b"oh\n"),
+            ("worse", 3, b""),
+        ):
+            queue.enqueue("true", id=job_id, queue="gpu")
+            outcome = Outcome("exited", 1e9, 1e9 + 1, code, queuectl.explain_exit(code), 0, output)
+            queue._ledger.finish(claim(queue, "worker-1", ["gpu"]), outcome)
+        queue.enqueue("make all", id="next")
+        queue.enqueue("true", id="blocked", after="next")
+        queue.enqueue("true", id="nightly", cron="@daily")
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.path = self.db
+
+    def raw(self, data: bytes) -> bytes:
+        """Send bytes; return everything that is sent back until the connection is closed."""
+        with socket.create_connection(("127.0.0.1", self.site.port), timeout=10) as connection:
+            connection.sendall(data)
+            return b"".join(iter(partial(connection.recv, 1 << 16), b""))
+
+    def ask(self, target: str = "/jobs", method: str = "GET", body: str = "", **more: Any) -> Any:
+        """Send a request with a good Host and cookie unless told otherwise; return the response."""
+        headers = {"Host": self.host, "Cookie": self.cookie, **more}
+        if method == "POST":
+            headers = {"Origin": f"http://{self.host}", **headers}
+            headers.setdefault("Content-Length", str(len(body)))
+            headers.setdefault("Content-Type", "application/x-www-form-urlencoded")
+        lines = [f"{method} {target} HTTP/1.0"]
+        for name, value in headers.items():
+            values = value if isinstance(value, list) else [value] * (value is not None)
+            lines += [f"{name.replace('_', '-')}: {item}" for item in values]
+        answer = self.raw("\r\n".join([*lines, "", body]).encode("utf-8", "surrogateescape"))
+        head, _, page = answer.decode().partition("\r\n\r\n")
+        first, *fields = head.split("\r\n")
+        self.assertEqual(answer.count(b"HTTP/1.0 "), 1)
+        return SimpleNamespace(
+            status=int(first.split()[1]), headers=dict(f.split(": ", 1) for f in fields), page=page
+        )
+
+    def status(self, *args: Any, **more: Any) -> int:
+        return int(self.ask(*args, **more).status)
+
+    def act(self, confirmed: str = "yes", **fields: Any) -> Any:
+        body = urllib.parse.urlencode({"confirmed": confirmed, **fields}, doseq=True)
+        return self.ask("/act", "POST", body)
+
+    def files(self) -> dict[str, Any]:
+        """Return the digests of the database and its -wal."""
+        return {path: digest(path) for path in (self.db, self.db + "-wal") if os.path.exists(path)}
+
+
+@internal
+class WebGate(Web):
+    """Who may use the page."""
+
+    def test_only_a_request_with_the_token_is_answered(self) -> None:
+        token = self.site.gate.token
+        cases: list[tuple[int, dict[str, Any]]] = [
+            (200, {}),
+            (200, {"Cookie": f"a=b; {self.cookie}; c"}),
+            (200, {"Cookie": f"{self.site.gate.cookie}=old; {self.cookie}"}),
+            (200, {"Cookie": None, "Authorization": f"Bearer {token}"}),
+            (200, {"Cookie": None, "Authorization": f"bearer {token} "}),
+            (401, {"Cookie": None}),
+            (401, {"Cookie": ""}),
+            (401, {"Cookie": self.cookie[:-1]}),
+            (401, {"Cookie": self.cookie + "x"}),
+            (401, {"Cookie": f"queuectl-1={token}"}),
+            (401, {"Cookie": f"{self.site.gate.cookie}="}),
+            (401, {"Cookie": None, "Authorization": "Bearer"}),
+            (401, {"Cookie": None, "Authorization": "Bearer \u20ac"}),
+            (401, {"Cookie": None, "Authorization": f"Basic {token}"}),
+            (400, {"Authorization": [f"Bearer {token}"] * 2}),
+        ]
+        for status, headers in cases:
+            with self.subTest(headers):
+                self.assertEqual(self.status(**headers), status)
+        self.assertEqual(self.status(f"/jobs?token={token}", Cookie=None), 401)
+        self.assertEqual(self.status("/?token=", Cookie=None), 401)
+        self.assertEqual(self.status("/?token=wrong"), 401)
+        self.assertNotIn("done", self.ask(Cookie=None).page)
+
+    def test_only_a_loopback_host_is_answered(self) -> None:
+        """A name of an attacker may lead here: DNS rebinding."""
+        port = self.site.port
+        self.assertEqual(self.site.server.socket.getsockname(), ("127.0.0.1", port))
+        for host in (self.host, f"localhost:{port}", "LOCALHOST", "[::1]:9000", "127.0.0.1:9000"):
+            with self.subTest(host):
+                self.assertEqual(self.status(Host=host), 200)
+        bad = [
+            "evil.example",
+            f"127.0.0.1.evil.example:{port}",
+            "localhost.evil.example",
+            "0.0.0.0",
+        ]
+        bad += [
+            f"a@{self.host}",
+            f"{self.host}, evil.example",
+            "127.0.0.1:",
+            "127.0.0.1:1234567",
+            "",
+        ]
+        for value in [*bad, None, [self.host, self.host], [self.host, "evil.example"]]:
+            with self.subTest(value):
+                self.assertEqual(self.status(Host=value), 421)
+        self.assertEqual(self.status(f"/?token={self.site.gate.token}", Host="evil.example"), 421)
+
+    def test_requests_from_other_sites_are_refused(self) -> None:
+        own = f"http://{self.host}"
+        port = self.site.port
+        foreign = ["null", "http://evil.example", f"http://localhost:{port}", "http://127.0.0.1:1"]
+        foreign += [own.replace("http", "https"), own + ".evil.example", own + "/", "x", [own, own]]
+        body = "action=pause&queue="
+        for method in ("GET", "HEAD", "POST"):
+            target = "/act" if method == "POST" else "/jobs"
+            for origin in foreign:
+                with self.subTest(method, origin=origin):
+                    status = self.status(target, method, body, Origin=origin)
+                    self.assertIn(status, (400, 403))
+            for site in ("cross-site", "same-site", "nonsense"):
+                with self.subTest(method, site=site):
+                    self.assertEqual(self.status(target, method, body, Sec_Fetch_Site=site), 403)
+            for site in ("same-origin", "none"):
+                status = self.status(target, method, body, Sec_Fetch_Site=site, Origin=own)
+                self.assertEqual(status, 200)
+        self.assertEqual(self.status("/act", "POST", body, Origin=None), 403)
+        bearer = f"Bearer {self.site.gate.token}"  # a script, which sends none
+        options = {"Origin": None, "Cookie": None, "Authorization": bearer}
+        self.assertEqual(self.status("/act", "POST", body, **options), 200)
+
+    def test_token_in_the_address_becomes_a_cookie(self) -> None:
+        target = f"/?token={self.site.gate.token}"
+        direct = self.ask(target, Cookie=None)
+        self.assertEqual((direct.status, direct.headers["Location"]), (303, "/"))
+        name_and_token = f"queuectl-{self.site.port}={self.site.gate.token}"
+        cookie = name_and_token + "; HttpOnly; SameSite=Strict; Path=/"
+        self.assertEqual(direct.headers["Set-Cookie"], cookie)
+        linked = self.ask(target, Cookie=None, Sec_Fetch_Site="cross-site")
+        self.assertEqual((linked.status, linked.headers["Refresh"]), (200, "0; url=/"))
+        self.assertEqual(linked.headers["Set-Cookie"], cookie)
+        self.assertNotIn("Set-Cookie", self.ask("/jobs").headers)
+        self.assertNotIn(self.site.gate.token, self.ask("/").page)
+        self.assertGreaterEqual(len(self.site.gate.token), 43)
+        self.assertNotEqual(queuectl.Gate(1).token, queuectl.Gate(1).token)
+
+    def test_only_get_head_and_post_exist_and_a_page_is_no_action(self) -> None:
+        for method in "PUT DELETE OPTIONS TRACE CONNECT PATCH LINK get".split():
+            with self.subTest(method):
+                answer = self.ask(method=method)
+                self.assertEqual((answer.status, answer.headers["Allow"]), (405, "GET, HEAD, POST"))
+        self.assertEqual(self.status("/act?action=pause&queue=&confirmed=yes"), 405)
+        self.assertEqual(self.status("/jobs", "POST"), 405)
+        head, page = self.ask("/job?id=done", "HEAD"), self.ask("/job?id=done")
+        self.assertEqual((head.status, head.page), (200, ""))
+        self.assertEqual(head.headers["Content-Length"], str(len(page.page.encode())))
+
+    def test_every_response_has_the_headers_that_restrict_a_browser(self) -> None:
+        for target, status in (
+            ("/", 200),
+            ("/nothing", 404),
+            ("/output?id=done", 200),
+            ("/act", 405),
+        ):
+            answer = self.ask(target)
+            self.assertEqual(answer.status, status)
+            policy = answer.headers["Content-Security-Policy"]
+            self.assertIn("default-src 'none'", policy)
+            self.assertIn("frame-ancestors 'none'", policy)
+            self.assertNotIn("unsafe", policy)
+            self.assertEqual(answer.headers["X-Content-Type-Options"], "nosniff")
+            self.assertEqual(answer.headers["Cache-Control"], "no-store")
+            self.assertEqual(answer.headers["Referrer-Policy"], "no-referrer")
+        policies = {self.ask("/").headers["Content-Security-Policy"] for _ in range(2)}
+        self.assertEqual(len(policies), 2)  # a nonce is used once
+
+    def test_body_of_a_refused_post_is_not_another_request(self) -> None:
+        inner = f"GET /jobs HTTP/1.1\r\nHost: {self.host}\r\nCookie: {self.cookie}\r\n\r\n"
+        for headers in (
+            {"Cookie": None},
+            {"Cookie": None, "Content-Length": "0"},
+            {"Content-Length": "0", "Connection": "keep-alive"},
+            {"Transfer-Encoding": "chunked"},
+        ):
+            with self.subTest(headers):
+                answer = self.ask("/act", "POST", inner, **headers)  # checks that it is one
+                self.assertGreaterEqual(answer.status, 400)
+        pipelined = self.raw(inner.encode() * 2)
+        self.assertEqual(pipelined.count(b"HTTP/1.0 200"), 1)
+
+    def test_bad_posts_are_refused(self) -> None:
+        cases = {
+            411: [{"Content-Length": None}, {"Content-Length": ["3", "3"]}],
+            400: [{"Content-Length": "-1"}, {"Content-Length": "+3"}, {"Content-Length": "x"}],
+            413: [{"Content-Length": str(1 << 40)}, {"Content-Length": "9" * 18}],
+            415: [{"Content-Type": "text/plain"}, {"Content-Type": None}],
+        }
+        for status, headers in ((s, h) for s, many in cases.items() for h in many):
+            with self.subTest(headers):
+                self.assertEqual(self.status("/act", "POST", "a=b", **headers), status)
+
+    def test_get_never_writes(self) -> None:
+        before = self.files()
+        self.assertTrue(before)
+        paths = ["/metrics", "/favicon.ico", "/output?id=bad", "/job?id=bad"]
+        with mock.patch.object(queuectl, "Queue", side_effect=Queue) as opened:
+            for path, method in itertools.product([*queuectl.PAGES, *paths], ("GET", "HEAD")):
+                self.ask(path, method)
+            self.act("", action="cancel", id="next")  # not confirmed
+        self.assertTrue(all(call.kwargs["readonly"] for call in opened.mock_calls))
+        body = "action=pause&queue=&confirmed=yes"
+        self.assertEqual(self.status("/act", "POST", body, Cookie=None), 401)
+        self.assertEqual(self.files(), before)
+
+    def test_malformed_requests_get_an_error_and_no_traceback(self) -> None:
+        targets = ["/job", "/job?id=", "/job?id=%00", "/job?id=%ff%fe", "/job?id=" + "9" * 5000]
+        targets += ["/job?id=done&run=1e99", "/job?id=done&run=-1", "/job?id=done&run=" + "9" * 400]
+        targets += ["/jobs?after=1e9", "/jobs?after=" + "9" * 30, "/jobs?at=soon", "/jobs?state=x"]
+        targets += [
+            "//evil.example/",
+            "/../../etc/passwd",
+            "/%2e%2e/",
+            "/" + "a" * 60_000,
+            "/jobs/",
+        ]
+        targets += ["http://evil.example/", "*", "/output?id=nobody", "/jobs?" + "a=&" * 6000, "/é"]
+        stderr = io.StringIO()
+        with mock.patch("sys.stderr", stderr):
+            for target in targets:
+                with self.subTest(target[:40]):
+                    self.assertIn(self.status(target), (400, 404))
+            for target in (
+                "/jobs?path=x&self=y&=z",
+                "/jobs?at=nan",
+                "/jobs?at=inf&after=0",
+                "/jobs?match=%00&queue=%F0",
+            ):
+                self.assertEqual(self.status(target), 200)
+            for data in (
+                b"\r\n\r\n",
+                b"GET\r\n\r\n",
+                b"\0\xff\x16\x03\r\n\r\n",
+                b"GET / HTTP/9\r\n\r\n",
+            ):
+                self.assertRegex(self.raw(data), rb"\A(HTTP/1.0 (400|505) |\Z)")
+            self.assertIn(b" 414 ", self.raw(b"GET /" + b"a" * 70_000)[:20])
+            self.assertIn(b" 431 ", self.raw(b"GET / HTTP/1.0\r\n" + b"a: b\r\n" * 200)[:20])
+            self.assertEqual(self.status(X=["y" * 60_000, "z"]), 200)
+        self.assertEqual(stderr.getvalue(), "")
+
+
+@internal
+class WebServer(Web):
+    """The server: its connections, threads and end."""
+
+    def connect(self, number: int, data: bytes = b"") -> list[socket.socket]:
+        found = []
+        for _ in range(number):
+            found.append(socket.create_connection(("127.0.0.1", self.site.port), timeout=10))
+            self.addCleanup(found[-1].close)
+            found[-1].sendall(data)
+        return found
+
+    def check_idle(self, number: int) -> None:
+        """Check that idle connections hold up no other one, and that their threads end."""
+        before = threading.active_count()
+        idle = self.connect(number // 2)
+        idle += self.connect(number // 2, b"GET / HTTP/1.0\r\nHost:")
+        began = time.monotonic()
+        self.assertEqual(self.status(), 200)
+        self.assertLess(time.monotonic() - began, 5)
+        most = 3 * queuectl.MAX_CONNECTIONS  # with those that are about to end
+        self.assertLessEqual(threading.active_count(), before + most)
+        for connection in idle:
+            connection.close()
+        wait_until(lambda: threading.active_count() <= before)
+
+    def test_idle_sockets_hang_nothing_and_leave_no_thread(self) -> None:
+        self.check_idle(150)
+
+    @SLOW
+    @unittest.skipUnless(POSIX, "needs a limit of open files")
+    def test_thousand_idle_sockets_hang_nothing_and_leave_no_thread(self) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+        self.check_idle(1000)
+
+    def test_connection_that_lasts_too_long_is_ended(self) -> None:
+        with mock.patch.object(queuectl, "CONNECTION_SECONDS", 0.1):
+            for connection in self.connect(1) + self.connect(1, b"GET / HTT"):
+                self.assertEqual(connection.recv(1), b"")
+
+    def test_reader_that_takes_nothing_is_ended(self) -> None:
+        request = (
+            f"GET /output?id=large HTTP/1.0\r\nHost: {self.host}\r\nCookie: {self.cookie}\r\n\r\n"
+        )
+        with Queue(self.db) as queue:
+            queue.configure("output_limit", str(1 << 27))
+            queue.enqueue("true", id="large", priority=9)
+            outcome = Outcome("exited", 1.0, 2.0, 0, None, 0, b"x" * 8_000_000)
+            queue._ledger.finish(claim(queue), outcome)
+        before = threading.active_count()
+        with mock.patch.object(queuectl, "CONNECTION_SECONDS", 0.2):
+            self.connect(1, request.encode())
+            wait_until(lambda: threading.active_count() > before)
+            wait_until(lambda: threading.active_count() == before)
+        self.assertEqual(len(self.ask("/output?id=large").page), 8_000_000)
+
+
+class WebCommand(Live):
+    """`queuectl web` as a process."""
+
+    def test_url_is_printed_once_and_ctrl_c_ends_it_at_once(self) -> None:
+        self.enqueue("true", id="x")
+        web = self.start("web", "--port", "0")
+        url = web.stdout.readline()
+        self.assertRegex(url, r"\Ahttp://127\.0\.0\.1:\d+/\?token=[\w-]{43}\n\Z")
+        with urllib.request.urlopen(
+            urllib.request.Request(
+                url.partition("?")[0] + "job?id=x",
+                headers={"Authorization": f"Bearer {url.strip().partition('=')[2]}"},
+            )
+        ) as page:
+            self.assertIn("no worker is running", page.read().decode())
+        port = re.findall(r":(\d+)/", url)[0]
+        self.assertIn("--port", self.assert_refused("web", "--port", port, code=4, real=True))
+        idle = socket.create_connection(("127.0.0.1", int(port)))
+        began = time.monotonic()
+        web.send_signal(signal.SIGINT)
+        self.assertEqual(web.wait(10), -signal.SIGINT)
+        self.assertLess(time.monotonic() - began, 1)
+        idle.close()
+        self.assertEqual(web.stdout.read(), "")
+
+    def test_without_a_queue_it_reports_one_line(self) -> None:
+        self.assertIn("there is no queue", self.assert_refused("web", code=1))
+        self.assert_refused("web", "--host", "0.0.0.0")
+        for port in ("-1", "65536", "x"):
+            self.assert_refused("web", "--port", port)
+
+    def test_browser_is_opened_without_the_token_in_any_argument(self) -> None:
+        self.enqueue("true")
+        script = (
+            'printf \'%s\\n\' "$@" > args; ls -l "${1#file://}" > mode; cat "${1#file://}" > page'
+        )
+        self.write("browser", "#!/bin/sh\n" + script + "; echo > done")
+        os.chmod(self.file("browser"), 0o700)
+        env = {**os.environ, "BROWSER": self.file("browser") + " %s"}
+        web = self.start("web", "--port", "0", "--open", env=env)
+        token = web.stdout.readline().strip().partition("token=")[2]
+        wait_until(lambda: self.read("done"))
+        self.assertNotIn(token, self.read("args"))
+        self.assertIn(token, self.read("page"))
+        self.assertTrue(self.read("mode").startswith("-rw-------"))
+        with open(f"/proc/{web.pid}/cmdline") if LINUX else io.StringIO() as file:
+            self.assertNotIn(token, file.read())
+        web.send_signal(signal.SIGINT)
+        web.wait(10)
+        self.assertEqual(glob.glob(self.file("queuectl.db.run/*.html")), [])
+
+
+@internal
+class WebPages(Web):
+    """The pages, and what they show."""
+
+    def test_pages_show_the_jobs(self) -> None:
+        cases = {
+            "/": ["gpu", "exit code 3", "Attempts by worker slot"],
+            "/jobs": ["make all", "blocked by next", "all 46"],
+            "/jobs?state=dead": ["bad", "worse", "exit code 3"],
+            "/jobs?queue=gpu&match=DON": ["done"],
+            "/job?id=done": ["completed", "fine", "worker-1"],
+            "/job?id=next": ["no worker is running", "make all"],
+            "/job?id=nightly": ["nightly.1", "due in"],
+            "/dead": ["exit code 3", "worse"],
+            "/schedules": ["nightly", "@daily"],
+            "/workers": ["No worker is running"],
+        }
+        for target, words in cases.items():
+            page = self.ask(target)
+            text = PageParser(page.page).text
+            for word in words:
+                with self.subTest(target, word=word):
+                    self.assertIn(word, text)
+        self.assertNotIn("done", PageParser(self.ask("/jobs?state=dead").page).text)
+        self.assertNotIn("bad", PageParser(self.ask("/jobs?queue=gpu&match=DON").page).text)
+        self.assertIn("did you mean worse", self.ask("/job?id=worsee").page)
+
+    def test_script_is_sent_only_the_parts_that_changed(self) -> None:
+        tags = re.findall(r'data-tag="(\w+)"', self.ask("/schedules").page)
+        more = {"X-Queuectl-Tags": " ".join(tags)}
+        self.assertEqual(self.ask("/schedules", **more).page, "")
+        part = self.ask("/schedules", **{"X-Queuectl-Tags": "old"}).page
+        self.assertRegex(part, r'\A<div id="part-schedules" data-tag="')
+        self.assertNotIn("<script", part)
+
+    def test_jobs_are_paged_by_key(self) -> None:
+        for state in ("", "state=ready&", "state=completed&"):
+            shown: list[str] = []
+            target = f"/jobs?{state}queue=many"
+            with mock.patch.object(queuectl, "PAGE_SIZE", 7):
+                while target:
+                    page = self.ask(target).page
+                    shown += re.findall(r'name="id" value="(many\d+)"', page)
+                    links = [e for tag, e in PageParser(page).elements if tag == "a"]
+                    target = next((e["href"] for e in links if "after=" in str(e["href"])), "")
+            with self.subTest(state):
+                self.assertEqual(len(shown), len(set(shown)))
+                self.assertEqual(len(shown), {"": 40, "state=ready&": 25}.get(state, 15))
+
+    def test_search_takes_a_limited_time_and_can_be_continued(self) -> None:
+        with mock.patch.multiple(queuectl, SEARCHED=5, SEARCH_SECONDS=-1):
+            page = self.ask("/jobs?match=many0").page
+        self.assertIn("none so far", page)
+
+    def test_output_is_sent_as_it_is_only_as_text(self) -> None:
+        answer = self.ask("/output?id=done")
+        self.assertEqual(answer.headers["Content-Type"], "text/plain; charset=utf-8")
+        self.assertEqual(answer.page, "fine\n")
+
+    @classmethod
+    def fill(cls, queue: Queue) -> None:
+        many = [{"command": "true", "id": f"many{n}", "queue": "many"} for n in range(40)]
+        list(queue.enqueue_many(many))
+        for _ in range(15):
+            outcome = Outcome("exited", 1.0, 2.0, 0, None)
+            queue._ledger.finish(claim(queue, "worker-1", ["many"]), outcome)
+        super().fill(queue)
+
+
+@internal
+class WebActions(Web):
+    """Retry, cancel, pause and resume, after a confirmation."""
+
+    def state(self, job_id: str) -> str:
+        return str(self.job(job_id).state)
+
+    def test_action_takes_place_only_after_its_confirmation(self) -> None:
+        page = self.act("", action="retry", id=["bad", "worse"], back="/jobs?state=dead")
+        self.assertIn("Retry 2 jobs?", page.page)
+        self.assertEqual(self.state("bad"), "dead")
+        fields = [
+            (item["name"], item["value"])
+            for tag, item in PageParser(page.page).elements
+            if tag in ("input", "button") and "name" in item
+        ]
+        done = self.ask("/act", "POST", urllib.parse.urlencode(fields))
+        self.assertEqual((done.status, done.headers["Location"]), (303, "/jobs?state=dead"))
+        self.assertEqual([self.state("bad"), self.state("worse")], ["pending"] * 2)
+
+    def test_all_dead_jobs_of_one_reason_are_retried(self) -> None:
+        with Queue(self.db) as queue:
+            for job_id, code in (("x1", 9), ("x2", 9), ("y1", 8)):
+                queue.enqueue("true", id=job_id, queue="x")
+                outcome = Outcome("exited", 1.0, 2.0, code, queuectl.explain_exit(code))
+                queue._ledger.finish(claim(queue, "worker-1", ["x"]), outcome)
+        page = self.act("", action="retry", like="x2").page
+        self.assertIn("Retry 2 jobs?", page)
+        self.assertNotIn("y1", page)
+
+    def test_waiting_job_is_cancelled_and_a_queue_paused_and_resumed(self) -> None:
+        self.assertEqual(self.act(action="cancel", id="next").status, 303)
+        self.assertEqual(self.state("next"), "cancelled")
+        for names, action, paused in (
+            (["gpu", "cpu"], "pause", ["cpu", "gpu"]),
+            (["cpu"], "resume", ["gpu"]),
+            ([""], "pause", ["", "gpu"]),
+            ([""], "resume", []),
+        ):
+            self.assertEqual(self.act(action=action, queue=names).status, 303)
+            with Queue(self.db, readonly=True) as queue:
+                self.assertEqual(sorted(queue._reader.paused()), paused)
+
+    def test_impossible_actions_change_nothing_and_name_the_reason(self) -> None:
+        before = self.states()
+        cases = [
+            (400, "nothing is selected", {"action": "retry"}),
+            (400, "unknown action", {"action": "enqueue", "id": "x", "command": "id"}),
+            (400, "unknown action", {"action": "edit", "id": "done"}),
+            (400, "unknown action", {"action": "purge", "id": "done"}),
+            (400, "queue must be", {"action": "pause", "queue": "a b"}),
+            (404, "there is no job", {"action": "retry", "id": ["done", "nobody"]}),
+            (404, "done is completed", {"action": "retry", "id": "done"}),
+        ]
+        for status, words, fields in cases:
+            with self.subTest(fields):
+                answer = self.act(**fields)
+                self.assertEqual(answer.status, status)
+                self.assertIn(words, PageParser(answer.page).text)
+        self.assertEqual(self.states(), before)
+
+    def test_way_back_is_a_page_of_this_site(self) -> None:
+        bad = [
+            "//evil.example",
+            "http://evil.example/",
+            "/\\evil",
+            "/jobs\r\nX: y",
+            "javascript:1",
+            "",
+        ]
+        for url in bad:
+            with self.subTest(url):
+                done = self.act(action="resume", queue="gpu", back=url)
+                self.assertEqual(done.headers["Location"], "/")
+        done = self.act(action="resume", queue="gpu", back="/jobs?match=%0d%0aX:y")
+        self.assertEqual(done.headers["Location"], "/jobs?match=%0D%0AX%3Ay")
+
+    def test_locked_queue_is_reported_after_a_limited_time(self) -> None:
+        hold_write_lock(self)
+        with mock.patch.object(queuectl, "QUERY_SECONDS", 0.1):
+            answer = self.act(action="pause", queue="gpu")
+        self.assertEqual(answer.status, 503)
+        self.assertIn("locked by another program", answer.page)
+        self.assertEqual(self.status(), 200)  # reading needs no lock
+
+
+@internal
+class WebCost(Clocked):
+    """What the pages cost."""
+
+    def costs(self, number: int) -> dict[str, int]:
+        """Return the cost of each page once this many more jobs are in several states."""
+        jobs = [{"command": "true", "queue": f"q{n % 3}"} for n in range(number)]
+        list(self.queue.enqueue_many(jobs))
+        for remainder, state in enumerate(("completed", "dead", "cancelled")):
+            fields = {"state": state, "remainder": remainder, "now": self.now}
+            self.queue._db.execute(
+                "UPDATE jobs SET state = :state, run = 1, last_error = 'bad', updated_at = :now"
+                " WHERE seq % 4 = :remainder",
+                fields,
+            )
+        found = {}
+        for target in (*queuectl.PAGES, "/jobs?state=dead", "/jobs?state=ready", "/job?id=1"):
+            path, _, query = target.partition("?")
+            request = queuectl.Request(
+                "GET", path, {"id": ["1"], **urllib.parse.parse_qs(query)}, {}
+            )
+            page = partial(queuectl.PAGES[path], self.queue._reader, request)
+            found[target] = self.sqlite_steps(page)
+        return found
+
+    def test_pages_cost_the_same_with_many_more_jobs(self) -> None:
+        """Promise 8: looking at the queue costs the same, however long its history is."""
+        limits = {"OVERVIEW_JOBS": 20, "EXAMINED": 50, "SEARCHED": 50, "PAGE_SIZE": 20}
+        with mock.patch.multiple(queuectl, **limits):
+            few, many = self.costs(400), self.costs(6000)
+        for target, cost in few.items():
+            with self.subTest(target, few=cost, many=many[target]):
+                self.assertLess(many[target], 1.5 * cost + 10)
+
+
+@internal
+class WebHostile(Web):
+    """Jobs whose names, commands and outputs are attacks on the page."""
+
+    TAGS = set(
+        "html head meta title link style body nav h1 h2 h3 a button span main div section table tr "
+        "th td form input label p b i ul li pre code svg path rect title script details summary "
+        "figure figcaption".split()
+    )
+    BAD = '<script>alert(1)</script><img/src=x/onerror=alert(1)>"onmouseover="alert(1)\'`&lt;'
+
+    @classmethod
+    def fill(cls, queue: Queue) -> None:
+        queue.configure("max_retries", "1")
+        ugly = cls.BAD + "]]>\x1b[31m\u202e\x07\x85\n\t"
+        for number, reason in enumerate((None, ugly, "x" * 100_000)):
+            queue.enqueue(ugly, id=f"{cls.BAD}{number}", queue=cls.BAD, cwd="/" + cls.BAD)
+            code = 1 if reason else 0
+            output = ugly.encode() * 20_000 + RAW + b"\0\xed\xa0\x80"
+            outcome = Outcome("exited", 1e9, 1e9 + 1, code, reason, 0, output)
+            queue._ledger.finish(claim(queue, cls.BAD), outcome)
+        queue.enqueue(ugly, id=cls.BAD, queue=cls.BAD, cron="@daily")
+        queue.enqueue(ugly, id="waits", queue=cls.BAD, after=f"{cls.BAD}1")
+        queue.pause(cls.BAD)
+
+    def pages(self) -> Iterator[tuple[str, str]]:
+        query = urllib.parse.urlencode({"id": self.BAD + "1"})
+        targets = [
+            "/",
+            "/jobs",
+            "/dead",
+            "/schedules",
+            "/workers",
+            f"/job?{query}",
+            "/job?id=waits",
+        ]
+        bad = urllib.parse.quote(self.BAD)
+        targets += [f"/jobs?{name}={bad}" for name in ("state", "queue", "match", "reason", "at")]
+        targets += [
+            f"/jobs?state=dead&reason={bad}",
+            f"/{bad}",
+            f"/job?id={bad}x",
+            f"/job?run={bad}",
+        ]
+        for target in targets:
+            yield target, self.ask(target).page
+        yield "confirmation", self.act("", action="retry", id=self.BAD, back=self.BAD).page
+        yield "error", self.act(action="retry", id=self.BAD + "0").page
+        yield "unknown", self.act(action=self.BAD, queue=self.BAD).page
+
+    def test_no_byte_of_a_job_is_markup(self) -> None:
+        for target, page in self.pages():
+            with self.subTest(target):
+                parser = PageParser(page)
+                self.assertLessEqual({tag for tag, _ in parser.elements}, self.TAGS)
+                names = {name for _, attributes in parser.elements for name in attributes}
+                self.assertEqual([n for n in names if n.startswith("on") or n == "style"], [])
+                scripts = [item for tag, item in parser.elements if tag == "script"]
+                self.assertTrue(all(item["nonce"] for item in scripts) and len(scripts) <= 1)
+                links = [item.get("href", "/") for _, item in parser.elements]
+                self.assertEqual([url for url in links if not url or url[0] != "/"], [])
+                self.assertTrue(page.replace("\n", "").isprintable())
+                self.assertLess(len(page), 500_000)
+
+    def test_hostile_output_is_shown_escaped(self) -> None:
+        page = self.ask("/job?" + urllib.parse.urlencode({"id": self.BAD + "1"})).page
+        text = PageParser(page).text
+        self.assertIn(self.BAD + "]]>\\x1b[31m\\u202e\\x07", text)
+        self.assertIn("its last 65536 bytes", text)
+
+
+# --- doctor ---------------------------------------------------------------------------------------
+
+
+class DoctorTrials(Case):
+    """What `doctor` finds out about a machine and a directory."""
+
+    @SLOW
+    def test_healthy_machine_passes_every_trial_and_nothing_is_left(self) -> None:
+        before = os.listdir(self.dir)
+        results = self.json_lines("doctor", real=True)
+        self.assertEqual([item for item in results if not item["ok"]], [])
+        names = [item["check"] for item in results]
+        self.assertEqual(names[-4:], ["wal", "sync", "recovery", "process tree"])
+        self.assertEqual(os.listdir(self.dir), before)
+
+    @SLOW
+    @NEEDS_SHELL
+    def test_directory_that_others_may_write_to_fails_one_trial(self) -> None:
+        os.mkdir(self.file("shared"))
+        os.chmod(self.file("shared"), 0o777)
+        found = self.run_cli("--db", self.file("shared/q"), "doctor", real=True, code=1).stdout
+        self.assertEqual(re.findall("(?m)^FAIL  (.*?)  ", found), ["owner"])
+        self.assertIn("other users may write to", found)
+
+    def test_missing_directory_ends_the_trials(self) -> None:
+        found = self.run_cli("--db", self.file("nowhere/q"), "doctor", code=1).stdout
+        self.assertRegex(found, r"(?m)^FAIL  queue  .*No such file or directory")
+        self.assertNotIn("recovery", found)
+
+
 # --- command line ---------------------------------------------------------------------------------
 
 
@@ -6143,9 +8012,25 @@ class CliEnqueueLive(Live):
         for argv in commands:
             job_id = self.stdout("enqueue", "--priority", "1", "--", *argv).strip()
             self.assertEqual(shlex.split(self.job(job_id).command), argv)
+
+    SEPARATED = {  # the words of a command line, and the command and the priority that they mean
+        "-p 5 python train.py --timeout 5": ("python train.py --timeout 5", 5),
+        "ls -l": ("ls -l", 0),
+        "make --priority 5 --jobs 4": ("make --priority 5 --jobs 4", 0),
+        "make --priority 5 --id x": ("make", 5),
+        "--priority=5 git log -- f": ("git log -- f", 5),
+        "-p5 -- make --priority 6": ("make --priority 6", 5),
+    }
+
+    def test_options_after_the_first_of_several_words_belong_to_the_command(self) -> None:
+        for words, expected in self.SEPARATED.items():
+            with self.subTest(words):
+                job = self.job(self.stdout("enqueue", *words.split()).strip())
+                self.assertEqual((job.command, job.priority), expected)
+        job = self.job(self.stdout("enqueue", "make all", "-p", "5", "--db", self.path).strip())
+        self.assertEqual((job.command, job.priority), ("make all", 5))
         self.assertIn(
-            "all words of the command go after --",
-            self.assert_refused("enqueue", "git", "log", "--", "f"),
+            "did you mean --priority?", self.assert_refused("enqueue", "make all", "--prioity=5")
         )
 
     def test_byte_order_mark_before_json_is_ignored(self) -> None:
@@ -6319,9 +8204,9 @@ class CliBadInput(Case):
         commands = (
             "enqeue x",
             "enqueue",
-            "enqueue true --no-such",
+            "list --no-such",
             "list --state lost",
-            "worker start --count 0",
+            "worker start --count -1",
             "worker stop --timeout soon",
             "dlq",
         )
@@ -6438,10 +8323,23 @@ class CliBadInput(Case):
 
     USAGE_HINTS = {
         "frobnicate": "no command frobnicate; choose from enqueue, worker, status,",
-        "enqueue ls -l": "several words goes after --, as in: enqueue -- ls -l",
-        "status --db x.db": "--db goes before the command",
+        "add x": "; type: queuectl enqueue (",
+        "ls": "; type: queuectl list (",
+        "kill 1": "; type: queuectl cancel (",
+        "retry": "; type: queuectl dlq retry (",
+        "top": "; type: queuectl status --watch (",
+        "prun": "no command prun; choose from enqueue,",  # it deletes
+        "dlq purg": "no command purg; choose from list, retry, purge",
+        "worker start 2": "did you mean --count 2?",
+        "pause default": "did you mean --queue default?",
+        "enqueue x --max-retries 0": "must be at least 1, which means to try once",
+        "enqueue x --timeout none": "0 means no limit",
+        "enqueue x --delay=-5m": "must not be negative",
+        "enqueue x --delay -5m": "must not begin with -",
+        "status --db=": "--db must not be empty",
         "list --state done": "cancelled",
-        "prune --state pending": "(see queuectl prune --help)",
+        "prune --state pending": "must be of completed, dead, cancelled here, not pending",
+        "cancel": "name the jobs, or select them by --queue,",
         "--db new.db worker start --horizon 5": "--horizon requires --drain",
         "wait --all 1": "either name the jobs or use --all",
     }
@@ -6464,6 +8362,7 @@ class CliBadInput(Case):
         "show nightly-bakcup": "nightly-backup",
         "cancel nihgtly-backup": "nightly-backup",
         "wait nightlybackup": "nightly-backup",
+        "list dead": "--state dead",
         "config get tiemout": "timeout",
     }
 
@@ -6475,6 +8374,7 @@ class CliBadInput(Case):
                 self.assertIn(f": did you mean {nearest}?", err)
                 self.assertIn(code, (1, 2))
                 self.assertEqual((out, err.count("\n")), ("", 1))
+        self.assertIn("; ids are sep", self.assert_refused("cancel", "1,2", code=1))
 
 
 class CliWorkers(Live):
@@ -6516,6 +8416,30 @@ class CliWorkers(Live):
         wait_until(lambda: not self.leftover_processes(), 1.0)
 
     @internal
+    def test_pools_are_told_apart_by_their_queues(self) -> None:
+        self.enqueue("true")
+        for options in (("--queue", "gpu", "--count", "2"), ()):
+            started = self.run_cli("worker", "start", "--detach", *options, real=True).stderr
+        self.assertIn("runs here too, with 2 workers\n", started)
+        workers = self.json_lines("worker", "list")  # all are there when --detach returns
+        self.assertEqual(sorted(w["queues"] for w in workers), [[], ["gpu"], ["gpu"]])
+        self.assertTrue(all(queuectl.parse_time(w["started"]) for w in workers))
+        self.assertEqual(len(self.json_object("status", "--queue", "cpu")["workers"]), 1)
+        self.assertEqual(len(self.json_object("status", "--queue", "gpu")["workers"]), 3)
+        self.assert_refused("worker", "stop", "pool-0", code=1)
+        self.stdout("worker", "stop", "--queue", "gpu")
+        (left,) = self.json_lines("worker", "list")
+        self.stdout("worker", "stop", left["pool"])
+        self.assertEqual(self.json_lines("worker", "list"), [])
+
+    def test_drain_sums_up_what_it_did(self) -> None:
+        self.configure(max_retries="1")
+        for command in ("true", "true", "false"):
+            self.enqueue(command)
+        self.enqueue("true", after=["3"])
+        last = self.run_cli("worker", "start", "--drain", code=1).stderr.splitlines()[-1]
+        self.assertRegex(last, r"^\S+ 2 completed, 1 dead, 1 blocked in [\d.]+ s$")
+
     def test_detached_workers_are_listed_and_stopped(self) -> None:
         self.addCleanup(lambda: self.result("worker", "stop", "--now"))
         start = Terminal(self, "worker", "start", "--detach", "--count", "2")
@@ -6534,7 +8458,8 @@ class CliWorkers(Live):
         self.assertEqual(len({worker["pool"] for worker in workers}), 2)
         self.assertLessEqual(queuectl.parse_time(busy["since"]), time.time())
         self.assertTrue(alive(busy["pid"]))
-        row = f"{busy['worker']} +{busy['pid']} +busy +(now|[0-9]+ s ago) +touch started"
+        ago = "(now|[0-9]+ s ago)"
+        row = f"{busy['worker']} +{busy['pid']} +{ago} +busy +{ago} +touch started"
         self.assertRegex(self.stdout("worker", "list"), row)
         stop = self.start("worker", "stop")
         self.assertEqual(stop.stdout.readline(), "queuectl: waiting for busy\n")
@@ -6617,7 +8542,7 @@ class CliStatusLive(Live):
             r"pending +3\r\nprocessing +1\r\ncompleted +0\r\ndead +1\r\n",
             r"workers +1\r\nrate +\d\.\d  jobs/s recently\r\n",
             r"oldest +job later0, due \S+.*; next to run\r\n",
-            r"worker-\S+ +\d+ +busy +(now|\d+ s ago) +touch started",
+            r"worker-\S+ +\d+ +(now|\d+ s ago) +busy +(now|\d+ s ago) +touch started",
             r"bad +(now|\d+ s ago) +exit code 3\r\n",
         )
         watch.wait_for("(?s)" + ".*".join(rows))
@@ -7002,6 +8927,24 @@ class CliCancelLive(Live):
             self.assertEqual(cancel.wait(5), 0)
 
 
+class CliSelectionLive(Live):
+    """Changes of many jobs."""
+
+    @NEEDS_SHELL
+    def test_interrupted_change_keeps_and_reports_what_is_done(self) -> None:
+        with Queue(self.path) as queue:
+            queue.enqueue_many({"command": "true", "queue": "q"} for _ in range(10_000))
+            cancel = self.start("cancel", "--queue", "q", stderr=subprocess.PIPE)
+            wait_until(lambda: queue.counts()["cancelled"])
+            cancel.send_signal(signal.SIGINT)
+            out, err = cancel.communicate()
+            done = queue.counts()["cancelled"]
+            self.assertEqual([job.id for job in queue.jobs("cancelled")], out.split())
+        self.assertLess(done, 10_000)
+        self.assertEqual(err, f"queuectl: interrupted; {done} jobs of 10000 changed\n")
+        self.assertEqual(cancel.returncode, -signal.SIGINT)
+
+
 class CliDlq(Case):
     """`dlq`."""
 
@@ -7032,7 +8975,8 @@ class CliDlq(Case):
         self.enqueue("true", id="x")
         self.assertEqual(self.result("dlq", "retry", "--all"), (0, "", ""))
         self.result("cancel", "x")
-        hint = "queuectl: no job is dead; 1 cancelled job can be retried by id\n"
+        hint = "queuectl: no job is dead; 1 cancelled job can be retried by id or with "
+        hint += "--state cancelled\n"
         self.assertEqual(self.result("dlq", "retry", "--all"), (0, "", hint))
 
     @internal
@@ -7062,6 +9006,39 @@ class CliConfig(Case):
         listed = [setting["key"] for setting in self.json_lines("config", "list")]
         self.assertEqual(listed, list(queuectl.SETTINGS))
 
+    def test_queue_has_its_own_value_or_the_default(self) -> None:
+        gpu = ("--queue", "gpu")
+        self.stdout("config", "set", "timeout", "60")
+        self.stdout("config", "set", "max-retries", "7", *gpu)
+        values = {
+            ("timeout", *gpu): "60\n",
+            ("max_retries", *gpu): "7\n",
+            ("max_retries", "--queue", "cpu"): "3\n",
+            ("max_retries",): "3\n",
+        }
+        self.assert_table(values, lambda words: self.stdout("config", "get", *words))
+        self.enqueue("true", id="a", queue="gpu")
+        self.assertIn("0/7", self.stdout("list"))
+        self.assertEqual(self.json_object("list")["max_retries"], 7)
+        settings = "timeout 60 (all queues), max_retries 7 (queue gpu)"
+        self.assertRegex(self.stdout("show", "a"), rf"\nsettings +{re.escape(settings)}\n")
+        self.assertEqual(self.json_object("show", "a")["settings"]["max_retries"], 7)
+        listed = {row["key"]: row for row in self.json_lines("config", "list", *gpu)}
+        sources = [listed[key]["queue"] for key in ("max_retries", "timeout", "shell")]
+        self.assertEqual(sources, ["gpu", "", None])
+        self.assertNotIn("retention", listed)
+        self.stdout("config", "unset", "max_retries", *gpu)
+        self.assertEqual(self.stdout("config", "get", "max_retries", *gpu), "3\n")
+        with Queue(self.path) as queue:
+            queue.configure("timeout", "5", queue="gpu")
+            self.assertEqual([queue.config(name)["timeout"] for name in ("gpu", "")], [5.0, 60.0])
+
+    def test_setting_that_makes_no_sense_for_one_queue_is_refused(self) -> None:
+        self.enqueue("true")
+        for words in (("set", "retention", "1d"), ("get", "synchronous"), ("unset", "retention")):
+            line = self.assert_refused("config", *words, "--queue", "gpu")
+            self.assertIn("applies to all queues; use it without --queue", line)
+
     def test_escape_sequence_in_a_setting_is_shown_escaped(self) -> None:
         self.stdout("config", "set", "shell", "sh \x1b[2J -c")
         self.assertEqual(self.stdout("config", "get", "shell"), "sh '\\x1b[2J' -c\n")
@@ -7070,13 +9047,17 @@ class CliConfig(Case):
     def test_bad_settings_are_refused_with_the_nearest_key_or_the_range(self) -> None:
         messages = {
             "tiemout=5": "unknown key tiemout: did you mean timeout?",
-            "max_retries=0": "max_retries must be a whole number from 1 to 1000000",
+            "max_retries=0": "max_retries must be at least 1, which means to try once",
             "max_retries=many": "max_retries must be a whole number from 1 to 1000000",
             "backoff_base=0.5": "backoff_base must be a number from 1 to 1000",
             "timeout=soon": "timeout must be a duration",
             "shell=": "shell must not be blank",
             "shell='": "shell must be a command prefix: No closing quotation",
             "synchronous=off": "synchronous must be normal or full",
+            "limit=-1": "limit must be a whole number from 0 to 1000000",
+            "rate=10": "rate must be a number of starts in a time of 1 s or more, such as 10/1m",
+            "rate=0/1m": "rate must be a number of starts",
+            "rate=5/0.5s": "rate must be a number of starts",
         }
         for setting, message in messages.items():
             with self.subTest(setting):
@@ -7104,13 +9085,23 @@ class CliHelp(Case):
                 self.assertEqual(result.returncode, 1)
                 self.assertIn("# Python 3.8 or later is needed", result.stderr)
 
-    def test_help_fits_on_a_screen_and_shows_four_examples(self) -> None:
+    @internal
+    def test_help_fits_on_a_screen_and_names_every_command(self) -> None:
         shown = self.stdout()
         self.assertEqual(self.stdout("--help"), shown)
         lines = shown.rstrip().splitlines()
-        self.assertLess(len(lines), 24)  # leaves a line for the prompt
+        self.assertLess(len(lines), 30)
         self.assertLessEqual(max(map(len, lines)), 80)
-        self.assertEqual(shown.partition("examples:\n")[2].count("  queuectl "), 4)
+        self.assertEqual(shown.count("\n  queuectl "), 5)
+        named = re.findall(r"(?m)(?<=[ ,] )[a-z]+(?: [a-z]+)?(?=,|$)", shown.split("commands:")[1])
+        self.assertEqual(sorted(named), sorted(queuectl.COMMANDS))
+
+    def test_help_command_shows_the_help_of_a_command(self) -> None:
+        self.assertEqual(self.stdout("help"), self.stdout("--help"))
+        shown = self.stdout("help", "worker", "stop")
+        self.assertEqual(shown, self.stdout("worker", "stop", "--help"))
+        self.assertIn("\nDURATION: seconds, or a number with a unit", shown)
+        self.assertIn(f"\nqueuectl {queuectl.__version__}, {queuectl.HOME_PAGE}", shown)
 
     @internal
     def test_help_of_every_subcommand_has_a_valid_example(self) -> None:
@@ -7118,7 +9109,7 @@ class CliHelp(Case):
             with self.subTest(words):
                 code, out, _ = self.result(*words.split(), "--help")
                 self.assertEqual(code, 0, out)
-                example = out.partition("\nexample: queuectl ")[2].strip()
+                example = out.partition("\nexample: queuectl ")[2].partition("\n")[0]
                 self.assertTrue(example.startswith(words), out)
                 queuectl.parse(shlex.split(example))
 
@@ -7310,7 +9301,7 @@ class CliTerminal(Live):
         self.enqueue("true")
         self.assertEqual(self.run_cli("enqueue", "-", stdin=lines, real=True).stderr, "")
         events = self.drain("--queue", "default", real=True)
-        self.assertRegex(events, r"^(\d\d:\d\d:\d\d [ -~]+\n){2}$")
+        self.assertRegex(events, r"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00 [ -~]+\n){3}$")
         watch = Terminal(self, "status", "--watch", env={"TERM": "dumb"})
         watch.wait_for(r"^pending +1000\r\n")
         for words in ("status", "list", "show 1", "wait 1", "worker list", "list --json"):
@@ -7668,7 +9659,7 @@ class Readme(Case):
     @staticmethod
     def normalize(text: str) -> str:
         """Replace the parts that differ from run to run."""
-        text = re.sub(r"\d\d:\d\d:\d\d", "TIME", text)
+        text = re.sub(r"(\d{4}-\d\d-\d\dT)?\d\d:\d\d:\d\d([+-]\d\d:\d\d)?", "TIME", text)
         text = re.sub(r"in [\d.]+ s\n", "in N s\n", text)
         text = re.sub(r"  (now|\d+ s ago) +", "  AGO  ", text)
         return re.sub(r"WHEN +", "WHEN  ", re.sub(r"/\S*/queuectl\.db", "/queuectl.db", text))
@@ -7823,7 +9814,8 @@ class Layout(unittest.TestCase):
                 found.append((bar, []))
             else:
                 found[-1][1].append(name)
-        self.assertEqual(found[0], ("helpers", ["Result", "Case", "Clocked", "Live", "Terminal"]))
+        helpers = ["Result", "Case", "Clocked", "Tags", "Reported", "Live", "Terminal"]
+        self.assertEqual(found[0], ("helpers", helpers))
         self.assertEqual(listed, found[1:])
 
     def test_docstring_of_the_program_lists_its_sections_in_order(self) -> None:

@@ -23,6 +23,10 @@ its last holder dies, so liveness is a fact: there are no heartbeats, leases or 
                     descriptor, by every process of the job; unlocked means that all are gone
     SEQ.RUN.kept.X  the same, with a result X that the worker could not store
 
+A launcher, such as ssh or srun, runs a job elsewhere, in a wrapper that reports its start and its
+exit code. The job's row has what ends it there (`launch`), on disk before the launch. Where no exit
+code was reported, that is done before the job returns to the queue.
+
 A job in `processing` whose worker's lock is free has crashed, unless the worker kept its result.
 The remaining processes of the attempt are found by its lock or, on Linux, by their environment.
 They are ended first; then the job returns to the queue, and the attempt counts. A worker without
@@ -47,7 +51,7 @@ The sections of this file, in order. Each one uses only the sections above it.
     trust           whether other users can put commands into the queue
     queue           reading jobs, changing their state, and the public Queue
     attempt         launching a job, watching it, ending its processes (TERM, then KILL after
-                    kill_grace), keeping its output and its result
+                    kill_grace), keeping its output and its result; launchers
     worker          the process that runs one job at a time
     pool            the process that starts workers and recovers the jobs of dead ones
     words           jobs as text, workers and counts as text and as JSON; not the event lines
@@ -4413,6 +4417,11 @@ class ReportStream:
         return data[: len(data) - len(self.part)], reports
 
 
+# Runs a command and prints its exit code last, since that of a child may be lost: where SIGCHLD is
+# ignored, the system forgets it.
+PRINT_CODE = ("sh", "-c", '"$@"; printf "\\n%s" "$?"', "sh")
+
+
 class FarEnd:
     """Makes sure that an attempt is over elsewhere, once its client is gone: by launcher_cancel.
 
@@ -4422,12 +4431,11 @@ class FarEnd:
     LIMIT = 10.0  # seconds that the command may take
     MARGIN = 1.0  # seconds more than the grace period
 
-    def __init__(self, job: Job, ledger: Ledger, notices: Notices, grace: float) -> None:
+    def __init__(self, job: Job, ledger: Ledger, notices: Notices) -> None:
         self.job = job
         self.ledger = ledger
         self.notices = notices
         self.facts = job.launched
-        self.grace = grace
         self.process: Any = None
         self.due = 0.0  # when it is sure, or must have ended, or is tried again
         self.pause = 1.0  # seconds before the next try
@@ -4437,8 +4445,7 @@ class FarEnd:
         """Return whether the attempt is over for sure."""
         now = time.monotonic()
         if not self.facts.get("cancel"):
-            wait = math.ceil(self.grace) + self.MARGIN if self.facts.get("host") else 0.0
-            self.due = self.due or now + wait
+            self.due = self.due or now + self.facts.get("grace", 0) + self.MARGIN
             return now >= self.due
         if self.has_failed and self.is_forgotten():
             if self.process:
@@ -4454,33 +4461,36 @@ class FarEnd:
         import tempfile
 
         self.due = now + self.LIMIT
-        self.said = tempfile.TemporaryFile()  # noqa: SIM115
+        argv = (*PRINT_CODE, *self.facts["cancel"])
         try:
-            self.process = start_helper(self.facts["cancel"], client_directory(self.job), self.said)
+            self.said = tempfile.TemporaryFile()  # noqa: SIM115
+            self.process = start_helper(argv, client_directory(self.job), self.said)
         except OSError as error:
             self.fail(str(error))
 
     def check(self, now: float) -> bool:
         """Return whether the command has succeeded."""
-        code = self.process.poll()
-        if code is None and now < self.due:
+        is_running = self.process.poll() is None
+        if is_running and now < self.due:
             return False
-        kill_helper(self.process)
+        if is_running:
+            kill_helper(self.process)
         self.process = None
-        if code == 0:
-            self.said.close()
+        with self.said:
+            text = last_bytes(self.said.fileno(), 1 << 12)[1].decode(errors="replace")
+        said, _, code = text.rpartition("\n")
+        if code == "0" and not is_running:
             return True
-        took = f"did not end within {format_duration(self.LIMIT)}"
-        self.fail(explain_exit(code) or "" if code is not None else took)
+        reason = f"did not end within {format_duration(self.LIMIT)}"
+        if not is_running:
+            reason = explain_exit(int(code)) or "" if code.isdecimal() else "it was killed"
+        self.fail(": ".join(filter(None, (reason, last_line(said)))))
         return False
 
     def fail(self, reason: str) -> None:
         """Report a failure, record it for `status`, and try again after a growing pause."""
-        self.said.seek(0)
-        said = last_line(self.said.read(1 << 16).decode(errors="replace"))
-        self.said.close()
         command = quoted(join_words(self.facts["cancel"]))
-        trouble = f"launcher_cancel ({command}) failed: {reason}" + (f": {said}" if said else "")
+        trouble = f"launcher_cancel ({command}) failed: {reason}"
         text = f"job {printable(self.job.id)} may still run {self.job.whereabouts}: {trouble}"
         self.notices.report(f"{text}; trying again", key=f"{self.job.key} launcher_cancel")
         self.has_failed = True
@@ -4491,8 +4501,10 @@ class FarEnd:
 
     def is_forgotten(self) -> bool:
         """Tell whether the operator knows that it is over (`cancel --gone`), or another pool."""
-        stored = self.ledger.reader.by_seq(self.job.seq)
-        return stored is None or stored.key != self.job.key or not stored.launch
+        with contextlib.suppress(Fault):
+            stored = self.ledger.reader.by_seq(self.job.seq)
+            return stored is None or stored.key != self.job.key or not stored.launch
+        return False
 
 
 class RemoteTermination(Termination):
@@ -4500,7 +4512,7 @@ class RemoteTermination(Termination):
 
     def __init__(self, *args: Any, ledger: Ledger) -> None:
         super().__init__(*args)
-        self.far_end = FarEnd(self.job, ledger, self.notices, self.deadline - time.monotonic())
+        self.far_end = FarEnd(self.job, ledger, self.notices)
         self.is_client_gone = False
 
     def step(self, snapshot: Callable[[], Any] = SYSTEM.snapshot) -> bool:
@@ -4527,7 +4539,8 @@ class RemoteExecution(Execution):
         self.ledger = ledger
         self.nonce = os.urandom(16).hex()
         cancel = fill_in(self.settings["launcher_cancel"], self.job)
-        self.facts: dict[str, Any] = {"cancel": cancel}
+        self.grace = math.ceil(self.settings["kill_grace"])
+        self.facts: dict[str, Any] = {"cancel": cancel, "grace": self.grace}
         self.to_send = b"%d\n%b" % (len(claim.stdin), claim.stdin)
         self.lifeline: IO[bytes] | None = None
         self.streams: list[ReportStream] = []
@@ -4539,8 +4552,8 @@ class RemoteExecution(Execution):
         command = self.job.command
         if self.settings["shell"] != DEFAULT_SHELL:
             command = "exec " + shlex.join([*self.settings["shell"], command])
-        grace = str(math.ceil(self.settings["kill_grace"]))
-        words = ["sh", "-c", WRAPPER, "queuectl", self.nonce, grace, self.job.cwd, command]
+        words = ["sh", "-c", WRAPPER, "queuectl", self.nonce, str(self.grace), self.job.cwd]
+        words.append(command)
         words += (f"{name}={value}" for name, value in env.items())
         if self.settings["launcher_quote"] == "yes":
             words = [shlex.join(words)]
@@ -4640,7 +4653,7 @@ class RemoteExecution(Execution):
         self.pump()
         if error and "host" in self.facts:
             self.to_send += b"TERM\n"
-            self.wait_for(self.is_known, child, math.ceil(self.settings["kill_grace"]) + 2)
+            self.wait_for(self.is_known, child, self.grace + 2)
         if self.is_known():
             self.wait_for(lambda: False, child, self.PATIENCE)
         if self.lifeline:

@@ -5204,20 +5204,23 @@ class AttemptElsewhere(Live):
     def test_job_that_cannot_be_ended_there_stays_in_processing(self) -> None:
         self.configure(launcher_cancel=f"sh {self.file('cancel')}", max_retries="9")
         self.write("stuck")
-        self.enqueue_for("faithful", "echo start >> log; sleep 300", id="a")
-        pool = self.pool()
-        self.wait_for_host("a")
-        self.kill("client", pool)
-        self.wait_for_output(pool, "job a may still run on")
-        status = self.stdout("status")
-        self.assertIn(f"may still run on {os.uname().nodename}: launcher_cancel (sh", status)
-        self.assertIn(
-            "failed: exit code 3: oh; once it is gone there, queuectl cancel --gone a", status
-        )
-        self.assertEqual(self.job("a").state, "processing")
-        self.assertNotIn("start\nstart", self.read("log").replace("cancel \n", ""))
-        self.stdout("cancel", "--gone", "a")
-        self.assertEqual(self.job("a").state, "cancelled")
+        pool = self.pool(preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
+        for victim in ("client", "worker"):
+            with self.subTest(victim):
+                self.write("log")
+                self.enqueue_for("faithful", "echo start >> log; sleep 300", id=victim)
+                self.wait_for_host(victim)
+                self.kill(victim, pool)
+                self.wait_for_output(pool, f"job {victim} may still run on")
+                status = self.stdout("status")
+                where = f"it may still run on {os.uname().nodename}: launcher_cancel (sh"
+                self.assertIn(where, status)
+                hint = f"once it is gone there, queuectl cancel --gone {victim} ends the wait"
+                self.assertIn(f"failed: exit code 3: oh; {hint}", status)
+                self.assertEqual(self.job(victim).state, "processing")
+                self.assertEqual(self.lines("log").count("start"), 1)
+                self.stdout("cancel", "--gone", victim)
+                self.assertEqual(self.job(victim).state, "cancelled")
 
     @SLOW
     def test_job_that_cannot_be_ended_there_delays_no_stop_and_is_recovered_later(self) -> None:

@@ -341,7 +341,7 @@ LONGEST = 10 * 365 * 86400.0  # no duration is longer, so that sums of times nev
 LATEST_TIME = 253402214400  # the end of the year 9999 in every time zone
 STDIN_LIMIT = 1 << 20  # bytes of a job's stdin
 PARENTS_LIMIT = 30_000  # characters of QUEUECTL_PARENTS; Windows allows 32,767 in a variable
-TOP_PRIORITY = 1_000_000
+TOP_PRIORITY = 1_000_001  # of notifications, above what a user can give
 QUOTED_LIMIT = 100  # characters of user input that a message quotes
 
 
@@ -650,7 +650,7 @@ FIELDS: dict[str, Validator] = {
     "id": valid_name,
     "command": valid_command,
     "queue": valid_name,
-    "priority": integer(-TOP_PRIORITY, TOP_PRIORITY),
+    "priority": integer(-1_000_000, 1_000_000),
     "delay": parse_duration,
     "run_at": parse_time,
     "timeout": parse_duration,
@@ -4147,6 +4147,7 @@ class Termination:
         self.asked: set[int] = set()
         self.found: list[int] = []
         self.snapshot_at = 0.0
+        self.is_waiting = False  # for processes to end
 
     def step(self, snapshot: Callable[[], Any] = SYSTEM.snapshot) -> bool:
         """End the remaining processes; return whether none is left and the lock is free."""
@@ -4163,6 +4164,7 @@ class Termination:
         if self.is_overdue:
             name = printable(self.job.id)
             self.notices.report(f"remaining processes of job {name} {reason}", key=self.job.key)
+        self.is_waiting = True
         return False
 
     def is_unchanged(self) -> bool:
@@ -5306,7 +5308,7 @@ class Recovery:
             self.report(state_to_report(after), describe_end(job, after, outcome))
 
     def is_ending(self) -> bool:
-        return not all(ending.is_overdue for ending, _ in self.orphans.values())
+        return any(it.is_waiting and not it.is_overdue for it, _ in self.orphans.values())
 
 
 class WalSync:
@@ -5965,6 +5967,9 @@ SHORT_BUCKETS = (1, 5, 10, 50, 150, 300, 600, 3000, 9000, 18000)  # widths in te
 BUCKETS = (*SHORT_BUCKETS, 36000, 108000, 216000, 432000, 864000, 6048000)  # 1 h to a week
 
 
+REPORTED = Selection(notifications=False)
+
+
 class History(NamedTuple):
     """A job and those of its attempts that have ended, oldest first, without their output.
 
@@ -6018,11 +6023,11 @@ def drain_histories(
     reader: Reader, queues: Sequence[str], pool: str, since: float
 ) -> Iterator[History]:
     """Yield the jobs that a pool ran since it began, and those that it left waiting."""
-    changed = Selection(queues=queues, states=(*FINISHED, PROCESSING, "scheduled"))
+    changed = REPORTED._replace(queues=queues, states=(*FINISHED, PROCESSING, "scheduled"))
     for found in histories(reader, changed_jobs(reader, changed, since), since):
         if found.job.state == CANCELLED or any(pool_of(run.worker) == pool for run in found.runs):
             yield found
-    waiting = Selection(queues=queues, states=("ready", "blocked"))
+    waiting = changed._replace(states=("ready", "blocked"))
     yield from histories(reader, reader.selected(waiting), since)
 
 
@@ -8547,10 +8552,10 @@ def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
 
 
 def cmd_report(args: argparse.Namespace, queue: Queue) -> None:
-    chosen = selection(args)
+    chosen = selection(args)._replace(notifications=False)
     reader = queue._reader
     style = args.format or (format_of(args.output) if args.output else "text")
-    if style == "prometheus" and (chosen._replace(queues=()) != Selection() or args.since):
+    if style == "prometheus" and (chosen[2:] != REPORTED[2:] or chosen.ids or args.since):
         raise BadInput("metrics are about queues; the only selection they take is --queue")
     since = reader.clock() - args.since if args.since else 0.0
     jobs = partial(changed_jobs, reader, chosen, since)

@@ -3683,8 +3683,9 @@ class QueueNotifications(Clocked):
 
     def end_one(self, how: str, **fields: Any) -> str:
         """Add a job and end it in some way; return its id."""
-        first = {"queue": "q", "priority": 10**6, "run_at": self.now - 99, "max_retries": 1}
-        job_id = self.queue.enqueue("true", **first, **fields)
+        job_id = self.queue.enqueue("true", queue="q", max_retries=1, **fields)
+        first = {"id": job_id, "priority": 10**7}  # before the notifications
+        self.queue._db.execute("UPDATE jobs SET priority = :priority WHERE id = :id", first)
         if how == "cancelled":
             self.queue.cancel([job_id])
             return job_id
@@ -3704,6 +3705,12 @@ class QueueNotifications(Clocked):
 
     def notifications(self) -> list[Any]:
         return [job for job in self.queue.jobs("pending") if job.notifies]
+
+    def test_notification_runs_before_every_other_job_of_its_queue(self) -> None:
+        self.configure(on_dead="cat")
+        self.queue.enqueue("true", queue="q", priority=10**6, run_at=self.now - 99)
+        self.end_one("dead")
+        self.assertEqual(self.claim("q").event, "dead")
 
     def given(self, job: Any) -> Any:
         """Return what a notification reads, as parsed JSON."""
@@ -4168,7 +4175,7 @@ class QueueLimitLive(Live):
             pools: list[Any] = []
             while queue.counts()["completed"] < number:
                 pools = [pool for pool in pools if pool.poll() is None]  # one may see too many die
-                pools += [self.pool("--count", "4") for _ in range(2 - len(pools))]
+                pools += [self.pool("--count", "4", "--quiet") for _ in range(2 - len(pools))]
                 time.sleep(pause)
                 workers = self.workers()
                 for job in queue._reader.claimed()[:1]:
@@ -4885,6 +4892,7 @@ class AttemptEnd(Live):
             gone = partial(wait_until, lambda: not alive(process.pid), 2.0)
             with mock.patch.object(queuectl.SYSTEM, "child", child):
                 end.step(lambda: gone() and queuectl.Snapshot({}, {}))
+                process.wait(10)
             note.close()
 
     @internal
@@ -6925,6 +6933,18 @@ class ReportFacts(Reported):
             self.queue.enqueue("true", id=job_id, **more)
         found = queuectl.drain_histories(self.queue._reader, ["default"], "pool-aa", self.now - 15)
         self.assertEqual([history.job.id for history in found], ["ours", "left"])
+
+    def test_notifications_that_completed_are_left_out(self) -> None:
+        self.queue.configure("max_retries", "1")
+        for code in (0, 1):
+            self.queue.enqueue("true", on_end="notify", max_retries=1)
+            self.attempt()
+            self.attempt(code)
+            if code:
+                for _ in range(4):
+                    self.now += 1000
+                    self.attempt(1)
+        self.assertEqual((self.facts()["jobs"], self.facts("--since", "1d")["jobs"]), (3, 3))
 
     @internal
     def test_timeline_keeps_its_sums_in_bounded_memory(self) -> None:

@@ -111,6 +111,8 @@ if TYPE_CHECKING:
 
     Argument = tuple[tuple[str, ...], dict[str, Any]]
     Environ = Mapping[str, str]
+    Stdin = Union[str, Sequence[int]]  # a path, or the descriptors of all three streams
+    Words = Sequence[Any]  # str or bytes
     Facts = Mapping[str, Any]
     Link = Callable[[str], str]  # returns the HTML for a job's id
     Rows = Iterable[Sequence[object]]
@@ -1603,7 +1605,8 @@ PAUSE = """
 INSERT INTO queues (queue, paused) VALUES (:queue, 1)
 ON CONFLICT (queue) DO UPDATE SET paused = 1"""
 HELD = """
-SELECT capacity, processing - notifying, CASE WHEN closed_at IS NOT NULL THEN token_at END
+SELECT capacity, processing - notifying, launch_failures,
+  CASE WHEN closed_at IS NOT NULL THEN token_at END
 FROM queues WHERE queue = :queue"""
 HELD_QUEUES = """
 SELECT queue FROM queues
@@ -1613,9 +1616,6 @@ RESUME = """
 UPDATE queues SET paused = 0, launch_failures = 0,
   closed_at = CASE WHEN launch_failures = 0 THEN closed_at END
 WHERE :queue IN ('', queue)"""
-LAUNCH_HOLDS = """
-SELECT queue, token_at, launch_failures FROM queues
-WHERE closed_at IS NOT NULL AND token_at > :now AND launch_failures > 0 AND :queue IN ('', queue)"""
 COUNT_LAUNCH_FAILURE = (
     "UPDATE queues SET launch_failures = launch_failures + 1 WHERE queue = :queue"
 )
@@ -1854,7 +1854,7 @@ if sys.platform == "win32":
             begin(PipeConnection(int(handle)))
 
         def launch(
-            self, argv: Sequence[Any], cwd: str, env: Environ, out: int, _home: str, stdin: Any
+            self, argv: Words, cwd: str, env: Environ, out: int, _home: str, stdin: Any
         ) -> Any:
             import subprocess
 
@@ -2042,6 +2042,16 @@ else:
             if given.startswith(b"/") and os.path.samefile(given, b"."):
                 return given
         return os.getcwdb()
+
+    def utf8(word: str | bytes) -> bytes:
+        return word.encode() if isinstance(word, str) else word
+
+    def standard_streams(out: int, stdin: Stdin) -> list[Any]:
+        """Return the actions that give a job its streams; `Posix.launch` describes them."""
+        if isinstance(stdin, str):
+            given = (os.POSIX_SPAWN_OPEN, 0, stdin, os.O_RDONLY, 0)
+            return [(os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, out, 2), given]
+        return [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdin)]
 
     def spawn_without_shell(
         argv: Sequence[str], environ: Mapping[bytes, bytes], **options: Any
@@ -2261,13 +2271,7 @@ else:
                     os._exit(0)
 
         def launch(
-            self,
-            argv: Sequence[Any],
-            cwd: str,
-            env: Environ,
-            out: int,
-            home: str,
-            stdin: str | Sequence[int],
+            self, argv: Words, cwd: str, env: Environ, out: int, home: str, stdin: Stdin
         ) -> Child:
             """Start a job in a session of its own; raise OSError where it cannot be started.
 
@@ -2284,24 +2288,15 @@ else:
                 os.waitpid(-1, os.WNOHANG)
                 elders = descendants(process_table(), {os.getpid()}, set())
             environ = {**self.inherited, **added}
-            given = (os.POSIX_SPAWN_OPEN, 0, stdin, os.O_RDONLY, 0)
-            streams: list[Any] = [
-                (os.POSIX_SPAWN_DUP2, out, 1),
-                (os.POSIX_SPAWN_DUP2, out, 2),
-                given,
-            ]
-            if not isinstance(stdin, str):
-                streams = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdin)]
             ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by Python
             os.set_inheritable(out, True)  # noqa: FBT003
             os.chdir(cwd)
+            streams = standard_streams(out, stdin)
             options: Any = {"file_actions": streams, "setsid": True, "setsigdef": ignored}
             try:
                 pid = spawn_without_shell(argv, environ, **options)
                 if not pid:
-                    last = argv[-1]
-                    last = last.encode() if isinstance(last, str) else last
-                    words = [*map(os.fsencode, argv[:-1]), last]
+                    words = [*map(os.fsencode, argv[:-1]), utf8(argv[-1])]
                     pid = os.posix_spawnp(argv[0], words, environ, **options)
             finally:
                 with contextlib.suppress(OSError):
@@ -3347,11 +3342,20 @@ class Reader:
         """Return the paused queues; "" stands for all queues."""
         return [row[0] for row in self.db.rows(PAUSED)]
 
-    def launch_holds(self, queue: str = "") -> dict[str, str]:
-        """Return the queues left alone after failed launches, or this one, and why."""
+    def hold(self, queue: str) -> str:
+        """Return the reason that a queue starts no job now; empty if there is none."""
         now = self.clock()
-        found = self.db.rows(LAUNCH_HOLDS, {"now": now, "queue": queue})
-        return {name: describe_hold(name, at, failures, now) for name, at, failures in found}
+        for capacity, running, failures, token_at in self.db.rows(HELD, {"queue": queue}):
+            if token_at and token_at > now and failures:
+                return describe_hold(queue, token_at, failures, now)
+            if 0 < capacity <= running:
+                return f"queue {queue} is at its limit of {capacity}"
+            if token_at and token_at > now:
+                rate = self.settings(queue)["rate"]
+                return (
+                    f"queue {queue} is at its rate of {rate}; next {format_distance(token_at, now)}"
+                )
+        return ""
 
     def next_due_time(self, queues: Sequence[str] = ()) -> float | None:
         """Return when the next scheduled job of these queues, or of all, is due."""
@@ -4945,8 +4949,7 @@ class Worker:
         if not (unstarted and state == PENDING):  # else it was reported when it happened
             text = describe_end(ended.job, after, outcome)
             if outcome.end == "not launched":
-                holds = self.ledger.reader.launch_holds(ended.job.queue).values()
-                text = "; ".join([text, *holds])
+                text += "; " + self.ledger.reader.hold(ended.job.queue)
             self.link.send(News("event", text, state, when), within=BATCH)
         return claim
 
@@ -5700,20 +5703,6 @@ def unserved(run_dir: RunDirectory, queue: str) -> str:
     return "" if is_served else f"no worker serves queue {queue}"
 
 
-def hold(reader: Reader, queue: str) -> str:
-    """Return which setting lets a queue start no job now; empty if none does."""
-    for reason in reader.launch_holds(queue).values():
-        return reason
-    for capacity, running, token_at in reader.db.rows(HELD, {"queue": queue}):
-        if 0 < capacity <= running:
-            return f"queue {queue} is at its limit of {capacity}"
-        if token_at and token_at > reader.clock():
-            rate = reader.settings(queue)["rate"]
-            when = format_distance(token_at, reader.clock())
-            return f"queue {queue} is at its rate of {rate}; next {when}"
-    return ""
-
-
 def obstacle_of_running(run_dir: RunDirectory, job: Job) -> str:
     """Return the reason that a claimed job makes no progress, in one phrase; empty if it does."""
     if trouble := job.launched.get("trouble"):
@@ -5740,7 +5729,7 @@ def obstacle(reader: Reader, job: Job) -> str:
         return "all queues are paused (queuectl resume)"
     if job.queue in paused:
         return f"queue {job.queue} is paused (queuectl resume --queue {job.queue})"
-    return unserved(run_dir, job.queue) or hold(reader, job.queue)
+    return unserved(run_dir, job.queue) or reader.hold(job.queue)
 
 
 def reason_to_wait(reader: Reader, job: Job) -> str:
@@ -5855,7 +5844,7 @@ def status_facts(reader: Reader, only: str | None = None) -> dict[str, Any]:
         queues.setdefault(name, dict.fromkeys(STATES, 0))[state] += number
     facts["queues"] = queues
     facts["paused"] = [name for name in reader.paused() if only in (None, name) or not name]
-    held = {name: hold(reader, name) for name in reader.held() if only in (None, name)}
+    held = {name: reader.hold(name) for name in reader.held() if only in (None, name)}
     facts["held"] = {name: reason for name, reason in held.items() if reason}
     now = reader.clock()
     pools = reader.db.run_dir.alive("pool").values()

@@ -4497,13 +4497,13 @@ class FarEnd:
         """Report a failure, record it for `status`, and try again after a growing pause."""
         command = quoted(join_words(self.facts["cancel"]))
         trouble = f"launcher_cancel ({command}) failed: {reason}"
-        text = f"job {printable(self.job.id)} may still run {self.job.whereabouts}: {trouble}"
-        self.notices.report(f"{text}; trying again", key=f"{self.job.key} launcher_cancel")
         self.has_failed = True
         self.due = time.monotonic() + self.pause
         self.pause = min(self.pause * 2, 60.0)
         with contextlib.suppress(Fault):
             self.ledger.note_launch(self.job, {**self.facts, "trouble": trouble})
+        text = f"job {printable(self.job.id)} may still run {self.job.whereabouts}: {trouble}"
+        self.notices.report(f"{text}; trying again", key=f"{self.job.key} launcher_cancel")
 
     def is_forgotten(self) -> bool:
         """Tell whether the operator knows that it is over (`cancel --gone`), or another pool."""

@@ -5553,6 +5553,7 @@ PartitionName=main Nodes=ALL Default=YES State=UP
         subprocess.run(["install", "-d", "-o", "munge", "-m", "755", "/run/munge"], check=True)
         if subprocess.run(["munge", "-n"], check=False, capture_output=True).returncode:
             subprocess.run(["runuser", "-u", "munge", "--", "munged"], check=True)
+            os.symlink("/run/munge/munged.pid", cls.slurm + "/munged.pid")
         subprocess.run(["slurmctld"], check=True)
         for node in cls.NODES:
             start = cls.START.format(node, cls.slurm)

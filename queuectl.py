@@ -23,6 +23,10 @@ its last holder dies, so liveness is a fact: there are no heartbeats, leases or 
                     descriptor, by every process of the job; unlocked means that all are gone
     SEQ.RUN.kept.X  the same, with a result X that the worker could not store
 
+A launcher, such as ssh or srun, runs a job elsewhere, in a wrapper that reports its start and its
+exit code. The job's row has what ends it there (`launch`), on disk before the launch. Where no exit
+code was reported, that is done before the job returns to the queue.
+
 A job in `processing` whose worker's lock is free has crashed, unless the worker kept its result.
 The remaining processes of the attempt are found by its lock or, on Linux, by their environment.
 They are ended first; then the job returns to the queue, and the attempt counts. A worker without
@@ -47,7 +51,7 @@ The sections of this file, in order. Each one uses only the sections above it.
     trust           whether other users can put commands into the queue
     queue           reading jobs, changing their state, and the public Queue
     attempt         launching a job, watching it, ending its processes (TERM, then KILL after
-                    kill_grace), keeping its output and its result
+                    kill_grace), keeping its output and its result; launchers
     worker          the process that runs one job at a time
     pool            the process that starts workers and recovers the jobs of dead ones
     words           jobs as text, workers and counts as text and as JSON; not the event lines
@@ -108,6 +112,8 @@ if TYPE_CHECKING:
 
     Argument = tuple[tuple[str, ...], dict[str, Any]]
     Environ = Mapping[str, str]
+    Stdin = Union[str, Sequence[int]]  # a path, or the descriptors of all three streams
+    Words = Sequence[Any]  # str or bytes
     Facts = Mapping[str, Any]
     Link = Callable[[str], str]  # returns the HTML for a job's id
     Rows = Iterable[Sequence[object]]
@@ -140,7 +146,9 @@ STATE_WORDS = (*STATES, *READINESS_WORDS.values())
 
 SUMMARY = "summary"  # the event of a notification about several jobs
 
-End = Literal["exited", "timed out", "crashed", "released", "cancelled", "unstarted"]
+End = Literal[
+    "exited", "timed out", "crashed", "released", "cancelled", "unstarted", "not launched"
+]
 StopMode = Literal["", "stop", "now"]  # "stop": claim no more jobs; "now": also end running ones
 WorkerState = Literal["idle", "notified", "busy", "left"]
 TRY_LATER = 75  # a job's exit code (EX_TEMPFAIL): "not now"; it does not count as an attempt
@@ -214,7 +222,8 @@ class Job(NamedTuple):
     has been made, the `rule`. `retry_delays` are seconds, separated by commas; `on_dead` and
     `on_end` are None where the settings decide, and empty for no command. `stdin_size` is in bytes.
     A notification has the number of the job that it reports on in `notifies`, and in `event` the
-    state in which that job ended, or "summary".
+    state in which that job ended, or "summary". While a launcher runs the job elsewhere, `launch`
+    is a JSON object of what is known about that.
     """
 
     seq: int
@@ -248,7 +257,22 @@ class Job(NamedTuple):
     on_end: str | None
     notifies: int | None
     event: str | None
+    launch: str | None
     stdin_size: int
+
+    @property
+    def launched(self) -> dict[str, Any]:
+        """What is known about an attempt elsewhere: cancel, host, trouble; empty if it is here."""
+        return dict(json.loads(self.launch or "{}"))
+
+    @property
+    def host(self) -> str | None:
+        """Where a launcher runs the job; None if it runs here, or does not run."""
+        return self.launched.get("host", "waiting for a place") if self.launch else None
+
+    @property
+    def whereabouts(self) -> str:
+        return "on " + self.launched["host"] if "host" in self.launched else "elsewhere"
 
     @property
     def key(self) -> str:
@@ -355,6 +379,11 @@ def printable(value: str) -> str:
 def quoted(value: str, limit: int = QUOTED_LIMIT) -> str:
     """Return user input for a message: escaped, and truncated if it is long."""
     return printable(value[:limit]) + "..." * (len(value) > limit)
+
+
+def last_line(output: str) -> str:
+    """Return the last line of an output, for a message."""
+    return quoted(next(filter(str.strip, reversed(output.split("\n"))), "").strip())
 
 
 def plural(number: int, noun: str) -> str:
@@ -781,13 +810,54 @@ def valid_rate(value: object) -> str:
     raise ValueError("must be a number of starts in a time of 1 s or more, such as 10/1m, or 0")
 
 
+def valid_switch(value: object) -> str:
+    require(value in ("no", "yes"), "be no or yes")
+    return str(value)
+
+
+PLACEHOLDER = r"\{(seq|run|queue|id)\}"
+
+
+def valid_launcher(value: Any) -> tuple[str, ...]:
+    words = valid_prefix(value) if valid_text(value).strip() else ()
+    for word in words:
+        unknown = re.search(r"(?<!\{)\{[a-z]+\}(?!\})", re.sub(PLACEHOLDER, "", word))
+        require(
+            not unknown,
+            f"not contain {unknown and unknown[0]}: use {{seq}} {{run}} {{queue}} {{id}}",
+        )
+    return words
+
+
+def fill_in(words: Iterable[str], job: Job) -> list[str]:
+    """Replace the placeholders of a launcher; names have letters, digits and dashes only."""
+
+    def value(match: re.Match[str]) -> str:
+        text = str(getattr(job, match[1])).lower()
+        return re.sub("[^a-z0-9]+", "-", text).strip("-")[:40].rstrip("-") or "x"
+
+    return [re.sub(PLACEHOLDER, value, word) for word in words]
+
+
+def require_program(name: str) -> None:
+    """Raise ValueError where there is no program of that name, as a shell would look for it."""
+    import shutil
+
+    require(not WINDOWS, "not be set on Windows, where launchers are not supported")
+    require(shutil.which(name), f"begin with a program; {quoted(name)} was not found")
+
+
 class Setting(NamedTuple):
-    """A setting: its default, the validator that reads its text, and its meaning."""
+    """A setting: its default, the validator that reads its text, and its meaning.
+
+    `program` is called with the first of its words, if any, when it is set.
+    """
 
     default: Any
     read: Validator
     meaning: str
     per_queue: bool = True  # a queue may have a value of its own
+    program: Callable[[str], None] | None = None
 
 
 SETTINGS = {
@@ -811,6 +881,19 @@ SETTINGS = {
     "no_retry_exit_codes": Setting((), valid_exit_codes, "final exit codes, such as 2,126,127"),
     "limit": Setting(0, integer(0, 10**6), "how many jobs of a queue run at once (0: any number)"),
     "rate": Setting("", valid_rate, "how many jobs of a queue start in a time, such as 10/1m"),
+    "launcher": Setting(
+        (),
+        valid_launcher,
+        "the program and options that run a command elsewhere",
+        program=require_program,
+    ),
+    "launcher_cancel": Setting(
+        (), valid_launcher, "the command that ends a job elsewhere", program=require_program
+    ),
+    "launch_timeout": Setting(
+        1800.0, parse_duration, "how long a job may wait for a place (0: any)"
+    ),
+    "launcher_quote": Setting("no", valid_switch, "yes: the launcher joins words, as ssh does"),
     "retention": Setting(
         0.0,
         parse_duration,
@@ -862,7 +945,9 @@ def validate_setting(key: str, value: str | None = None, queue: str = "") -> str
     if queue and not SETTINGS[key].per_queue:
         raise BadInput(f"{key} applies to all queues; use it without --queue")
     if value is not None:
-        validate(key, SETTINGS[key].read, value)
+        words = validate(key, SETTINGS[key].read, value)
+        if words and (program := SETTINGS[key].program):
+            validate(key, program, words[0])
     return key
 
 
@@ -945,6 +1030,8 @@ def job_facts(job: Job, settings: Settings) -> dict[str, Any]:
     facts["cancel_requested"] = bool(job.cancel_requested)
     facts["waited"] = round(job.waited, 3)
     facts["blocked"] = facts.pop("readiness") == BLOCKED
+    facts["host"] = job.host
+    del facts["launch"]
     return facts
 
 
@@ -971,13 +1058,21 @@ def summary_facts(earlier: bytes, job: Job) -> dict[str, Any]:
     return {"event": SUMMARY, "queue": job.queue, **counts, "first": first, "last": job.id}
 
 
+def describe_hold(queue: str, until: float, failures: int, now: float) -> str:
+    """Return the reason that a queue is left alone after failed launches, in one phrase."""
+    failed = f"{plural(failures, 'job')}{' in a row' * (failures > 1)} could not be launched"
+    hint = f"queuectl resume --queue {queue}: now"
+    return f"queue {queue} is left alone: {failed}; next try {format_distance(until, now)} ({hint})"
+
+
 # The end of an attempt, and the state of its job after it.
 
 
 class Outcome(NamedTuple):
     """How an attempt ended, as seen by the process that watched it.
 
-    `end` is "unstarted" where the machine could not start it; `error` is None if it completed.
+    `end` is "unstarted" where the machine could not start it, and "not launched" where an engine
+    could not; `error` is None if it completed.
     """
 
     end: End
@@ -1013,13 +1108,16 @@ def retry_delay(job: Job, attempts: int, settings: Settings, chance: float) -> f
     return delay * float(1 - settings["jitter"] * chance)
 
 
+UNCOUNTED: Sequence[End] = ("released", "unstarted", "not launched")
+
+
 def after_attempt(
     job: Job, outcome: Outcome, settings: Settings, now: float, chance: float = 0.0
 ) -> Job:
     """Return a job as it is after an attempt. This is the one rule of retries."""
     now = min(now, outcome.finished)  # never ahead, even if the clock was set back meanwhile
     after = job._replace(exit_code=outcome.exit_code, last_error=outcome.error, updated_at=now)
-    if outcome.end in ("released", "unstarted") and not job.cancel_requested:
+    if outcome.end in UNCOUNTED and not job.cancel_requested:
         when = min(job.run_after, now)  # at once, even if the clock was set back meanwhile
         after = after._replace(exit_code=job.exit_code, run_after=when)
         return after._replace(state=PENDING, attempts=job.attempts - 1)
@@ -1051,7 +1149,7 @@ def describe_end(job: Job, after: Job | None, outcome: Outcome) -> str:
         how = f"completed in {format_duration(outcome.finished - outcome.started)}"
     elif after.state != PENDING:
         how = f"is {after.state}: {reason} (try {job.attempts})"
-    elif outcome.end in ("crashed", "released", "unstarted"):
+    elif outcome.end == "crashed" or outcome.end in UNCOUNTED:
         how = f"is back in the queue: {reason}"
     elif after.snoozes > job.snoozes:
         how = f"is postponed: {reason}; next try in {wait}"
@@ -1178,6 +1276,7 @@ CREATE TABLE jobs (
   locked_at REAL,
   exit_code INTEGER,
   last_error TEXT,
+  launch TEXT,                          -- while it runs elsewhere: a JSON object about that
   stdin BLOB                            -- last: what precedes it is read without it
 );
 CREATE INDEX jobs_ready ON jobs (queue, priority DESC, run_after, seq, notifies)
@@ -1243,8 +1342,9 @@ CREATE TABLE queues (                   -- kept by triggers; queue '': paused st
   next_due REAL,
   next_seq INTEGER,
   next_notifies INTEGER,
-  token_at REAL,                        -- when the rate allows the next start
-  closed_at REAL                        -- when the rate closed the queue; NULL: it is not closed
+  launch_failures INTEGER NOT NULL DEFAULT 0,  -- in a row
+  token_at REAL,                        -- when the rate, or a failure, allows the next start
+  closed_at REAL                        -- when that closed the queue; NULL: it is not closed
 ) WITHOUT ROWID;
 CREATE INDEX queues_open ON queues (next_priority DESC, next_due, next_seq) WHERE {OPEN};
 CREATE INDEX queues_token ON queues (token_at) WHERE closed_at IS NOT NULL;
@@ -1506,7 +1606,7 @@ FINISH = """
 UPDATE jobs SET state = :state, attempts = :attempts, exit_code = :exit_code,
   last_error = :last_error, run_after = :run_after, readiness = :readiness,
   updated_at = :updated_at, snoozes = :snoozes, rule = :rule,
-  locked_by = NULL, locked_at = NULL, cancel_requested = 0
+  locked_by = NULL, locked_at = NULL, cancel_requested = 0, launch = NULL
 WHERE seq = :seq AND state = 'processing' AND locked_by = :locked_by AND run = :run"""
 ADD_ATTEMPT = f"INSERT INTO attempts VALUES ({', '.join('?' * (len(Attempt._fields) + 1))})"
 MARK_MET = "UPDATE needs SET met = 1 WHERE parent = :seq AND (any_end = 1 OR :completed)"
@@ -1568,13 +1668,30 @@ PAUSE = """
 INSERT INTO queues (queue, paused) VALUES (:queue, 1)
 ON CONFLICT (queue) DO UPDATE SET paused = 1"""
 HELD = """
-SELECT capacity, processing - notifying, CASE WHEN closed_at IS NOT NULL THEN token_at END
+SELECT capacity, processing - notifying, launch_failures,
+  CASE WHEN closed_at IS NOT NULL THEN token_at END
 FROM queues WHERE queue = :queue"""
 HELD_QUEUES = """
 SELECT queue FROM queues
 WHERE ready > 0 AND (closed_at IS NOT NULL OR capacity > 0 AND processing - notifying >= capacity)
 ORDER BY queue"""
-RESUME = "UPDATE queues SET paused = 0 WHERE :queue IN ('', queue)"
+RESUME = """
+UPDATE queues SET paused = 0, launch_failures = 0,
+  closed_at = CASE WHEN launch_failures = 0 THEN closed_at END
+WHERE :queue IN ('', queue)"""
+COUNT_LAUNCH_FAILURE = (
+    "UPDATE queues SET launch_failures = launch_failures + 1 WHERE queue = :queue"
+)
+LAUNCH_FAILURES = "SELECT launch_failures FROM queues WHERE queue = :queue"
+HOLD_LAUNCHES = "UPDATE queues SET closed_at = :now, token_at = :until WHERE queue = :queue"
+END_LAUNCH_HOLD = """
+UPDATE queues SET launch_failures = 0, closed_at = NULL
+WHERE queue = :queue AND launch_failures > 0"""
+NOTE_LAUNCH = """
+UPDATE jobs SET launch = :launch
+WHERE seq = :seq AND state = 'processing' AND locked_by = :locked_by AND run = :run
+  AND (launch IS NULL) = :is_first"""
+FORGET_LAUNCH = "UPDATE jobs SET launch = NULL WHERE seq = :seq AND state = 'processing'"
 STORED_SETTINGS = """
 SELECT queue, key, value FROM settings WHERE queue = ''
 UNION ALL SELECT queue, key, value FROM settings WHERE queue = :queue AND queue <> ''"""
@@ -1804,7 +1921,7 @@ if sys.platform == "win32":
             begin(PipeConnection(int(handle)))
 
         def launch(
-            self, argv: Sequence[str], cwd: str, env: Environ, out: int, _home: str, stdin: str
+            self, argv: Words, cwd: str, env: Environ, out: int, _home: str, stdin: Any
         ) -> Any:
             import subprocess
 
@@ -1992,6 +2109,16 @@ else:
             if given.startswith(b"/") and os.path.samefile(given, b"."):
                 return given
         return os.getcwdb()
+
+    def utf8(word: str | bytes) -> bytes:
+        return word.encode() if isinstance(word, str) else word
+
+    def standard_streams(out: int, stdin: Stdin) -> list[Any]:
+        """Return the actions that give a job its streams; `Posix.launch` describes them."""
+        if isinstance(stdin, str):
+            given = (os.POSIX_SPAWN_OPEN, 0, stdin, os.O_RDONLY, 0)
+            return [(os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, out, 2), given]
+        return [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdin)]
 
     def spawn_without_shell(
         argv: Sequence[str], environ: Mapping[bytes, bytes], **options: Any
@@ -2211,15 +2338,15 @@ else:
                     os._exit(0)
 
         def launch(
-            self, argv: Sequence[str], cwd: str, env: Environ, out: int, home: str, stdin: str
+            self, argv: Words, cwd: str, env: Environ, out: int, home: str, stdin: Stdin
         ) -> Child:
             """Start a job in a session of its own; raise OSError where it cannot be started.
 
             `env` is added to the environment of this process, as UTF-8 whatever the locale. `out`
             becomes stdout, stderr, and a descriptor that no redirection closes. `stdin` is the path
-            of a file. `home` is this process's directory afterwards: an idle worker must not keep
-            the job's busy. Before Python 3.10, Popen copies the whole process, which doubles the
-            cost of a job.
+            of a file, or has the descriptors of all three streams. `home` is this process's
+            directory afterwards: an idle worker must not keep the job's busy. Before Python 3.10,
+            Popen copies the whole process, which doubles the cost of a job.
             """
             self.inherited = self.inherited or dict(os.environb)
             added = {k.encode(): v.encode(errors="surrogateescape") for k, v in env.items()}
@@ -2228,16 +2355,15 @@ else:
                 os.waitpid(-1, os.WNOHANG)
                 elders = descendants(process_table(), {os.getpid()}, set())
             environ = {**self.inherited, **added}
-            given = (os.POSIX_SPAWN_OPEN, 0, stdin, os.O_RDONLY, 0)
-            streams = [(os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, out, 2), given]
             ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by Python
             os.set_inheritable(out, True)  # noqa: FBT003
             os.chdir(cwd)
+            streams = standard_streams(out, stdin)
             options: Any = {"file_actions": streams, "setsid": True, "setsigdef": ignored}
             try:
                 pid = spawn_without_shell(argv, environ, **options)
                 if not pid:
-                    words = [*map(os.fsencode, argv[:-1]), argv[-1].encode()]
+                    words = [*map(os.fsencode, argv[:-1]), utf8(argv[-1])]
                     pid = os.posix_spawnp(argv[0], words, environ, **options)
             finally:
                 with contextlib.suppress(OSError):
@@ -2332,6 +2458,22 @@ else:
             """Let the terminal interpret escape sequences; here it does."""
 
     SYSTEM = Posix()
+
+
+def start_helper(argv: Sequence[str], cwd: str, out: Any) -> Any:
+    """Start a command that `kill_helper` ends with all that it started; return a Popen."""
+    import subprocess
+
+    streams: Any = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
+    return subprocess.Popen(argv, cwd=cwd, **streams, **SYSTEM.BACKGROUND)
+
+
+def kill_helper(process: Any) -> None:
+    with contextlib.suppress(OSError):
+        if sys.platform != "win32":
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+    process.wait()
 
 
 @lru_cache(maxsize=None)
@@ -3289,6 +3431,21 @@ class Reader:
         """Return the paused queues; "" stands for all queues."""
         return [row[0] for row in self.db.rows(PAUSED)]
 
+    def hold(self, queue: str) -> str:
+        """Return the reason that a queue starts no job now; empty if there is none."""
+        now = self.clock()
+        for capacity, running, failures, token_at in self.db.rows(HELD, {"queue": queue}):
+            if token_at and token_at > now and failures:
+                return describe_hold(queue, token_at, failures, now)
+            if 0 < capacity <= running:
+                return f"queue {queue} is at its limit of {capacity}"
+            if token_at and token_at > now:
+                rate = self.settings(queue)["rate"]
+                return (
+                    f"queue {queue} is at its rate of {rate}; next {format_distance(token_at, now)}"
+                )
+        return ""
+
     def next_due_time(self, queues: Sequence[str] = ()) -> float | None:
         """Return when the next scheduled job of these queues, or of all, is due."""
         sql = NEXT_SCHEDULED_OF_QUEUES if queues else NEXT_SCHEDULED
@@ -3374,6 +3531,9 @@ NOTIFICATION = {
     "on_end": "",
 }
 REPORTED_OUTPUT = 1 << 16  # bytes of a job's output in a notification about it
+
+
+MANY_FAILURES = 3  # launches that failed in a row: then their queue is left alone for a minute
 
 
 class Ledger:
@@ -3530,12 +3690,15 @@ class Ledger:
         settings = self.reader.settings(job.queue)
         chance = int.from_bytes(os.urandom(4), "big") / (1 << 32) if settings["jitter"] else 0.0
         after = after_attempt(job, outcome, settings, now, chance)
+        if outcome.end == "not launched" and after.state == PENDING:
+            after = after._replace(run_after=after.updated_at)  # another job is tried next
+            self.hold_launches(job.queue, now)
         is_over = after.state in (COMPLETED, DEAD)
         is_ready = after.state != PENDING or after.run_after <= now
         after = after._replace(readiness=is_ready, rule=None if is_over else job.rule)
         if not self.change(FINISH, **after._asdict()):
             return None  # its claim was lost: nothing has changed
-        if outcome.end != "unstarted":
+        if outcome.end not in ("unstarted", "not launched"):
             attempt = (job.seq, job.run, job.locked_by, outcome.word, job.waited, *outcome[1:])
             self.db.execute(ADD_ATTEMPT, attempt)
         if after.state in FINISHED:
@@ -3587,6 +3750,21 @@ class Ledger:
         row.update(state=PENDING, locked_by=None, stdin=self.reader.stdin(job))
         self.insert({**row, "seq": self.last_seq() + 1})
         self.db.notify_when_stored()
+
+    def note_launch(self, job: Job, facts: Facts, *, is_first: bool = False) -> bool:
+        """Record what is known about an attempt elsewhere; return whether the job is still ours."""
+        row = {**job._asdict(), "launch": json.dumps(facts), "is_first": is_first}
+        with self.db.transaction():
+            if "host" in facts:  # the engine works
+                self.change(END_LAUNCH_HOLD, queue=job.queue)
+            return self.change(NOTE_LAUNCH, **row)
+
+    def hold_launches(self, queue: str, now: float) -> None:
+        """Leave a queue alone for a time after a job could not be launched."""
+        self.change(COUNT_LAUNCH_FAILURE, queue=queue)
+        failures = self.reader.number(LAUNCH_FAILURES, queue=queue)
+        pause = 2**failures if failures < MANY_FAILURES else 60
+        self.change(HOLD_LAUNCHES, queue=queue, now=now, until=now + pause)
 
     def correct_times(self) -> bool:
         """Reschedule jobs whose times come from a clock that was more than a day ahead, if any."""
@@ -4059,17 +4237,21 @@ class Queue:
                 return watch.jobs()
         raise TimedOut(f"jobs have not ended within {format_duration(timeout or 0)}")
 
-    def cancel(self, ids: Iterable[str], *, cascade: bool = False) -> list[Job]:
+    def cancel(self, ids: Iterable[str], *, cascade: bool = False, gone: bool = False) -> list[Job]:
         """Cancel jobs and, with `cascade`, those that wait for them; return them as they are now.
 
         A waiting job is cancelled at once. A running one has `cancel_requested` until its worker
         has ended it. A job that has ended is left as it is. A schedule ends with its active job.
+        With `gone`, jobs that a launcher runs elsewhere are believed to be over there, although
+        `launcher_cancel` fails.
         """
         with self._db.transaction(notify=True):
             jobs = {job.seq: job for job in self._reader.named(ids)}
             for seq in list(jobs) if cascade else []:
                 jobs.update((job.seq, job) for job in self._reader.select(DESCENDANTS, seq=seq))
             for seq in jobs:
+                if gone:
+                    self._ledger.change(FORGET_LAUNCH, seq=seq)
                 self._ledger.cancel(seq)
         return [self.get(job.id) for job in jobs.values()]
 
@@ -4314,7 +4496,7 @@ class Supervisor(Protocol):
     notices: Notices
     stopping: bool  # it is time to leave
 
-    def wait(self, until: float, child: Any = None) -> None: ...
+    def wait(self, until: float, child: Any = None, streams: Iterable[Any] = ()) -> None: ...
 
 
 class Execution:
@@ -4348,13 +4530,11 @@ class Execution:
                 with open(stdin, "wb", opener=open_own) as file:
                     file.write(self.claim.stdin)
             self.output = Output(self.run_dir.file(self.job.seq, self.job.run, "out"))
-            argv = (*self.settings["shell"], self.job.command)
-            given = stdin if self.claim.stdin else os.devnull
-            return SYSTEM.launch(argv, self.job.cwd, env, self.output.fd, self.run_dir.path, given)
+            return self.start(env, self.output, stdin if self.claim.stdin else os.devnull)
         except OSError as error:
             reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
             blameless = self.output is None or error.errno in EXHAUSTED
-        except Locked as error:
+        except Fault as error:
             reason = str(error)
             blameless = True
         finally:
@@ -4365,6 +4545,10 @@ class Execution:
         self.outcome = Outcome(end, self.started, self.clock(), None, f"cannot start: {reason}")
         return None
 
+    def start(self, env: Environ, output: Output, stdin: str) -> Any:
+        argv = (*self.settings["shell"], self.job.command)
+        return SYSTEM.launch(argv, self.job.cwd, env, output.fd, self.run_dir.path, stdin)
+
     def finish(self, child: Any) -> None:
         end, error = self.watch(child)
         if error or child.returncode:  # another attempt may follow
@@ -4372,36 +4556,431 @@ class Execution:
         if self.is_over:
             SYSTEM.release(child)
         code = child.returncode
-        error = error or explain_exit(code)
+        self.conclude(end, code, error or explain_exit(code))
+
+    def conclude(self, end: End, code: int | None, error: str | None) -> None:
         finished = max(self.started, self.clock())
         tail = self.output.tail(self.settings["output_limit"]) if self.output else (0, b"")
         self.outcome = Outcome(end, self.started, finished, code, error, *tail)
 
-    def watch(self, child: Any) -> tuple[End, str | None]:
+    def limit_time(self) -> None:
+        """Begin the time that the attempt may take."""
         timeout = self.settings["timeout"] if self.job.timeout is None else self.job.timeout
-        deadline = time.monotonic() + timeout if timeout else NEVER
+        self.deadline = time.monotonic() + timeout if timeout else NEVER
+        self.late: tuple[End, str] = "timed out", f"timed out after {format_duration(timeout)}"
+
+    def is_running(self, child: Any) -> bool:
+        return child.poll() is None
+
+    def wait(self, until: float, child: Any) -> None:
+        self.link.wait(until, child)
+
+    def watch(self, child: Any) -> tuple[End, str | None]:
+        self.limit_time()
         pause = 0.01
-        while child.poll() is None:
+        while self.is_running(child):
             now = time.monotonic()
             if end := self.wanted_end(self.job):
                 return end, f"{'stopped' if end == 'released' else end} by the operator"
-            if now >= deadline:
-                return "timed out", f"timed out after {format_duration(timeout)}"
-            self.link.wait(min(deadline, now + pause), child)
+            if now >= self.deadline:
+                return self.late
+            self.wait(min(self.deadline, now + pause), child)
             if self.output and time.monotonic() > now + pause:
                 trimmed = self.output.trim(self.settings["output_limit"])
                 pause = 0.01 if trimmed else min(pause * 2, 0.1)
         return "exited", None
 
+    def termination(self, _child: Any) -> Termination:
+        grace = self.settings["kill_grace"]
+        return Termination(self.job, self.run_dir, grace, self.link.notices, self.output)
+
     def end_processes(self, child: Any) -> bool:
         """End the remaining processes; return False where some remain and it is time to leave."""
-        grace = self.settings["kill_grace"]
-        ending = Termination(self.job, self.run_dir, grace, self.link.notices, self.output)
+        ending = self.termination(child)
         while not ending.step() or child.poll() is None:
             if ending.is_overdue and self.link.stopping:
                 return False
-            self.link.wait(time.monotonic() + ending.pause, child)
+            self.wait(time.monotonic() + ending.pause, child)
         return True
+
+
+# Launchers. Another engine, such as Slurm or ssh, runs the job in a wrapper, which needs only a sh
+# there. The exit code of the engine's client proves nothing, so the wrapper reports the start and
+# the exit code of the job on stderr, beside a nonce. The wrapper's stdin is its lifeline: first the
+# size of the job's own stdin, then that, and at last the word TERM or the end of file, which end
+# the process group of the job. A wrapper that the engine ends reports no exit code.
+
+WRAPPER = r"""
+_nonce=$1 _grace=$2 _cwd=$3 _command=$4
+shift 4
+_tell() { printf '@%s %s\n' "$_nonce" "$*" >&2; }
+_send() { kill "-$1" "-$_child" 2>/dev/null || kill "-$1" "$_child" 2>/dev/null; }
+_nap() { sleep 0.1 2>/dev/null && _left=$((_left - 1)) || { sleep 1; _left=$((_left - 10)); }; }
+_end() {
+  trap '' TERM HUP INT USR1
+  _left=${_grace}0
+  _send TERM
+  _send CONT
+  while [ "$_left" -gt 0 ] && _send 0; do _nap; done
+  _send KILL
+}
+_become() {
+  exec 3<&- 4<&-
+  for _pair; do
+    case ${_pair%%=*} in
+    '' | [0-9]* | *[!A-Za-z0-9_]*) ;; # no shell passes it on
+    *) command export "$_pair" 2>/dev/null ;;
+    esac
+  done
+  exec $_session sh -c "$_command"
+}
+_watch() {
+  while IFS= read -r _line <&3 && [ "$_line" != TERM ]; do :; done
+  _end
+  exit 0
+}
+_main() {
+  exec 4<&0
+  (set -m) 2>/dev/null && set -m 2>/dev/null # each child in a process group of its own
+  _session=
+  case $- in *m*) ;; *) command -v setsid >/dev/null && _session=setsid ;; esac
+  _lost=
+  trap '_lost=1; _end &' TERM HUP INT
+  (trap - TERM HUP INT; _become "$@") <&4 &
+  _child=$!
+  _watch </dev/null &
+  _watcher=$!
+  while wait "$_child"; _code=$?; kill -0 "$_child"; do _left=0; _nap; done 2>/dev/null
+  [ "$_code" -lt 256 ] || _code=$((_code - 128)) # ksh
+  kill -USR1 "$_watcher" 2>/dev/null # ignored while it ends the job
+  wait "$_watcher" 2>/dev/null || [ "$_code" = 0 ] || _end
+  [ -n "$_lost" ] || _tell exit "$_code"
+  exit "$_code"
+}
+IFS= read -r _size && [ "$_size" != TERM ] || exit 1
+exec 3<&0
+_tell start "$(uname -n 2>/dev/null || echo unknown)" $$
+cd -- "$_cwd" 2>/dev/null || { _tell nodir; exit 1; }
+if [ "$_size" -gt 0 ]; then
+  _input=$(dd ibs=1 count="$_size" 2>/dev/null; printf .)
+  printf %s "${_input%.}" | _main "$@"
+else
+  _main "$@" </dev/null
+fi
+"""
+
+
+def is_for_launcher(claim: Claim) -> bool:
+    """Tell whether a job runs elsewhere. A notification does not: the engine may be down."""
+    return bool(claim.settings["launcher"]) and not claim.job.notifies
+
+
+def client_directory(job: Job) -> str:
+    """Return where the programs of a launcher run: the directory of the job, if it exists here."""
+    return job.cwd if os.path.isdir(job.cwd) else os.sep
+
+
+class ReportStream:
+    """An output stream of a client, without the reports of the wrapper in it."""
+
+    LONGEST = 400  # bytes of a report
+
+    def __init__(self, fd: int, nonce: str) -> None:
+        os.set_blocking(fd, False)
+        self.file = open(fd, "rb", buffering=0)  # noqa: SIM115
+        self.start = f"@{nonce} ".encode()
+        forms = rb"(?:(start) ([^\s@]{1,255}) \d+|(exit) (\d{1,3})|(nodir))\r?\n"
+        self.report = re.compile(self.start + forms)
+        self.part = b""  # the beginning of a report, unless more output disproves that
+
+    def read(self) -> tuple[bytes, list[list[bytes]]] | None:
+        """Return output and reports, None where nothing has arrived; close it at its end."""
+        chunk = self.file.read(1 << 16)
+        if chunk is None:
+            return None
+        if not chunk:
+            self.file.close()
+            return self.part, []
+        data = self.part + chunk
+        reports = [list(filter(None, found.groups())) for found in self.report.finditer(data)]
+        data = self.report.sub(b"", data)
+        tail = data[data.rfind(b"@") :] if b"@" in data[-self.LONGEST :] else b""
+        is_begun = tail.startswith(self.start) and b"\n" not in tail
+        self.part = tail if is_begun or self.start.startswith(tail) else b""
+        return data[: len(data) - len(self.part)], reports
+
+
+# Runs a command and prints its exit code last, since that of a child may be lost: where SIGCHLD is
+# ignored, the system forgets it.
+PRINT_CODE = ("sh", "-c", '"$@"; printf "\\n%s" "$?"', "sh")
+
+
+class FarEnd:
+    """Makes sure that an attempt is over elsewhere, once its client is gone: by launcher_cancel.
+
+    Without that command, the wrapper has ended the job when the grace period is over.
+    """
+
+    LIMIT = 10.0  # seconds that the command may take
+    MARGIN = 1.0  # seconds more than the grace period
+
+    def __init__(self, job: Job, ledger: Ledger, notices: Notices) -> None:
+        self.job = job
+        self.ledger = ledger
+        self.notices = notices
+        self.facts = job.launched
+        self.process: Any = None
+        self.due = 0.0  # when it is sure, or must have ended, or is tried again
+        self.pause = 1.0  # seconds before the next try
+        self.has_failed = False
+
+    def step(self) -> bool:
+        """Return whether the attempt is over for sure."""
+        now = time.monotonic()
+        if not self.facts.get("cancel"):
+            self.due = self.due or now + self.facts.get("grace", 0) + self.MARGIN
+            return now >= self.due
+        if self.has_failed and self.is_forgotten():
+            if self.process:
+                kill_helper(self.process)
+            return True
+        if self.process:
+            return self.check(now)
+        if now >= self.due:
+            self.start(now)
+        return False
+
+    def start(self, now: float) -> None:
+        import tempfile
+
+        self.due = now + self.LIMIT
+        argv = (*PRINT_CODE, *self.facts["cancel"])
+        try:
+            self.said = tempfile.TemporaryFile()  # noqa: SIM115
+            self.process = start_helper(argv, client_directory(self.job), self.said)
+        except OSError as error:
+            self.fail(str(error))
+
+    def check(self, now: float) -> bool:
+        """Return whether the command has succeeded."""
+        is_running = self.process.poll() is None
+        if is_running and now < self.due:
+            return False
+        if is_running:
+            kill_helper(self.process)
+        self.process = None
+        with self.said:
+            text = last_bytes(self.said.fileno(), 1 << 12)[1].decode(errors="replace")
+        said, _, code = text.rpartition("\n")
+        if code == "0" and not is_running:
+            return True
+        reason = f"did not end within {format_duration(self.LIMIT)}"
+        if not is_running:
+            reason = explain_exit(int(code)) or "" if code.isdecimal() else "it was killed"
+        self.fail(": ".join(filter(None, (reason, last_line(said)))))
+        return False
+
+    def fail(self, reason: str) -> None:
+        """Report a failure, record it for `status`, and try again after a growing pause."""
+        command = quoted(join_words(self.facts["cancel"]))
+        trouble = f"launcher_cancel ({command}) failed: {reason}"
+        self.has_failed = True
+        self.due = time.monotonic() + self.pause
+        self.pause = min(self.pause * 2, 60.0)
+        with contextlib.suppress(Fault):
+            self.ledger.note_launch(self.job, {**self.facts, "trouble": trouble})
+        text = f"job {printable(self.job.id)} may still run {self.job.whereabouts}: {trouble}"
+        self.notices.report(f"{text}; trying again", key=f"{self.job.key} launcher_cancel")
+
+    def is_forgotten(self) -> bool:
+        """Tell whether the operator knows that it is over (`cancel --gone`), or another pool."""
+        with contextlib.suppress(Fault):
+            stored = self.ledger.reader.by_seq(self.job.seq)
+            return stored is None or stored.key != self.job.key or not stored.launch
+        return False
+
+
+class RemoteTermination(Termination):
+    """The end of an attempt's client here, and then of its job elsewhere."""
+
+    def __init__(self, *args: Any, ledger: Ledger) -> None:
+        super().__init__(*args)
+        self.far_end = FarEnd(self.job, ledger, self.notices)
+        self.is_client_gone = False
+
+    def step(self, snapshot: Callable[[], Any] = SYSTEM.snapshot) -> bool:
+        """End the client, and then the job; return whether both are gone."""
+        self.is_client_gone = self.is_client_gone or super().step(snapshot)
+        if not self.is_client_gone:
+            return False
+        self.pause = 1.0 if self.far_end.has_failed else 0.05
+        return self.far_end.step()
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether the job or its client cannot be ended at once: they must delay no stop."""
+        return self.far_end.has_failed or (not self.is_client_gone and super().is_overdue)
+
+
+class RemoteExecution(Execution):
+    """One attempt of a job that a launcher's client runs elsewhere."""
+
+    PATIENCE = 1.0  # seconds in which a client exits after its job; then it is ended
+
+    def __init__(self, claim: Claim, ledger: Ledger, *args: Any) -> None:
+        super().__init__(claim, ledger, *args)
+        self.ledger = ledger
+        self.nonce = os.urandom(16).hex()
+        cancel = fill_in(self.settings["launcher_cancel"], self.job)
+        self.grace = math.ceil(self.settings["kill_grace"])
+        self.facts: dict[str, Any] = {"cancel": cancel, "grace": self.grace}
+        self.to_send = b"%d\n%b" % (len(claim.stdin), claim.stdin)
+        self.lifeline: IO[bytes] | None = None
+        self.streams: list[ReportStream] = []
+        self.code: int | None = None  # as reported by the wrapper
+        self.has_directory = True
+
+    def words(self, env: Environ) -> list[bytes]:
+        """Return the command line of the client, as UTF-8 whatever the locale here."""
+        command = self.job.command
+        if self.settings["shell"] != DEFAULT_SHELL:
+            command = "exec " + shlex.join([*self.settings["shell"], command])
+        words = ["sh", "-c", WRAPPER, "queuectl", self.nonce, str(self.grace), self.job.cwd]
+        words.append(command)
+        words += (f"{name}={value}" for name, value in env.items())
+        if self.settings["launcher_quote"] == "yes":
+            words = [shlex.join(words)]
+        words = [*fill_in(self.settings["launcher"], self.job), *words]
+        return [word.encode(errors="surrogateescape") for word in words]
+
+    def start(self, env: Environ, output: Output, _stdin: str) -> Any:
+        self.ledger.db.set_synchronous("full")  # after a power cut here, it may still run there
+        if not self.ledger.note_launch(self.job, self.facts, is_first=True):
+            raise Fault("its claim was lost")
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            ours.callback(self.close)
+            given, lifeline = os.pipe()
+            theirs.callback(os.close, given)
+            os.set_blocking(lifeline, False)
+            self.lifeline = open(lifeline, "wb", buffering=0)  # noqa: SIM115
+            ends = [given]
+            for _ in range(2):
+                reader, writer = os.pipe()
+                theirs.callback(os.close, writer)
+                self.streams.append(ReportStream(reader, self.nonce))
+                ends.append(writer)
+            args = (client_directory(self.job), env, output.fd, self.run_dir.path, ends)
+            child = SYSTEM.launch(self.words(env), *args)
+            ours.pop_all()
+            return child
+
+    def close(self) -> None:
+        for stream in self.streams:
+            stream.file.close()
+        if self.lifeline:
+            self.lifeline.close()
+
+    def limit_time(self) -> None:
+        """Limit the time to wait for a place and, after the start, that of the attempt."""
+        if "host" in self.facts:
+            super().limit_time()
+            return
+        limit = self.settings["launch_timeout"]
+        self.deadline = time.monotonic() + limit if limit else NEVER
+        self.late = "not launched", f"not launched: no place within {format_duration(limit)}"
+
+    def is_known(self) -> bool:
+        """Tell whether the wrapper has reported an end."""
+        return self.code is not None or not self.has_directory
+
+    def is_running(self, child: Any) -> bool:
+        return child.poll() is None and not self.is_known()
+
+    def wait(self, until: float, child: Any) -> None:
+        self.link.wait(until, child, [stream.file for stream in self.streams])
+        self.pump()
+
+    def wait_for(self, fact: Callable[[], Any], child: Any, limit: float) -> None:
+        deadline = time.monotonic() + limit
+        while not fact() and child.poll() is None and time.monotonic() < deadline:
+            self.wait(min(deadline, time.monotonic() + 0.1), child)
+
+    def pump(self) -> None:
+        """Pass on input and output, and note the reports in it."""
+        if self.to_send and self.lifeline and not self.lifeline.closed:
+            with contextlib.suppress(OSError):  # the client has ended
+                self.to_send = self.to_send[self.lifeline.write(self.to_send) or 0 :]
+        for stream in list(self.streams):
+            for _ in range(16):  # at most 1 MiB: nothing else must have to wait
+                found = None if stream.file.closed else stream.read()
+                if found is None:
+                    break
+                self.keep(found[0])
+                for report in found[1]:
+                    self.note(*report)
+        self.streams = [stream for stream in self.streams if not stream.file.closed]
+
+    def keep(self, text: bytes) -> None:
+        if not self.output:
+            return
+        with contextlib.suppress(OSError):  # a full disk
+            while text:
+                text = text[os.write(self.output.fd, text) :]
+        self.output.bytes_dropped += len(text)
+        self.output.trim(self.settings["output_limit"])
+
+    def note(self, kind: bytes, value: bytes = b"") -> None:
+        if kind == b"start" and "host" not in self.facts:
+            self.facts["host"] = printable(value.decode(errors="replace"))
+            self.started = self.clock()
+            self.limit_time()
+            with contextlib.suppress(Fault):
+                self.ledger.note_launch(self.job, self.facts)
+        elif kind == b"exit" and self.code is None:
+            self.code = int(value)
+        elif kind == b"nodir":
+            self.has_directory = False
+
+    def finish(self, child: Any) -> None:
+        end, error = self.watch(child)
+        self.pump()
+        if error and "host" in self.facts:
+            self.to_send += b"TERM\n"
+            self.wait_for(self.is_known, child, self.grace + 2)
+        if self.is_known():
+            self.wait_for(lambda: False, child, self.PATIENCE)
+        if self.lifeline:
+            self.lifeline.close()
+        if error or self.code != 0 or child.poll() is None:
+            self.is_over = self.end_processes(child)
+        self.pump()
+        self.close()
+        self.conclude(*((end, self.code, error) if error else self.judge(child.poll())))
+
+    def termination(self, child: Any) -> Termination:
+        code = child.poll()
+        exited = "host" not in self.facts and code is not None and code >= 0
+        if self.is_known() or exited:  # nothing runs elsewhere
+            return super().termination(child)
+        job = self.job._replace(launch=json.dumps(self.facts))
+        args = (job, self.run_dir, self.settings["kill_grace"], self.link.notices, self.output)
+        return RemoteTermination(*args, ledger=self.ledger)
+
+    def judge(self, code: int | None) -> tuple[End, int | None, str | None]:
+        """Return how the attempt ended, from the reports; the client's exit code is a hint."""
+        host = self.facts.get("host")
+        if not self.has_directory:
+            return "exited", None, f"cannot start: no directory {quoted(self.job.cwd)} on {host}"
+        if self.code is not None:
+            return "exited", self.code, explain_exit(self.code)
+        client = (
+            f"{self.settings['launcher'][0]} ended ({explain_exit(code or 0) or 'exit code 0'})"
+        )
+        if host:
+            return "crashed", None, f"lost on {host}: {client} without a result"
+        output = self.output.tail(1 << 12)[1] if self.output else b""
+        said = last_line(output.decode(errors="replace"))
+        return "not launched", None, ": ".join(filter(None, ("not launched", client, said)))
 
 
 def keep_result(run_dir: RunDirectory, job: Job, outcome: Outcome, output: Output) -> None:
@@ -4523,15 +5102,15 @@ class PoolLink:
         self.orphaned = True
         self.stopping = True
 
-    def wait(self, until: float = NEVER, child: Any = None) -> None:
-        """Wait for a child's end, the pool, or a time on the monotonic clock."""
+    def wait(self, until: float = NEVER, child: Any = None, streams: Iterable[Any] = ()) -> None:
+        """Wait for a child's end, the pool, a stream, or a time on the monotonic clock."""
         self.flush()
         until = min(until, self.flush_at)
         limit = None if until == NEVER else max(0.0, until - time.monotonic())
         if self.orphaned and limit is None:
             return  # it is time to leave
         pipe = None if self.orphaned else self.pipe
-        if self.pipe in SYSTEM.wait((self.wakeup, pipe), child, limit):
+        if self.pipe in SYSTEM.wait((self.wakeup, pipe, *streams), child, limit):
             self.receive()
 
 
@@ -4606,7 +5185,8 @@ class Worker:
 
     def run(self, claim: Claim) -> Execution:
         job = claim.job
-        execution = Execution(claim, self.ledger, self.link, self.wanted_end)
+        kind = RemoteExecution if is_for_launcher(claim) else Execution
+        execution = kind(claim, self.ledger, self.link, self.wanted_end)
         if child := execution.launch(self.environment(claim)):
             self.note_success()
             note = {"key": job.key, "leader": child.pid, "namespace": pid_namespace()}
@@ -4655,6 +5235,8 @@ class Worker:
         state = state_to_report(after)
         if not (unstarted and state == PENDING):  # else it was reported when it happened
             text = describe_end(ended.job, after, outcome)
+            if outcome.end == "not launched":
+                text += "; " + self.ledger.reader.hold(ended.job.queue)
             self.link.send(News("event", text, state, when), within=BATCH)
         return claim
 
@@ -4981,7 +5563,10 @@ class Recovery:
             self.requeue(job, kept)
             return
         grace = self.ledger.reader.settings(job.queue)["kill_grace"]
-        ending = Termination(job, self.run_dir, grace, self.notices, None)
+        args = (job, self.run_dir, grace, self.notices, None)
+        ending = Termination(*args)
+        if job.launch and not (kept and kept.exit_code is not None):  # else it is known to be over
+            ending = RemoteTermination(*args, ledger=self.ledger)
         self.orphans[job.key] = (ending, kept)
 
     def step(self, key: str, snapshot: Callable[[], Any]) -> None:
@@ -4996,7 +5581,8 @@ class Recovery:
         limit = self.ledger.reader.settings(job.queue)["output_limit"]
         then = job.locked_at or 0.0
         now = max(then, self.ledger.clock())
-        outcome = kept or Outcome("crashed", then, now, None, "its worker died")
+        error = "its worker died" + (f" (lost on {job.host})" if job.launched.get("host") else "")
+        outcome = kept or Outcome("crashed", then, now, None, error)
         files = [self.run_dir.file(name) for name in self.run_dir.attempt_files(job)]
         for path in files:
             with contextlib.suppress(FileNotFoundError):  # another pool was faster
@@ -5342,7 +5928,7 @@ def work(  # noqa: PLR0913
 
 # --- words: jobs, workers and counts as text and as JSON ------------------------------------------
 
-WORKER_HEADINGS = ("WORKER", "PID", "QUEUES", "STARTED", "JOB", "SINCE", "COMMAND")
+WORKER_HEADINGS = ("WORKER", "PID", "QUEUES", "STARTED", "JOB", "SINCE", "HOST", "COMMAND")
 
 
 def display_width(text: str) -> int:
@@ -5408,27 +5994,23 @@ def unserved(run_dir: RunDirectory, queue: str) -> str:
     return "" if is_served else f"no worker serves queue {queue}"
 
 
-def hold(reader: Reader, queue: str) -> str:
-    """Return which setting lets a queue start no job now; empty if none does."""
-    for capacity, running, token_at in reader.db.rows(HELD, {"queue": queue}):
-        if 0 < capacity <= running:
-            return f"queue {queue} is at its limit of {capacity}"
-        if token_at and token_at > reader.clock():
-            rate = reader.settings(queue)["rate"]
-            when = format_distance(token_at, reader.clock())
-            return f"queue {queue} is at its rate of {rate}; next {when}"
+def obstacle_of_running(run_dir: RunDirectory, job: Job) -> str:
+    """Return the reason that a claimed job makes no progress, in one phrase; empty if it does."""
+    if trouble := job.launched.get("trouble"):
+        hint = f"once it is gone there, queuectl cancel --gone {printable(job.id)} ends the wait"
+        return f"it may still run {job.whereabouts}: {trouble}; {hint}"
+    if job.state == PROCESSING and run_dir.is_unlocked(job.locked_by):
+        pools = run_dir.alive("pool")
+        hint = "a pool is recovering it" if pools else "recover it with: queuectl worker start"
+        return f"its worker died; {hint}"
     return ""
 
 
 def obstacle(reader: Reader, job: Job) -> str:
     """Return the reason that a job cannot run now, in one phrase; empty if there is none."""
     run_dir = reader.db.run_dir
-    if job.state == PROCESSING and run_dir.is_unlocked(job.locked_by):
-        pools = run_dir.alive("pool")
-        hint = "a pool is recovering it" if pools else "recover it with: queuectl worker start"
-        return f"its worker died; {hint}"
     if job.state != PENDING:
-        return ""
+        return obstacle_of_running(run_dir, job)
     if job.readiness == BLOCKED:
         return describe_blockers(reader.parents(job))
     if job.run_after > reader.clock():
@@ -5438,7 +6020,7 @@ def obstacle(reader: Reader, job: Job) -> str:
         return "all queues are paused (queuectl resume)"
     if job.queue in paused:
         return f"queue {job.queue} is paused (queuectl resume --queue {job.queue})"
-    return unserved(run_dir, job.queue) or hold(reader, job.queue)
+    return unserved(run_dir, job.queue) or reader.hold(job.queue)
 
 
 def reason_to_wait(reader: Reader, job: Job) -> str:
@@ -5520,6 +6102,7 @@ def worker_facts(reader: Reader, only: str | None = None) -> Iterator[dict[str, 
             facts.update(slot=note.get("slot"), queues=queues)
             facts["started"] = format_time(pool.get("started"))
             facts.update(job=job and job.id, since=job and format_time(job.locked_at))
+            facts["host"] = job and job.host
             yield {**facts, "command": job and job.command}
 
 
@@ -5530,7 +6113,7 @@ def worker_rows(workers: Iterable[Facts], now: float) -> Iterator[tuple[object, 
     for worker in workers:
         queues = ",".join(worker["queues"])
         started, since = ago(worker["started"]), ago(worker["since"])
-        about = (worker["job"] or "idle", since, worker["command"] or "")
+        about = (worker["job"] or "idle", since, worker["host"] or "", worker["command"] or "")
         yield (worker["worker"], worker["pid"] or "?", queues, started, *about)
 
 
@@ -5552,7 +6135,7 @@ def status_facts(reader: Reader, only: str | None = None) -> dict[str, Any]:
         queues.setdefault(name, dict.fromkeys(STATES, 0))[state] += number
     facts["queues"] = queues
     facts["paused"] = [name for name in reader.paused() if only in (None, name) or not name]
-    held = {name: hold(reader, name) for name in reader.held() if only in (None, name)}
+    held = {name: reader.hold(name) for name in reader.held() if only in (None, name)}
     facts["held"] = {name: reason for name, reason in held.items() if reason}
     now = reader.clock()
     pools = reader.db.run_dir.alive("pool").values()
@@ -5989,10 +6572,6 @@ class Ranking:
 
     def facts(self) -> list[dict[str, Any]]:
         return [item for _, _, item in sorted(self.heap, reverse=True)]
-
-
-def last_line(output: str) -> str:
-    return quoted(next(filter(str.strip, reversed(output.split("\n"))), "").strip())
 
 
 class Failures:
@@ -8602,7 +9181,7 @@ def cancel_waiting(args: argparse.Namespace, queue: Queue, chosen: Selection) ->
 
 
 def cancel_named(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> int:
-    jobs = queue.cancel(ids, cascade=args.cascade)
+    jobs = queue.cancel(ids, cascade=args.cascade, gone=args.gone)
     run_dir = queue._db.run_dir
     notices = Notices(say, NEVER)
     report_at = time.monotonic() + 1
@@ -8870,7 +9449,8 @@ COMMANDS = {
     "wait": Command(cmd_wait, "read", "wait for jobs; exit with the code of the first that failed",
         "wait 7 8", (IDS, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
     "cancel": Command(cmd_cancel, "write", "cancel waiting or running jobs", "cancel 7", (
-        *CHANGE, flag("--cascade", "also cancel the jobs that wait for them"))),
+        *CHANGE, flag("--cascade", "also cancel the jobs that wait for them"),
+        flag("--gone", "they are gone elsewhere, although launcher_cancel fails"))),
     "edit": Command(cmd_edit, "write", "change jobs that wait", "edit 7 --priority 5"),
     "pause": Command(cmd_pause, "create", "start no new jobs until resume",
         "pause --queue gpu", (QUEUES,)),

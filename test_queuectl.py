@@ -19,7 +19,8 @@ The classes mirror the sections of queuectl.py, in the same order:
                      QueueOrder QueueDependencies QueueSchedules QueueRetries QueueNotifications
                      QueueNotificationsLive QueuePause QueuePauseLive QueueLimit QueueLimitLive
                      QueueWait QueuePrune
-    attempt          AttemptLaunch AttemptWithoutShell AttemptEnd AttemptOutput
+    attempt          AttemptLaunch AttemptWithoutShell AttemptEnd AttemptOutput AttemptElsewhere
+                     AttemptElsewhereClocked Engine AttemptOverSsh AttemptInSlurm
     worker           WorkerFencing WorkerTrouble
     pool             PoolRecovery PoolFalseAlarms PoolStop PoolDispatch PoolDispatchLive PoolFiles
                      PoolTrouble PoolTroubleLive
@@ -5268,6 +5269,604 @@ class AttemptOutput(Live):
                 self.assertGreater(position, 800_000)
                 self.assertNotIn(b"\0", chunk[10_000:])
             self.assertEqual(queuectl.read_from(file.fileno(), 1_000_000), (1_000_000, b""))
+
+
+CLIENT = r"""#!/bin/sh
+# A client of an engine, honest or not; the first word says how, the others are what it is to run.
+kind=$1; shift
+echo "$kind $QUEUECTL_JOB_ID" >> launched
+exec 3<&0
+case $kind in
+faithful) exec "$@" ;;
+joins) exec sh -c "$*" ;;
+late) sleep 0.6; exec "$@" ;;
+nowhere) exec sleep 300 ;;
+refused) echo "no such host" >&2; exit 255 ;;
+zero) exit 0 ;;
+middle) "$@" <&3 & until [ -e started ]; do sleep 0.02; done; exit 0 ;;
+hangs) "$@"; exec sleep 300 ;;
+mute) exec "$@" 2>/dev/null ;;
+half) "$@" 2>&1 >/dev/null | head -c 30 >&2; exit 1 ;;
+esac
+"""
+
+
+class AttemptElsewhere(Live):
+    """A launcher's client runs a job elsewhere; here, clients that are small scripts do."""
+
+    # A queue is named like the kind of its client.
+    QUOTED = "printf '%s' '" + 'a"b $HOME \\ é\n' * 600 + "' | cksum"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.write("client", CLIENT)
+        self.write(
+            "cancel", 'echo "cancel $*" >> log\n[ ! -e stuck ] || { echo oh >&2; exit 3; }\n'
+        )
+        os.chmod(self.file("client"), 0o755)
+        self.configure(launcher=self.file("client") + " {queue}", kill_grace="1", max_retries="1")
+
+    def enqueue_for(self, kind: str, command: str = "true", **fields: Any) -> str:
+        fields = {"id": f"{kind}{len(fields)}", "queue": kind, **fields}
+        return self.enqueue(command, **fields)
+
+    def test_exit_code_is_that_of_the_job(self) -> None:
+        for code in (0, 7, 75, 137):
+            self.enqueue_for("faithful", f"echo '@0 exit 3' >&2; exit {code}", id=str(code))
+        self.enqueue_for("faithful", "kill -9 $$", id="killed")
+        self.enqueue_for("faithful", cwd="/no/such", id="nodir")
+        self.drain("--count", "3", "--horizon", "1", code=1)
+        killed = (137, "exit code 137 (128 + SIGKILL)")
+        ends = {"0": (0, None), "7": (7, "exit code 7"), "75": (75, "exit code 75 (try later)")}
+        nowhere = f"cannot start: no directory /no/such on {os.uname().nodename}"
+        ends.update({"137": killed, "killed": killed, "nodir": (None, nowhere)})
+        job = lambda name: self.job(name)[17:19]  # noqa: E731
+        self.assert_table(ends, job)
+        self.assertEqual(self.job("75").attempts, 0)
+        self.assertEqual(self.attempts("7")[0].output, b"@0 exit 3\n")
+
+    def test_command_environment_and_input_arrive_unchanged(self) -> None:
+        expected = self.process("sh", "-c", self.QUOTED).stdout
+        for kind, quote in (("faithful", "no"), ("joins", "yes")):
+            with self.subTest(kind):
+                self.configure(launcher_quote=quote, shell="sh -ec")
+                text = "x\\ \n" * 25_000 + "é"
+                command = f'{self.QUOTED}; printf %s "$A"; cksum; echo $_nonce; false; echo no'
+                job = self.enqueue_for(kind, command, env={"A": "'\n$é", "a.b": ""}, stdin=text)
+                self.drain(code=1)
+                given = self.process("cksum", input=text).stdout
+                output = self.attempts(job)[0].output.decode()
+                self.assertEqual(output, f"{expected}'\n$é{given}\n")
+
+    def end_of(self, name: str) -> tuple[str, int, str]:
+        job = self.job(name)
+        return job.state, job.attempts, job.last_error
+
+    @SLOW
+    def test_clients_that_lie_are_not_believed(self) -> None:
+        self.configure(launch_timeout="1.5", backoff_base="100")
+        self.enqueue_for("late", timeout=0.5)
+        self.enqueue_for("hangs", "echo done")
+        self.enqueue_for("middle", "touch started; sleep 300")
+        for kind in ("nowhere", "refused", "zero", "mute", "half"):
+            self.enqueue_for(kind, "echo done")
+        pool = self.pool("--count", "8")
+        client = f"{self.file('client')} ended (exit code"
+        lost = f"lost on {os.uname().nodename}: {client} 0) without a result"
+        ends = {
+            "late1": ("completed", 1, None),
+            "hangs0": ("completed", 1, None),
+            "middle0": ("dead", 1, lost),
+            "nowhere0": ("pending", 0, "not launched: no place within 1.5 s"),
+            "refused0": ("pending", 0, f"not launched: {client} 255): no such host"),
+            "zero0": ("pending", 0, f"not launched: {client} 0)"),
+            "mute0": ("pending", 0, f"not launched: {client} 0): done"),
+        }
+        for name, end in ends.items():
+            with self.subTest(name):
+                wait_until(lambda name=name, end=end: self.end_of(name) == end)
+        self.assertRegex(self.job("half0").last_error, r"not launched: .* 1\): @[0-9a-f]{29}")
+        self.wait_for_output(pool, "job zero0 is back in the queue: not launched")
+        self.assertEqual(self.attempts("hangs0")[0].output, b"done\n")
+
+    ENDS = ("sleep 300 & sleep 300", "trap '' TERM; sleep 300 & while :; do sleep 0.1; done")
+
+    @SLOW
+    def test_timeout_cancel_and_stop_end_the_job_elsewhere(self) -> None:
+        for number, command in enumerate(self.ENDS):
+            start = f"echo $$ > pid{number}; {command}"
+            for how in ("timeout", "cancel", "stop"):
+                with self.subTest(command, how=how):
+                    self.write(f"pid{number}")
+                    job = self.enqueue_for(
+                        "faithful",
+                        start,
+                        id=f"{how}{number}",
+                        timeout=0.5 if how == "timeout" else 0,
+                    )
+                    pool = self.pool()
+                    self.wait_for_file(f"pid{number}", "\n")
+                    if how == "cancel":
+                        self.stdout("cancel", job)
+                    if how == "timeout":
+                        self.wait_for_state(job, "dead")
+                    self.stdout("worker", "stop", "--now")
+                    self.assert_exits(pool, 0)
+                    states = {"timeout": "dead", "cancel": "cancelled", "stop": "pending"}
+                    self.assertEqual(self.job(job).state, states[how])
+                    self.assertEqual(self.leftover_processes(), [])
+                    self.result("cancel", job)
+
+    def wait_for_host(self, job: str) -> None:
+        wait_until(lambda: self.job(job).host == os.uname().nodename)
+
+    def kill(self, victim: str, pool: subprocess.Popen[str]) -> None:
+        """Kill the busy worker, its client or, with the pool, both."""
+        (worker,) = (note["pid"] for note in self.workers().values() if note.get("key"))
+        client = int(self.process("pgrep", "-P", str(worker)).stdout)
+        victims = {"worker": [worker], "client": [client], "everything": [pool.pid, worker, client]}
+        for pid in victims[victim]:
+            os.kill(pid, signal.SIGKILL)
+
+    AGAIN = run_alone("run") + "echo start >> log; [ $QUEUECTL_ATTEMPT = 2 ] || sleep 300"
+
+    def test_lost_job_is_ended_there_before_it_runs_again(self) -> None:
+        """Promise 2, wherever the job runs."""
+        self.check_lost_jobs("client")
+
+    @SLOW
+    def test_job_elsewhere_never_runs_twice_at_once_whatever_is_killed(self) -> None:
+        """Promise 2, wherever the job runs."""
+        self.check_lost_jobs("worker", "everything")
+
+    def check_lost_jobs(self, *victims: str) -> None:
+        for victim in victims:
+            with self.subTest(victim):
+                self.use_queue(victim + ".d")
+                cancel = f"sh {self.file('cancel')} {{seq}}-{{run}} {{id}} {{queue}}"
+                launcher = self.file("client") + " faithful"
+                self.configure(launcher=launcher, launcher_cancel=cancel, kill_grace="1")
+                self.write("log")
+                self.write("run.log")
+                self.enqueue(self.AGAIN, id="A_b")
+                pool = self.pool("--drain")
+                self.wait_for_host("A_b")
+                self.wait_for_file("log", "start\n")
+                self.configure(launcher_cancel="true")  # the recorded words count
+                self.kill(victim, pool)
+                if victim == "everything":
+                    pool.wait()
+                    pool = self.pool("--drain")
+                self.assert_exits(pool, 0)
+                expected = ["start", "cancel 1-1 a-b default", "start"]
+                self.assertEqual(self.lines("log"), expected)
+                self.assertNotIn("twice", self.read("run.log"))
+                self.assertIn(f"lost on {os.uname().nodename}", self.attempts("A_b")[0].error)
+
+    @SLOW
+    def test_job_that_cannot_be_ended_there_stays_in_processing(self) -> None:
+        self.configure(launcher_cancel=f"sh {self.file('cancel')}", max_retries="9")
+        self.write("stuck")
+        pool = self.pool(preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
+        for victim in ("client", "worker"):
+            with self.subTest(victim):
+                self.write("log")
+                self.enqueue_for("faithful", "echo start >> log; sleep 300", id=victim)
+                self.wait_for_host(victim)
+                self.kill(victim, pool)
+                self.wait_for_output(pool, f"job {victim} may still run on")
+                status = self.stdout("status")
+                where = f"it may still run on {os.uname().nodename}: launcher_cancel (sh"
+                self.assertIn(where, status)
+                hint = f"once it is gone there, queuectl cancel --gone {victim} ends the wait"
+                self.assertIn(f"failed: exit code 3: oh; {hint}", status)
+                wait_until(lambda: self.lines("log").count("cancel ") > 1)
+                self.assertEqual(self.job(victim).state, "processing")
+                self.assertEqual(self.lines("log").count("start"), 1)
+                self.stdout("cancel", "--gone", victim)
+                self.assertEqual(self.job(victim).state, "cancelled")
+
+    @SLOW
+    def test_job_that_cannot_be_ended_there_delays_no_stop_and_is_recovered_later(self) -> None:
+        self.configure(launcher_cancel=f"sh {self.file('cancel')}", max_retries="9")
+        self.write("stuck")
+        self.enqueue_for("faithful", "echo start >> log; sleep 300", id="a")
+        pool = self.pool()
+        self.wait_for_host("a")
+        self.kill("client", pool)
+        self.wait_for_output(pool, "job a may still run on")
+        self.stdout("worker", "stop", "--timeout", "5")
+        self.assert_exits(pool, 0)
+        self.assertEqual(self.job("a").state, "processing")
+        os.unlink(self.file("stuck"))
+        self.pool()
+        wait_until(lambda: self.lines("log")[-2:] == ["cancel ", "start"])
+        self.assertEqual(self.lines("log").count("start"), 2)
+
+    def test_place_of_a_job_is_shown(self) -> None:
+        self.configure(launcher="sh -c 'until [ -e go ]; do sleep 0.02; done; exec \"$@\"' client")
+        job = self.enqueue("until [ -e end ]; do sleep 0.02; done")
+        pool = self.pool("--drain")
+        for host in ("waiting for a place", os.uname().nodename):
+            wait_until(lambda host=host: self.job(job).host == host)
+            self.assertEqual(self.json_object("show", job)["host"], host)
+            self.assertEqual(self.json_object("worker", "list")["host"], host)
+            self.assertIn(host, self.stdout("worker", "list"))
+            self.write("go")
+        self.write("end")
+        self.assert_exits(pool, 0)
+        self.assertIsNone(self.job(job).host)
+
+    def test_background_process_does_not_hold_the_worker(self) -> None:
+        self.enqueue_for("hangs", "sleep 300 & exit 0")
+        began = time.monotonic()
+        self.drain()
+        self.assertLess(time.monotonic() - began, 3 * self.second_here())
+
+    def test_notification_runs_here(self) -> None:
+        self.configure(on_end="echo $QUEUECTL_EVENT > event")
+        self.enqueue_for("faithful")
+        self.drain()
+        self.assertEqual(self.read("event"), "completed\n")
+        self.assertEqual(self.lines("launched"), ["faithful faithful0"])
+
+    def test_program_that_is_not_found_is_refused(self) -> None:
+        for key in ("launcher", "launcher_cancel"):
+            for value, reason in {
+                "no-such-program -x": "'no-such-program'|no-such-program was not found",
+                "sh {job}": "must not contain {job}: use {seq} {run} {queue} {id}",
+                "sh '": "No closing quotation",
+            }.items():
+                self.assertRegex(self.assert_refused("config", "set", key, value), reason)
+        self.run_cli("config", "set", "launcher", "sh '{seq} {run}' {queue} {id} {{.ID}}")
+        self.run_cli("config", "set", "launcher", "")
+        self.assertEqual(self.stdout("config", "get", "launcher"), "\n")
+
+    @internal
+    def test_reports_are_found_in_whatever_pieces_they_arrive(self) -> None:
+        text = (
+            b"a@b@7 start x\n@7 start n1 12\n\n@7 exit 1234\nb@7 exit 3\n@7 exit 0@7 nodir\n@7 exit"
+        )
+        kept = b"a@b@7 start x\n\n@7 exit 1234\nb@7 exit 0@7 exit"
+        reports = [[b"start", b"n1"], [b"exit", b"3"], [b"nodir"]]
+        for cuts in itertools.combinations(range(len(text)), 2):
+            reader, writer = os.pipe()
+            stream = queuectl.ReportStream(reader, "7")
+            out, found = b"", []
+            for part in (text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :]):
+                os.write(writer, part)
+                more = stream.read() or (b"", [])
+                out, found = out + more[0], found + more[1]
+            os.close(writer)
+            out += stream.read()[0]
+            self.assertEqual((out, found), (kept, reports), cuts)
+
+    SHELLS = ("sh", "dash", "bash --posix", "busybox sh", "mksh", "ksh")
+
+    @SLOW
+    @internal
+    def test_wrapper_works_in_every_shell(self) -> None:
+        for shell in self.SHELLS:
+            if not shutil.which(shell.split()[0]):
+                continue
+            for command, sent, code in (
+                ("exit 7", b"", 7),
+                ("kill -9 $$", b"", 137),
+                ("read x; exit $x", b"", 5),
+                ("sleep 300 & sleep 300", b"TERM\n", 143),
+                ("trap '' TERM; sleep 300 & while :; do sleep 1; done", b"TERM\n", 137),
+                ("kill -STOP $$", b"TERM\n", 143),
+            ):
+                with self.subTest(shell, command=command):
+                    size = b"2\n5\n" if "read" in command else b"0\n"
+                    words = [*shell.split(), "-c", queuectl.WRAPPER, "queuectl", "7", "1", self.dir]
+                    pipe = subprocess.PIPE
+                    with subprocess.Popen([*words, command], stdin=pipe, stderr=pipe) as client:
+                        client.stdin.write(size)
+                        client.stdin.flush()
+                        started = client.stderr.readline()
+                        if sent:
+                            time.sleep(0.2)
+                        client.stdin.write(sent)
+                        client.stdin.flush()
+                        said = client.stderr.read()
+                    self.assertRegex(started, rb"\A@7 start \S+ \d+\n\Z")
+                    self.assertEqual(said, b"@7 exit %d\n" % code)
+                    self.assertEqual(self.leftover_processes(), [])
+
+
+class AttemptElsewhereClocked(Clocked):
+    """A queue whose jobs cannot be launched is left alone."""
+
+    def fail_to_launch(self) -> Any:
+        outcome = Outcome("not launched", self.now, self.now, None, "not launched: ssh: refused")
+        job = self.claim()
+        return job and self.queue._ledger.finish(job, outcome)[0]
+
+    def test_queue_is_left_alone_for_longer_after_each_failed_launch(self) -> None:
+        for name in "abcd":
+            self.queue.enqueue("true", id=name)
+        for pause in (2, 4, 60, 60):
+            job = self.fail_to_launch()
+            self.assertEqual((job.state, job.attempts), ("pending", 0))
+            self.assertIsNone(self.fail_to_launch())
+            self.assertEqual(self.queue._reader.next_ready_time(), self.now + pause)
+            self.now += pause
+        self.assertEqual(self.attempts(job.id), [])
+
+    def test_queue_that_is_left_alone_says_why(self) -> None:
+        self.queue.enqueue("true", id="a")
+        for _ in range(3):
+            self.fail_to_launch()
+            self.now += 60
+        self.now -= 50
+        text = "3 jobs in a row could not be launched; next try in 50 s"
+        self.assertIn(text, self.queue._reader.hold("default"))
+        status = "\n".join(queuectl.status_text(self.queue._reader))
+        self.assertIn("queue default is left alone: " + text, status)
+        self.assertIn("not launched: ssh: refused", self.stdout("show", "a"))
+        self.queue.resume()
+        self.assertIsNotNone(self.fail_to_launch())
+        self.assertEqual(self.queue._reader.next_ready_time(), self.now + 2)
+
+    def test_start_elsewhere_ends_the_count_of_failed_launches(self) -> None:
+        for name in "ab":
+            self.queue.enqueue("true", id=name)
+        for pause in (2, 4):
+            self.fail_to_launch()
+            self.now += pause
+        job = self.claim()
+        self.queue._ledger.note_launch(job, {"cancel": []}, is_first=True)
+        self.queue._ledger.note_launch(job, {"cancel": [], "host": "n1"})
+        self.finish(0, job)
+        self.assertIsNotNone(self.fail_to_launch())
+        self.assertEqual(self.queue._reader.next_ready_time(), self.now + 2)
+
+
+class Engine(Live):
+    """Jobs that an engine runs in processes which are not ours; they work in our directory."""
+
+    ENDS_WITH_CLIENT = True
+    EXITS = {"0": 0, "7": 7, "75": 75, "137": 137}
+    AGAIN = AttemptElsewhere.AGAIN + "; :"
+
+    def use_engine(self, **settings: str) -> None:
+        self.configure(kill_grace="1", max_retries="2", backoff_base="1", **settings)
+
+    def check_exit_codes(self) -> None:
+        for name, code in self.EXITS.items():
+            self.enqueue(f"echo {name}; exit {code}", id=name, max_retries=1)
+        self.enqueue(AttemptElsewhere.QUOTED, id="quoted", max_retries=1)
+        self.enqueue("head -c 10000000 /dev/zero; echo end", id="big")
+        self.enqueue("cat", id="input", stdin="x\n" * 50_000)
+        self.enqueue("true", id="nowhere", cwd="/no/such", max_retries=1)
+        self.drain("--count", "4", "--horizon", "0", code=1)
+        self.assert_table(self.EXITS, lambda name: self.job(name).exit_code)
+        expected = self.process("sh", "-c", AttemptElsewhere.QUOTED).stdout.encode()
+        self.assertEqual(self.attempts("quoted")[0].output, expected)
+        self.assertEqual(self.attempts("big")[0].bytes_dropped, 10_000_004 - 65536)
+        self.assertEqual(self.attempts("input")[0].output, b"x\n" * 32768)
+        self.assertIn("no directory /no/such on", self.job("nowhere").last_error)
+
+    def victims(self, worker: int, pool: int) -> dict[str, list[int]]:
+        clients = [int(pid) for pid in self.process("pgrep", "-P", str(worker)).stdout.split()]
+        return {"worker": [worker], "client": clients, "everything": [pool, worker, *clients]}
+
+    def check_kills(self, *victims: str) -> None:
+        """Kill everything that takes part, one after the other: the job runs again, but once."""
+        for victim in victims:
+            with self.subTest(victim):
+                for name in ("log", "run.log"):
+                    self.write(name)
+                job = self.enqueue(self.AGAIN, id=victim)
+                pool = self.pool("--drain")
+                self.wait_for_file("log", "start\n")
+                wait_until(lambda job=job: "host" in self.job(job).launched)
+                (worker,) = (note["pid"] for note in self.workers().values() if note.get("key"))
+                for pid in self.victims(worker, pool.pid)[victim]:
+                    os.kill(pid, signal.SIGKILL)
+                if victim == "everything":
+                    if self.ENDS_WITH_CLIENT:
+                        wait_until(lambda: self.leftover_processes() == [], 2 + self.second_here())
+                    self.assert_exits(self.pool("--drain"), 0, 30)
+                else:
+                    self.assert_exits(pool, 0, 30)
+                self.assertEqual(self.lines("log"), ["start", "start"])
+                self.assertNotIn("twice", self.read("run.log"))
+
+    def check_ends(self) -> None:
+        """Cancel one job, let another time out: none of their processes remain."""
+        self.enqueue("touch a; sleep 300 & sleep 300", id="a")
+        self.enqueue("sleep 300 & sleep 300", id="b", timeout=1, max_retries=1)
+        pool = self.pool("--drain", "--count", "2")
+        self.wait_for_file("a")
+        self.stdout("cancel", "a")
+        self.assert_exits(pool, 1, 30)
+        self.assertEqual(self.states(), {"a": "cancelled", "b": "dead"})
+        wait_until(lambda: not self.leftover_processes())
+
+
+@SLOW
+class AttemptOverSsh(Engine):
+    """Jobs that ssh runs on this machine."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        sshd = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin")
+        if not sshd or not shutil.which("ssh"):
+            raise unittest.SkipTest("there is no sshd or no ssh")
+        with contextlib.suppress(OSError):  # where sshd changes the root of a part of itself
+            os.makedirs("/run/sshd", exist_ok=True)
+        for name in ("host", "id"):
+            self.process("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.file(name))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        files = f"HostKey {self.file('host')}\nAuthorizedKeysFile {self.file('id.pub')}\n"
+        more = f"ListenAddress 127.0.0.1:{port}\nStrictModes no\nPidFile none\n"
+        self.write("sshd.conf", more + files)
+        command = [sshd, "-D", "-f", self.file("sshd.conf"), "-E", self.file("sshd.log")]
+        self.processes.append(subprocess.Popen(command))
+        options = f"-F none -i {self.file('id')} -o StrictHostKeyChecking=no -o UserKnownHostsFile="
+        options += f"{self.file('known')} -o BatchMode=yes -o LogLevel=ERROR -p {port}"
+        self.ssh = f"ssh {options} 127.0.0.1"
+        self.use_engine(launcher=self.ssh, launcher_quote="yes")
+        wait_until(lambda: not self.process(*self.ssh.split(), "true").returncode)
+
+    def test_exit_codes_output_and_input(self) -> None:
+        self.check_exit_codes()
+
+    def test_job_never_runs_twice_at_once_whatever_is_killed(self) -> None:
+        self.check_kills("worker", "client", "server", "everything")
+
+    def victims(self, worker: int, pool: int) -> dict[str, list[int]]:
+        """Return them with the process of sshd that serves the job."""
+        wrapper = int(self.process("pgrep", "-n", "-f", "queuectl [0-9a-f]{32} 1 /").stdout)
+        with open(f"/proc/{wrapper}/status") as file:
+            server = int(re.findall(r"PPid:\t(\d+)", file.read())[0])
+        return {**super().victims(worker, pool), "server": [server]}
+
+    def test_job_that_is_ended_leaves_no_process(self) -> None:
+        self.check_ends()
+
+    def test_refused_connection_is_no_attempt(self) -> None:
+        self.processes[0].kill()
+        self.enqueue("true", id="a")
+        pool = self.pool()
+        self.wait_for_output(pool, "Connection refused; queue default is left alone: 1 job could")
+        self.assertEqual((self.job("a").attempts, self.attempts("a")), (0, []))
+
+
+@SLOW
+@NEEDS_ROOT
+class AttemptInSlurm(Engine):
+    """Jobs that srun runs on three nodes with two slots each, all on this machine."""
+
+    ENDS_WITH_CLIENT = False  # but by launcher_cancel
+
+    CONF = """ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort=16827
+SlurmUser=root
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+JobAcctGatherType=jobacct_gather/none
+StateSaveLocation={dir}/state
+SlurmdSpoolDir={dir}/%n
+SlurmctldPidFile={dir}/slurmctld.pid
+SlurmdPidFile={dir}/%n.pid
+SlurmctldLogFile={dir}/slurmctld.log
+SlurmdLogFile={dir}/%n.log
+ReturnToService=1
+PartitionName=main Nodes=ALL Default=YES State=UP
+"""
+    NODES = ("n1", "n2", "n3")
+    START = "hostname {0}; mount --bind {1}/hosts /etc/hosts; exec slurmd"
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        for tool in ("slurmctld", "slurmd", "srun", "munged", "unshare"):
+            if not shutil.which(tool):
+                raise unittest.SkipTest(f"there is no {tool}")
+        cls.slurm = tempfile.mkdtemp(prefix="queuectl-slurm-")
+        conf = cls.CONF.format(host=os.uname().nodename, dir=cls.slurm)
+        hosts = "127.0.0.1 localhost " + os.uname().nodename + "\n"
+        os.mkdir(cls.slurm + "/state")
+        for number, node in enumerate(cls.NODES, 1):
+            os.mkdir(f"{cls.slurm}/{node}")
+            place = f"NodeAddr=127.0.0.1{number} Port={17100 + number} CPUs=2 State=UNKNOWN"
+            conf += f"NodeName={node} NodeHostname={node} {place}\n"
+            hosts += f"127.0.0.1{number} {node}\n"
+        for name, text in (("slurm.conf", conf), ("hosts", hosts)):
+            with open(f"{cls.slurm}/{name}", "w") as file:
+                file.write(text)
+        os.environ["SLURM_CONF"] = cls.slurm + "/slurm.conf"
+        subprocess.run(["install", "-d", "-o", "munge", "-m", "755", "/run/munge"], check=True)
+        if subprocess.run(["munge", "-n"], check=False, capture_output=True).returncode:
+            subprocess.run(["runuser", "-u", "munge", "--", "munged"], check=True)
+            os.symlink("/run/munge/munged.pid", cls.slurm + "/munged.pid")
+        subprocess.run(["slurmctld"], check=True)
+        for node in cls.NODES:
+            start = cls.START.format(node, cls.slurm)
+            subprocess.run(["unshare", "--uts", "--mount", "sh", "-c", start], check=True)
+        idle = ["sinfo", "-h", "-t", "idle", "-o", "%D"]
+        wait_until(lambda: subprocess.check_output(idle) == b"3\n", 30)
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        for path in glob.glob(cls.slurm + "/*.pid"):
+            with open(path) as file, contextlib.suppress(ProcessLookupError, ValueError):
+                os.kill(int(file.read()), signal.SIGKILL)
+        os.environ.pop("SLURM_CONF", None)
+        shutil.rmtree(cls.slurm, ignore_errors=True)
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.addCleanup(self.process, "scancel", "-p", "main", cwd="/")
+        name = "q-{seq}-{run}"
+        gone = f"scancel -n {name}; while squeue -h -n {name} | grep -q .; do sleep 0.2; done"
+        self.use_engine(launcher=f"srun -n1 -Q -J {name}", launcher_cancel=f"sh -c '{gone}'")
+
+    def test_exit_codes_output_and_input(self) -> None:
+        self.check_exit_codes()
+
+    def test_job_never_runs_twice_at_once_whatever_is_killed(self) -> None:
+        self.check_kills("worker", "client", "everything")
+
+    def test_job_outlives_the_second_process_of_its_client(self) -> None:
+        self.enqueue("echo start >> log; until [ -e go ]; do sleep 0.1; done", id="a")
+        pool = self.pool("--drain")
+        self.wait_for_file("log", "start\n")
+        (worker,) = (note["pid"] for note in self.workers().values() if note.get("key"))
+        (client,) = self.victims(worker, pool.pid)["client"]
+        os.kill(int(self.process("pgrep", "-P", str(client)).stdout), signal.SIGKILL)
+        self.write("go")
+        self.assert_exits(pool, 0, 30)
+        self.assertEqual(self.lines("log"), ["start"])
+
+    def test_job_that_is_ended_leaves_no_process(self) -> None:
+        self.check_ends()
+        wait_until(lambda: not self.process("squeue", "-h").stdout)
+
+    def test_job_of_a_node_that_fails_runs_again_elsewhere(self) -> None:
+        self.enqueue("uname -n >> log; [ $QUEUECTL_ATTEMPT = 2 ] || sleep 300", id="a")
+        pool = self.pool("--drain")
+        self.wait_for_file("log", "\n")
+        wait_until(lambda: "host" in self.job("a").launched)
+        (node,) = self.lines("log")
+        change = ("scontrol", "update", f"NodeName={node}")
+        self.process(*change, "State=DOWN", "Reason=test")
+        self.assert_exits(pool, 0, 30)
+        self.process(*change, "State=RESUME")
+        self.assertEqual(len(self.lines("log")), 2)
+        self.assertIn(f"lost on {node}: srun ended", self.attempts("a")[0].error)
+        self.assertEqual(self.job("a").attempts, 2)
+
+    def test_jobs_that_wait_for_a_place_do_not_time_out(self) -> None:
+        self.configure(launcher="srun -n1 -Q -w n1", timeout="3")
+        for _ in range(20):
+            self.enqueue("sleep 0.5", max_retries=1)
+        self.drain("--count", "20")
+        self.assertEqual(set(self.states().values()), {"completed"})
+
+    def test_engine_that_stops_for_a_time_loses_nothing(self) -> None:
+        with open(self.slurm + "/slurmctld.pid") as file:
+            pid = int(file.read())
+        self.enqueue("touch begun; sleep 4; echo $QUEUECTL_ATTEMPT >> log", id="running")
+        pool = self.pool("--drain", "--count", "2")
+        self.wait_for_file("begun")
+        os.kill(pid, signal.SIGSTOP)
+        self.enqueue("echo new >> log", id="new")
+        try:
+            time.sleep(10)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        self.assert_exits(pool, 0, 120)
+        self.assertEqual(sorted(self.lines("log")), ["1", "new"])
 
 
 # --- worker ---------------------------------------------------------------------------------------

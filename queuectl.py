@@ -986,13 +986,15 @@ def after_attempt(
 ) -> Job:
     """Return a job as it is after an attempt. This is the one rule of retries."""
     now = min(now, outcome.finished)  # never ahead, even if the clock was set back meanwhile
-    after = job._replace(exit_code=outcome.exit_code, last_error=outcome.error, updated_at=now)
+    facts: dict[str, Any] = {"exit_code": outcome.exit_code, "last_error": outcome.error}
+    facts["updated_at"] = now
+    if outcome.error is None:
+        return job._replace(state=COMPLETED, **facts)
+    after = job._replace(**facts)
     if outcome.end in ("released", "unstarted") and not job.cancel_requested:
         when = min(job.run_after, now)  # at once, even if the clock was set back meanwhile
         after = after._replace(exit_code=job.exit_code, run_after=when)
         return after._replace(state=PENDING, attempts=job.attempts - 1)
-    if outcome.error is None:
-        return after._replace(state=COMPLETED)
     if outcome.end == "cancelled" or job.cancel_requested:
         return after._replace(state=CANCELLED)
     code = shell_code(outcome.exit_code or 0) if outcome.end == "exited" else None
@@ -1047,6 +1049,7 @@ APPLICATION_ID = 0x51554354  # "QUCT"
 SCHEMA_VERSION = 1
 GUEST_KEY = "queuectl_schema"
 GUEST_PREFIX = "queuectl_"  # of the tables in another program's database
+REVISION_KEY = "revision"  # in the table of settings; has another value after each change of them
 
 GET_APPLICATION_ID = "PRAGMA application_id"
 SET_APPLICATION_ID = f"PRAGMA application_id = {APPLICATION_ID}"
@@ -1259,7 +1262,8 @@ END;
 # Reading jobs.
 
 COMPUTED = {"stdin_size": "coalesce(length(stdin), 0)"}  # the other fields of Job are columns
-JOB = "SELECT " + ", ".join(COMPUTED.get(key, key) for key in Job._fields) + " FROM jobs "
+JOB_COLUMNS = ", ".join(COMPUTED.get(key, key) for key in Job._fields)
+JOB = f"SELECT {JOB_COLUMNS} FROM jobs "
 ATTEMPT = "SELECT " + ", ".join(Attempt._fields) + " FROM attempts "
 IN_QUEUE = "(:queue IS NULL OR queue = :queue)"
 ACTIVE_RULE = "rule IS NOT NULL AND state IN ('pending', 'processing')"
@@ -1393,11 +1397,14 @@ def insert_job(*columns: str) -> str:
 ADD_NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :any_end, :met)"
 SET_STDIN = "UPDATE jobs SET stdin = :stdin WHERE seq = :seq AND state = 'pending'"
 # Statements with :served are about the queues that a pool serves; `for_queues` names them.
-TIMERS = """
+# What a claim, or the end of the job :seq, has to attend to: the columns of Checks.
+CHECKS = f"""
 SELECT (
     SELECT min(run_after) FROM jobs INDEXED BY jobs_due WHERE state = 'pending' AND readiness = 0),
   (SELECT min(token_at) FROM queues WHERE closed_at IS NOT NULL),
-  (SELECT max(closed_at) FROM queues WHERE closed_at IS NOT NULL)"""
+  (SELECT coalesce(max(closed_at), 0) FROM queues WHERE closed_at IS NOT NULL),
+  EXISTS (SELECT 1 FROM needs WHERE parent = :seq),
+  (SELECT value FROM settings WHERE queue = '' AND key = '{REVISION_KEY}')"""
 # In slices: if more than 500 jobs become ready at once, one of high priority may be delayed.
 MAKE_READY = """
 UPDATE jobs SET readiness = 1, updated_at = run_after WHERE seq IN (
@@ -1408,7 +1415,7 @@ REOPEN = """
 UPDATE queues SET closed_at = NULL
 WHERE closed_at IS NOT NULL AND (token_at <= :now OR closed_at > :now)"""
 NEXT_READY = f"""
-{JOB}WHERE seq = (
+SELECT EXISTS (SELECT 1 FROM needs WHERE child = seq), {JOB_COLUMNS} FROM jobs WHERE seq = (
   SELECT next_seq FROM queues WHERE {OPEN} AND :served
     AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = '' AND paused = 1)
   {IN_CLAIM_ORDER} LIMIT 1)"""
@@ -2998,6 +3005,7 @@ class Totals(NamedTuple):
     last: float
 
 
+KNOWN_QUEUES = 1000  # whose settings a process keeps in memory
 SHARE = 4  # an index finds jobs in states that fewer than one of so many jobs are in
 
 
@@ -3007,6 +3015,8 @@ class Reader:
     def __init__(self, db: Database, clock: Callable[[], float]) -> None:
         self.db = db
         self.clock = clock
+        self.revision: str | None = None  # of the settings by queue that were read
+        self.known_settings: dict[str, Settings] = {}
 
     def select(self, sql: str, **args: object) -> list[Job]:
         return [Job(*row) for row in self.db.rows(sql, args)]
@@ -3187,6 +3197,15 @@ class Reader:
                 raise Damaged(f"{self.db.path}: the setting {key} {error}") from None
         return settings
 
+    def settings_as_of(self, revision: str | None, queue: str) -> Settings:
+        """Return the same as `settings`, which are read once in each revision of them."""
+        if revision != self.revision or len(self.known_settings) > KNOWN_QUEUES:
+            self.revision = revision
+            self.known_settings.clear()
+        if queue not in self.known_settings:
+            self.known_settings[queue] = self.settings(queue)
+        return self.known_settings[queue]
+
     def sources(self, queue: str = "") -> dict[str, str]:
         """Return the settings that are stored and apply to a queue: it, or "" for all queues."""
         rows = self.db.rows(STORED_SETTINGS, {"queue": queue})
@@ -3260,6 +3279,16 @@ class Claim(NamedTuple):
     settings: Settings
     stdin: bytes = b""
     parents: str = ""  # ids, separated by blanks
+
+
+class Checks(NamedTuple):
+    """What a claim, or the end of a job, has to attend to besides the job itself."""
+
+    due: float | None  # when the first scheduled job is due
+    token_at: float | None  # when the first queue that its rate has closed opens
+    closed_at: float  # when the last one was closed
+    has_children: int
+    revision: str | None  # of the settings
 
 
 NOTIFICATION = {
@@ -3350,14 +3379,18 @@ class Ledger:
 
     def claim(self, worker: str, queues: Sequence[str] = ()) -> Claim | None:
         with self.db.transaction():
-            return self._claim(worker, queues)
+            return self._claim(worker, queues, self.clock(), self.checks(None))
 
-    def _claim(self, worker: str, queues: Sequence[str]) -> Claim | None:
-        now = self.clock()
-        self.open_due(now)
-        for row in self.reader.rows_of(NEXT_READY, queues):
+    def checks(self, seq: int | None) -> Checks:
+        return Checks(*self.db.rows(CHECKS, {"seq": seq})[0])
+
+    def _claim(
+        self, worker: str, queues: Sequence[str], now: float, checks: Checks
+    ) -> Claim | None:
+        self.open_due(now, checks)
+        for has_parents, *row in self.reader.rows_of(NEXT_READY, queues):
             job = Job(*row)
-            settings = self.reader.settings(job.queue)
+            settings = self.reader.settings_as_of(checks.revision, job.queue)
             waited = max(0.0, now - job.updated_at)
             self.change(CLAIM, seq=job.seq, worker=worker, now=now, waited=waited)
             if settings["rate"]:
@@ -3373,16 +3406,16 @@ class Ledger:
                 locked_at=now,
                 updated_at=now,
             )
-            parents = " ".join(row[0] for row in self.db.rows(PARENT_IDS, {"seq": job.seq}))
-            return Claim(job, settings, self.reader.stdin(job), parents)
+            parents = self.db.rows(PARENT_IDS, {"seq": job.seq}) if has_parents else ()
+            return Claim(job, settings, self.reader.stdin(job), " ".join(row[0] for row in parents))
         return None
 
-    def open_due(self, now: float) -> None:
+    def open_due(self, now: float, checks: Checks) -> None:
         """Make the jobs ready that are due, and open the queues whose rate allows a start."""
-        due, token_at, closed_at = self.db.rows(TIMERS)[0]
-        if due is not None and due <= now:
+        if checks.due is not None and checks.due <= now:
             self.change(MAKE_READY, now=now)
-        if token_at is not None and (token_at <= now or closed_at > now):  # or a clock set back
+        is_later = checks.token_at is None or checks.token_at > now
+        if not is_later or checks.closed_at > now:  # or a clock set back
             self.change(REOPEN, now=now)
 
     def finish(
@@ -3390,45 +3423,52 @@ class Ledger:
     ) -> tuple[Job | None, Claim | None]:
         """Record how an attempt ended, and claim the next job from these queues (empty: all)."""
         with self.db.transaction():
-            after = self._finish(job, outcome)
+            now = self.clock()
+            checks = self.checks(job.seq)
+            after = self._finish(job, outcome, now, checks)
             worker = job.locked_by or ""
-            claim = None if next_from is None else self._claim(worker, next_from)
+            claim = None if next_from is None else self._claim(worker, next_from, now, checks)
             is_same = claim is not None and claim.job.queue == job.queue
             if not is_same and self.db.rows(GOT_ROOM, {"queue": job.queue}):
                 self.db.notify_when_stored()  # an idle worker may use it
             return after, claim
 
-    def _finish(self, job: Job, outcome: Outcome) -> Job | None:
+    def _finish(self, job: Job, outcome: Outcome, now: float, checks: Checks) -> Job | None:
         if outcome.error is not None or job.rule:  # a completed job completes, cancelled or not
             stored = self.reader.by_seq(job.seq) or job
             job = job._replace(cancel_requested=stored.cancel_requested)
-        now = self.clock()
-        settings = self.reader.settings(job.queue)
+        settings = self.reader.settings_as_of(checks.revision, job.queue)
         chance = int.from_bytes(os.urandom(4), "big") / (1 << 32) if settings["jitter"] else 0.0
         after = after_attempt(job, outcome, settings, now, chance)
         is_over = after.state in (COMPLETED, DEAD)
-        is_ready = after.state != PENDING or after.run_after <= now
-        after = after._replace(readiness=is_ready, rule=None if is_over else job.rule)
+        if job.rule and is_over:
+            after = after._replace(rule=None)
+        if after.state == PENDING and after.run_after > now:
+            after = after._replace(readiness=SCHEDULED)
         if not self.change(FINISH, **after._asdict()):
             return None  # its claim was lost: nothing has changed
         if outcome.end != "unstarted":
             attempt = (job.seq, job.run, job.locked_by, outcome.word, job.waited, *outcome[1:])
             self.db.execute(ADD_ATTEMPT, attempt)
         if after.state in FINISHED:
-            stored = after._replace(locked_by=None, locked_at=None, cancel_requested=0)
-            self.end(stored, settings, now)
+            if checks.has_children:
+                self.unblock_children(after, now)
+            self.add_notifications(after, settings)
         if job.rule and is_over and not job.cancel_requested:  # cancelling ends the schedule
             self.add_next_of_schedule(job, now)
         return after
 
-    def end(self, job: Job, settings: Settings, now: float) -> None:
-        """Unblock the children of a job that has ended, and add the notifications about it."""
+    def unblock_children(self, job: Job, now: float) -> None:
         if self.change(MARK_MET, seq=job.seq, completed=job.state == COMPLETED):
             self.change(UNBLOCK, seq=job.seq, now=now)
             self.db.notify_when_stored()
+
+    def add_notifications(self, job: Job, settings: Settings) -> None:
+        """Add the notifications about a job that has ended."""
         for key, command in notification_commands(job, settings).items():
             where = job.cwd if getattr(job, key) else os.path.dirname(self.db.path)
-            self.report(job, command, where, settings["max_notifications"])
+            ended = job._replace(locked_by=None, locked_at=None, cancel_requested=0)
+            self.report(ended, command, where, settings["max_notifications"])
 
     def report(self, job: Job, command: str, cwd: str, limit: int) -> None:
         """Add a notification about a job that has ended or, beyond the limit, sum them up in one.
@@ -3564,7 +3604,8 @@ class Ledger:
         if not self.change(CANCEL_WAITING, seq=seq, now=now):
             self.change(CANCEL_RUNNING, seq=seq)
         elif job := self.reader.by_seq(seq):
-            self.end(job, self.reader.settings(job.queue), now)
+            self.unblock_children(job, now)
+            self.add_notifications(job, self.reader.settings(job.queue))
 
     def delete(self, seq: int) -> None:
         for sql in DELETE_JOB:
@@ -3870,6 +3911,8 @@ class Queue:
         with self._db.transaction(notify=True):
             sql = UNSET if value is None else SET
             self._db.execute(sql, {"queue": queue, "key": key, "value": value})
+            revision = os.urandom(8).hex()  # a count would come to the same value after a rollback
+            self._db.execute(SET, {"queue": "", "key": REVISION_KEY, "value": revision})
             if key in ("limit", "rate"):
                 self._db.execute(APPLY_SETTINGS, {"queue": queue})
 

@@ -1177,7 +1177,7 @@ class SqlPlans(Clocked):
 
     HOT = {  # statement: index
         "NEXT_READY": "queues_open",
-        "TIMERS": "jobs_due",
+        "CHECKS": "jobs_due",
         "MAKE_READY": "jobs_due",
         "REOPEN": "queues_closed",
         "NEXT_SCHEDULED": "jobs_due",
@@ -1243,6 +1243,22 @@ class SqlPlans(Clocked):
             list(self.queue.enqueue_many([*waiting, {"command": "true"}]))
             self.assertLess(self.sqlite_steps(self.finish), 15)
         self.assertLess(self.sqlite_steps(lambda: queuectl.status_facts(self.queue._reader)), 15)
+
+    @internal
+    def test_end_of_a_plain_job_and_next_claim_execute_no_needless_statement(self) -> None:
+        """Not those about parents, children and settings, if there are none or they are known."""
+        self.queue.enqueue("true", id="parent")
+        self.queue.enqueue("true", id="child", after="parent")
+        plain = {"command": "true", "priority": 9}
+        list(self.queue.enqueue_many([plain] * 3))
+        ledger = self.queue._ledger
+        done = Outcome("exited", self.now, self.now, 0, None)
+        _, found = ledger.finish(self.claim(), done, ())
+        database = self.queue._db
+        with mock.patch.object(database, "execute", wraps=database.execute) as execute:
+            ledger.finish(found.job, done, ())
+        executed = [call[0][0].split()[0] for call in execute.call_args_list]
+        self.assertEqual(executed, "BEGIN SELECT UPDATE INSERT SELECT UPDATE COMMIT".split())
 
     @internal
     def test_claim_cost_does_not_depend_on_the_number_of_queues(self) -> None:
@@ -3536,6 +3552,25 @@ class QueueRetries(Clocked):
         error = f"exit code {code}" if code else None
         outcome = Outcome(end, 1.0, self.now, code, error)
         self.queue._ledger.finish(self.queue.get(job_id), outcome)
+
+    @internal
+    def test_setting_changed_by_another_process_applies_to_next_claim_and_end(self) -> None:
+        """The settings are kept in memory while they are unchanged."""
+        list(self.queue.enqueue_many([{"command": "true", "queue": "q"}] * 6))
+        ledger = self.queue._ledger
+        running = self.claim()
+        with Queue(self.path) as other:
+            for value in ("7", "8", None):
+                for queue in ("", "q"):
+                    other.configure("max_retries", value, queue)
+                self.assertEqual(ledger.claim("worker-1").settings["max_retries"], int(value or 3))
+            other.configure("no_retry_exit_codes", "1")
+            self.assertEqual(self.finish(1, running).state, "dead")
+            with contextlib.suppress(ZeroDivisionError), self.queue.transaction():
+                self.queue.configure("timeout", "5")
+                self.assertEqual(ledger.claim("worker-1").settings["timeout"], 5)
+                raise ZeroDivisionError  # undoes it
+            self.assertEqual(ledger.claim("worker-1").settings["timeout"], 300)
 
     @internal
     def test_job_changes_state_only_as_the_table_of_moves_allows(self) -> None:

@@ -2,6 +2,17 @@
 # queuectl 1.0.0 (https://github.com/OWNER/queuectl), MIT license
 """queuectl: a durable background job queue for shell commands, in one file.
 
+    from queuectl import Queue, work
+
+    queue = Queue("jobs.db")                    # makes the file if there is none
+    job_id = queue.enqueue("make all", priority=5, delay="10m")
+    work("jobs.db", count=4, drain=True)        # or in a shell: queuectl worker start
+    print(queue.get(job_id).state, queue.output(job_id).decode())
+
+See help(queuectl.Queue) for the methods, Queue.enqueue for the fields of a job, Job and Attempt for
+the records that are returned, work for running jobs, and QueueError for what can fail. The command
+`queuectl --help` lists the commands. The rest of this text explains how queuectl works.
+
 The life of a job:
 
     pending -> processing -> completed          exit code 0
@@ -106,6 +117,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection as Pipe
 
     Argument = tuple[tuple[str, ...], dict[str, Any]]
+    Duration = Union[float, str, timedelta]  # seconds, or as on the command line
     Environ = Mapping[str, str]
     Facts = Mapping[str, Any]
     Link = Callable[[str], str]  # returns the HTML for a job's id
@@ -129,7 +141,7 @@ COMPLETED: State = "completed"
 DEAD: State = "dead"
 CANCELLED: State = "cancelled"
 STATES = (PENDING, PROCESSING, COMPLETED, DEAD, CANCELLED)
-FINISHED = (COMPLETED, DEAD, CANCELLED)
+FINISHED: tuple[State, ...] = (COMPLETED, DEAD, CANCELLED)
 PRUNED_BY_DEFAULT = (COMPLETED, CANCELLED)  # dead letters stay until they are purged
 
 READY, SCHEDULED, BLOCKED = 1, 0, -1  # the readiness of a pending job; all others are READY
@@ -195,10 +207,16 @@ class Damaged(Fault):
 class Job(NamedTuple):
     """A job as it was when it was read. The fields are columns; times are Unix seconds.
 
+    `seq` numbers the jobs in the order of their arrival. `id`, `queue`, `command`, `cwd` and
+    `priority` are as in Queue.enqueue, at the time `created_at`. A job does not start before
+    `run_after`. `locked_by` is the worker that runs it, since `locked_at`. `exit_code` and
+    `last_error` tell how the last attempt ended; None is for no attempt, and for no error.
+
     `attempts` counts the starts since the job was enqueued or retried from the dead letter queue;
     `snoozes` counts the exits with 75. `run` counts every start and identifies one attempt.
     `max_retries` (the number of starts allowed) and `timeout` (seconds, 0 for none) are None where
-    the settings decide. `env` is a JSON object. `readiness` is READY, SCHEDULED or BLOCKED.
+    the settings decide. `env` is a JSON object. `readiness` of a pending job
+    is 1 (ready), 0 (scheduled) or -1 (blocked).
     `cancel_requested` is 1 while a running job is being cancelled. `updated_at` is the time of the
     last change of state; for a ready job, the time when it became ready. `waited` is how many
     seconds the job was ready before its latest start. A job of a schedule has the `schedule_id`,
@@ -249,8 +267,9 @@ class Job(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """How one attempt ended. Times are Unix seconds; an exit code below 0 is minus a signal.
+    """How one attempt ended. Times are Unix seconds; `exit_code` below 0 is minus a signal.
 
+    `run` is the number of the attempt, from 1, and `worker` ran it from `started` to `finished`.
     `outcome` is "completed", "failed", "timed out", "crashed", "released" (ended by the operator
     and returned to the queue) or "cancelled". `error` is None if it completed. `waited` is how
     many seconds the job was ready before this attempt. `bytes_dropped` is the length of the output
@@ -410,7 +429,9 @@ def number(low: int, high: int) -> Validator:
 
 
 def parse_duration(value: Any) -> float:
-    """Return a duration in seconds, given a number or `90`, `90s`, `5m`, `1h30m`, `2 days`."""
+    """Return seconds, given them, a timedelta or `90`, `90s`, `5m`, `1h30m`, `2 days`."""
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
     if isinstance(value, str):
         text = value.strip().lower()
         require(text not in ("none", "never", "inf"), "be a number; 0 means no limit")
@@ -440,12 +461,14 @@ def valid_delays(value: Any) -> str:
 
 
 def parse_time(value: Any) -> float:
-    """Return Unix seconds, given a number of them or ISO 8601 (local time if without offset)."""
+    """Return Unix seconds, given them, a datetime or ISO 8601 (local time if without offset)."""
     if isinstance(value, str) and re.fullmatch(r"\s*\d{9,11}(\.\d*)?\s*", value):
         value = float(value)
-    elif isinstance(value, str):
-        with contextlib.suppress(ValueError, OverflowError, OSError):
-            value = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", value.strip())).timestamp()
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        if isinstance(value, str):
+            value = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", value.strip()))
+        if isinstance(value, datetime):
+            value = value.timestamp()
     expectation = "be a time between 1970 and 9999, such as 2030-01-31T08:00 or 2030-01-31T08:00Z"
     return float(in_range(0, value, LATEST_TIME, expectation))
 
@@ -504,13 +527,23 @@ def valid_names(value: Any) -> list[str]:
     return [valid_name(name) for name in names]
 
 
-def valid_states(value: str) -> list[str]:
-    """Validate the names of states and of readiness in a string, separated by commas."""
-    words = value.split(",")
-    for word in words:
+def valid_states(value: Iterable[str]) -> list[str]:
+    """Validate the names of states and of readiness: several, or a string with commas."""
+    words = value.split(",") if isinstance(value, str) else list(value)
+    for word in map(str, words):
         if word not in STATE_WORDS:
-            raise ValueError(f"has no state {quoted(word)}{suggestion(word, STATE_WORDS)}")
+            hint = suggestion(word.lower(), STATE_WORDS)
+            raise ValueError(f"has no state {quoted(word)}{hint}")
     return words
+
+
+def valid_queue_path(value: Path) -> str:
+    path = os.fsdecode(value)
+    require(path, "not be empty")
+    is_file = path != ":memory:" and not re.match(r"(?i)file:|[a-z]\w+://", path)
+    name = quoted(path)
+    require(is_file, f"name a file, which workers can open, not {name} (or write ./{name})")
+    return path
 
 
 def valid_file(value: str) -> str:
@@ -820,6 +853,13 @@ def validate_changes(fields: Mapping[str, object]) -> dict[str, Any]:
     if not fields:
         raise BadInput("there is nothing to change: give at least one new field")
     return validate_each(fields, EDITABLE)
+
+
+def setting_input(value: Any) -> str:
+    """Return a setting, which a program may give as a number or a timedelta, as text."""
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    return valid_text(str(value) if isinstance(value, (int, float)) else value)
 
 
 def validate_setting(key: str, value: str | None = None, queue: str = "") -> str:
@@ -2389,6 +2429,16 @@ def pool_of(worker: str) -> str:
     return f"pool-{worker.split('-')[1]}"
 
 
+def last_bytes(fd: int, limit: int) -> tuple[int, bytes]:
+    """Return how many bytes of a file precede its last ones, and at most `limit` last bytes."""
+    size = os.fstat(fd).st_size
+    if not size:
+        return 0, b""
+    kept = min(limit, size)
+    os.lseek(fd, size - kept, os.SEEK_SET)
+    return size - kept, os.read(fd, kept)
+
+
 class RunDirectory:
     """The directory beside the database: locks, output of attempts, FIFOs and stop requests."""
 
@@ -2555,6 +2605,18 @@ class Connection(sqlite3.Connection):
         self.unusable = True
 
 
+class ThreadEnd:
+    """Closes the connection of a thread when the thread ends, which destroys its local values."""
+
+    def __init__(self, db: Connection) -> None:
+        self.db = db
+
+    def __del__(self) -> None:
+        with contextlib.suppress(sqlite3.ProgrammingError):  # it is of another thread
+            if not self.db.unusable:
+                self.db.close()
+
+
 # Forks. SQLite remembers in memory which locks its process holds. A child of a fork inherits that
 # memory but not the locks, so a connection must not be used on both sides. Idle connections of the
 # forking thread are closed before the fork; parent and child each open new ones. A database that
@@ -2588,8 +2650,8 @@ def after_fork_in_child() -> None:
 
 @lru_cache(maxsize=None)
 def prepare_for_forks() -> None:
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(
+    if register := getattr(os, "register_at_fork", None):
+        register(
             before=before_fork,
             after_in_parent=lambda: IN_USE.pop(threading.get_ident(), None),
             after_in_child=after_fork_in_child,
@@ -2748,6 +2810,7 @@ class Database:
                 is_immutable = self.mode == "ro" and self._is_on_read_only_medium()
                 db = self._open(IMMUTABLE if is_immutable else self.mode)
                 self._thread.connection = db
+                self._thread.end = ThreadEnd(db)
                 try:
                     for pragma in (*CONNECTION_PRAGMAS, SET_SYNCHRONOUS[self.synchronous]):
                         self._retry(partial(db.execute, pragma))
@@ -3123,6 +3186,14 @@ class Reader:
     def runs(self, job: Job) -> list[Attempt]:
         """Return the attempts without their output."""
         return [Attempt(*row) for row in self.db.rows(RUNS, {"seq": job.seq})]
+
+    def output(self, job: Job, run: int, limit: int) -> bytes:
+        """Return the end of the output of an attempt, which may still run."""
+        path = self.db.run_dir.output_file(job._replace(run=run))
+        with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=open_own) as file:
+            return last_bytes(file.fileno(), limit)[1]
+        asked = {"seq": job.seq, "run": run, "start": -limit}
+        return b"".join(bytes(row[0]) for row in self.db.rows(OUTPUT_TAIL, asked))
 
     def output_tail(self, seq: int, run: int, limit: int) -> str:
         """Return the end of an attempt's output; bytes that are not UTF-8 are escaped."""
@@ -3668,9 +3739,11 @@ class JobWatch:
 class Queue:
     """A durable queue of shell commands in one SQLite file. Safe to use from threads.
 
-    Times are Unix seconds, durations are seconds. All changes by a method are on disk when it
-    returns. Raises QueueError: BadInput, NotFound, TimedOut, or Fault (the database or the
-    machine).
+    Times are Unix seconds, a datetime (local time if it has no time zone) or ISO 8601. Durations
+    are seconds, a timedelta, or as on the command line ("1h30m"). Paths are strings or PathLike.
+    Where several ids, states or queues may be given, a string is one. All changes by a method are
+    on disk when it returns. Raises QueueError: BadInput, NotFound, TimedOut, or Fault (the
+    database or the machine).
     """
 
     def __init__(
@@ -3690,10 +3763,10 @@ class Queue:
         QUEUECTL_INSECURE=1 in the environment, a queue to which other users could add commands is
         not refused.
         """
-        path = os.fspath(path)
+        file = validate("path", valid_queue_path, path)
         if not insecure and os.environ.get("QUEUECTL_INSECURE") != "1":
-            require_trust(path)
-        self._db = Database(path, create=create and not readonly, readonly=readonly, guest=guest)
+            require_trust(file)
+        self._db = Database(file, create=create and not readonly, readonly=readonly, guest=guest)
         self._reader = Reader(self._db, clock)
         self._ledger = Ledger(self._reader)
 
@@ -3728,7 +3801,7 @@ class Queue:
         Fields: id, queue, priority (higher first), delay or run_at, timeout (0: none),
         max_retries, retry_delays ("10s,1m" or a list), cwd (default: the current directory), env
         (a mapping), stdin (text), after (ids of jobs that must complete first), after_end (ids of
-        jobs that must end first, in any way), every (seconds) or cron (five fields), on_dead and
+        jobs that must end first, in any way), every (a duration) or cron (five fields), on_dead and
         on_end (commands; empty: none). With `if_absent`, an id that is taken is not an error.
         """
         return next(self.enqueue_many([{"command": command, **fields}], if_absent=if_absent))
@@ -3744,7 +3817,7 @@ class Queue:
         here = ""
         with contextlib.suppress(FileNotFoundError):  # then each job must have a cwd
             here = os.getcwd()
-        blank = dict.fromkeys(INSERTED, None)
+        blank: dict[str, Any] = dict.fromkeys(INSERTED)
         blank.update(queue="default", priority=0, cwd=here, created_at=now, updated_at=now)
         taken = []
         with self._db.transaction(notify=True):
@@ -3787,7 +3860,7 @@ class Queue:
         kinds of pending jobs: ready, scheduled, blocked.
         """
         queues = [queue] if queue else []
-        wanted = as_list(states) or STATES
+        wanted = validate("states", valid_states, states) or STATES
         chosen = Selection(queues=queues, states=wanted, notifications=notifications)
         if limit is not None:
             return iter(self._reader.latest_selected(chosen, limit)[0])
@@ -3797,21 +3870,37 @@ class Queue:
         """Return the attempts of a job that have ended, oldest first."""
         return self._reader.attempts(job if isinstance(job, Job) else self.get(job))
 
+    def output(self, job: Job | str, run: int | None = None) -> bytes:
+        """Return the output of an attempt, by default of the one that runs or ran last.
+
+        It is what the job has written to stdout and stderr so far, or the last `output_limit` bytes
+        of it; before the first attempt, nothing. A schedule's name means its latest attempt. Raises
+        NotFound.
+        """
+        found = job if isinstance(job, Job) else self.get(job)
+        if not found.run and found.id != job:
+            found = self._reader.first(LAST_RUN_OF_SCHEDULE, id=found.schedule_id) or found
+        if run is not None and not 1 <= run <= found.run:
+            raise NotFound(f"job {printable(found.id)} has no run {run}")
+        limit = self._reader.settings(found.queue)["output_limit"]
+        return self._reader.output(found, run or found.run, limit)
+
     def counts(self, queues: Sequence[str] = ()) -> dict[str, int]:
         """Return the number of jobs in each state, in these queues or in all."""
         return self._reader.counts(queues)
 
-    def wait(self, ids: Iterable[str], timeout: float | None = None) -> list[Job]:
+    def wait(self, ids: Iterable[str], timeout: Duration | None = None) -> list[Job]:
         """Wait until jobs have ended; return them as they are then.
 
         Returns earlier when no remaining job can run by itself, because another job that it waits
-        for is dead or cancelled. Raises TimedOut after `timeout` seconds.
+        for is dead or cancelled. Raises TimedOut after `timeout`.
         """
+        limit = None if timeout is None else validate("timeout", parse_duration, timeout)
         watch = JobWatch(self._reader, self._reader.named(ids))
-        for _ in self._reader.changes(timeout):
+        for _ in self._reader.changes(limit):
             if all(map(self._reader.failed_ancestor, watch.refresh())):
                 return watch.jobs()
-        raise TimedOut(f"jobs have not ended within {format_duration(timeout or 0)}")
+        raise TimedOut(f"jobs have not ended within {format_duration(limit or 0)}")
 
     def cancel(self, ids: Iterable[str], *, cascade: bool = False) -> list[Job]:
         """Cancel jobs and, with `cascade`, those that wait for them; return them as they are now.
@@ -3833,7 +3922,8 @@ class Queue:
         A job that runs or has ended is left as it is. If a value is bad, no job is changed. Takes
         the fields of `enqueue` but the id. `env` is added to the variables, and None removes one;
         `after` replaces the jobs to wait for, and an empty one removes them. "default" as
-        max_retries or timeout leaves it to the settings again. A schedule, by its name, is changed
+        max_retries, timeout, retry_delays, on_dead or on_end leaves it to the settings again. A
+        schedule, by its name, is changed
         from its next job on; only one that waits can be given another `every` or `cron`.
         """
         changes = validate_changes(fields)
@@ -3871,16 +3961,17 @@ class Queue:
                 self._ledger.delete(job.seq)
         return jobs
 
-    def prune(self, older_than: float = 0, states: Sequence[str] = PRUNED_BY_DEFAULT) -> int:
-        """Delete jobs that ended `older_than` seconds ago or earlier; return how many.
+    def prune(self, older_than: Duration = 0, states: Sequence[str] = PRUNED_BY_DEFAULT) -> int:
+        """Delete jobs that ended `older_than` or longer ago; return how many.
 
         A job that a blocked job waits for is kept. The work is done in slices, so that nobody else
         waits for long.
         """
-        wanted = as_list(states)
+        wanted = validate("states", valid_states, states)
         if not set(wanted) <= set(FINISHED):
             raise BadInput(f"only jobs in the states {', '.join(FINISHED)} can be pruned")
-        chosen = Selection(states=wanted, older_than=older_than)
+        age = validate("older_than", parse_duration, older_than)
+        chosen = Selection(states=wanted, older_than=age)
         seqs = [job.seq for job in self._reader.selected(chosen)]
         check = partial(self._ledger.check_delete, states=wanted)
         slices = self._ledger.in_slices(seqs, check, lambda job: self._ledger.delete(job.seq))
@@ -3900,17 +3991,18 @@ class Queue:
         """Return the value of every setting, as it applies to the jobs of a queue."""
         return self._reader.settings(queue)
 
-    def configure(self, key: str, value: str | None, queue: str = "") -> None:
-        """Store a setting, written as on the command line; None restores the default.
+    def configure(self, key: str, value: Duration | None, queue: str = "") -> None:
+        """Store a setting, a number or text as on the command line; None restores the default.
 
         It is the default of all queues or, given a queue, applies to that one only.
         """
-        key = validate_setting(key, value, queue)
+        text = None if value is None else validate(key, setting_input, value)
+        key = validate_setting(key, text, queue)
         if queue:
             validate("queue", valid_name, queue)
         with self._db.transaction(notify=True):
             sql = UNSET if value is None else SET
-            self._db.execute(sql, {"queue": queue, "key": key, "value": value})
+            self._db.execute(sql, {"queue": queue, "key": key, "value": text})
             revision = os.urandom(8).hex()  # a count would come to the same value after a rollback
             self._db.execute(SET, {"queue": "", "key": REVISION_KEY, "value": revision})
             if key in ("limit", "rate"):
@@ -3918,16 +4010,6 @@ class Queue:
 
 
 # --- attempt: launching a job, watching it, ending it, keeping its output and its result ----------
-
-
-def last_bytes(fd: int, limit: int) -> tuple[int, bytes]:
-    """Return how many bytes of a file precede its last ones, and at most `limit` last bytes."""
-    size = os.fstat(fd).st_size
-    if not size:
-        return 0, b""
-    kept = min(limit, size)
-    os.lseek(fd, size - kept, os.SEEK_SET)
-    return size - kept, os.read(fd, kept)
 
 
 class Output(LockFile):
@@ -4539,7 +4621,7 @@ class WorkerHandle:
         self.state: WorkerState = "busy"  # a new worker looks for a job by itself
         self.answer_by = NEVER  # when an answer is overdue, on the monotonic clock
         self.cancelled = ""  # the key of the attempt that it was asked to cancel
-        if not WINDOWS:
+        if sys.platform != "win32":
             os.set_blocking(pipe.fileno(), False)
 
     def send(self, *request: str) -> None:
@@ -5060,7 +5142,7 @@ def work(  # noqa: PLR0913
     *,
     queues: Sequence[str] = (),
     drain: bool = False,
-    horizon: float = LONGEST,
+    horizon: Duration = LONGEST,
     insecure: bool = False,
     signals: bool = False,
     say: Callable[[str], None] = ignore,
@@ -5069,15 +5151,16 @@ def work(  # noqa: PLR0913
 ) -> int:
     """Run jobs with `count` workers until stopped or, with `drain`, until nothing is left to run.
 
-    A drain does not wait for jobs that are due later than `horizon` seconds from now. Returns the
+    A drain does not wait for jobs that are due later than `horizon` from now. Returns the
     exit code: 0; 1 if a job died during a drain or is left blocked; 128+n if signal n ended the
     jobs. `signals` lets INT, TERM and HUP stop it, which only a main thread may ask for;
     `queuectl worker stop` always can. `say` gets a line for each event, `tick` is called at least
     once a second. `insecure` is as in Queue. `name` names the pool in the run directory.
     """
     validate("count", integer(1, 1000), count)
+    until = validate("horizon", parse_duration, horizon)
     hooks = (say, tick, name)
-    options = PoolOptions(count, as_list(queues), drain, horizon, insecure, signals, *hooks)
+    options = PoolOptions(count, as_list(queues), drain, until, insecure, signals, *hooks)
     end_a_thread()
     with Queue(path, insecure=insecure) as queue:
         queue.config()  # with damaged settings no worker could begin
@@ -5443,8 +5526,8 @@ def changed_jobs(reader: Reader, chosen: Selection, since: float) -> Iterator[Jo
     Those that have ended come first, so that a job that ends meanwhile is not read twice.
     """
     now = reader.clock()
-    kinds = [(state, READY) for state in (*FINISHED, PROCESSING)]
-    kinds += [(PENDING, readiness) for readiness in READINESS_WORDS]
+    kinds: list[tuple[State, int]] = [(state, READY) for state in (*FINISHED, PROCESSING)]
+    kinds.extend((PENDING, readiness) for readiness in READINESS_WORDS)
     for kind in kinds if since and not chosen.ids else ():
         seqs = reader.seqs_in_state(*kind, since)
         while numbers := list(islice(seqs, SLICE)):
@@ -6743,11 +6826,11 @@ def handler_class(respond: Callable[[Request], Response]) -> Any:
 
         do_HEAD = do_POST = do_GET  # noqa: N815
 
-        def send_error(self, code: int, *_: Any) -> None:
+        def send_error(self, code: int, *_: Any, **_more: Any) -> None:
             error = Refused(405 if code == 501 else code, "this request is not understood")
             self.wfile.write(encode_response(refusal(error), head_only=False))
 
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, *_: Any, **_more: Any) -> None:
             """Log nothing: a request may have the token in it."""
 
     return Handler
@@ -7081,17 +7164,8 @@ def runs_html(job: Job, runs: Iterable[Attempt], now: float) -> str:
     return html_grid(("run", "started", "took#", "waited#", "ended", "worker"), rows)
 
 
-def read_output(reader: Reader, job: Job, run: int, limit: int) -> bytes:
-    """Return the end of the output of an attempt, which may still run."""
-    path = reader.db.run_dir.output_file(job._replace(run=run))
-    with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=open_own) as file:
-        return last_bytes(file.fileno(), limit)[1]
-    asked = {"seq": job.seq, "run": run, "start": -limit}
-    return b"".join(bytes(row[0]) for row in reader.db.rows(OUTPUT_TAIL, asked))
-
-
 def output_html(reader: Reader, job: Job, run: int) -> str:
-    output = read_output(reader, job, run, SHOWN_OUTPUT)
+    output = reader.output(job, run, SHOWN_OUTPUT)
     note = f", its last {SHOWN_OUTPUT} bytes" if len(output) == SHOWN_OUTPUT else ""
     raw = link("as text", "/output", id=job.id, run=run)
     text = printable_lines(output.decode(errors="backslashreplace")).translate(ESCAPED)
@@ -7305,7 +7379,7 @@ class Site:
         if request.path == "/output":
             job = reader.get(request.text("id"))
             run = request.number("run") or job.run
-            return Response(200, read_output(reader, job, run, LARGEST_RAW), "text/plain")
+            return Response(200, reader.output(job, run, LARGEST_RAW), "text/plain")
         if request.path not in PAGES:
             raise NotFound("there is no such page")
         return self.show(PAGES[request.path](reader, request), request)
@@ -7425,10 +7499,10 @@ class Doctor:
         lock = LockFile(path)
         command = [SYSTEM.PYTHON, "-c", "input()"]
         inherited: Any = {} if WINDOWS else {"pass_fds": [lock.fd]}
-        with subprocess.Popen(command, stdin=subprocess.PIPE, **inherited) as heir:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, **inherited) as heir:
             os.close(lock.fd)
             held = WINDOWS or not SYSTEM.is_unlocked(path)
-            heir.communicate(b"\n")
+            heir.communicate("\n")
         if not held or not SYSTEM.is_unlocked(path):
             raise Fault("a lock is not kept by a child that inherits it; queuectl needs flock()")
         return "a lock is held as long as a process that inherited it lives"
@@ -7765,9 +7839,8 @@ def say_event(text: str) -> None:
 
 def cpu_count() -> int:
     """Return the number of CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    usable = getattr(os, "sched_getaffinity", None)
+    return len(usable(0)) if usable else os.cpu_count() or 1
 
 
 def check_reports(args: argparse.Namespace) -> None:
@@ -7839,7 +7912,7 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
         if waited > 1:
             busy = [job.id for job in queue._reader.claimed() if job.locked_by in workers]
             notices.report(f"waiting for {', '.join(busy) or 'the workers to exit'}", key="waiting")
-    say(f"workers are still running after {format_duration(args.timeout)}")
+    say(f"workers are still running after {format_duration(args.timeout or 0)}")
     return Exit.TIMED_OUT
 
 

@@ -54,8 +54,10 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import datetime
 import faulthandler
 import functools
+import gc
 import glob
 import hashlib
 import html.parser
@@ -65,6 +67,8 @@ import json
 import multiprocessing
 import operator
 import os
+import pathlib
+import pydoc
 import re
 import select
 import shlex
@@ -8815,6 +8819,106 @@ class Library(Clocked):
         self.assertEqual(list(self.queue._reader.drain_blockers("gpu-2")), ["gpu-2"])
         self.assertEqual(claim(self.queue, "worker-1", "gpu-2").queue, "gpu-2")
 
+    def test_paths_times_and_durations_are_taken_as_objects(self) -> None:
+        """A datetime without a time zone is local time."""
+        local = datetime.datetime(2030, 1, 31, 8, 0)  # noqa: DTZ001
+        earliest = datetime.datetime.min  # noqa: DTZ901
+        minute = datetime.timedelta(minutes=1)
+        delays = [minute, "2m"]
+        queue = Queue(pathlib.Path(self.path), clock=lambda: self.now)
+        self.addCleanup(queue.close)
+        fields: dict[str, Any] = {"cwd": pathlib.Path("/"), "timeout": minute}
+        queue.enqueue("true", id="a", delay=minute, retry_delays=delays, every=minute, **fields)
+        queue.enqueue("true", id="b", run_at=local)
+        queue.edit("b", timeout=minute)
+        queue.enqueue("true", id="c", run_at=local.astimezone(datetime.timezone.utc))
+        a, b, c = map(queue.get, "abc")
+        self.assertEqual((a.cwd, a.timeout, b.timeout), (os.path.abspath("/"), 60, 60))
+        self.assertEqual((a.run_after, a.retry_delays, a.rule), (1e6 + 60, "60,120", "every 60"))
+        self.assertEqual((b.run_after, c.run_after), (local.timestamp(),) * 2)
+        queue.configure("kill_grace", minute)
+        self.assertEqual(queue.config()["kill_grace"], 60)
+        with self.assertRaisesRegex(queuectl.TimedOut, "within 0.01 s"):
+            queue.wait(["a"], datetime.timedelta(seconds=0.01))
+        queue.cancel("c")
+        self.assertEqual((queue.prune(minute), queue.prune(0 * minute)), (0, 1))
+        for bad in ({"delay": -minute}, {"run_at": earliest}, {"timeout": local}):
+            with self.subTest(bad), self.assertRaises(queuectl.BadInput):
+                queue.enqueue("true", **bad)
+
+    def test_path_of_no_file_is_refused(self) -> None:
+        for path in ("", ":memory:", "file:x?mode=memory", "FILE:/x", "sqlite:///x"):
+            with self.subTest(path), self.assertRaisesRegex(
+                queuectl.BadInput, "^path must [^\n]+$"
+            ):
+                Queue(path)
+        self.assert_refused("--db", ":memory:", "enqueue", "true")
+        self.assertEqual(glob.glob(self.file("[!q]*")), [])
+        Queue(self.file(":memory:")).close()  # this is a file
+
+    def test_unknown_state_is_refused_with_a_suggestion(self) -> None:
+        for act in (self.queue.jobs, lambda states: self.queue.prune(states=states)):
+            for states in (["PENDING"], "PENDING", ["dead", "pendin"]):
+                expected = "^states has no state .*: did you mean pending\\?$"
+                with self.subTest(states), self.assertRaisesRegex(queuectl.BadInput, expected):
+                    act(states)
+        self.queue.enqueue("true", id="x", delay=9)
+        self.assertEqual([job.id for job in self.queue.jobs("dead,scheduled")], ["x"])
+
+    @internal
+    def test_output_is_that_of_the_attempt_that_runs_or_ran_last(self) -> None:
+        queue = self.queue
+        queue.enqueue("true", id="nightly", every=60)
+        self.assertEqual((queue.output("nightly"), self.attempts("nightly")), (b"", []))
+        queue._db.run_dir.make()
+        for run, written in enumerate((b"one", b"\xfftwo"), 1):
+            self.now += 60
+            job = self.claim()
+            self.write(os.path.basename(self.path) + f".run/{job.seq}.1.out", "begun")
+            self.assertEqual((queue.output("nightly"), queue.output(job)), (b"begun",) * 2)
+            os.unlink(queue._db.run_dir.output_file(job))
+            done = Outcome("exited", self.now, self.now, 0, None, 0, written)
+            queue._ledger.finish(job, done)
+            found = [queue.output("nightly"), queue.output(f"nightly.{run}"), queue.output(job, 1)]
+            self.assertEqual(found, [written] * 3)
+        for job_id, number in (("nosuch", None), ("nightly.1", 2), ("nightly.1", 0)):
+            with self.subTest(number), self.assertRaises(queuectl.NotFound):
+                queue.output(job_id, number)
+
+    @unittest.skipUnless(LINUX, "counts the descriptors in /proc")
+    def test_connections_of_ended_threads_are_closed(self) -> None:
+        def descriptors() -> int:
+            return len(os.listdir("/proc/self/fd"))
+
+        def serve() -> None:
+            self.queue.enqueue("true")
+            self.queue.counts()
+
+        before = descriptors()
+        gc.disable()  # else it might find them
+        self.addCleanup(gc.enable)
+        for _ in range(20):
+            thread = threading.Thread(target=serve)
+            thread.start()
+            thread.join()
+        self.assertLessEqual(descriptors(), before + 2)
+
+    def test_help_documents_all_public_names_and_only_them(self) -> None:
+        text = pydoc.plain(pydoc.render_doc(queuectl))
+        self.assertIn("queue.enqueue(", text[:500])
+        for name in queuectl.__all__:
+            public = getattr(queuectl, name)
+            self.assertTrue(pydoc.getdoc(public), name)
+            self.assertTrue(re.search(rf"(class {name}\b|\b{name}\()", text), name)
+        for name, method in vars(Queue).items():
+            if not name.startswith("_"):
+                self.assertTrue(pydoc.getdoc(method), name)
+        for record in (queuectl.Job, queuectl.Attempt, Queue.enqueue):
+            words = set(re.findall(r"\w+", str(record.__doc__)))
+            fields = getattr(record, "_fields", (*queuectl.FIELDS, "if_absent"))
+            self.assertEqual(set(fields) - words - {"command"}, set())
+        self.assertFalse("class Ledger" in text)
+
     @NEEDS_SHELL
     def test_work_restores_signal_handlers_and_mask(self) -> None:
         numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -8931,14 +9035,39 @@ with Queue("jobs.db") as queue:
         self.assertEqual(self.job("x").state, "completed")
         self.assertFalse(os.path.exists(self.file("loaded")))
 
+    TYPED = (
+        APP.replace("vendor.", "")
+        + """
+    from datetime import timedelta
+    from pathlib import Path
+    queue.enqueue("true", cwd=Path("x"), timeout=timedelta(hours=1), after=[job])
+    queue.wait([job], timedelta(hours=1))
+    print(queue.output(job).decode(), queue.edit([job], priority=1)[0].priority + 1)
+"""
+    )
+
+    @SLOW
     def test_program_that_imports_it_passes_strict_type_checking(self) -> None:
         if not shutil.which("mypy"):
             self.skipTest("mypy is not installed")
         shutil.copy(PROGRAM, self.dir)
-        self.write("app.py", self.APP.replace("vendor.", "") + "reveal_type(done.exit_code)\n")
-        result = self.process("mypy", "--strict", "app.py")
-        self.assertRegex(result.stdout, r"(int \| None|Union\[.*int.*None\])")
-        self.assertEqual(result.returncode, 0, result.stdout)
+        self.write("app.py", self.TYPED + "reveal_type(done.exit_code)\n")
+        for platform in ("linux", "darwin", "win32"):
+            with self.subTest(platform):
+                result = self.process("mypy", "--strict", "--platform", platform, "app.py")
+                self.assertRegex(result.stdout, r"(int \| None|Union\[.*int.*None\])")
+                self.assertEqual(result.returncode, 0, result.stdout)
+
+    @SLOW
+    def test_program_that_imports_it_passes_pyright(self) -> None:
+        if not shutil.which("pyright"):
+            self.skipTest("pyright is not installed")
+        shutil.copy(PROGRAM, self.dir)
+        self.write("app.py", self.TYPED)
+        for platform in ("Linux", "Darwin", "Windows"):
+            with self.subTest(platform):
+                result = self.process("pyright", "--pythonplatform", platform, ".")
+                self.assertEqual(result.returncode, 0, result.stdout)
 
 
 @unittest.skipIf(

@@ -848,6 +848,20 @@ def change_validator(key: str) -> Validator:
 EDITABLE = {key: change_validator(key) for key in FIELDS if key != "id"}
 
 
+def rule_of(fields: Mapping[str, Any]) -> str | None:
+    """Return the rule that the fields of a schedule give it."""
+    if "every" in fields:
+        return f"every {fields['every']:.15g}"
+    return f"cron {fields['cron']}" if "cron" in fields else None
+
+
+def differing_fields(job: Job, fields: Mapping[str, Any]) -> list[str]:
+    """Return the names of validated fields that a job has other values of."""
+    stored = {**job._asdict(), "env": json.loads(job.env or "{}")}
+    found = [key for key in fields if key in stored and key != "id" and stored[key] != fields[key]]
+    return found + ["rule"] * (job.state not in FINISHED and job.rule != rule_of(fields))
+
+
 def validate_changes(fields: Mapping[str, object]) -> dict[str, Any]:
     """Return the validated new fields of a waiting job, or raise BadInput."""
     if not fields:
@@ -1021,6 +1035,13 @@ def retry_delay(job: Job, attempts: int, settings: Settings, chance: float) -> f
     return delay * float(1 - settings["jitter"] * chance)
 
 
+def retry_time(job: Job, delay: float, now: float) -> float:
+    """Return when a job is tried again: no later than the next occurrence of its schedule."""
+    if delay and job.rule:
+        return min(now + delay, next_occurrence(job.rule, job.scheduled_for or now, now))
+    return now + delay
+
+
 def after_attempt(
     job: Job, outcome: Outcome, settings: Settings, now: float, chance: float = 0.0
 ) -> Job:
@@ -1042,12 +1063,12 @@ def after_attempt(
     if code == TRY_LATER and not final and job.snoozes < settings["max_snoozes"]:
         after = after._replace(attempts=job.attempts - 1, snoozes=job.snoozes + 1)
         pause = retry_delay(job, after.snoozes, settings, chance)
-        return after._replace(state=PENDING, run_after=now + pause)
+        return after._replace(state=PENDING, run_after=retry_time(job, pause, now))
     if final or job.attempts >= (job.max_retries or settings["max_retries"]):
         return after._replace(state=DEAD)
     crashed = outcome.end == "crashed"
     pause = 0 if crashed else retry_delay(job, job.attempts, settings, chance)
-    return after._replace(state=PENDING, run_after=now + pause)
+    return after._replace(state=PENDING, run_after=retry_time(job, pause, now))
 
 
 def describe_end(job: Job, after: Job | None, outcome: Outcome) -> str:
@@ -3390,10 +3411,8 @@ class Ledger:
     def add(self, row: dict[str, Any], now: float) -> int:
         """Insert a validated job, a row of INSERTED with its other fields; return its number."""
         when = row.get("run_at", now + row.get("delay", 0))
-        if "every" in row:
-            row["rule"] = f"every {row['every']:.15g}"
+        row["rule"] = rule_of(row)
         if "cron" in row:
-            row["rule"] = f"cron {row['cron']}"
             when = cron_next(row["cron"], now)
         if row["rule"]:
             row["scheduled_for"] = when
@@ -3813,26 +3832,31 @@ class Queue:
 
         With `if_absent`, a job whose id is taken is left as it is, and its id comes last.
         """
+        return self._enqueue(jobs, [] if if_absent else None)
+
+    def _enqueue(
+        self, jobs: Iterable[Mapping[str, object]], taken: list[Any] | None
+    ) -> Iterator[str]:
+        """Add all jobs or none; put the fields of those whose ids are taken into a list."""
         now = self._reader.clock()
         here = ""
         with contextlib.suppress(FileNotFoundError):  # then each job must have a cwd
             here = os.getcwd()
         blank: dict[str, Any] = dict.fromkeys(INSERTED)
         blank.update(queue="default", priority=0, cwd=here, created_at=now, updated_at=now)
-        taken = []
         with self._db.transaction(notify=True):
             first = seq = self._ledger.last_seq() + 1
             for fields in jobs:
                 job = validate_fields(fields)
                 if "id" in job and self._reader.is_taken(job["id"]):
-                    if not if_absent:
+                    if taken is None:
                         raise BadInput(f"job {job['id']} already exists; use another id")
-                    taken.append(job["id"])
+                    taken.append(job)
                 else:
                     seq = self._ledger.add({**blank, **job, "seq": seq}, now) + 1
             ids = self._ids(first, seq - 1)
             head = list(islice(ids, 1000))  # before they can be pruned; a million ids in slices
-        return chain(head, ids, taken)
+        return chain(head, ids, (job["id"] for job in taken or ()))
 
     def _ids(self, first: int, last: int) -> Iterator[str]:
         while rows := self._db.rows(IDS_BETWEEN, {"first": first, "last": last}):
@@ -7770,6 +7794,14 @@ def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict
         yield {**fields, **given}
 
 
+def report_kept(queue: Queue, fields: Mapping[str, Any]) -> None:
+    """Report where the job that has an id already is not the one that was to be added."""
+    job = queue.get(fields["id"])
+    if differing := differing_fields(job, fields):
+        hint = f"; queuectl edit {quoted(fields['id'])} changes it" if job.state == PENDING else ""
+        say(f"job {job.id} exists with another {', '.join(differing)}, and stays as it is{hint}")
+
+
 def cmd_enqueue(args: argparse.Namespace) -> None:
     import shutil
     import tempfile
@@ -7784,8 +7816,11 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
                     validate_fields(job)
             jobs = with_options(args, described_jobs(args, stdin, at))
             with Queue(args.db, insecure=args.insecure) as queue:
-                for job_id in queue.enqueue_many(jobs, if_absent=args.if_absent):
+                taken: list[Any] | None = [] if args.if_absent else None
+                for job_id in queue._enqueue(jobs, taken):
                     print(job_id)
+                for fields in taken or ():
+                    report_kept(queue, fields)
         except BadInput as error:
             raise BadInput(f"line {at[0]}: {error}" if at[0] else str(error)) from None
 

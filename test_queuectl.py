@@ -1111,6 +1111,31 @@ class RulesRetry(Case):
         self.assert_table(cases, wait)
         self.assertEqual(queuectl.valid_delays([1, "2m", 0.5]), "1,120,0.5")
 
+    @internal
+    def test_retry_of_a_schedule_waits_no_longer_than_until_its_next_occurrence(self) -> None:
+        settings = {key: setting.default for key, setting in queuectl.SETTINGS.items()}
+        cases = {  # rule, end, exit code, attempts, snoozes, delays -> wait; now is 10 minutes late
+            ("every 3600", "exited", 75, 1, 0, None): 2,
+            ("every 3600", "exited", 75, 1, 14, None): 3000,
+            ("every 60", "exited", 75, 1, 14, None): 60,
+            ("cron 0 * * * *", "exited", 75, 1, 14, None): 3000,
+            ("every 3600", "exited", 1, 14, 0, None): 3000,
+            ("every 3600", "exited", 1, 1, 0, "7200"): 3000,
+            ("every 3600", "exited", 1, 1, 0, "0"): 0,
+            ("every 3600", "timed out", None, 14, 0, None): 3000,
+            ("every 3600", "crashed", None, 2, 0, None): 0,
+            (None, "exited", 75, 1, 14, None): 2**15,
+        }
+
+        def wait(case: tuple[Any, ...]) -> float:
+            rule, end, code, attempts, snoozes, delays = case
+            job = make_job(rule=rule, attempts=attempts, snoozes=snoozes, retry_delays=delays)
+            job = job._replace(scheduled_for=360_000.0, max_retries=99)
+            outcome = Outcome(end, 360_000.0, 360_600.0, code, "x")
+            return queuectl.after_attempt(job, outcome, settings, 360_600.0).run_after - 360_600
+
+        self.assert_table(cases, wait)
+
 
 class RulesCron(Case):
     """Cron rules, and the next time that one names."""
@@ -7389,11 +7414,28 @@ class CliEnqueue(Case):
     """`enqueue` of an id that is taken."""
 
     def test_duplicate_id_is_an_error_unless_if_absent_is_given(self) -> None:
-        self.assertEqual(self.result("enqueue", "--id", "x", "echo 1"), (0, "x\n", ""))
+        self.assertEqual(self.result("enqueue", "--id", "x", "a"), (0, "x\n", ""))
         error = "queuectl: job x already exists; use another id\n"
         self.assertEqual(self.result("enqueue", "--id", "x", "echo 2"), (2, "", error))
         self.assert_refused("enqueue", '[{"id":"y","command":"a"},{"id":"y","command":"b"}]')
-        self.assertEqual(self.result("enqueue", "--id", "x", "--if-absent", "b"), (0, "x\n", ""))
+        add = ("enqueue", "--if-absent")
+        self.assertEqual(self.result(*add, "--id", "x", "a"), (0, "x\n", ""))
+        self.stdout("enqueue", "--id", "night", "--cron", "@daily", "--timeout", "60", "a")
+        kept = "and stays as it is"
+        for line, said in {
+            "--id x b": f"job x exists with another command, {kept}; queuectl edit x changes it\n",
+            "--id x --every 60 -p 3 a": f"job x exists with another priority, rule, {kept}",
+            "--id night --cron @daily a": "",
+            "--id night --cron @daily --timeout 1m a": "",
+            "--id night --cron @daily --env A=1 a": "another env,",
+            "--id night --cron @hourly a": f"job night.1 exists with another rule, {kept}",
+            "--id night a": "another rule",
+        }.items():
+            with self.subTest(line):
+                code, out, err = self.result(*add, *line.split())
+                self.assertEqual((code, out), (0, line.split()[1] + "\n"))
+                self.assertRegex(err, ONE_LINE if said else "^$")
+                self.assertIn(said, err)
         self.assertEqual([job["command"] for job in self.json_lines("list")], ["echo 1"])
 
     def test_stdin_is_given_as_text_or_as_a_file(self) -> None:

@@ -7436,7 +7436,7 @@ class CliEnqueue(Case):
                 self.assertEqual((code, out), (0, line.split()[1] + "\n"))
                 self.assertRegex(err, ONE_LINE if said else "^$")
                 self.assertIn(said, err)
-        self.assertEqual([job["command"] for job in self.json_lines("list")], ["echo 1"])
+        self.assertEqual([job["command"] for job in self.json_lines("list")], ["a", "a"])
 
     def test_stdin_is_given_as_text_or_as_a_file(self) -> None:
         self.write("input", "from é\n")

@@ -5787,7 +5787,8 @@ def cells_of(name: str, item: Facts) -> list[str]:
 
 
 def headline(facts: Facts) -> str:
-    return ", ".join(f"{facts[state]} {state}" for state in STATES)
+    counts = ", ".join(f"{facts[state]} {state}" for state in STATES)
+    return f"{counts}; {facts['rate']:,.3g} jobs/s, {facts['attempts']} attempts\n"
 
 
 # HTML. The page needs no script; everything that a job supplied goes through `safe`.
@@ -6148,8 +6149,7 @@ def fenced(text: str) -> str:
 
 def markdown_blocks(report: Report) -> Iterator[str]:
     facts = report.facts()
-    rate = f"{facts['rate']:,.3g} jobs/s, {facts['attempts']} attempts"
-    yield f"### queuectl: {headline(facts)}\n\n{rate}\n"
+    yield f"### queuectl: {headline(facts)}"
     yield from (markdown_table(facts, name) for name in ("queues", "flaky", "slowest"))
     for job in facts["dead_jobs"]:
         output = report.reader.output_tail(job["seq"], job["run"], TAIL).strip()
@@ -6176,7 +6176,7 @@ def markdown_report(report: Report) -> Iterator[str]:
 def text_report(report: Report) -> Iterator[str]:
     """Yield one screen: counts, times by queue, reasons of failures, and notable jobs."""
     facts = report.facts()
-    yield f"{headline(facts)}; {facts['rate']:,.3g} jobs/s, {facts['attempts']} attempts\n"
+    yield headline(facts)
     limits = {"queues": 5, "failures": 5, "slowest": 3, "retried": 3, "flaky": 3}
     for name, limit in limits.items():
         headings = [name, *headings_of(name)[1:]]
@@ -6823,14 +6823,6 @@ class JobFilter(NamedTuple):
     at: str = ""
     after: str = ""
 
-    def start(self) -> tuple[float, int]:
-        """Return the time and the number after which the page begins."""
-        try:
-            at = float(self.at or NEVER)
-        except ValueError:
-            raise BadInput("at must be a number") from None
-        return at, validate("after", integer(0, LAST), self.after or LAST)
-
     def following(self, reader: Reader, at: float, seq: int) -> list[Job]:
         """Return the jobs that follow a place in the order of the page, matching or not."""
         if not self.state:
@@ -6847,7 +6839,8 @@ def find_jobs(reader: Reader, chosen: JobFilter) -> tuple[list[Job], JobFilter |
     """
     wanted = Selection(queues=[chosen.queue] if chosen.queue else [], match=chosen.match)
     found: list[Job] = []
-    at, seq = chosen.start()
+    seq = validate("after", integer(0, LAST), chosen.after or LAST)
+    at = validate("at", number(0, LAST), chosen.at or LAST)
     deadline = time.monotonic() + SEARCH_SECONDS
     while len(found) < PAGE_SIZE and time.monotonic() < deadline:
         jobs = chosen.following(reader, at, seq)
@@ -6989,11 +6982,13 @@ def schedules_page(reader: Reader, request: Request) -> Page:
 
 def workers_page(reader: Reader, _request: Request) -> Page:
     rows = []
-    for name, pid, job, since, command in worker_rows(worker_facts(reader), reader.clock()):
+    for *about, job, since, command in worker_rows(worker_facts(reader), reader.clock()):
         claimed = job_link(str(job)) if since else "idle"
-        rows.append((safe(name), safe(pid), claimed, safe(since), code(str(command))))
-    headings = [heading.lower() for heading in WORKER_HEADINGS]
-    table = html_grid(headings, rows) or "No worker is running (queuectl worker start)."
+        rows.append((*map(safe, about), claimed, safe(since), code(str(command))))
+    table = (
+        html_grid([heading.lower() for heading in WORKER_HEADINGS], rows)
+        or "No worker is running (queuectl worker start)."
+    )
     return Page("Workers", {"workers": card(table)})
 
 

@@ -25,7 +25,7 @@ The classes mirror the sections of queuectl.py, in the same order:
                      PoolTrouble PoolTroubleLive
     words            WordsWhy WordsProgress
     report           ReportFacts ReportFormats ReportDrain
-    web              PageParser Web WebGate WebServer WebCommand WebPages WebActions WebCost
+    web              Web WebGate WebServer WebCommand WebPages WebActions WebCost
                      WebHostile
     doctor           DoctorTrials
     command line     CliEnqueue CliEnqueueLive CliBadInput CliWorkers CliStatus CliStatusLive
@@ -428,7 +428,8 @@ class Tags(html.parser.HTMLParser):
         self.found.append((tag, dict(attrs)))
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self.found and self.found[-1][0] not in ("script", "style"):
+            self.text += data
 
 
 HOSTILE = "NUL\0 ]]> \x1b[31mred\x1b[m <script>alert(1)</script> \u202eevil\u2066 ``` x | y & \"'"
@@ -6655,23 +6656,6 @@ class ReportDrain(Live):
 # --- web ------------------------------------------------------------------------------------------
 
 
-class PageParser(html.parser.HTMLParser):
-    """Collects the elements of a page, with their attributes, and its text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        if self.elements and self.elements[-1][0] not in ("script", "style"):
-            self.text += data
-
-
 class Web(Case):
     """A queue and its server, in a thread, which the tests of a class share."""
 
@@ -7084,12 +7068,12 @@ class WebPages(Web):
         }
         for target, words in cases.items():
             page = self.ask(target)
-            text = PageParser(page.page).text
+            text = Tags(page.page).text
             for word in words:
                 with self.subTest(target, word=word):
                     self.assertIn(word, text)
-        self.assertNotIn("done", PageParser(self.ask("/jobs?state=dead").page).text)
-        self.assertNotIn("bad", PageParser(self.ask("/jobs?queue=gpu&match=DON").page).text)
+        self.assertNotIn("done", Tags(self.ask("/jobs?state=dead").page).text)
+        self.assertNotIn("bad", Tags(self.ask("/jobs?queue=gpu&match=DON").page).text)
         self.assertIn("did you mean worse", self.ask("/job?id=worsee").page)
 
     def test_workers_and_their_jobs_are_shown(self) -> None:
@@ -7098,7 +7082,7 @@ class WebPages(Web):
         busy = {**idle, "worker": "worker-2", "job": "next", "command": "make all"}
         busy["since"] = about["started"]
         with mock.patch.object(queuectl, "worker_facts", return_value=[idle, busy]):
-            text = PageParser(self.ask("/workers").page).text
+            text = Tags(self.ask("/workers").page).text
         for word in ("worker-1", "77", "gpu", "idle", "next", "make all"):
             self.assertIn(word, text)
 
@@ -7118,7 +7102,7 @@ class WebPages(Web):
                 while target:
                     page = self.ask(target).page
                     shown += re.findall(r'name="id" value="(many\d+)"', page)
-                    links = [e for tag, e in PageParser(page).elements if tag == "a"]
+                    links = [e for tag, e in Tags(page).found if tag == "a"]
                     target = next((e["href"] for e in links if "after=" in str(e["href"])), "")
             with self.subTest(state):
                 self.assertEqual(len(shown), len(set(shown)))
@@ -7157,7 +7141,7 @@ class WebActions(Web):
         self.assertEqual(self.state("bad"), "dead")
         fields = [
             (item["name"], item["value"])
-            for tag, item in PageParser(page.page).elements
+            for tag, item in Tags(page.page).found
             if tag in ("input", "button") and "name" in item
         ]
         done = self.ask("/act", "POST", urllib.parse.urlencode(fields))
@@ -7202,7 +7186,7 @@ class WebActions(Web):
             with self.subTest(fields):
                 answer = self.act(**fields)
                 self.assertEqual(answer.status, status)
-                self.assertIn(words, PageParser(answer.page).text)
+                self.assertIn(words, Tags(answer.page).text)
         self.assertEqual(self.states(), before)
 
     def test_way_back_is_a_page_of_this_site(self) -> None:
@@ -7318,20 +7302,20 @@ class WebHostile(Web):
     def test_no_byte_of_a_job_is_markup(self) -> None:
         for target, page in self.pages():
             with self.subTest(target):
-                parser = PageParser(page)
-                self.assertLessEqual({tag for tag, _ in parser.elements}, self.TAGS)
-                names = {name for _, attributes in parser.elements for name in attributes}
+                parser = Tags(page)
+                self.assertLessEqual({tag for tag, _ in parser.found}, self.TAGS)
+                names = {name for _, attributes in parser.found for name in attributes}
                 self.assertEqual([n for n in names if n.startswith("on") or n == "style"], [])
-                scripts = [item for tag, item in parser.elements if tag == "script"]
+                scripts = [item for tag, item in parser.found if tag == "script"]
                 self.assertTrue(all(item["nonce"] for item in scripts) and len(scripts) <= 1)
-                links = [item.get("href", "/") for _, item in parser.elements]
+                links = [item.get("href", "/") for _, item in parser.found]
                 self.assertEqual([url for url in links if not url or url[0] != "/"], [])
                 self.assertTrue(page.replace("\n", "").isprintable())
                 self.assertLess(len(page), 500_000)
 
     def test_hostile_output_is_shown_escaped(self) -> None:
         page = self.ask("/job?" + urllib.parse.urlencode({"id": self.BAD + "1"})).page
-        text = PageParser(page).text
+        text = Tags(page).text
         self.assertIn(self.BAD + "]]>\\x1b[31m\\u202e\\x07", text)
         self.assertIn("its last 65536 bytes", text)
 

@@ -5824,6 +5824,7 @@ rect, path { fill: var(--hue, var(--dim)); }
 .axis { display: flex; justify-content: space-between; color: var(--dim); font-size: .75rem;
   border-top: 1px solid var(--line); }
 .lane + .axis { margin-left: 1.8rem; }
+@media (max-width: 30rem) { .axis span:nth-child(even) { display: none; } }
 i { display: inline-block; width: .7rem; height: .7rem; margin: 0 .3rem 0 .9rem;
   background: var(--hue, var(--dim)); }
 .wide { overflow-x: auto; }
@@ -7031,9 +7032,8 @@ def confirmation(action: str, key: str, names: Sequence[str], back: str) -> Page
     items = "".join(element("li", safe(name)) for name in names[:PAGE_SIZE] if name)
     more = len(names) - PAGE_SIZE
     rest = element("p", f"and {more} more") if more > 0 else ""
-    form = action_form(
-        "", (action,), back, [*((key, name) for name in names), ("confirmed", "yes")]
-    )
+    fields = [*((key, name) for name in names), ("confirmed", "yes")]
+    form = action_form("", (action,), back, fields)
     leave = element("a", "Change nothing", href=back)
     return Page(title, {}, card(element("ul", items) + rest + form + leave, safe(title)))
 

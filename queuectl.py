@@ -6388,14 +6388,12 @@ TAIL = 4096  # bytes of an attempt's output that a report shows
 SHORT_TAIL = 1500  # where it shows one for each reason of failures
 LISTED = 10  # entries of a list of the slowest jobs, for instance
 DEAD_LISTED = 1000  # of all dead jobs
-GROUPS = 20  # reasons of failures that are shown, of at most 1000 that are told apart
+GROUPS = 20  # reasons of failures that are shown
 BARS = 8000  # of a Gantt chart
 LANES = 64
 BLAMELESS = (COMPLETED, "released", CANCELLED)  # outcomes of attempts that did not fail
-SHORT_BUCKETS = (1, 5, 10, 50, 150, 300, 600, 3000, 9000, 18000)  # widths in tenths of a second
-BUCKETS = (*SHORT_BUCKETS, 36000, 108000, 216000, 432000, 864000, 6048000)  # 1 h to a week
-
-
+SHORT_BUCKETS = (0.1, 0.5, 1, 5, 15, 30, 60, 300, 900, 1800)  # widths in seconds
+BUCKETS = (*SHORT_BUCKETS, 3600, 10800, 21600, 43200, 86400, 604800, 2419200, 31536000)  # a year
 REPORTED = Selection(notifications=False)
 
 
@@ -6408,11 +6406,6 @@ class History(NamedTuple):
     job: Job
     runs: list[Attempt]
     failures: list[Attempt]
-
-    @property
-    def took(self) -> float:
-        """The seconds that the last attempt took."""
-        return sum(run.finished - run.started for run in self.runs[-1:])
 
 
 def history(job: Job, runs: list[Attempt]) -> History:
@@ -6427,18 +6420,18 @@ def changed_jobs(reader: Reader, chosen: Selection, since: float) -> Iterator[Jo
 
     Those that have ended come first, so that a job that ends meanwhile is not read twice.
     """
+    if chosen.ids or not since:
+        yield from (job for job in reader.selected(chosen) if job.updated_at >= since)
+        return
     now = reader.clock()
     kinds: list[tuple[State, int]] = [(state, READY) for state in (*FINISHED, PROCESSING)]
     kinds.extend((PENDING, readiness) for readiness in READINESS_WORDS)
-    for kind in kinds if since and not chosen.ids else ():
+    for kind in kinds:
         seqs = reader.seqs_in_state(*kind, since)
         while numbers := list(islice(seqs, SLICE)):
             jobs = reader.by_seqs(numbers)
-            yield from (
-                job for job in jobs if kind == (job.state, job.readiness) and chosen.takes(job, now)
-            )
-    if chosen.ids or not since:
-        yield from (job for job in reader.selected(chosen) if job.updated_at >= since)
+            still = (job for job in jobs if kind == (job.state, job.readiness))
+            yield from (job for job in still if chosen.takes(job, now))
 
 
 def histories(reader: Reader, jobs: Iterable[Job], since: float = 0) -> Iterator[History]:
@@ -6460,85 +6453,24 @@ def drain_histories(
     yield from histories(reader, reader.selected(waiting), since)
 
 
-class Distribution:
-    """Durations in logarithmic buckets: quantiles are exact to 2 %, whatever their number."""
+def numbers_array() -> Any:
+    """Return an array of floats: 8 bytes each, where a list of a million would take 32 MB."""
+    from array import array
 
-    STEP = math.log(1.02)
-
-    def __init__(self, parts: Iterable[Distribution] = ()) -> None:
-        self.number = 0
-        self.max = 0.0
-        self.buckets: dict[int, tuple[int, float]] = {}  # the number of durations, and the longest
-        for part in parts:
-            for bucket, (number, longest) in part.buckets.items():
-                self.put(bucket, number, longest)
-
-    def put(self, bucket: int, number: int, longest: float) -> None:
-        before = self.buckets.get(bucket, (0, 0.0))
-        self.buckets[bucket] = (before[0] + number, max(before[1], longest))
-        self.number += number
-        self.max = max(self.max, longest)
-
-    def add(self, seconds: float) -> None:
-        seconds = max(0.0, seconds)
-        self.put(round(math.log(max(seconds, 0.001)) / self.STEP), 1, seconds)
-
-    def quantile(self, part: float) -> float:
-        rest = math.ceil(self.number * part)
-        for _, (number, longest) in sorted(self.buckets.items()):
-            rest -= number
-            if rest <= 0:
-                return longest
-        return 0.0
-
-    def facts(self, name: str) -> dict[str, float]:
-        facts = {"p50": self.quantile(0.5), "p95": self.quantile(0.95), "max": self.max}
-        return {f"{name}_{key}": round(value, 3) for key, value in facts.items()}
-
-    def histogram(self) -> list[tuple[float, float, int]]:
-        """Return the lower and upper end of eighths of decades, and the number of durations."""
-        bins: collections.Counter[int] = collections.Counter()
-        for bucket, (number, _) in self.buckets.items():
-            bins[max(-24, math.floor(bucket * self.STEP / math.log(10) * 8))] += number
-        return [(10 ** (n / 8), 10 ** ((n + 1) / 8), number) for n, number in sorted(bins.items())]
+    return array("d")
 
 
-class Timeline:
-    """Numbers by time and key, in at most `limit` buckets, which widen as the time span grows."""
+def time_facts(name: str, seconds: Iterable[float]) -> dict[str, float]:
+    values = sorted(seconds) or [0.0]
+    found = {f"p{part}": values[math.ceil(len(values) * part / 100) - 1] for part in (50, 95)}
+    found["max"] = values[-1]
+    return {f"{name}_{key}": round(value, 3) for key, value in found.items()}
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.width = BUCKETS[0]  # in tenths of a second
-        self.numbers: collections.Counter[tuple[int, str]] = collections.Counter()
-        self.first = self.last = 0
 
-    def add(self, when: float, key: str, number: int = 1) -> None:
-        slot = int(when * 10) // self.width
-        self.first = min(self.first, slot) if self.numbers else slot
-        self.last = max(self.last, slot) if self.numbers else slot
-        self.numbers[slot, key] += number
-        while self.last - self.first >= self.limit:
-            self.widen()
-
-    def widen(self) -> None:
-        wider = next((width for width in BUCKETS if width > self.width), self.width * 2)
-        factor = wider // self.width
-        numbers = self.numbers
-        self.width = wider
-        self.numbers = collections.Counter()
-        for (slot, key), number in numbers.items():
-            self.numbers[slot // factor, key] += number
-        self.first //= factor
-        self.last //= factor
-
-    def facts(self, keys: Sequence[str], *, running_sum: bool = False) -> dict[str, Any]:
-        """Return where it starts, the width of a bucket, and of each key the numbers in order."""
-        facts: dict[str, Any] = {"start": self.first * self.width / 10, "width": self.width / 10}
-        slots = range(self.first, self.last + 1) if self.numbers else ()
-        for key in keys:
-            values = [self.numbers[slot, key] for slot in slots]
-            facts[key] = list(accumulate(values)) if running_sum else values
-        return facts
+def histogram(seconds: Iterable[float]) -> list[tuple[float, float, int]]:
+    """Return the lower and upper end of eighths of decades, and the number of durations in each."""
+    bins = collections.Counter(math.floor(math.log10(max(s, 0.001)) * 8) for s in seconds)
+    return [(10 ** (n / 8), 10 ** ((n + 1) / 8), number) for n, number in sorted(bins.items())]
 
 
 class Counts:
@@ -6546,8 +6478,8 @@ class Counts:
 
     def __init__(self) -> None:
         self.jobs: collections.Counter[tuple[str, State, int]] = collections.Counter()
-        self.seconds: dict[str, Distribution] = collections.defaultdict(Distribution)
-        self.waits: dict[str, Distribution] = collections.defaultdict(Distribution)
+        self.seconds: dict[str, Any] = collections.defaultdict(numbers_array)
+        self.waits: dict[str, Any] = collections.defaultdict(numbers_array)
         self.outcomes: collections.Counter[str] = collections.Counter()
 
     def add(self, history: History) -> None:
@@ -6555,16 +6487,15 @@ class Counts:
         self.jobs[job.queue, job.state, job.readiness] += 1
         for run in history.runs:
             self.outcomes[run.outcome] += 1
-            self.seconds[job.queue].add(run.finished - run.started)
-            self.waits[job.queue].add(run.waited)
+            self.seconds[job.queue].append(max(0.0, run.finished - run.started))
+            self.waits[job.queue].append(run.waited)
 
     def facts_of(self, queues: Sequence[str]) -> dict[str, Any]:
-        jobs = ((key[1:], number) for key, number in self.jobs.items() if key[0] in queues)
-        took = Distribution(self.seconds[queue] for queue in queues)
-        waited = Distribution(self.waits[queue] for queue in queues)
-        counts = tally((*kind, number) for kind, number in jobs)
-        facts = {**counts, "attempts": took.number, **took.facts("took"), **waited.facts("waited")}
-        return {**facts, "histogram": took.histogram()}
+        counts = tally((*key[1:], number) for key, number in self.jobs.items() if key[0] in queues)
+        seconds = [second for queue in queues for second in self.seconds[queue]]
+        waits = chain.from_iterable(self.waits[queue] for queue in queues)
+        facts = {**counts, "attempts": len(seconds), **time_facts("took", seconds)}
+        return {**facts, **time_facts("waited", waits), "histogram": histogram(seconds)}
 
     def facts(self) -> dict[str, Any]:
         queues = sorted({key[0] for key in self.jobs})
@@ -6577,45 +6508,71 @@ class Counts:
         }
 
 
+class Timeline:
+    """The times at which the numbers of several keys changed."""
+
+    def __init__(self) -> None:
+        self.times: dict[tuple[str, int], Any] = collections.defaultdict(numbers_array)
+
+    def add(self, when: float, key: str, number: int = 1) -> None:
+        self.times[key, number].append(when)
+
+    def facts(self, keys: Sequence[str], limit: int) -> dict[str, Any]:
+        """Return where the time begins, the width of its buckets, and of each key the sums."""
+        ends = [end for times in self.times.values() for end in (min(times), max(times))]
+        first, last = min(ends, default=0.0), max(ends, default=0.0)
+        fitting = (width for width in BUCKETS if last // width - first // width < limit)
+        width = next(fitting, BUCKETS[-1])
+        start = int(first // width)
+        size = int(last // width) - start + 1 if ends else 0
+        sums = {key: [0] * size for key in keys}
+        for (key, number), times in self.times.items():
+            for when in times:
+                sums[key][int(when // width) - start] += number
+        return {"start": round(start * width, 1), "width": width, **sums}
+
+
 class Course:
     """How many jobs were in each state over time, and how many finished in each bucket of it."""
 
     def __init__(self, since: float) -> None:
         self.since = since
-        self.depth = Timeline(240)
-        self.finished = Timeline(100)
+        self.depth = Timeline()
+        self.finished = Timeline()
         self.first = NEVER  # the first start and the last end of an attempt
         self.last = 0.0
 
-    def move(self, when: float, before: str, after: str) -> None:
-        if before:
-            self.depth.add(max(when, self.since), before, -1)
-        self.depth.add(max(when, self.since), after)
-
     def add(self, history: History) -> None:
         job = history.job
-        state: str = PENDING
-        self.move(job.created_at, "", PENDING)
+        moves: list[tuple[float, str]] = [(job.created_at, PENDING)]
         for run in history.runs:
+            moves += [(run.started, PROCESSING), (run.finished, PENDING)]
             self.first = min(self.first, run.started)
             self.last = max(self.last, run.finished)
-            state = job.state if run is history.runs[-1] and job.state in FINISHED else PENDING
-            self.move(run.started, PENDING, PROCESSING)
-            self.move(run.finished, PROCESSING, state)
-        if job.state != state:  # it runs, or was cancelled while it waited
-            self.move(job.updated_at, state, job.state)
+        if job.state in FINISHED and history.runs:
+            moves[-1] = (moves[-1][0], job.state)
+        elif job.state != PENDING:  # it runs, or was cancelled before it ran
+            moves.append((job.updated_at, job.state))
+        before = ""
+        for when, state in moves:
+            if before:
+                self.depth.add(max(when, self.since), before, -1)
+            self.depth.add(max(when, self.since), state)
+            before = state
         if job.state in FINISHED:
             self.finished.add(job.updated_at, job.state)
 
     def facts(self) -> dict[str, Any]:
-        finished = self.finished.facts(FINISHED)
-        number = sum(map(sum, (finished[COMPLETED], finished[DEAD])))
-        span = max(0.0, self.last - self.first)
+        depth = self.depth.facts(STATES, 240)
+        depth.update((state, list(accumulate(depth[state]))) for state in STATES)
+        finished = self.finished.facts(FINISHED, 100)
+        number = sum(finished[COMPLETED]) + sum(finished[DEAD])
+        span = max(0.001, self.last - self.first)
         return {
             "first_start": format_time(self.first) if self.last else None,
             "last_end": format_time(self.last) if self.last else None,
-            "rate": round(number / max(span, 0.001), 3) if self.last else 0.0,
-            "depth": self.depth.facts(STATES, running_sum=True),
+            "rate": round(number / span, 3) if self.last else 0.0,
+            "depth": depth,
             "finished": finished,
         }
 
@@ -6628,10 +6585,10 @@ class Bar(NamedTuple):
     finished: float
     waited: float
     outcome: str
-    number: int
-    failures: int
     id: str
-    reason: str
+    number: int = 1
+    failures: int = 0
+    reason: str = ""
 
     def merged(self, other: Bar) -> Bar:
         """Return a bar for both; it shows a failure if there is one."""
@@ -6656,14 +6613,13 @@ class Gantt:
     def add(self, history: History) -> None:
         job = history.job
         for run in history.runs:
-            times = (run.started, run.finished, run.waited)
+            bar = Bar(run.worker, run.started, run.finished, run.waited, run.outcome, job.id)
             failed = int(run in history.failures)
-            reason = quoted(run.error or "")
-            self.bars.append(Bar(run.worker, *times, run.outcome, 1, failed, job.id, reason))
+            self.bars.append(bar._replace(failures=failed, reason=quoted(run.error or "")))
         if job.state == PROCESSING:
             began = job.locked_at or self.now
-            times = (began, max(began, self.now), job.waited)
-            self.bars.append(Bar(job.locked_by or "", *times, "running", 1, 0, job.id, ""))
+            end = max(began, self.now)
+            self.bars.append(Bar(job.locked_by or "", began, end, job.waited, "running", job.id))
         while len(self.bars) > 2 * BARS:
             self.merge(self.width * 2)
 
@@ -6705,24 +6661,6 @@ class Gantt:
         return {"start": start, "end": end, "lanes": shown, "hidden": len(lanes) - len(shown)}
 
 
-class Ranking:
-    """The largest of many items."""
-
-    def __init__(self) -> None:
-        self.heap: list[tuple[float, int, dict[str, Any]]] = []
-        self.number = 0
-
-    def add(self, size: float, item: dict[str, Any]) -> None:
-        import heapq
-
-        self.number += 1
-        push = heapq.heappush if len(self.heap) < LISTED else heapq.heappushpop
-        push(self.heap, (size, self.number, item))
-
-    def facts(self) -> list[dict[str, Any]]:
-        return [item for _, _, item in sorted(self.heap, reverse=True)]
-
-
 class Failures:
     """The attempts that failed, by reason."""
 
@@ -6734,17 +6672,15 @@ class Failures:
         job = history.job
         for run in history.failures:
             reason = quoted(run.error or run.outcome)
-            if reason not in self.groups and len(self.groups) >= 1000:
-                reason = "other reasons"
-            group = self.groups.setdefault(
-                reason, {"reason": reason, "attempts": 0, "dead": 0, "when": 0.0, "jobs": []}
-            )
+            new = {"reason": reason, "attempts": 0, "dead": 0, "when": 0.0, "jobs": []}
+            group = self.groups.setdefault(reason, new)
             group["attempts"] += 1
             if job.state == DEAD and run is history.runs[-1]:
                 group["dead"] += 1
-                facts = {"id": job.id, "queue": job.queue, "run": run.run, "reason": reason}
-                self.dead += [{**facts, "seq": job.seq}] * (len(self.dead) < DEAD_LISTED)
-            if not group["jobs"] or group["jobs"][-1] != job.id:
+                if len(self.dead) < DEAD_LISTED:
+                    facts = {"id": job.id, "queue": job.queue, "run": run.run, "reason": reason}
+                    self.dead.append({**facts, "seq": job.seq})
+            if job.id not in group["jobs"]:
                 group["jobs"] = [*group["jobs"], job.id][-LISTED:]
             if run.finished >= group["when"]:
                 group.update(when=run.finished, seq=job.seq, id=job.id, run=run.run)
@@ -6764,28 +6700,33 @@ class Notable:
     """The slowest attempts, the jobs with the most attempts, and those that failed before."""
 
     def __init__(self) -> None:
-        self.slowest = Ranking()
-        self.retried = Ranking()
-        self.flaky = Ranking()
+        self.ranked: dict[str, list[Any]] = {"slowest": [], "retried": [], "flaky": []}
+        self.flaky_number = 0
+
+    def put(self, name: str, size: float, facts: Facts) -> None:
+        """Put the facts about a job into a list of the largest."""
+        ranked = self.ranked[name]
+        ranked.append((size, facts))
+        ranked.sort(key=lambda entry: -entry[0])
+        del ranked[LISTED:]
 
     def add(self, history: History) -> None:
-        job = history.job
+        job, runs, failures = history
         facts: dict[str, Any] = {"id": job.id, "queue": job.queue, "state": job.state}
-        for run in history.runs:
+        for run in runs:
             seconds = round(run.finished - run.started, 3)
-            self.slowest.add(seconds, {**facts, "run": run.run, "took": seconds})
-        failures = history.failures
-        facts.update(
-            failures=len(failures), reason=quoted(failures[-1].error or "") if failures else ""
-        )
-        if len(history.runs) > 1:
-            self.retried.add(len(history.runs), {**facts, "attempts": len(history.runs)})
+            self.put("slowest", seconds, {**facts, "run": run.run, "took": seconds})
+        facts["failures"] = len(failures)
+        facts["reason"] = quoted(failures[-1].error or "") if failures else ""
+        if len(runs) > 1:
+            self.put("retried", len(runs), {**facts, "attempts": len(runs)})
         if failures and job.state == COMPLETED:
-            self.flaky.add(job.updated_at, facts)
+            self.flaky_number += 1
+            self.put("flaky", job.updated_at, facts)
 
     def facts(self) -> dict[str, Any]:
-        lists = {key: ranking.facts() for key, ranking in vars(self).items()}
-        return {**lists, "flaky_number": self.flaky.number}
+        lists = {name: [facts for _, facts in ranked] for name, ranked in self.ranked.items()}
+        return {**lists, "flaky_number": self.flaky_number}
 
 
 def schedule_facts(reader: Reader, queues: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -6793,13 +6734,14 @@ def schedule_facts(reader: Reader, queues: Sequence[str]) -> Iterator[dict[str, 
     for job in reader.schedules():
         if queues and job.queue not in queues:
             continue
-        facts = {"schedule": job.schedule_id, "queue": job.queue, "rule": rule_text(job)}
         last = reader.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id)
         runs = reader.runs(last) if last else []
         started = runs[0].started if runs else last and last.locked_at
         late = started and last and max(0.0, started - (last.scheduled_for or started))
         yield {
-            **facts,
+            "schedule": job.schedule_id,
+            "queue": job.queue,
+            "rule": rule_text(job),
             "next": format_time(job.scheduled_for),
             "id": last and last.id,
             "state": last and last.state,
@@ -6809,7 +6751,7 @@ def schedule_facts(reader: Reader, queues: Sequence[str]) -> Iterator[dict[str, 
 
 
 class Report(NamedTuple):
-    """What a report is about: each renderer takes one and yields text."""
+    """The subject of a report: each renderer takes one and yields text."""
 
     reader: Reader
     histories: Callable[[], Iterable[History]]  # is called once by a renderer that needs them
@@ -6817,7 +6759,7 @@ class Report(NamedTuple):
     since: float = 0.0
 
     def facts(self) -> dict[str, Any]:
-        """Return all facts, as JSON has them; the histories are read once, in bounded memory."""
+        """Return all facts, as JSON has them; the histories are read once."""
         reader = self.reader
         now = reader.clock()
         counts, course, gantt = Counts(), Course(self.since), Gantt(now)
@@ -6851,77 +6793,80 @@ COLUMNS = {
     "flaky": ("id", "queue", "failures", "reason"),
     "schedules": ("schedule", "rule", "next", "id", "state", "started", "started_late"),
 }
-HEADINGS = {"slowest": "Slowest attempts", "retried": "Most attempts"}
-HEADINGS.update(flaky="Completed after failures", queues="Queues", schedules="Schedules")
+TITLES = {"slowest": "Slowest attempts", "retried": "Most attempts", "queues": "Queues"}
+TITLES.update(flaky="Completed after failures", schedules="Schedules")
 
 
-def cell_text(value: object) -> str:
-    """Return a fact for people: a float is a duration in seconds."""
-    if value is None:
-        return ""
-    return format_duration(value) if isinstance(value, float) else str(value)
+def headings_of(name: str) -> list[str]:
+    return ["job" if key == "id" else key.replace("_", " ") for key in COLUMNS[name]]
 
 
-def heading_text(key: str) -> str:
-    return "job" if key == "id" else key.replace("_", " ")
+def cells_of(name: str, item: Facts) -> list[str]:
+    """Return a row of one of COLUMNS for people: a float is a duration in seconds."""
+    values = [item[key] for key in COLUMNS[name]]
+    texts = (format_duration(v) if isinstance(v, float) else v for v in values)
+    return ["" if text is None else str(text) for text in texts]
+
+
+def headline(facts: Facts) -> str:
+    counts = ", ".join(f"{facts[state]} {state}" for state in STATES)
+    return f"{counts}; {facts['rate']:,.3g} jobs/s, {facts['attempts']} attempts\n"
 
 
 # HTML. The page needs no script; everything that a job supplied goes through `safe`.
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b1f24; --dim: #59636e;
-  --line: #d8dee4; --completed: #2f9e60; --dead: #d1353f; --late: #d9822b; --running: #2f7fd1;
-  --pending: #8593a3; --cancelled: #8a6fc0; --crashed: #b43c96; }
+  --line: #d8dee4; }
 @media (prefers-color-scheme: dark) { :root { --page: #0f1216; --card: #181c22; --ink: #e3e7ec;
-  --dim: #97a1ad; --line: #2c333c; --completed: #3fb272; --dead: #f0606a; --late: #e79a4a;
-  --running: #5aa2ee; --pending: #7d8a99; --cancelled: #a993dd; --crashed: #e07cc6; } }
+  --dim: #97a1ad; --line: #2c333c; } }
+.completed { --hue: #2f9e60; } .dead, .failed { --hue: #e5484d; } .timed { --hue: #d9822b; }
+.crashed { --hue: #c2489f; } .processing, .running { --hue: #3b82d6; }
+.pending { --hue: #8593a3; } .cancelled, .released { --hue: #9376d3; }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--page); color: var(--ink);
   font: 15px/1.45 system-ui, sans-serif; }
 h1 { font-size: 1.2rem; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1rem; margin: 0 0 .6rem; }
-p { margin: .2rem 0 .4rem; }
-h3 { font-size: .9rem; margin: .8rem 0 .3rem; }
-h3:first-child { margin-top: 0; }
+h2, h3 { font-size: 1rem; margin: .5rem 0; }
+p, form { margin: .3rem 0; }
+a { color: #3b82d6; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
-  margin: .8rem 0; padding: .8rem 1rem; }
-.dim, figcaption { color: var(--dim); font-size: .85rem; }
+  margin: .8rem 0; padding: .4rem 1rem .8rem; }
+.dim, figcaption, th { color: var(--dim); font-size: .85rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(6.5rem, 1fr)); gap: .6rem; }
-.tile { border-left: 3px solid var(--line); padding: 0 .6rem; }
-.tile b { display: block; font-size: 1.35rem; font-weight: 600; white-space: nowrap; }
+.tile { border-left: 3px solid var(--hue, var(--line)); padding: 0 .6rem; }
+.tile b { display: block; font-size: 1.35rem; white-space: nowrap; }
 figure { margin: 0 0 .7rem; }
-figure:last-child { margin-bottom: 0; }
 svg { display: block; }
-.lane { display: grid; grid-template-columns: 1.8rem 1fr; align-items: center; font-size: .75rem; }
+rect, path { fill: var(--hue, var(--dim)); }
+.grid, .mark, .wait { fill: none; stroke: var(--line); vector-effect: non-scaling-stroke; }
+.mark { stroke: var(--ink); stroke-dasharray: 3 3; }
+.wait { stroke: var(--dim); }
+.lane { display: grid; grid-template-columns: 1.8rem 1fr; align-items: center; }
 .axis { display: flex; justify-content: space-between; color: var(--dim); font-size: .75rem;
   border-top: 1px solid var(--line); }
 .lane + .axis { margin-left: 1.8rem; }
-.legend span { margin-right: .9rem; white-space: nowrap; }
-.legend i { display: inline-block; width: .7rem; height: .7rem; margin-right: .3rem;
-  background: currentColor; }
-rect, path { fill: var(--dead); }
-.completed { fill: var(--completed); color: var(--completed); border-color: var(--completed); }
-.dead, .failed { fill: var(--dead); color: var(--dead); border-color: var(--dead); }
-.timed-out { fill: var(--late); color: var(--late); }
-.crashed { fill: var(--crashed); color: var(--crashed); }
-.processing, .running { fill: var(--running); color: var(--running); border-color: var(--running); }
-.pending { fill: var(--pending); color: var(--pending); border-color: var(--pending); }
-.cancelled, .released { fill: var(--cancelled); color: var(--cancelled);
-  border-color: var(--cancelled); }
-.legend span, .tile { fill: none; color: inherit; }
-.grid { stroke: var(--line); fill: none; vector-effect: non-scaling-stroke; }
-.wait { fill: var(--pending); }
-.mark { stroke: var(--ink); stroke-dasharray: 3 3; vector-effect: non-scaling-stroke; }
+@media (max-width: 30rem) { .axis span:nth-child(even) { display: none; } }
+i { display: inline-block; width: .7rem; height: .7rem; margin: 0 .3rem 0 .9rem;
+  background: var(--hue, var(--dim)); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .87rem; }
-th { text-align: left; color: var(--dim); font-weight: 500; }
-th, td { padding: .22rem .7rem .22rem 0; border-bottom: 1px solid var(--line); }
-.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+th, td { padding: .22rem .7rem .22rem 0; border-bottom: 1px solid var(--line); text-align: left;
+  vertical-align: top; font-weight: 400; }
+td span { color: var(--hue); }
+td:last-child, td code { overflow-wrap: anywhere; min-width: 12rem; }
+td.number, th.number { text-align: right; white-space: nowrap; min-width: 0; }
 summary { cursor: pointer; overflow-wrap: anywhere; }
 pre { margin: .4rem 0; padding: .6rem; background: var(--page); font-size: .8rem;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
+  white-space: pre-wrap; overflow: auto; overflow-wrap: anywhere; }
+.output { max-height: 60vh; }
+nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; align-items: baseline; }
+nav h1 { flex: 1 1 18rem; }
+[aria-current] { color: inherit; font-weight: 600; text-decoration: none; }
+label { margin-right: .8rem; }
+button, input { font: inherit; }
 @media print { :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --dim: #444;
-  --line: #bbb; } body { padding: 0; max-width: none; } figure, details, tr { break-inside: avoid; }
+  --line: #bbb; } figure, details, tr { break-inside: avoid; }
   rect, path, i { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 ESCAPED = {ord(c): f"&#{ord(c)};" for c in "&<>\"'`="}
@@ -6936,48 +6881,81 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.expandtabs().replace("\r\n", "\n").split("\n")))
 
 
+def element(tag: str, content: str = "", /, **attributes: object) -> str:
+    """Return an HTML element; its content is HTML, the values of its attributes are text."""
+    words = (f' {key.strip("_").replace("_", "-")}="{safe(v)}"' for key, v in attributes.items())
+    end = "" if tag == "input" else f"</{tag}>"
+    return f"<{tag}{''.join(words)}>{content}{end}"
+
+
+def preformatted(text: str, **attributes: object) -> str:
+    return element("pre", printable_lines(text).translate(ESCAPED), **attributes)
+
+
+def card(content: str, heading: str = "", **attributes: object) -> str:
+    title = element("h2", heading) if heading else ""
+    return element("section", title + content, **attributes) + "\n" if content else ""
+
+
 def html_page(title: str, body: str, *, nonce: str = "", head: str = "") -> str:
     """Return a complete page; with a nonce, its style obeys a Content-Security-Policy."""
-    allowed = f' nonce="{safe(nonce)}"' if nonce else ""
+    style = element("style", STYLE, nonce=nonce) if nonce else element("style", STYLE)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{safe(title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style{allowed}>{STYLE}</style>{head}</head>
+{style}{head}</head>
 <body>{body}</body></html>
 """
 
 
+def html_grid(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of HTML cells; columns whose headings end with # are numbers."""
+    classes = [' class="number"' if heading[-1:] == "#" else "" for heading in headings]
+    lines = ["".join(f"<td{css}>{cell}</td>" for css, cell in zip(classes, row)) for row in rows]
+    head = "".join(f"<th{css}>{safe(h.rstrip('#'))}</th>" for css, h in zip(classes, headings))
+    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>' if lines else ""
+
+
 def html_table(facts: Facts, name: str, link: Link) -> str:
-    """Return one of COLUMNS with a heading; empty if it has no rows."""
+    """Return one of COLUMNS below its title; empty if it has no rows."""
     items = facts[name][:100]
     if not items:
         return ""
-    lines = ""
-    for number, item in enumerate((COLUMNS[name], *items)):
-        tag = "td" if number else "th"
-        for key in COLUMNS[name]:
-            css = ' class="number"' if isinstance(items[0][key], (int, float)) else ""
-            text = cell_text(item[key]) if number else heading_text(key)
-            lines += f"<{tag}{css}>{link(text) if key == 'id' and number else safe(text)}</{tag}>"
-        lines += "</tr>\n<tr>"
-    heading = f"<h3>{HEADINGS[name]}</h3>" if name in HEADINGS else ""
-    return f'{heading}<div class="wide"><table><tr>{lines}</tr></table></div>'
+    keys = COLUMNS[name]
+    numeric = [isinstance(items[0][key], (int, float)) for key in keys]
+    headings = [text + "#" * is_number for text, is_number in zip(headings_of(name), numeric)]
+    rows = []
+    for item in items:
+        cells = zip(keys, cells_of(name, item))
+        rows.append([link(text) if key == "id" and text else safe(text) for key, text in cells])
+    return element("h3", TITLES[name]) + html_grid(headings, rows)
 
 
-def rect(css: str, x: float, y: float, width: float, height: float, title: str = "") -> str:
-    name = css.replace(" ", "-")
-    box = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
-    return f'<rect class="{safe(name)}" {box}><title>{safe(title)}</title></rect>'
+def rect(css: str, x: float, y: float, width: float, height: float, title: str) -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+    return f'<rect class="{safe(css)}" {place}><title>{safe(title)}</title></rect>'
 
 
 def svg(shapes: str, height: int, label: str, parts: int = 4) -> str:
     """Return a picture 1000 units wide that fills its column; lines divide it into parts."""
     grid = "".join(f"M{1000 * n / parts:.1f} 0v{height}" for n in range(1, parts))
-    return (
-        f'<svg viewBox="0 0 1000 {height}" width="100%" height="{height}" role="img" '
-        f'aria-label="{safe(label)}" preserveAspectRatio="none">'
-        f'<path class="grid" d="{grid}"/>{shapes}</svg>'
-    )
+    size = {"viewBox": f"0 0 1000 {height}", "width": "100%", "height": height}
+    content = element("path", class_="grid", d=grid) + shapes
+    about = {"role": "img", "aria_label": label}
+    return element("svg", content, **size, **about, preserveAspectRatio="none")
+
+
+def stacked_bars(bars: Iterable[tuple[float, float, str, dict[str, int]]], most: int) -> str:
+    """Return bars of a chart 80 high: of each its place, width, title, and numbers by class."""
+    shapes = ""
+    for x, width, title, numbers in bars:
+        top = 80.0
+        for css, number in numbers.items():
+            height = 78 * number / most
+            top -= height
+            shapes += rect(css, x, top, width * 0.92, height, title) if number else ""
+    return shapes
 
 
 def time_label(when: float, span: float) -> str:
@@ -6987,7 +6965,7 @@ def time_label(when: float, span: float) -> str:
 
 
 def axis(labels: Iterable[str]) -> str:
-    return f'<div class="axis">{"".join(f"<span>{safe(label)}</span>" for label in labels)}</div>'
+    return element("div", "".join(element("span", safe(label)) for label in labels), class_="axis")
 
 
 def time_axis(start: float, span: float) -> str:
@@ -6995,27 +6973,30 @@ def time_axis(start: float, span: float) -> str:
 
 
 def legend(outcomes: Iterable[str]) -> str:
-    items = (
-        f'<span><i class="{safe(word.replace(" ", "-"))}"></i>{safe(word)}</span>'
-        for word in outcomes
-    )
-    return f'<p class="legend dim">{"".join(items)}</p>'
+    items = (element("i", class_=word) + safe(word) for word in outcomes)
+    return element("p", "".join(items), class_="dim")
+
+
+def figure(caption: str, content: str) -> str:
+    return element("figure", element("figcaption", caption) + content)
 
 
 def html_tiles(facts: Facts, _link: Link) -> str:
-    tiles: list[tuple[str, ...]] = [(state, f"{facts[state]:,}", state) for state in STATES]
     busy = sum(worker["job"] is not None for worker in facts["workers"])
-    times = {"took_p50": "p50 duration", "took_p95": "p95 duration", "took_max": "longest"}
-    workers = f"{busy}/{len(facts['workers'])}"
-    tiles += [("", f"{facts['rate']:,.3g}", "jobs/s"), ("", workers, "workers busy")]
-    tiles += [("", format_duration(facts[key]), words) for key, words in times.items()]
-    boxes = (
-        f'<div class="tile {css}"><b>{safe(value)}</b><span class="dim">{safe(name)}</span></div>'
-        for css, value, name in tiles
-    )
+    tiles: dict[str, str] = {state: f"{facts[state]:,}" for state in STATES}
+    tiles["jobs/s"] = f"{facts['rate']:,.3g}"
+    tiles["workers busy"] = f"{busy}/{len(facts['workers'])}"
+    tiles["p50 duration"] = format_duration(facts["took_p50"])
+    tiles["p95 duration"] = format_duration(facts["took_p95"])
+    tiles["longest"] = format_duration(facts["took_max"])
+    boxes = ""
+    for name, value in tiles.items():
+        label = element("span", name, class_="dim")
+        css = f"tile {name}" if name in STATES else "tile"
+        boxes += element("div", element("b", value) + label, class_=css)
     paused = ", ".join(name or "all queues" for name in facts["paused"])
-    note = f'<p class="dim">paused: {safe(paused)}</p>' if paused else ""
-    return f'<div class="tiles">{"".join(boxes)}</div>{note}'
+    note = element("p", f"paused: {safe(paused)}", class_="dim") if paused else ""
+    return element("div", boxes, class_="tiles") + note
 
 
 def describe_bar(bar: Facts, span: float) -> str:
@@ -7023,33 +7004,27 @@ def describe_bar(bar: Facts, span: float) -> str:
     took = format_duration(bar["finished"] - bar["started"])
     wait = f", after waiting {format_duration(bar['waited'])}" if bar["waited"] >= 0.001 else ""
     reason = f": {bar['reason']}" if bar["reason"] else ""
+    about = f"job {bar['id']} {bar['outcome']}{reason}"
     if bar["number"] > 1:
-        many = f"{bar['number']} attempts, {bar['failures']} failed, {times}"
-        return f"{many}; job {bar['id']} {bar['outcome']}{reason}"
-    return f"job {bar['id']} {bar['outcome']}{reason}; {times} ({took}){wait}"
+        return f"{bar['number']} attempts, {bar['failures']} failed, {times}; {about}"
+    return f"{about}; {times} ({took}){wait}"
 
 
-def bar_shapes(bar: Facts, start: float, span: float) -> str:
-    """Return an attempt as a rectangle; of merged ones, the part that failed is in its colour."""
-    left = min((bar["started"] - start) / span * 1000, 999.2)
-    width = max((bar["finished"] - bar["started"]) / span * 1000, 0.8)
-    title = describe_bar(bar, span)
-    if bar["number"] == 1 or not bar["failures"]:
-        return rect(bar["outcome"], left, 2, width, 12, title)
-    part = max(2.0, 12 * bar["failures"] / bar["number"])
-    completed = rect(COMPLETED, left, 2, width, 12, title)
-    return completed + rect(bar["outcome"], left, 2, width, part, title)
-
-
-def waits_of(lane: Iterable[Facts]) -> list[list[float]]:
-    """Return the times in which jobs of a lane waited, joined where they overlap."""
-    found: list[list[float]] = []
-    for start, end in sorted((bar["started"] - bar["waited"], bar["started"]) for bar in lane):
-        if found and start <= found[-1][1]:
-            found[-1][1] = max(end, found[-1][1])
-        else:
-            found.append([start, end])
-    return found
+def html_lane(lane: Sequence[Facts], start: float, span: float) -> str:
+    """Return attempts as bars; of merged ones, the part that failed is in its colour."""
+    waits = bars = ""
+    for bar in lane:
+        began = max(start, bar["started"] - bar["waited"])
+        left = min((bar["started"] - start) / span * 1000, 999.2)
+        width = max((bar["finished"] - bar["started"]) / span * 1000, 0.8)
+        title = describe_bar(bar, span)
+        height = 12.0
+        if 0 < bar["failures"] < bar["number"]:
+            bars += rect(COMPLETED, left, 2, width, height, title)
+            height = max(2.0, height * bar["failures"] / bar["number"])
+        bars += rect(bar["outcome"], left, 2, width, height, title)
+        waits += f"M{(began - start) / span * 1000:.1f} 8H{left:.1f}"
+    return element("path", class_="wait", d=waits) + bars
 
 
 def html_gantt(facts: Facts, _link: Link) -> str:
@@ -7057,20 +7032,14 @@ def html_gantt(facts: Facts, _link: Link) -> str:
     gantt = facts["gantt"]
     start = gantt["start"]
     span = max(gantt["end"] - start, 0.001)
-    rows = []
+    rows = ""
     for number, lane in enumerate(gantt["lanes"], 1):
-        shapes = ""
-        for begin, end in waits_of(lane):
-            left = max(0.0, begin - start) / span * 1000
-            shapes += rect("wait", left, 7.5, (end - start) / span * 1000 - left, 1)
-        shapes += "".join(bar_shapes(bar, start, span) for bar in lane)
-        picture = svg(shapes, 16, f"the attempts of worker slot {number}")
-        rows.append(f'<div class="lane"><span class="dim">{number}</span>{picture}</div>')
-    if not rows:
-        return '<p class="dim">No attempts yet.</p>'
-    hidden = f'<p class="dim">and {gantt["hidden"]} more slots</p>' if gantt["hidden"] else ""
-    outcomes = {bar["outcome"]: 1 for lane in gantt["lanes"] for bar in lane}
-    return "".join(rows) + time_axis(start, span) + hidden + legend(sorted(outcomes))
+        picture = svg(html_lane(lane, start, span), 16, f"the attempts of worker slot {number}")
+        rows += element("div", element("span", str(number), class_="dim") + picture, class_="lane")
+    hidden = element("p", f"and {gantt['hidden']} more slots", class_="dim")
+    outcomes = {bar["outcome"] for lane in gantt["lanes"] for bar in lane}
+    below = hidden * (gantt["hidden"] > 0) + legend(sorted(outcomes))
+    return rows and rows + time_axis(start, span) + below
 
 
 def html_depth(facts: Facts, _link: Link) -> str:
@@ -7079,15 +7048,13 @@ def html_depth(facts: Facts, _link: Link) -> str:
     found = ""
     for state in STATES:
         values = depth[state]
-        most = max(values, default=0)
-        if most:
+        if most := max(values, default=0):
             step = 1000 / len(values)
             line = "".join(f"V{40 - 38 * v / most:.1f}h{step:.2f}" for v in values)
-            picture = svg(f'<path class="{state}" d="M0 40{line}V40z"/>', 40, f"jobs {state}")
-            caption = f"<figcaption>{state}: {values[-1]:,}, at most {most:,}</figcaption>"
-            found += f"<figure>{caption}{picture}</figure>"
-    span = depth["width"] * len(depth[PENDING])
-    return found + time_axis(depth["start"], span) if found else '<p class="dim">No jobs yet.</p>'
+            area = element("path", class_=state, d=f"M0 40{line}V40z")
+            caption = f"{state}: {values[-1]:,}, at most {most:,}"
+            found += figure(caption, svg(area, 40, f"jobs {state}"))
+    return found and found + time_axis(depth["start"], depth["width"] * len(depth[PENDING]))
 
 
 def html_finished(facts: Facts, _link: Link) -> str:
@@ -7096,28 +7063,23 @@ def html_finished(facts: Facts, _link: Link) -> str:
     start, width = finished["start"], finished["width"]
     pairs = list(zip(finished[COMPLETED], finished[DEAD]))
     most = max(map(sum, pairs), default=0)
-    if not most:
-        return '<p class="dim">No job has finished yet.</p>'
-    step = 1000 / len(pairs)
+    step = 1000 / max(1, len(pairs))
     span = width * len(pairs)
-    shapes = ""
+    bars: list[tuple[float, float, str, dict[str, int]]] = []
     for n, (completed, dead) in enumerate(pairs):
-        low, high = 78 * completed / most, 78 * dead / most
         title = f"{time_label(start + n * width, span)}: {completed} completed, {dead} dead"
-        for state, base, size in ((COMPLETED, 0.0, low), (DEAD, low, high)):
-            if size:
-                shapes += rect(state, n * step, 80 - base - size, step * 0.9, size, title)
-    caption = f"<figcaption>in {format_duration(width)} each, at most {most:,}</figcaption>"
-    picture = svg(shapes, 80, "jobs finished over time")
-    both = legend((COMPLETED, DEAD))
-    return f"<figure>{caption}{picture}</figure>{time_axis(start, span)}{both}"
+        bars.append((n * step, step, title, {COMPLETED: completed, DEAD: dead}))
+    picture = svg(stacked_bars(bars, most), 80, "jobs finished over time") if most else ""
+    caption = f"in {format_duration(width)} each, at most {most:,}"
+    below = time_axis(start, span) + legend((COMPLETED, DEAD))
+    return picture and figure(caption, picture + below)
 
 
 def html_durations(facts: Facts, link: Link) -> str:
     """Return how long attempts took, on a logarithmic scale, and a table of the queues."""
     bins = facts["histogram"]
     if not bins:
-        return '<p class="dim">No attempt has ended yet.</p>'
+        return ""
     low = math.floor(math.log10(bins[0][0] * 1.01))
     high = math.ceil(math.log10(bins[-1][1] * 0.99))
     most = max(number for *_, number in bins)
@@ -7125,69 +7087,56 @@ def html_durations(facts: Facts, link: Link) -> str:
     def place(seconds: float) -> float:
         return (math.log10(max(seconds, 1e-3)) - low) / (high - low) * 1000
 
-    shapes = ""
+    bars = []
     for begin, end, number in bins:
         title = f"{format_duration(begin)} to {format_duration(end)}: {plural(number, 'attempt')}"
-        size = max(78 * number / most, 1)
-        width = (place(end) - place(begin)) * 0.94
-        shapes += rect("running", place(begin), 80 - size, width, size, title)
+        bars.append((place(begin), place(end) - place(begin), title, {"running": number}))
+    shapes = stacked_bars(bars, most)
     for key in ("took_p50", "took_p95"):
-        shapes += f'<path class="mark" d="M{place(facts[key]):.1f} 0v80"/>'
+        shapes += element("path", class_="mark", d=f"M{place(facts[key]):.1f} 0v80")
     half, most_of = (format_duration(facts[key]) for key in ("took_p50", "took_p95"))
-    caption = f"<figcaption>p50 {half}, p95 {most_of} (dashed), at most {most:,} in a bar"
-    labels = (format_duration(10.0**n) for n in range(low, high + 1))
-    picture = svg(shapes, 80, "durations of attempts", high - low)
-    chart = f"<figure>{caption}</figcaption>{picture}{axis(labels)}</figure>"
+    caption = f"p50 {half}, p95 {most_of} (dashed), at most {most:,} in a bar"
+    labels = axis(format_duration(10.0**n) for n in range(low, high + 1))
+    chart = figure(caption, svg(shapes, 80, "durations of attempts", high - low) + labels)
     return chart + html_table(facts, "queues", link)
 
 
 def html_failures(facts: Facts, link: Link) -> str:
-    """Return the failed attempts by reason, with the end of one output each; then flaky jobs."""
+    """Return the failed attempts by reason, with the end of one output each."""
     found = ""
     for place, group in enumerate(facts["failures"]):
         numbers = f"{plural(group['attempts'], 'attempt')}, {plural(group['dead'], 'dead job')}"
-        ids = ", ".join(map(link, group["jobs"]))
-        output = (
-            f"<pre>{printable_lines(group['output']).translate(ESCAPED)}</pre>"
-            if group["output"].strip()
-            else ""
+        title = f"{element('b', safe(group['reason']))} {element('span', numbers, class_='dim')}"
+        last = f"last by job {link(group['id'])} in run {group['run']}, {safe(group['when'])}"
+        content = element("summary", title)
+        content += element(
+            "p", f"{last}; jobs: {', '.join(map(link, group['jobs']))}", class_="dim"
         )
-        when = safe(group["when"])
-        last = f"last by job {link(group['id'])} in run {group['run']}, {when}"
-        found += (
-            f"<details{' open' * (place < 3)}><summary><b>{safe(group['reason'])}</b> "
-            f'<span class="dim">{numbers}</span></summary><p class="dim">{last}; jobs: {ids}</p>'
-            f"{output}</details>"
-        )
-    return found or '<p class="dim">Nothing has failed.</p>'
+        content += preformatted(group["output"]) if group["output"].strip() else ""
+        found += element("details", content, **({"open": ""} if place < 3 else {}))
+    return found
 
 
-def html_notable(facts: Facts, link: Link) -> str:
-    return "".join(html_table(facts, name, link) for name in ("flaky", "slowest", "retried"))
+def html_tables(names: Iterable[str], facts: Facts, link: Link) -> str:
+    return "".join(html_table(facts, name, link) for name in names)
 
 
-def html_schedules(facts: Facts, link: Link) -> str:
-    return html_table(facts, "schedules", link)
-
-
-PARTS: dict[str, tuple[str, Callable[[Facts, Link], str]]] = {  # by the id of its element
-    "tiles": ("", html_tiles),
-    "failures": ("Failures by reason", html_failures),
-    "gantt": ("Attempts by worker slot, waits as a thin line", html_gantt),
-    "finished": ("Jobs finished", html_finished),
-    "depth": ("Jobs by state", html_depth),
-    "durations": ("How long attempts took", html_durations),
-    "notable": ("", html_notable),
-    "schedules": ("", html_schedules),
+PARTS: dict[str, tuple[str, str, Callable[[Facts, Link], str]]] = {  # heading; text if empty
+    "tiles": ("", "", html_tiles),
+    "failures": ("Failures by reason", "Nothing has failed.", html_failures),
+    "gantt": ("Attempts by worker slot, waits as a thin line", "No attempts yet.", html_gantt),
+    "finished": ("Jobs finished", "No job has finished yet.", html_finished),
+    "depth": ("Jobs by state", "No jobs yet.", html_depth),
+    "durations": ("How long attempts took", "No attempt has ended yet.", html_durations),
+    "notable": ("", "", partial(html_tables, ("flaky", "slowest", "retried"))),
+    "schedules": ("", "", partial(html_tables, ("schedules",))),
 }
 
 
 def html_part(name: str, facts: Facts, link: Link = safe) -> str:
-    """Return a part of the overview as a section whose id is the name; hidden if it is empty."""
-    heading, render = PARTS[name]
-    body = render(facts, link)
-    title = f"<h2>{heading}</h2>" if heading else ""
-    return f'<section id="{name}"{"" if body else " hidden"}>{title}{body}</section>\n'
+    """Return a part of the overview as a section whose id is the name; empty without content."""
+    heading, empty, render = PARTS[name]
+    return card(render(facts, link) or empty, heading, id=name)
 
 
 def html_report(report: Report) -> Iterator[str]:
@@ -7195,8 +7144,8 @@ def html_report(report: Report) -> Iterator[str]:
     about = f"{plural(facts['jobs'], 'job')}, {plural(facts['attempts'], 'attempt')}"
     since = f" since {facts['since']}" if facts["since"] else ""
     note = safe(f"{about}{since}; made at {facts['time']} by queuectl {__version__}")
+    header = element("h1", safe(facts["path"])) + element("p", note, class_="dim")
     body = "".join(html_part(name, facts) for name in PARTS)
-    header = f'<header><h1>{safe(facts["path"])}</h1><p class="dim">{note}</p></header>'
     yield html_page(f"queuectl: {facts['path']}", f"{header}\n{body}")
 
 
@@ -7207,12 +7156,11 @@ INERT = {ord(c): f"&#{ord(c)};" for c in "&<>\"'`\\*_[]|~#@:"}
 
 
 def markdown_table(facts: Facts, name: str) -> str:
-    keys = COLUMNS[name]
-    lines = [[heading_text(key) for key in keys], ["---"] * len(keys)]
+    lines = [headings_of(name), ["---"] * len(COLUMNS[name])]
     for item in facts[name][:LISTED]:
-        lines.append([printable(cell_text(item[key])).translate(INERT) for key in keys])
+        lines.append([printable(cell).translate(INERT) for cell in cells_of(name, item)])
     rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"\n#### {HEADINGS[name]}\n\n{rows}" if facts[name] else ""
+    return f"\n#### {TITLES[name]}\n\n{rows}" if facts[name] else ""
 
 
 def fenced(text: str) -> str:
@@ -7224,8 +7172,7 @@ def fenced(text: str) -> str:
 
 def markdown_blocks(report: Report) -> Iterator[str]:
     facts = report.facts()
-    counts = ", ".join(f"{facts[state]} {state}" for state in STATES)
-    yield f"### queuectl: {counts}\n\n{facts['rate']:,.3g} jobs/s, {facts['attempts']} attempts\n"
+    yield f"### queuectl: {headline(facts)}"
     yield from (markdown_table(facts, name) for name in ("queues", "flaky", "slowest"))
     for job in facts["dead_jobs"]:
         output = report.reader.output_tail(job["seq"], job["run"], TAIL).strip()
@@ -7252,18 +7199,12 @@ def markdown_report(report: Report) -> Iterator[str]:
 def text_report(report: Report) -> Iterator[str]:
     """Yield one screen: counts, times by queue, reasons of failures, and notable jobs."""
     facts = report.facts()
-    counts = ", ".join(f"{facts[state]} {state}" for state in STATES)
-    yield f"{counts}; {facts['rate']:,.3g} jobs/s, {facts['attempts']} attempts\n"
-    for name, number in (
-        ("queues", 5),
-        ("failures", 5),
-        ("slowest", 3),
-        ("retried", 3),
-        ("flaky", 3),
-    ):
-        rows = [[cell_text(item[key]) for key in COLUMNS[name]] for item in facts[name][:number]]
-        headings = [name.upper(), *(heading_text(key).upper() for key in COLUMNS[name][1:])]
-        yield from (line + "\n" for line in section(headings, rows))
+    yield headline(facts)
+    limits = {"queues": 5, "failures": 5, "slowest": 3, "retried": 3, "flaky": 3}
+    for name, limit in limits.items():
+        headings = [name, *headings_of(name)[1:]]
+        rows = [cells_of(name, item) for item in facts[name][:limit]]
+        yield from (f"{line}\n" for line in section([h.upper() for h in headings], rows))
 
 
 def json_report(report: Report) -> Iterator[str]:
@@ -7272,156 +7213,152 @@ def json_report(report: Report) -> Iterator[str]:
 
 # JUnit. The elements are in the order of Maven Surefire's schema.
 
-XML_BLANKS = {ord(c): f"&#{ord(c)};" for c in "\t\n"}  # an attribute would lose them
-
-
-@lru_cache(maxsize=None)
-def xml_escapes() -> dict[int, str]:
-    refused = {*range(32), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF} - {*b"\t\n\r"}
-    escapes = {number: f"#x{number:X}" for number in refused}
-    return {**escapes, **{ord(c): f"&#{ord(c)};" for c in "&<>\"'\r"}}
+JUNIT_OUTPUT = 10_000_000  # characters of output in a report; GitLab refuses files above 30 MB
+XML_REFUSED = "[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 
 def xml_text(text: str) -> str:
     """Return any text for an element; a character that XML cannot hold is written as #x1B."""
-    return text.translate(xml_escapes())
+    held = re.sub(XML_REFUSED, lambda found: f"#x{ord(found[0]):X}", text)
+    return held.translate(ESCAPED).replace("\r", "&#13;")
 
 
 def xml_tag(name: str, /, **attributes: str) -> str:
-    pairs = (f' {k}="{xml_text(v).translate(XML_BLANKS)}"' for k, v in attributes.items())
-    return f"<{name}{''.join(pairs)}>"
+    texts = {key: xml_text(value) for key, value in attributes.items()}
+    blanks = {ord(c): f"&#{ord(c)};" for c in "\t\n"}  # an attribute would lose them
+    words = "".join(f' {key}="{text.translate(blanks)}"' for key, text in texts.items())
+    return f"<{name}{words}>"
 
 
-def junit_failure(reader: Reader, job: Job, run: Attempt, name: str) -> str:
-    reason = run.error or run.outcome
-    text = xml_text(f"{reason}\n{reader.output_tail(job.seq, run.run, TAIL)}")
-    if name in ("rerunFailure", "flakyFailure"):
-        text = f"<stackTrace>{text}</stackTrace>"
-    return f"{xml_tag(name, message=reason, type=run.outcome)}{text}</{name}>\n"
+class JUnitCases:
+    """The results of jobs as test cases, which show a limited amount of output together."""
 
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.room = JUNIT_OUTPUT
 
-def junit_elements(reader: Reader, history: History) -> tuple[str, list[str]]:
-    """Return how a job counts in its suite, and the elements of its case."""
-    job = history.job
-    failures = history.failures
-    if job.state == COMPLETED:
-        return "", [junit_failure(reader, job, run, "flakyFailure") for run in failures]
-    if job.state == DEAD and failures:
-        *earlier, last = failures
-        found = [junit_failure(reader, job, run, "rerunFailure") for run in earlier]
-        if last.outcome == "failed" and last.exit_code is None:  # it could not start
-            return "errors", [*found, junit_failure(reader, job, last, "error")]
-        return "failures", [junit_failure(reader, job, last, "failure"), *found]
-    reason = job.last_error or job.state
-    if job.readiness == BLOCKED:
-        reason = describe_blockers(reader.parents(job))
-    return "skipped", [xml_tag("skipped", message=reason) + "</skipped>\n"]
+    def failure(self, job: Job, run: Attempt, name: str) -> str:
+        reason = run.error or run.outcome
+        text = xml_text(f"{reason}\n")
+        if self.room > 0:
+            text += xml_text(self.reader.output_tail(job.seq, run.run, TAIL))
+            self.room -= len(text)
+        else:
+            text += "its output is left out: the report would be too large\n"
+        if name in ("rerunFailure", "flakyFailure"):
+            text = f"<stackTrace>{text}</stackTrace>"
+        return f"{xml_tag(name, message=reason, type=run.outcome)}{text}</{name}>\n"
 
-
-def junit_case(reader: Reader, history: History) -> tuple[str, str]:
-    job = history.job
-    result, elements = junit_elements(reader, history)
-    names = {"name": job.id, "classname": job.queue, "time": f"{history.took:.3f}"}
-    return result, f"{xml_tag('testcase', **names)}{''.join(elements)}</testcase>\n"
+    def elements(self, history: History) -> tuple[str, list[str]]:
+        """Return how a job counts in its suite, and the elements of its case."""
+        job, _, failures = history
+        if job.state == COMPLETED:
+            return "", [self.failure(job, run, "flakyFailure") for run in failures]
+        if job.state == DEAD and failures:
+            *earlier, last = failures
+            could_start = last.outcome != "failed" or last.exit_code is not None
+            name = "failure" if could_start else "error"
+            final = self.failure(job, last, name)
+            reruns = [self.failure(job, run, "rerunFailure") for run in earlier]
+            return f"{name}s", [final, *reruns] if could_start else [*reruns, final]
+        reason = job.last_error or job.state
+        if job.readiness == BLOCKED:
+            reason = describe_blockers(self.reader.parents(job))
+        return "skipped", [xml_tag("skipped", message=reason) + "</skipped>\n"]
 
 
 def junit_report(report: Report) -> Iterator[str]:
-    """Yield a suite for each queue, with a case for each job; the cases are kept in files."""
-    import tempfile
-
-    suites: dict[str, collections.Counter[str]] = {}
-    with tempfile.TemporaryDirectory() as where:
-        files: dict[str, str] = {}
-        for history in report.histories():
-            queue = history.job.queue
-            suite = suites.setdefault(queue, collections.Counter())
-            path = files.setdefault(queue, os.path.join(where, str(len(files))))
-            result, case = junit_case(report.reader, history)
-            suite.update(("tests", result))
-            suite["ms"] += round(1000 * history.took)
-            with open(path, "a", encoding="utf-8", newline="") as file:
-                file.write(case)
-        yield '<?xml version="1.0" encoding="UTF-8"?>\n<testsuites>\n'
-        for queue, suite in sorted(suites.items()):
-            counts = {key: str(suite[key]) for key in ("tests", "errors", "skipped", "failures")}
-            yield xml_tag("testsuite", name=queue, time=f"{suite['ms'] / 1000:.3f}", **counts)
-            with open(files[queue], encoding="utf-8", newline="") as file:
-                yield from iter(partial(file.read, 1 << 16), "")
-            yield "</testsuite>\n"
-        yield "</testsuites>\n"
+    """Yield a suite for each queue, with a case for each job."""
+    found = JUnitCases(report.reader)
+    suites: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    cases: dict[str, list[str]] = collections.defaultdict(list)
+    for history in report.histories():
+        job = history.job
+        seconds = sum(run.finished - run.started for run in history.runs[-1:])
+        result, elements = found.elements(history)
+        suites[job.queue].update({"tests": 1, result: 1, "ms": round(1000 * seconds)})
+        case = xml_tag("testcase", name=job.id, classname=job.queue, time=f"{seconds:.3f}")
+        cases[job.queue].append(f"{case}{''.join(elements)}</testcase>\n")
+    yield '<?xml version="1.0" encoding="UTF-8"?>\n<testsuites>\n'
+    for queue, suite in sorted(suites.items()):
+        counts = {key: str(suite[key]) for key in ("tests", "errors", "skipped", "failures")}
+        yield xml_tag("testsuite", name=queue, time=f"{suite['ms'] / 1000:.3f}", **counts)
+        yield from cases[queue]
+        yield "</testsuite>\n"
+    yield "</testsuites>\n"
 
 
 # Prometheus: the text format 0.0.4.
 
+METRICS = {  # by name: the type and the meaning
+    "jobs": ("gauge", "Jobs by queue and state."),
+    "oldest_ready_seconds": ("gauge", "How long the ready job that was due first has been due."),
+    "paused": ("gauge", "1 where no jobs are started."),
+    "limit": ("gauge", "Jobs that may run at once; 0: any number."),
+    "workers": ("gauge", "Living workers."),
+    "attempts_total": ("counter", "Attempts that have ended."),
+    "attempt_seconds": ("summary", "How long attempts took."),
+    "wait_seconds": ("summary", "How long jobs were ready before it."),
+    "last_completed_timestamp_seconds": ("gauge", "When a job last completed."),
+    "build_info": ("gauge", "The version of queuectl."),
+}
 
-def family(name: str, kind: str, meaning: str, samples: Iterable[tuple[Any, ...]]) -> Iterator[str]:
-    """Yield a family of metrics; a sample is its value, a suffix of the name, and labels."""
-    yield f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n"
+
+def sample(name: str, value: float, **labels: str) -> str:
     escapes = {ord("\\"): r"\\", ord('"'): r"\"", ord("\n"): r"\n"}
-    for value, suffix, labels in samples:
-        pairs = ",".join(f'{key}="{text.translate(escapes)}"' for key, text in labels.items())
-        yield f"{name}{suffix}{{{pairs}}} {value:.15g}\n"
+    pairs = ",".join(f'{key}="{text.translate(escapes)}"' for key, text in labels.items())
+    return f"queuectl_{name}{{{pairs}}} {value:.15g}\n"
 
 
-def summary(name: str, meaning: str, totals: Iterable[tuple[str, int, float]]) -> Iterator[str]:
-    """Yield a family of sums and counts by queue, given numbers and seconds to add up."""
-    numbers: collections.Counter[str] = collections.Counter()
-    seconds: dict[str, float] = collections.defaultdict(float)
-    for queue, number, sum_of_them in totals:
-        numbers[queue] += number
-        seconds[queue] += sum_of_them
-    samples = [(seconds[queue], "_sum", {"queue": queue}) for queue in numbers]
-    samples += [(number, "_count", {"queue": queue}) for queue, number in numbers.items()]
-    yield from family(name, "summary", meaning, samples)
-
-
-def gauges(reader: Reader, queues: Sequence[str]) -> Iterator[str]:
-    """Yield the metrics of the present state of each queue."""
+def present_samples(reader: Reader, queues: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the metrics of the present state of each queue: their names and samples."""
     counts = collections.Counter({(queue, state): 0 for queue in queues for state in STATES})
     for queue, state, _, number in reader.counts_by_queue(queues):
         counts[queue, state] += number
-    samples: list[tuple[float, str, dict[str, str]]] = [
-        (number, "", {"queue": queue, "state": state}) for (queue, state), number in counts.items()
-    ]
-    yield from family("queuectl_jobs", "gauge", "Jobs by queue and state.", samples)
+    for (queue, state), number in counts.items():
+        yield "jobs", sample("jobs", number, queue=queue, state=state)
     now = reader.clock()
-    ages = [(reader.oldest_due(queue), queue) for queue in queues]
-    samples = [(max(0.0, now - due), "", {"queue": name}) for due, name in ages if due is not None]
-    meaning = "How long the ready job that was due first has been due."
-    yield from family("queuectl_oldest_ready_seconds", "gauge", meaning, samples)
     paused = reader.paused()
-    samples = [("" in paused or name in paused, "", {"queue": name}) for name in queues]
-    yield from family("queuectl_paused", "gauge", "1 where no jobs are started.", samples)
-    if "limit" in SETTINGS:
-        samples = [(reader.settings(name)["limit"], "", {"queue": name}) for name in queues]
-        meaning = "Jobs that may run at once; 0: any number."
-        yield from family("queuectl_limit", "gauge", meaning, samples)
+    for queue in queues:
+        values: dict[str, float] = {"paused": "" in paused or queue in paused}
+        values["limit"] = reader.settings(queue)["limit"]
+        if (due := reader.oldest_due(queue)) is not None:
+            values["oldest_ready_seconds"] = max(0.0, now - due)
+        yield from ((name, sample(name, value, queue=queue)) for name, value in values.items())
+    workers = list(worker_facts(reader))
+    busy = sum(worker["job"] is not None for worker in workers)
+    yield "workers", sample("workers", len(workers) - busy, state="idle")
+    yield "workers", sample("workers", busy, state="busy")
+
+
+def total_samples(totals: Sequence[Totals]) -> Iterator[tuple[str, str]]:
+    """Yield the metrics of attempts, which count also the jobs that were deleted meanwhile."""
+    sums: dict[str, Sequence[float]] = {}
+    for row in totals:
+        name = "attempts_total"
+        yield name, sample(name, row.number, queue=row.queue, outcome=row.outcome)
+        if row.outcome == COMPLETED:
+            name = "last_completed_timestamp_seconds"
+            yield name, sample(name, row.last, queue=row.queue)
+        number, running, waiting = sums.get(row.queue, (0, 0.0, 0.0))
+        sums[row.queue] = (number + row.number, running + row.running, waiting + row.waiting)
+    for queue, (number, *seconds) in sums.items():
+        for name, total in zip(("attempt_seconds", "wait_seconds"), seconds):
+            yield name, sample(f"{name}_sum", total, queue=queue)
+            yield name, sample(f"{name}_count", number, queue=queue)
 
 
 def prometheus_report(report: Report) -> Iterator[str]:
-    """Yield the metrics; those of attempts count also the jobs that were deleted meanwhile."""
     reader = report.reader
     totals = [row for row in reader.totals() if not report.queues or row.queue in report.queues]
-    known = {row[0] for row in reader.counts_by_queue(report.queues)} | {
-        row.queue for row in totals
-    }
-    yield from gauges(reader, sorted(known))
-    busy = collections.Counter({"idle": 0, "busy": 0})
-    busy.update("busy" if worker["job"] else "idle" for worker in worker_facts(reader))
-    samples = [(number, "", {"state": state}) for state, number in busy.items()]
-    yield from family("queuectl_workers", "gauge", "Living workers.", samples)
-    ended = [(row.number, "", {"queue": row.queue, "outcome": row.outcome}) for row in totals]
-    meaning = "Attempts that have ended."
-    yield from family("queuectl_attempts_total", "counter", meaning, ended)
-    running = ((row.queue, row.number, row.running) for row in totals)
-    yield from summary("queuectl_attempt_seconds", "How long attempts took.", running)
-    waiting = ((row.queue, row.number, row.waiting) for row in totals)
-    yield from summary("queuectl_wait_seconds", "How long jobs were ready before it.", waiting)
-    last = [(row.last, "", {"queue": row.queue}) for row in totals if row.outcome == COMPLETED]
-    name = "queuectl_last_completed_timestamp_seconds"
-    yield from family(name, "gauge", "When a job last completed.", last)
-    version = [(1, "", {"version": __version__})]
-    yield from family("queuectl_build_info", "gauge", "The version of queuectl.", version)
+    counted = {row[0] for row in reader.counts_by_queue(report.queues)}
+    queues = sorted(counted.union(row.queue for row in totals))
+    families: dict[str, str] = dict.fromkeys(METRICS, "")
+    for name, line in chain(present_samples(reader, queues), total_samples(totals)):
+        families[name] += line
+    families["build_info"] = sample("build_info", 1, version=__version__)
+    for name, (kind, meaning) in METRICS.items():
+        yield f"# HELP queuectl_{name} {meaning}\n# TYPE queuectl_{name} {kind}\n{families[name]}"
 
 
 # Files.
@@ -7456,11 +7393,10 @@ def write_report(path: str, chunks: Iterable[str]) -> None:
             file.writelines(chunk.encode(errors="backslashreplace").decode() for chunk in chunks)
         if is_file:
             os.replace(aside, path)
-    except BaseException:
+    finally:
         if is_file:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # once it is renamed, there is none
                 os.unlink(aside)
-        raise
 
 
 # --- web: the report as a live page, for a browser on this machine --------------------------------
@@ -7624,9 +7560,6 @@ class Connections:
         self.lock = threading.Lock()
         self.opened: dict[Any, float] = {}  # when, on the monotonic clock
 
-    def has_room(self) -> bool:
-        return len(self.opened) < 2 * MAX_CONNECTIONS  # threads that are about to end included
-
     def add(self, connection: Any) -> None:
         with self.lock:
             self.opened[connection] = time.monotonic()
@@ -7646,38 +7579,37 @@ class Connections:
                         connection.shutdown(2)  # SHUT_RDWR
 
 
-def security_headers(nonce: str) -> dict[str, str]:
-    own = f"'nonce-{nonce}'" if nonce else "'none'"
-    allowed = f"style-src {own}; script-src {own}; connect-src 'self'; img-src 'self'"
-    denied = "base-uri 'none'; frame-ancestors 'none'"
-    return {
-        "Content-Security-Policy": f"default-src 'none'; {allowed}; form-action 'self'; {denied}",
-        "X-Content-Type-Options": "nosniff",
-        "X-Frame-Options": "DENY",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-store",
-        "Cross-Origin-Opener-Policy": "same-origin",
-        "Cross-Origin-Resource-Policy": "same-origin",
-        "Connection": "close",
-    }
+POLICY = "default-src 'none'; style-src {0}; script-src {0}; connect-src 'self'; img-src 'self'"
+POLICY += "; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Connection": "close",
+}
 
 
-def encode_response(response: Response, *, head_only: bool) -> bytes:
+def encode_response(response: Response, *, head_only: bool = False) -> bytes:
     from http import HTTPStatus
 
     body = response.body.encode() if isinstance(response.body, str) else response.body
-    headers = {**security_headers(response.nonce), **response.headers}
-    headers.update({"Content-Type": f"{response.kind}; charset=utf-8"})
-    headers.update({"Content-Length": str(len(body))})
+    headers = {**SECURITY_HEADERS, **response.headers}
+    own = f"'nonce-{response.nonce}'" if response.nonce else "'none'"
+    headers["Content-Security-Policy"] = POLICY.format(own)
+    headers["Content-Type"] = f"{response.kind}; charset=utf-8"
+    headers["Content-Length"] = str(len(body))
     lines = [f"HTTP/1.0 {response.status} {HTTPStatus(response.status).phrase}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     head = "\r\n".join(lines).encode("ascii") + b"\r\n\r\n"
     return head if head_only else head + body
 
 
-def refusal(error: Refused) -> Response:
+def refusal(status: int, reason: object) -> Response:
     more = {401: {"WWW-Authenticate": "Bearer"}, 405: {"Allow": "GET, HEAD, POST"}}
-    return Response(error.status, f"{error}\n", "text/plain", headers=more.get(error.status, {}))
+    return Response(status, f"{reason}\n", "text/plain", headers=more.get(status, {}))
 
 
 def read_form(headers: Any, file: Any) -> str:
@@ -7718,15 +7650,14 @@ def handler_class(respond: Callable[[Request], Response]) -> Any:
                 request = Request(self.command, path, parse_fields(text), self.headers)
                 response = respond(request)
             except Refused as error:
-                response = refusal(error)
-            head_only = self.command == "HEAD"
-            self.wfile.write(encode_response(response, head_only=head_only))
+                response = refusal(error.status, error)
+            self.wfile.write(encode_response(response, head_only=self.command == "HEAD"))
 
         do_HEAD = do_POST = do_GET  # noqa: N815
 
         def send_error(self, code: int, *_: Any, **_more: Any) -> None:
-            error = Refused(405 if code == 501 else code, "this request is not understood")
-            self.wfile.write(encode_response(refusal(error), head_only=False))
+            response = refusal(405 if code == 501 else code, "this request is not understood")
+            self.wfile.write(encode_response(response))
 
         def log_message(self, *_: Any, **_more: Any) -> None:
             """Log nothing: a request may have the token in it."""
@@ -7748,7 +7679,8 @@ def server_class() -> Any:
         request_queue_size = 1024
 
         def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002
-            return any(connections.has_room() for _ in polling(1.0))
+            most = 2 * MAX_CONNECTIONS  # with threads that are about to end
+            return any(len(connections.opened) < most for _ in polling(1.0))
 
         def process_request(self, request: Any, client_address: Any) -> None:
             connections.add(request)
@@ -7779,20 +7711,6 @@ def make_server(port: int, respond: Callable[[Request], Response]) -> Any:
 
 # The pages. Whatever a job supplied goes through `safe`, or through a function that calls it.
 
-WEB_STYLE = """
-nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; align-items: baseline; }
-nav h1 { flex: 1 1 18rem; }
-a { color: var(--running); }
-[aria-current] { color: inherit; font-weight: 600; text-decoration: none; }
-form { margin: .4rem 0; }
-td form { margin: 0; }
-label { margin-right: .8rem; }
-td { vertical-align: top; }
-td:last-child, td code { overflow-wrap: anywhere; min-width: 12rem; }
-td code { display: block; }
-button, input { font: inherit; }
-pre.output { max-height: 60vh; }
-"""
 WEB_SCRIPT = """
 "use strict";
 const button = document.getElementById("pause");
@@ -7805,10 +7723,8 @@ function isRead() {
 }
 function replace(part) {
   const old = document.getElementById(part.id);
-  const both = (kind) => {
-    const after = part.querySelectorAll(kind);
-    return [...old.querySelectorAll(kind)].slice(0, after.length).map((e, i) => [e, after[i]]);
-  };
+  const both = (kind) => [...part.querySelectorAll(kind)]
+    .map((after, i) => [old.querySelectorAll(kind)[i], after]).filter(([e]) => e);
   const outputs = both("pre").map(([e, after]) =>
     [after, e.scrollTop + e.clientHeight >= e.scrollHeight - 4 ? 1e9 : e.scrollTop]);
   for (const [e, after] of both("details")) after.open = e.open;
@@ -7818,9 +7734,8 @@ function replace(part) {
 async function update() {
   const tags = [...document.querySelectorAll("[data-tag]")].map((e) => e.dataset.tag);
   const answer = await fetch(location.href, {headers: {"X-Queuectl-Tags": tags.join(" ")}});
-  if (answer.status === 401) throw new Error("The server was started anew: open its new address");
-  if (answer.status === 404) throw new Error("It no longer exists");
-  if (!answer.ok) throw new Error("The queue cannot be read; trying again");
+  const reasons = {401: "open the address that the server printed", 404: "it no longer exists"};
+  if (!answer.ok) throw new Error(reasons[answer.status] || "no answer; trying again");
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
   if (!isRead()) page.querySelectorAll("[data-tag]").forEach(replace);
 }
@@ -7844,29 +7759,10 @@ button.onclick = () => {
 document.querySelectorAll(".output").forEach((e) => { e.scrollTop = 1e9; });
 setTimeout(turn, 1000);
 """
-ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><g fill="#2f7fd1">
-<rect width="16" height="4"/><rect y="6" width="11" height="4"/><rect y="12" width="6" height="4"/>
-</g></svg>"""
 STATE_TABS: Mapping[str, tuple[State, int]] = {
     **{word: (PENDING, readiness) for readiness, word in READINESS_WORDS.items()},
     **{state: (state, READY) for state in (PROCESSING, *FINISHED)},
 }
-
-
-def element(tag: str, content: str = "", /, **attributes: object) -> str:
-    """Return an HTML element; its content is HTML, the values of its attributes are text."""
-    words = (f' {key.strip("_").replace("_", "-")}="{safe(v)}"' for key, v in attributes.items())
-    end = "" if tag == "input" else f"</{tag}>"
-    return f"<{tag}{''.join(words)}>{content}{end}"
-
-
-def html_grid(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table of HTML cells; columns whose headings end with # are numbers."""
-    classes = [' class="number"' if heading[-1:] == "#" else "" for heading in headings]
-    lines = ["".join(f"<td{css}>{cell}</td>" for css, cell in zip(classes, row)) for row in rows]
-    head = "".join(f"<th{css}>{safe(h.rstrip('#'))}</th>" for css, h in zip(classes, headings))
-    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
-    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>' if lines else ""
 
 
 def link(text: object, path: str, **fields: object) -> str:
@@ -7889,14 +7785,17 @@ def action_form(
     content: str, actions: Iterable[str], back: str, fields: Iterable[tuple[str, str]] = ()
 ) -> str:
     """Return a form around some HTML, with a button for each action; `back` is its page."""
-    hidden = "".join(
-        element("input", type="hidden", name=name, value=value)
-        for name, value in (*fields, ("back", back))
-    )
-    buttons = " ".join(
-        element("button", action.capitalize(), name="action", value=action) for action in actions
-    )
-    return element("form", hidden + content + buttons, method="post", action="/act")
+    for name, value in (*fields, ("back", back)):
+        content += element("input", type="hidden", name=name, value=value)
+    for action in actions:
+        content += element("button", action.capitalize(), name="action", value=action) + " "
+    return element("form", content, method="post", action="/act")
+
+
+def menu_of(links: Iterable[tuple[str, str]], current: str) -> str:
+    """Return links, given as URL and text; the one to the current page is marked."""
+    marks: dict[str, Any] = {current: {"aria_current": "page"}}
+    return " ".join(element("a", text, href=url, **marks.get(url, {})) for url, text in links)
 
 
 def queues_html(reader: Reader, back: str) -> str:
@@ -7905,38 +7804,33 @@ def queues_html(reader: Reader, back: str) -> str:
     for queue, state, _, number in reader.counts_by_queue():
         counts.setdefault(queue, dict.fromkeys(STATES, 0))[state] += number
     paused = reader.paused()
+
+    def form(queue: str, text: str = "") -> str:
+        action = "resume" if queue in paused else "pause"
+        return action_form(text, (action,), back, [("queue", queue)])
+
     rows = []
     for queue in sorted({*counts, *paused} - {""})[:PAGE_SIZE]:
         numbers = [f"{n:,}" for n in counts.get(queue, dict.fromkeys(STATES, 0)).values()]
-        action = "resume" if queue in paused else "pause"
         word = "paused" if {"", queue} & {*paused} else ""
-        form = action_form("", (action,), back, [("queue", queue)])
-        rows.append((link(queue, "/jobs", queue=queue), *numbers, word, form))
-    action = "resume" if "" in paused else "pause"
-    everything = action_form("All queues: ", (action,), back, [("queue", "")])
-    return html_grid(("queue", *(f"{state}#" for state in STATES), "", ""), rows) + everything
-
-
-def card(content: str, heading: str = "") -> str:
-    title = element("h2", heading) if heading else ""
-    return element("section", title + content) if content else ""
+        rows.append((link(queue, "/jobs", queue=queue), *numbers, word, form(queue)))
+    headings = ("queue", *(f"{state}#" for state in STATES), "", "")
+    return html_grid(headings, rows) + form("", "All queues: ")
 
 
 def overview_page(reader: Reader, request: Request) -> Page:
     """Show the report about the jobs that ran last, and the counts of all jobs."""
     asked = {"readiness": READY, "updated_at": NEVER, "seq": LAST, "limit": OVERVIEW_JOBS}
-    states = (PROCESSING, *FINISHED)
-    found = [
-        job for state in states for job in reader.select(IN_STATE_BEFORE, state=state, **asked)
-    ]
+    found: list[Job] = []
+    for state in (PROCESSING, *FINISHED):
+        found += reader.select(IN_STATE_BEFORE, state=state, **asked)
     latest = sorted(found, key=lambda job: job.updated_at)[-OVERVIEW_JOBS:]
-    report = Report(reader, lambda: (history(job, reader.runs(job)) for job in latest))
+    report = Report(reader, lambda: histories(reader, latest))
     facts = {**report.facts(), **reader.counts()}
     parts = {name: html_part(name, facts, job_link) for name in PARTS}
-    queues = card(queues_html(reader, request.url), "Queues")
     note = f"Below: the {plural(len(latest), 'job')} that ran last."
-    parts = {"tiles": parts.pop("tiles"), "queues": queues + note, **parts}
-    return Page("Overview", parts)
+    queues = card(queues_html(reader, request.url), "Queues") + note
+    return Page("Overview", {"tiles": parts.pop("tiles"), "queues": queues, **parts})
 
 
 class JobFilter(NamedTuple):
@@ -7951,14 +7845,6 @@ class JobFilter(NamedTuple):
     reason: str = ""
     at: str = ""
     after: str = ""
-
-    def start(self) -> tuple[float, int]:
-        """Return the time and the number after which the page begins."""
-        try:
-            at = float(self.at or NEVER)
-        except ValueError:
-            raise BadInput("at must be a number") from None
-        return at, validate("after", integer(0, LAST), self.after or LAST)
 
     def following(self, reader: Reader, at: float, seq: int) -> list[Job]:
         """Return the jobs that follow a place in the order of the page, matching or not."""
@@ -7976,7 +7862,8 @@ def find_jobs(reader: Reader, chosen: JobFilter) -> tuple[list[Job], JobFilter |
     """
     wanted = Selection(queues=[chosen.queue] if chosen.queue else [], match=chosen.match)
     found: list[Job] = []
-    at, seq = chosen.start()
+    seq = validate("after", integer(0, LAST), chosen.after or LAST)
+    at = validate("at", number(0, LAST), chosen.at or LAST)
     deadline = time.monotonic() + SEARCH_SECONDS
     while len(found) < PAGE_SIZE and time.monotonic() < deadline:
         jobs = chosen.following(reader, at, seq)
@@ -7996,27 +7883,24 @@ def jobs_html(reader: Reader, jobs: Iterable[Job]) -> str:
     settings = {queue: reader.settings(queue) for queue in {job.queue for job in jobs}}
     rows = []
     for job in jobs:
-        row = job_row(reader, job, settings[job.queue])
-        _, state, _, tries, distance, reason, command = map(str, row)
+        _, state, _, tries, distance, reason, _ = job_row(reader, job, settings[job.queue])
         box = element("input", type="checkbox", name="id", value=job.id, aria_label=job.id)
-        word = element("span", state, class_=state)
-        why = safe(shorten(reason, 160))
-        cells = (box, job_link(job.id), word, safe(job.queue), tries, distance, why)
-        rows.append((*cells, code(command)))
+        word = element("span", str(state), class_=state)
+        about = (safe(job.queue), tries, distance, safe(shorten(str(reason), 160)))
+        rows.append((box, job_link(job.id), word, *map(str, about), code(job.command)))
     return html_grid(("", "id", "state", "queue", "tries", "when", "why", "command"), rows)
 
 
 def tabs_html(reader: Reader, chosen: JobFilter) -> str:
-    counts = tally(
-        row[1:] for row in reader.counts_by_queue([chosen.queue] if chosen.queue else [])
-    )
-    links = []
-    for tab in ("", *STATE_TABS):
-        number = counts[tab] if tab else sum(counts[state] for state in STATES)
-        url = address("/jobs", state=tab, queue=chosen.queue, match=chosen.match)
-        current = {"aria_current": "page"} if tab == chosen.state else {}
-        links.append(element("a", f"{tab or 'all'} {number:,}", href=url, **current))
-    return element("nav", " ".join(links))
+    queues = [chosen.queue] if chosen.queue else []
+    counts = tally(row[1:] for row in reader.counts_by_queue(queues))
+    counts[""] = sum(counts[state] for state in STATES)
+    tabs = {
+        tab: address("/jobs", state=tab, queue=chosen.queue, match=chosen.match)
+        for tab in ("", *STATE_TABS)
+    }
+    links = [(url, f"{tab or 'all'} {counts[tab]:,}") for tab, url in tabs.items()]
+    return element("nav", menu_of(links, tabs[chosen.state]))
 
 
 def filter_form(chosen: JobFilter) -> str:
@@ -8030,8 +7914,9 @@ def filter_form(chosen: JobFilter) -> str:
 def jobs_page(reader: Reader, request: Request) -> Page:
     chosen = JobFilter(*map(request.text, JobFilter._fields))
     if chosen.state and chosen.state not in STATE_TABS:
-        hint = suggestion(chosen.state, STATE_TABS)
-        raise BadInput(f"unknown state {quoted(chosen.state)}{hint}")
+        raise BadInput(
+            f"unknown state {quoted(chosen.state)}{suggestion(chosen.state, STATE_TABS)}"
+        )
     jobs, rest = find_jobs(reader, chosen)
     table = action_form(jobs_html(reader, jobs), ("retry", "cancel"), request.url) if jobs else ""
     end = element("p", "no more jobs" if jobs or chosen.after else "no jobs", class_="dim")
@@ -8041,39 +7926,30 @@ def jobs_page(reader: Reader, request: Request) -> Page:
     return Page("Jobs", parts, filter_form(chosen))
 
 
-def time_line(job: Job, runs: list[Attempt], now: float) -> str:
+def runs_html(job: Job, runs: Sequence[Attempt], now: float) -> str:
+    """Return a time line and a table of the attempts of a job, newest first."""
+    rows = []
+    for run in runs:
+        seconds = (format_duration(run.finished - run.started), format_duration(run.waited))
+        end = element("span", safe(run.error or COMPLETED), class_=run.outcome)
+        number = link(run.run, "/job", id=job.id, run=run.run)
+        rows.append((number, time_cell(run.started, now), *seconds, end, safe(run.worker)))
     gantt = Gantt(now)
-    gantt.add(history(job, runs))
-    return html_gantt({"gantt": gantt.facts()}, job_link) if job.run else ""
-
-
-def runs_html(job: Job, runs: Iterable[Attempt], now: float) -> str:
-    rows = (
-        (
-            link(run.run, "/job", id=job.id, run=run.run),
-            time_cell(run.started, now),
-            format_duration(run.finished - run.started),
-            format_duration(run.waited),
-            element("span", safe(run.error or COMPLETED), class_=run.outcome.replace(" ", "-")),
-            safe(run.worker),
-        )
-        for run in runs
-    )
-    return html_grid(("run", "started", "took#", "waited#", "ended", "worker"), rows)
+    gantt.add(history(job, [*reversed(runs)]))
+    chart = html_gantt({"gantt": gantt.facts()}, job_link)
+    return chart + html_grid(("run", "started", "took#", "waited#", "ended", "worker"), rows)
 
 
 def output_html(reader: Reader, job: Job, run: int) -> str:
     output = reader.output(job, run, SHOWN_OUTPUT)
     note = f", its last {SHOWN_OUTPUT} bytes" if len(output) == SHOWN_OUTPUT else ""
     raw = link("as text", "/output", id=job.id, run=run)
-    text = printable_lines(output.decode(errors="backslashreplace")).translate(ESCAPED)
-    pre = element("pre", text, class_="output", tabindex=0)
+    pre = preformatted(output.decode(errors="backslashreplace"), class_="output", tabindex=0)
     return card(pre, f"Output of run {run}{note} ({raw})")
 
 
 def job_page(reader: Reader, request: Request) -> Page:
     job = reader.get(request.text("id"))
-    now = reader.clock()
     run = request.number("run") or job.run
     rows = reader.db.rows(LAST_RUNS, {"seq": job.seq, "limit": PAGE_SIZE})
     runs = [Attempt(*row) for row in rows]
@@ -8082,7 +7958,7 @@ def job_page(reader: Reader, request: Request) -> Page:
     form = action_form("", (action,), request.url, [("id", job.id)]) if action else ""
     parts = {
         "facts": card(form + html_grid(("", ""), facts)),
-        "runs": card(time_line(job, runs[::-1], now) + runs_html(job, runs, now)),
+        "runs": card(runs_html(job, runs, reader.clock())),
         "output": output_html(reader, job, run) if run else "",
     }
     return Page(f"Job {job.id}", parts)
@@ -8120,11 +7996,13 @@ def schedules_page(reader: Reader, request: Request) -> Page:
 
 def workers_page(reader: Reader, _request: Request) -> Page:
     rows = []
-    for name, pid, job, since, command in worker_rows(worker_facts(reader), reader.clock()):
+    for *about, job, since, host, command in worker_rows(worker_facts(reader), reader.clock()):
         claimed = job_link(str(job)) if since else "idle"
-        rows.append((safe(name), safe(pid), claimed, safe(since), code(str(command))))
-    headings = [heading.lower() for heading in WORKER_HEADINGS]
-    table = html_grid(headings, rows) or "No worker is running (queuectl worker start)."
+        rows.append((*map(safe, about), claimed, safe(since), safe(host), code(str(command))))
+    table = (
+        html_grid([heading.lower() for heading in WORKER_HEADINGS], rows)
+        or "No worker is running (queuectl worker start)."
+    )
     return Page("Workers", {"workers": card(table)})
 
 
@@ -8142,34 +8020,33 @@ MENU.update({"/schedules": "Schedules", "/workers": "Workers"})
 
 # Actions. A POST shows what would be done; another one, from that page, does it.
 
-ACTIONS: Mapping[str, Callable[[Queue, Any], object]] = {
-    "retry": Queue.retry,
-    "cancel": Queue.cancel,
-    "pause": Queue.pause,
-    "resume": Queue.resume,
+ACTIONS: Mapping[str, tuple[str, Callable[[Queue, Any], object]]] = {  # each about jobs or queues
+    "retry": ("id", Queue.retry),
+    "cancel": ("id", Queue.cancel),
+    "pause": ("queue", Queue.pause),
+    "resume": ("queue", Queue.resume),
 }
 
 
-def subjects(reader: Reader, request: Request) -> list[str]:
+def subjects(reader: Reader, request: Request, key: str) -> list[str]:
     """Return the ids of the jobs or the names of the queues that an action is about."""
-    if request.text("action") in ("pause", "resume"):
-        queues = request.fields.get("queue", [])
-        return [queue and validate("queue", valid_name, queue) for queue in queues]
+    names = list(request.fields.get(key, []))
+    if key == "queue":
+        return [name and validate("queue", valid_name, name) for name in names]
     if like := request.text("like"):
         return [row[0] for row in reader.db.rows(DEAD_LIKE, {"id": like, "limit": EXAMINED})]
-    return list(request.fields.get("id", []))
+    return names
 
 
-def confirmation(action: str, names: Sequence[str], back: str) -> Page:
-    noun = "queue" if action in ("pause", "resume") else "job"
-    which = f"{noun} {names[0] or 'all'}" if len(names) == 1 else plural(len(names), noun)
+def confirmation(action: str, key: str, names: Sequence[str], back: str) -> Page:
+    noun = "queue" if key == "queue" else "job"
+    which = f"{noun} {names[0]}" if len(names) == 1 else plural(len(names), noun)
     title = f"{action.capitalize()} {'all queues' if '' in names else which}?"
     items = "".join(element("li", safe(name)) for name in names[:PAGE_SIZE] if name)
     more = len(names) - PAGE_SIZE
     rest = element("p", f"and {more} more") if more > 0 else ""
-    key = "queue" if noun == "queue" else "id"
-    fields = [(key, name) for name in names]
-    form = action_form("", (action,), back, [*fields, ("confirmed", "yes")])
+    fields = [*((key, name) for name in names), ("confirmed", "yes")]
+    form = action_form("", (action,), back, fields)
     leave = element("a", "Change nothing", href=back)
     return Page(title, {}, card(element("ul", items) + rest + form + leave, safe(title)))
 
@@ -8185,14 +8062,15 @@ def act(queue: Queue, request: Request) -> Page | str:
     action = request.text("action")
     if action not in ACTIONS:
         raise BadInput(f"unknown action {quoted(action)}{suggestion(action, ACTIONS)}")
-    names = subjects(queue._reader, request)
+    key, change = ACTIONS[action]
+    names = subjects(queue._reader, request, key)
     if not names:
         raise BadInput(f"nothing is selected; select what to {action}")
     back = way_back(request.text("back"))
     if request.text("confirmed") != "yes":
-        return confirmation(action, names, back)
-    for subject in names if action in ("pause", "resume") else [names]:
-        ACTIONS[action](queue, subject)
+        return confirmation(action, key, names, back)
+    for subject in names if key == "queue" else [names]:
+        change(queue, subject)
     return back
 
 
@@ -8207,16 +8085,12 @@ def frame(page: Page, parts: str, path: str, db: str) -> Response:
     import secrets
 
     nonce = secrets.token_urlsafe(16)
-    links = []
-    for url, name in MENU.items():
-        current = {"aria_current": "page"} if url == path else {}
-        links.append(element("a", name, href=url, **current))
     state = element("span", "", id="live", class_="dim", role="status")
     pause = element("button", "Pause updates", id="pause", type="button", hidden="")
-    menu = element("nav", element("h1", safe(db)) + " ".join((*links, pause, state)))
+    links = menu_of(MENU.items(), path)
+    menu = element("nav", f"{element('h1', safe(db))} {links} {pause} {state}")
     script = element("script", WEB_SCRIPT, nonce=nonce) if page.parts else ""
     head = '<meta name="referrer" content="same-origin">'
-    head += element("style", WEB_STYLE, nonce=nonce)
     body = f"{menu}<main>{page.top}{parts}</main>{script}"
     html = html_page(f"{page.title} - queuectl", body, nonce=nonce, head=head)
     return Response(200, html, nonce=nonce)
@@ -8255,6 +8129,11 @@ class Site:
             status = next(n for kind, n in HTTP_STATUS.items() if isinstance(error, kind))
             page = Page("Not possible", {}, card(safe(error), "This is not possible"))
             return self.show(page, request)._replace(status=status)
+        except Exception as error:
+            if isinstance(error, Refused):
+                raise
+            sys.excepthook(*sys.exc_info())
+            return refusal(500, "this page failed; `queuectl web` has printed the error")
 
     def limit_time(self, db: Database) -> None:
         """Let no request take long, whatever the queue contains and whoever has locked it."""
@@ -8270,7 +8149,7 @@ class Site:
                 return Response(303, headers={"Location": done})
             return self.show(done, request)
         if request.path == "/favicon.ico":
-            return Response(200, ICON, "image/svg+xml")
+            return Response(204)  # there is none; a 404 would be an error in the console
         if request.path == "/metrics":
             metrics = "".join(prometheus_report(Report(reader, tuple)))
             return Response(200, metrics, "text/plain; version=0.0.4")
@@ -8304,9 +8183,8 @@ def open_browser(url: str, file: str) -> None:
 
     with open(open_own(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as page:
         page.write(f'<meta http-equiv="refresh" content="0;url={safe(url)}">')
-    threading.Thread(
-        target=webbrowser.open, args=[pathlib.Path(file).as_uri()], daemon=True
-    ).start()
+    leads_there = pathlib.Path(file).as_uri()
+    threading.Thread(target=webbrowser.open, args=[leads_there], daemon=True).start()
 
 
 # --- doctor: whether this machine and this directory can carry a queue ----------------------------

@@ -435,8 +435,10 @@ def parse_size(value: Any) -> int:
 def valid_delays(value: Any) -> str:
     """Return durations, separated by commas or in a list, as seconds separated by commas."""
     items = value.split(",") if isinstance(value, str) else value
-    require(isinstance(items, (list, tuple)) and items, "be durations such as 10s,1m,10m")
-    return ",".join(f"{parse_duration(item):.15g}" for item in items)
+    with contextlib.suppress(ValueError):
+        require(isinstance(items, (list, tuple)) and items, "be a list")
+        return ",".join(f"{parse_duration(item):.15g}" for item in items)
+    raise ValueError("must be durations such as 10s,1m,10m, none of them longer than 10 years")
 
 
 def parse_time(value: Any) -> float:
@@ -509,7 +511,7 @@ def valid_states(value: str) -> list[str]:
     words = value.split(",")
     for word in words:
         if word not in STATE_WORDS:
-            raise ValueError(f"has no state {quoted(word)}{suggestion(word, STATE_WORDS)}")
+            raise ValueError(f"must not be '{quoted(word)}'{suggestion(word, STATE_WORDS)}")
     return words
 
 
@@ -1172,7 +1174,7 @@ CREATE TABLE needs (                    -- a child is blocked until all of its n
   child INTEGER NOT NULL,
   any_end INTEGER NOT NULL DEFAULT 0,   -- 1: met by any end of the parent, not only completion
   met INTEGER NOT NULL,
-  PRIMARY KEY (parent, child)
+  PRIMARY KEY (parent, child, any_end)
 ) WITHOUT ROWID;
 CREATE INDEX needs_child ON needs (child, met);
 
@@ -1312,7 +1314,8 @@ ATTEMPTS = ATTEMPT + "WHERE job = :seq ORDER BY run"
 LAST_ATTEMPT = ATTEMPT + "WHERE job = :seq ORDER BY run DESC LIMIT 1"
 STDIN = "SELECT stdin FROM jobs WHERE seq = :seq"
 PARENT_IDS = """
-SELECT id FROM needs JOIN jobs ON seq = parent WHERE child = :seq AND met = 1 ORDER BY parent"""
+SELECT id FROM jobs
+WHERE seq IN (SELECT parent FROM needs WHERE child = :seq AND met = 1) ORDER BY seq"""
 COUNT_NOTIFICATIONS = f"""
 SELECT count(*) FROM jobs INDEXED BY jobs_notifies
 WHERE notifies IS NOT NULL AND state = :state AND {IN_QUEUE}"""
@@ -1358,7 +1361,8 @@ SELECT count(*) FROM (
   UNION ALL SELECT 1 FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue
     AND priority = :priority AND (run_after, seq) < (:run_after, :seq) LIMIT 100000)"""
 PARENTS = f"""
-{JOB}JOIN needs ON parent = seq WHERE child = :seq AND met = 0 ORDER BY parent LIMIT 100"""
+{JOB}WHERE seq IN (SELECT parent FROM needs WHERE child = :seq AND met = 0)
+ORDER BY seq LIMIT 100"""
 FAILED_ANCESTORS = f"""
 WITH RECURSIVE ancestors (parent) AS (
   SELECT parent FROM needs WHERE child = :seq AND met = 0
@@ -1519,8 +1523,12 @@ SET = """
 INSERT INTO settings VALUES (:queue, :key, :value)
 ON CONFLICT (queue, key) DO UPDATE SET value = :value"""
 UNSET = "DELETE FROM settings WHERE queue = :queue AND key = :key"
-APPLY_SETTINGS = f"""
-UPDATE queues SET capacity = {CAPACITY}, closed_at = NULL WHERE :queue IN ('', queue)"""
+APPLY_LIMIT = f"UPDATE queues SET capacity = {CAPACITY} WHERE :queue IN ('', queue)"
+# The time of the next start follows from that of the last one: closed_at.
+APPLY_RATE = """
+UPDATE queues SET token_at = closed_at + :gap, closed_at = CASE WHEN :gap > 0 THEN closed_at END
+WHERE closed_at IS NOT NULL AND (queue = :queue OR :queue = '' AND NOT EXISTS (
+  SELECT 1 FROM settings WHERE settings.queue = queues.queue AND key = 'rate'))"""
 
 TABLES = "jobs|attempts|needs|settings|queues|totals"
 REFERENCE = "FROM|JOIN|INTO|UPDATE|TABLE|INDEX|TRIGGER|ON|BY"  # precedes a table or an index
@@ -2843,6 +2851,21 @@ class Database:
             self.synchronous = synchronous
             self.execute(SET_SYNCHRONOUS[synchronous])
 
+    @contextlib.contextmanager
+    def synced_later(self) -> Iterator[None]:
+        """Sync what the block writes at its end, when other programs can have the lock again."""
+        synchronous = self.synchronous
+        if synchronous == "normal" or self.connection.in_block:
+            yield
+            return
+        self.set_synchronous("normal")
+        try:
+            yield
+        finally:
+            self.set_synchronous(synchronous)
+        with self.translate_errors():
+            sync_file(self.path + "-wal")
+
     def truncate_wal(self) -> None:
         """Empty the -wal unless readers need it for more than 0.2 s; writers wait meanwhile."""
         self.execute(SET_WAIT)
@@ -3589,7 +3612,7 @@ class Ledger:
         left = collections.deque(seqs)
         while left:
             changed = []
-            with self.db.transaction(notify=True):
+            with self.db.synced_later(), self.db.transaction(notify=True):
                 until = time.monotonic() + HOLD
                 while left:
                     job = self.reader.by_seq(left.popleft())
@@ -3870,8 +3893,12 @@ class Queue:
         with self._db.transaction(notify=True):
             sql = UNSET if value is None else SET
             self._db.execute(sql, {"queue": queue, "key": key, "value": value})
-            if key in ("limit", "rate"):
-                self._db.execute(APPLY_SETTINGS, {"queue": queue})
+            if key == "limit":
+                self._db.execute(APPLY_LIMIT, {"queue": queue})
+            if key == "rate":
+                rate = self._reader.settings(queue)["rate"]
+                gap = rate_gap(rate) if rate else 0
+                self._db.execute(APPLY_RATE, {"queue": queue, "gap": gap})
 
 
 # --- attempt: launching a job, watching it, ending it, keeping its output and its result ----------
@@ -5263,6 +5290,8 @@ def status_facts(reader: Reader, only: str | None = None) -> dict[str, Any]:
     facts["paused"] = [name for name in reader.paused() if only in (None, name) or not name]
     held = {name: hold(reader, name) for name in reader.held() if only in (None, name)}
     facts["held"] = {name: reason for name, reason in held.items() if reason}
+    notifications = partial(reader.number, COUNT_NOTIFICATIONS, queue=only)
+    facts["notifications"] = {state: notifications(state=state) for state in (PENDING, DEAD)}
     now = reader.clock()
     pools = reader.db.run_dir.alive("pool").values()
     age = now - min((note.get("started", now) for note in pools), default=0)
@@ -5285,6 +5314,9 @@ def status_counts(reader: Reader, facts: Facts, only: str | None, *, full: bool)
         yield f"next       due {format_distance(when, reader.clock())}"
     if facts["paused"]:
         yield "paused     " + ", ".join(name or "all queues" for name in facts["paused"])
+    waiting, dead = facts["notifications"].values()
+    if waiting or dead:
+        yield f"notifications {waiting} waiting" + (f", {dead} dead" if dead else "")
     for reason in islice(facts["held"].values(), 5):
         yield f"waiting    {reason}"
     if len(facts["held"]) > 5:
@@ -7631,7 +7663,7 @@ def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) ->
         if len(words) > 1:
             raise BadInput("- must be the only argument; the jobs are read from stdin")
         if not sys.stdin or sys.stdin.closed:
-            raise BadInput("stdin is closed: there are no lines to read")
+            raise BadInput("stdin is closed, or was read already: there are no lines to read")
         stdin.seek(0)
         for at[0], line in enumerate(stdin, 1):
             if at[0] % 1000 == 0:
@@ -7856,7 +7888,7 @@ def targets(
     known = (*states, *READINESS_WORDS.values()) if PENDING in states else states
     for word in args.states:
         if word not in known:
-            raise BadInput(f"--state must be of {', '.join(known)} here, not {word}")
+            raise BadInput(f"--state must be one of {', '.join(known)}, not {word}")
     if not (everything or all_given or selection_options(args)):
         raise BadInput("name the jobs, or select them by --queue, --state, --match, --older-than")
     return selection(args, usual)
@@ -8205,6 +8237,8 @@ def cmd_edit(args: argparse.Namespace, queue: Queue) -> int:
     if "env" in fields:
         fields["env"] = dict(chain(*fields["env"]))
     if args.ids and args.queues:  # without ids, it selects
+        if "queue" in fields:
+            raise BadInput("name the new queue by --queue or --to-queue, not both")
         fields["queue"] = args.queues.pop()
     if not fields:
         raise BadInput("give a new field, such as --priority 5; --to-queue moves selected jobs")

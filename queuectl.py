@@ -748,7 +748,7 @@ def valid_rate(value: object) -> str:
     with contextlib.suppress(ValueError):
         rate_gap(rate)
         return rate
-    raise ValueError("must be a number of starts in a time of 1 s or more, such as 10/1m, or 0")
+    raise ValueError("must be a number of starts per period of 1 s or more, such as 10/1m, or 0")
 
 
 class Setting(NamedTuple):
@@ -764,23 +764,27 @@ SETTINGS = {
     "max_retries": Setting(3, FIELDS["max_retries"], "number of attempts, including the first"),
     "backoff_base": Setting(2.0, number(1, 1000), "a retry waits this value ** attempts seconds"),
     "backoff_max": Setting(86400.0, parse_duration, "a retry never waits longer than this"),
-    "jitter": Setting(0.0, number(0, 1), "a retry may wait less, by up to this part of the time"),
+    "jitter": Setting(
+        0.0, number(0, 1), "shorten each wait for a retry at random, by up to this fraction"
+    ),
     "timeout": Setting(300.0, parse_duration, "how long an attempt may take (0: no limit)"),
     "kill_grace": Setting(5.0, parse_duration, "time between TERM and KILL when a job is ended"),
     "output_limit": Setting(65536, parse_size, "how much output is kept, such as 64K or 1M"),
-    "on_dead": Setting("", FIELDS["on_dead"], "a command to run when a job has died"),
-    "on_end": Setting("", FIELDS["on_end"], "a command to run when a job has ended in any way"),
+    "on_dead": Setting("", FIELDS["on_dead"], "command to run when a job is dead"),
+    "on_end": Setting("", FIELDS["on_end"], "command to run when a job has ended in any way"),
     "max_notifications": Setting(
         100,
         integer(0, 10**6),
-        "how many may wait before further ones are summed up in one",
+        "number that may wait; further ones are combined into a summary",
         per_queue=False,
     ),
     "shell": Setting(DEFAULT_SHELL, valid_prefix, "the program and options that run a command"),
     "max_snoozes": Setting(20, integer(0, 10**6), "how many times a job may exit with 75"),
     "no_retry_exit_codes": Setting((), valid_exit_codes, "final exit codes, such as 2,126,127"),
-    "limit": Setting(0, integer(0, 10**6), "how many jobs of a queue run at once (0: any number)"),
-    "rate": Setting("", valid_rate, "how many jobs of a queue start in a time, such as 10/1m"),
+    "limit": Setting(
+        0, integer(0, 10**6), "number of jobs of a queue that run at once (0: no limit)"
+    ),
+    "rate": Setting("", valid_rate, "number of jobs of a queue that start in a period: 10/1m"),
     "retention": Setting(
         0.0,
         parse_duration,
@@ -805,7 +809,7 @@ BY_SETTINGS = {*SETTINGS, "retry_delays"}  # fields of a job that are None where
 
 
 def change_validator(key: str) -> Validator:
-    """Return the validator of a field's new value, which may also take the old one back."""
+    """Return the validator of a field's new value, which may also reset the field."""
     check = FIELDS[key]
     if key in BY_SETTINGS:
         return lambda value: None if value in (None, "default") else check(value)
@@ -930,7 +934,7 @@ def json_line(facts: Facts) -> bytes:
 
 
 def summary_facts(earlier: bytes, job: Job) -> dict[str, Any]:
-    """Return the facts of a summary, given as JSON, with one more job that has ended."""
+    """Return the facts of a summary, given as JSON, after one more job has ended."""
     counts: dict[str, int] = dict.fromkeys(FINISHED, 0)
     counts.update({"count": 1, job.state: 1})
     first = job.id
@@ -3454,7 +3458,7 @@ class Ledger:
             self.report(job, command, where, settings["max_notifications"])
 
     def report(self, job: Job, command: str, cwd: str, limit: int) -> None:
-        """Add a notification about a job that has ended or, beyond the limit, sum them up in one.
+        """Add a notification about a job that has ended; beyond the limit, count it in a summary.
 
         Unless the command is the job's own, `cwd` is not the job's directory: that may be missing.
         """
@@ -3551,7 +3555,7 @@ class Ledger:
             row["rule"] = f"cron {fields['cron']}"
             when = cron_next(fields["cron"], now)
         if row and not job.rule:
-            raise NotFound(f"job {printable(job.id)} is not the next one of a schedule")
+            raise NotFound(f"job {printable(job.id)} is not the next occurrence of a schedule")
         when = None if job.run else when
         if "delay" in fields:
             when = now + fields["delay"]
@@ -5145,7 +5149,7 @@ def unserved(run_dir: RunDirectory, queue: str) -> str:
 
 
 def hold(reader: Reader, queue: str) -> str:
-    """Return which setting lets a queue start no job now; empty if none does."""
+    """Return why a queue at its limit or rate starts no job now; empty if it is at neither."""
     for capacity, running, token_at in reader.db.rows(HELD, {"queue": queue}):
         if 0 < capacity <= running:
             return f"queue {queue} is at its limit of {capacity}"
@@ -7547,16 +7551,16 @@ def parse_edit(check: Validator, text: str) -> Any:
 
 
 def edit_option(names: tuple[str, ...], options: dict[str, Any]) -> Argument:
-    """Return an option of `enqueue` as one of `edit`, by which a value can also be taken back."""
+    """Return an option of `enqueue` as one of `edit`, which can also reset the field."""
     key = options["dest"]
     meaning = options["help"].replace(" (default: this one)", "")
     if options["type"].args[1] is FIELDS[key]:
         check = partial(parse_edit, EDITABLE[key])
         options = {**options, "type": partial(validate, names[-1], check)}
     if key in BY_SETTINGS:
-        meaning += "; default: as the queue's setting says"
+        meaning += "; 'default' restores the setting"
     if FIELDS[key] is valid_names:
-        meaning += "; instead of those before, '' for none"
+        meaning += "; replaces the earlier ones ('': none)"
     return names, {**options, "help": meaning}
 
 
@@ -8378,17 +8382,17 @@ IDS = arg("ids", "ID", nargs="*")
 # A selection of jobs: named ones, or those that match all of these options.
 STATE = arg("-s --state", "STATE,...", "only jobs in these states: " + ", ".join(STATE_WORDS),
             valid_states, dest="states", action="extend", default=[])
-MATCH = arg("--match", "TEXT", "only jobs with this text in the id or the command, in upper or "
+MATCH = arg("--match", "TEXT", "only jobs whose id or command contains this text, in upper or "
             "lower case", valid_command)
 OLDER_THAN = arg("--older-than", "DURATION", "only jobs that have been in their state for at "
-                 "least this time", parse_duration)
-IDS_ONLY = flag("--ids", "print the ids alone", dest="ids_only")
+                 "least this long", parse_duration)
+IDS_ONLY = flag("--ids", "print only the ids", dest="ids_only")
 SELECT = (IDS, QUEUES, STATE, MATCH, OLDER_THAN, IDS_ONLY)
-CHANGE = (*SELECT, flag("-n --dry-run", "print the ids of the jobs, and change nothing"))
+CHANGE = (*SELECT, flag("-n --dry-run", "print the ids, and change nothing"))
 ALL_DEAD = flag("--all", "all dead jobs")
 KEY = arg("key", "KEY", "one of: " + ", ".join(SETTINGS), validate_setting)
-OF_QUEUE = arg("--queue", "QUEUE", "the value for this queue (default: for all queues that have "
-               "none of their own)", valid_name)
+OF_QUEUE = arg("--queue", "QUEUE", "apply to this queue only (default: all queues without a "
+               "value of their own)", valid_name)
 
 COMMANDS = {
     "enqueue": Command(cmd_enqueue, "none", "add a job and print its id", "enqueue 'make all'", (
@@ -8414,7 +8418,7 @@ COMMANDS = {
         field("stdin", "TEXT", "the text that it reads from stdin"),
         field("stdin", "FILE", "the same, from a file (-: from stdin)", "--stdin-file",
               check=read_input),
-        field("on_dead", "COMMAND", "run this when it has died ('': nothing)"),
+        field("on_dead", "COMMAND", "run this when it is dead ('': nothing)"),
         field("on_end", "COMMAND", "run this when it has ended in any way ('': nothing)"),
         flag("--if-absent", "do nothing if a job with that id exists"))),
     "worker start": Command(

@@ -3122,7 +3122,7 @@ class QueueEdit(Clocked):
             (job.rule, job.run_after, job.scheduled_for), ("cron @daily", 1036800, 1036800)
         )
         self.queue.enqueue("true", id="plain")
-        with self.assertRaisesRegex(queuectl.NotFound, "not the next one of a schedule"):
+        with self.assertRaisesRegex(queuectl.NotFound, "not the next occurrence of a schedule"):
             self.queue.edit("plain", every=60)
 
     @internal
@@ -8661,7 +8661,7 @@ class CliConfig(Case):
             "shell='": "shell must be a command prefix: No closing quotation",
             "synchronous=off": "synchronous must be normal or full",
             "limit=-1": "limit must be a whole number from 0 to 1000000",
-            "rate=10": "rate must be a number of starts in a time of 1 s or more, such as 10/1m",
+            "rate=10": "rate must be a number of starts per period of 1 s or more, such as 10/1m",
             "rate=0/1m": "rate must be a number of starts",
             "rate=5/0.5s": "rate must be a number of starts",
         }

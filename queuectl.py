@@ -1152,7 +1152,7 @@ CREATE INDEX jobs_due ON jobs (run_after)
   WHERE state = 'pending' AND readiness = 0;
 CREATE INDEX jobs_scheduled ON jobs (queue, run_after)
   WHERE state = 'pending' AND readiness = 0;
-CREATE INDEX jobs_state ON jobs (state, readiness, updated_at);
+CREATE INDEX jobs_state ON jobs (state, readiness, updated_at, seq, queue);
 CREATE INDEX jobs_schedule ON jobs (schedule_id, seq) WHERE schedule_id IS NOT NULL;
 CREATE INDEX jobs_rule ON jobs (schedule_id) WHERE rule IS NOT NULL;
 CREATE INDEX jobs_notifies ON jobs (state, event, queue, notifies)
@@ -1284,13 +1284,13 @@ ALL_JOBS = JOB + "WHERE seq > :seq ORDER BY seq LIMIT 1000"
 SLICE = 200  # jobs read by number, or deleted, at a time
 BY_SEQS = f"{JOB}WHERE seq IN ({', '.join('?' * SLICE)}) ORDER BY seq"
 # In two parts: SQLite does not search an index by rowid after a range of its last column.
-SEQS_IN_STATE = """
+SEQS_IN_STATE = f"""
 SELECT * FROM (
   SELECT updated_at, seq FROM jobs WHERE state = :state AND readiness = :readiness
-    AND updated_at = :updated_at AND seq > :seq ORDER BY seq LIMIT 5000)
+    AND updated_at = :updated_at AND seq > :seq AND {IN_QUEUE} ORDER BY seq LIMIT 5000)
 UNION ALL SELECT * FROM (
   SELECT updated_at, seq FROM jobs WHERE state = :state AND readiness = :readiness
-    AND updated_at > :updated_at ORDER BY updated_at, seq LIMIT 5000)
+    AND updated_at > :updated_at AND {IN_QUEUE} ORDER BY updated_at, seq LIMIT 5000)
 LIMIT 5000"""
 IN_STATE = JOB + f"WHERE state = :state AND readiness = :readiness AND {IN_QUEUE} "
 LATEST = (
@@ -3069,13 +3069,15 @@ class Reader:
             yield from jobs
             seq = jobs[-1].seq
 
-    def seqs_in_state(self, state: State, readiness: int, since: float = -NEVER) -> Iterator[int]:
+    def seqs_in_state(
+        self, state: State, readiness: int, since: float = -NEVER, *, queue: str | None = None
+    ) -> Iterator[int]:
         """Yield the numbers of jobs in the order of their last change, from a time on."""
         rows = [(since, 0)]
         while rows:
             updated_at, seq = rows[-1]
             asked = {"state": state, "readiness": readiness, "updated_at": updated_at, "seq": seq}
-            rows = self.db.rows(SEQS_IN_STATE, asked)
+            rows = self.db.rows(SEQS_IN_STATE, {**asked, "queue": queue})
             yield from (seq for _, seq in rows)
 
     def by_seqs(self, seqs: Sequence[int]) -> Iterator[Job]:
@@ -3097,11 +3099,13 @@ class Reader:
         counts = self.counts_by_queue()
         found = {row[1:3] for row in counts if not chosen.queues or row[0] in chosen.queues}
         kinds = {kind for kind in found if chosen.takes_state(*kind)}
-        number = sum(row[3] for row in counts if row[1:3] in kinds)
+        only = chosen.queues[0] if len(chosen.queues) == 1 else None
+        number = sum(row[3] for row in counts if row[1:3] in kinds and only in (None, row[0]))
         if number > sum(row[3] for row in counts) / SHARE:
             jobs = self.all()
         else:
-            jobs = self.by_seqs(sorted(chain.from_iterable(starmap(self.seqs_in_state, kinds))))
+            seqs = (self.seqs_in_state(*kind, queue=only) for kind in kinds)
+            jobs = self.by_seqs(sorted(chain.from_iterable(seqs)))
         yield from (job for job in jobs if chosen.takes(job, now))
 
     def latest_selected(self, chosen: Selection, limit: int) -> tuple[list[Job], int]:

@@ -1186,7 +1186,7 @@ class SqlPlans(Clocked):
         "LATEST": "jobs_state",
         "OLDEST": "jobs_state",
         "RECENT_ENDS": "jobs_state",
-        "SEQS_IN_STATE": "updated_at=? AND rowid>?",
+        "SEQS_IN_STATE": "updated_at=? AND seq>?",
         "BY_SEQS": "INTEGER PRIMARY KEY (rowid=?)",
         "PRUNABLE": "jobs_state",
         "DRAINED": "jobs_scheduled",
@@ -2951,6 +2951,21 @@ class QueueSelection(Clocked):
                     changed |= {job.id for job in queue.jobs() if job != self.queue.get(job.id)}
                 self.assertEqual(changed, set(ids.split()))
         self.assertEqual(self.result("dlq", "retry", "none", "ended", "-n")[:2], (1, "none\n"))
+
+    @internal
+    def test_jobs_of_a_queue_are_found_without_reading_those_of_others(self) -> None:
+        self.queue.enqueue_many({"command": "true", "queue": "many"} for _ in range(2000))
+        self.queue._db.execute("UPDATE jobs SET state = 'completed' WHERE queue = 'many'")
+        self.queue.cancel([self.queue.enqueue("true", id="x", queue="few")])
+        self.queue._db.execute("UPDATE jobs SET state = 'completed' WHERE id = 'x'")
+        found: list[str] = []
+        chosen = queuectl.Selection(queues=["few"])
+        for act in (
+            lambda: found.extend(job.id for job in self.queue._reader.selected(chosen)),
+            lambda: found.extend(job.id for job in self.queue.jobs(queue="few", limit=9)),
+        ):
+            self.assertLess(self.sqlite_steps(act), 400)  # to read them all: 900
+        self.assertEqual(found, ["x", "x"])
 
     @internal
     def test_change_of_many_jobs_is_made_in_short_transactions(self) -> None:

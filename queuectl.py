@@ -318,6 +318,7 @@ LATE = 0.1  # seconds; a start that was later than this after its token is not c
 LONGEST = 10 * 365 * 86400.0  # no duration is longer, so that sums of times never overflow
 LATEST_TIME = 253402214400  # the end of the year 9999 in every time zone
 STDIN_LIMIT = 1 << 20  # bytes of a job's stdin
+DELAYS_LIMIT = 1000  # of a job: more would make its row long
 PARENTS_LIMIT = 30_000  # characters of QUEUECTL_PARENTS; Windows allows 32,767 in a variable
 TOP_PRIORITY = 1_000_001  # of notifications, above what a user can give
 QUOTED_LIMIT = 100  # characters of user input that a message quotes
@@ -436,9 +437,9 @@ def valid_delays(value: Any) -> str:
     """Return durations, separated by commas or in a list, as seconds separated by commas."""
     items = value.split(",") if isinstance(value, str) else value
     with contextlib.suppress(ValueError):
-        require(isinstance(items, (list, tuple)) and items, "be a list")
+        require(isinstance(items, (list, tuple)) and 0 < len(items) <= DELAYS_LIMIT, "be a list")
         return ",".join(f"{parse_duration(item):.15g}" for item in items)
-    raise ValueError("must be durations such as 10s,1m,10m, none of them longer than 10 years")
+    raise ValueError(f"must be 1 to {DELAYS_LIMIT} durations such as 10s,1m,10m")
 
 
 def parse_time(value: Any) -> float:

@@ -369,6 +369,7 @@ LATE = 0.1  # seconds; a start that was later than this after its token is not c
 LONGEST = 10 * 365 * 86400.0  # no duration is longer, so that sums of times never overflow
 LATEST_TIME = 253402214400  # the end of the year 9999 in every time zone
 STDIN_LIMIT = 1 << 20  # bytes of a job's stdin
+DELAYS_LIMIT = 1000  # of a job: more would make its row long
 PARENTS_LIMIT = 30_000  # characters of QUEUECTL_PARENTS; Windows allows 32,767 in a variable
 TOP_PRIORITY = 1_000_001  # of notifications, above what a user can give
 QUOTED_LIMIT = 100  # characters of user input that a message quotes
@@ -505,8 +506,10 @@ def parse_size(value: Any) -> int:
 def valid_delays(value: Any) -> str:
     """Return durations, separated by commas or in a list, as seconds separated by commas."""
     items = value.split(",") if isinstance(value, str) else value
-    require(isinstance(items, (list, tuple)) and items, "be durations such as 10s,1m,10m")
-    return ",".join(f"{parse_duration(item):.15g}" for item in items)
+    with contextlib.suppress(ValueError):
+        require(isinstance(items, (list, tuple)) and 0 < len(items) <= DELAYS_LIMIT, "be a list")
+        return ",".join(f"{parse_duration(item):.15g}" for item in items)
+    raise ValueError(f"must be 1 to {DELAYS_LIMIT} durations such as 10s,1m,10m")
 
 
 def parse_time(value: Any) -> float:
@@ -581,8 +584,7 @@ def valid_states(value: Iterable[str]) -> list[str]:
     words = value.split(",") if isinstance(value, str) else list(value)
     for word in map(str, words):
         if word not in STATE_WORDS:
-            hint = suggestion(word.lower(), STATE_WORDS)
-            raise ValueError(f"has no state {quoted(word)}{hint}")
+            raise ValueError(f"must not be '{quoted(word)}'{suggestion(word.lower(), STATE_WORDS)}")
     return words
 
 
@@ -840,7 +842,7 @@ def valid_rate(value: object) -> str:
     with contextlib.suppress(ValueError):
         rate_gap(rate)
         return rate
-    raise ValueError("must be a number of starts in a time of 1 s or more, such as 10/1m, or 0")
+    raise ValueError("must be a number of starts per period of 1 s or more, such as 10/1m, or 0")
 
 
 def valid_switch(value: object) -> str:
@@ -897,23 +899,27 @@ SETTINGS = {
     "max_retries": Setting(3, FIELDS["max_retries"], "number of attempts, including the first"),
     "backoff_base": Setting(2.0, number(1, 1000), "a retry waits this value ** attempts seconds"),
     "backoff_max": Setting(86400.0, parse_duration, "a retry never waits longer than this"),
-    "jitter": Setting(0.0, number(0, 1), "a retry may wait less, by up to this part of the time"),
+    "jitter": Setting(
+        0.0, number(0, 1), "shorten each wait for a retry at random, by up to this fraction"
+    ),
     "timeout": Setting(300.0, parse_duration, "how long an attempt may take (0: no limit)"),
     "kill_grace": Setting(5.0, parse_duration, "time between TERM and KILL when a job is ended"),
     "output_limit": Setting(65536, parse_size, "how much output is kept, such as 64K or 1M"),
-    "on_dead": Setting("", FIELDS["on_dead"], "a command to run when a job has died"),
-    "on_end": Setting("", FIELDS["on_end"], "a command to run when a job has ended in any way"),
+    "on_dead": Setting("", FIELDS["on_dead"], "command to run when a job is dead"),
+    "on_end": Setting("", FIELDS["on_end"], "command to run when a job has ended in any way"),
     "max_notifications": Setting(
         100,
         integer(0, 10**6),
-        "how many may wait before further ones are summed up in one",
+        "number that may wait; further ones are combined into a summary",
         per_queue=False,
     ),
     "shell": Setting(DEFAULT_SHELL, valid_prefix, "the program and options that run a command"),
     "max_snoozes": Setting(20, integer(0, 10**6), "how many times a job may exit with 75"),
     "no_retry_exit_codes": Setting((), valid_exit_codes, "final exit codes, such as 2,126,127"),
-    "limit": Setting(0, integer(0, 10**6), "how many jobs of a queue run at once (0: any number)"),
-    "rate": Setting("", valid_rate, "how many jobs of a queue start in a time, such as 10/1m"),
+    "limit": Setting(
+        0, integer(0, 10**6), "number of jobs of a queue that run at once (0: no limit)"
+    ),
+    "rate": Setting("", valid_rate, "number of jobs of a queue that start in a period: 10/1m"),
     "launcher": Setting(
         (),
         valid_launcher,
@@ -951,7 +957,7 @@ BY_SETTINGS = {*SETTINGS, "retry_delays"}  # fields of a job that are None where
 
 
 def change_validator(key: str) -> Validator:
-    """Return the validator of a field's new value, which may also take the old one back."""
+    """Return the validator of a field's new value, which may also reset the field."""
     check = FIELDS[key]
     if key in BY_SETTINGS:
         return lambda value: None if value in (None, "default") else check(value)
@@ -1101,7 +1107,7 @@ def json_line(facts: Facts) -> bytes:
 
 
 def summary_facts(earlier: bytes, job: Job) -> dict[str, Any]:
-    """Return the facts of a summary, given as JSON, with one more job that has ended."""
+    """Return the facts of a summary, given as JSON, after one more job has ended."""
     counts: dict[str, int] = dict.fromkeys(FINISHED, 0)
     counts.update({"count": 1, job.state: 1})
     first = job.id
@@ -1349,7 +1355,7 @@ CREATE INDEX jobs_due ON jobs (run_after)
   WHERE state = 'pending' AND readiness = 0;
 CREATE INDEX jobs_scheduled ON jobs (queue, run_after)
   WHERE state = 'pending' AND readiness = 0;
-CREATE INDEX jobs_state ON jobs (state, readiness, updated_at);
+CREATE INDEX jobs_state ON jobs (state, readiness, updated_at, seq, queue);
 CREATE INDEX jobs_schedule ON jobs (schedule_id, seq) WHERE schedule_id IS NOT NULL;
 CREATE INDEX jobs_rule ON jobs (schedule_id) WHERE rule IS NOT NULL;
 CREATE INDEX jobs_notifies ON jobs (state, event, queue, notifies)
@@ -1375,7 +1381,7 @@ CREATE TABLE needs (                    -- a child is blocked until all of its n
   child INTEGER NOT NULL,
   any_end INTEGER NOT NULL DEFAULT 0,   -- 1: met by any end of the parent, not only completion
   met INTEGER NOT NULL,
-  PRIMARY KEY (parent, child)
+  PRIMARY KEY (parent, child, any_end)
 ) WITHOUT ROWID;
 CREATE INDEX needs_child ON needs (child, met);
 
@@ -1489,13 +1495,13 @@ BY_SEQS = f"{JOB}WHERE seq IN ({', '.join('?' * SLICE)}) ORDER BY seq"
 MARKS = f"""
 SELECT seq, state, readiness, run, updated_at FROM jobs WHERE seq IN ({", ".join("?" * SLICE)})"""
 # In two parts: SQLite does not search an index by rowid after a range of its last column.
-SEQS_IN_STATE = """
+SEQS_IN_STATE = f"""
 SELECT * FROM (
   SELECT updated_at, seq FROM jobs WHERE state = :state AND readiness = :readiness
-    AND updated_at = :updated_at AND seq > :seq ORDER BY seq LIMIT 5000)
+    AND updated_at = :updated_at AND seq > :seq AND {IN_QUEUE} ORDER BY seq LIMIT 5000)
 UNION ALL SELECT * FROM (
   SELECT updated_at, seq FROM jobs WHERE state = :state AND readiness = :readiness
-    AND updated_at > :updated_at ORDER BY updated_at, seq LIMIT 5000)
+    AND updated_at > :updated_at AND {IN_QUEUE} ORDER BY updated_at, seq LIMIT 5000)
 LIMIT 5000"""
 IN_STATE = JOB + f"WHERE state = :state AND readiness = :readiness AND {IN_QUEUE} "
 LATEST = (
@@ -1524,7 +1530,8 @@ SUMMARIES = ATTEMPTS.replace("output FROM", "x'' FROM").replace("LIMIT 16", "LIM
 LAST_ATTEMPT = ATTEMPT + "WHERE job = :seq AND run <= :run ORDER BY run DESC LIMIT 1"
 STDIN = "SELECT stdin FROM jobs WHERE seq = :seq"
 PARENT_IDS = """
-SELECT id FROM needs JOIN jobs ON seq = parent WHERE child = :seq AND met = 1 ORDER BY parent"""
+SELECT id FROM jobs
+WHERE seq IN (SELECT parent FROM needs WHERE child = :seq AND met = 1) ORDER BY seq"""
 COUNT_NOTIFICATIONS = f"""
 SELECT count(*) FROM jobs INDEXED BY jobs_notifies
 WHERE notifies IS NOT NULL AND state = :state AND {IN_QUEUE}"""
@@ -1570,7 +1577,8 @@ SELECT count(*) FROM (
   UNION ALL SELECT 1 FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue
     AND priority = :priority AND (run_after, seq) < (:run_after, :seq) LIMIT 100000)"""
 PARENTS = f"""
-{JOB}JOIN needs ON parent = seq WHERE child = :seq AND met = 0 ORDER BY parent LIMIT 100"""
+{JOB}WHERE seq IN (SELECT parent FROM needs WHERE child = :seq AND met = 0)
+ORDER BY seq LIMIT 100"""
 FAILED_ANCESTORS = f"""
 WITH RECURSIVE ancestors (parent) AS (
   SELECT parent FROM needs WHERE child = :seq AND met = 0
@@ -1767,8 +1775,13 @@ SET = """
 INSERT INTO settings VALUES (:queue, :key, :value)
 ON CONFLICT (queue, key) DO UPDATE SET value = :value"""
 UNSET = "DELETE FROM settings WHERE queue = :queue AND key = :key"
-APPLY_SETTINGS = f"""
-UPDATE queues SET capacity = {CAPACITY}, closed_at = NULL WHERE :queue IN ('', queue)"""
+APPLY_LIMIT = f"UPDATE queues SET capacity = {CAPACITY} WHERE :queue IN ('', queue)"
+# The time of the next start follows from that of the last one: closed_at.
+APPLY_RATE = """
+UPDATE queues SET token_at = closed_at + :gap, closed_at = CASE WHEN :gap > 0 THEN closed_at END
+WHERE closed_at IS NOT NULL AND launch_failures = 0 AND (
+  queue = :queue OR :queue = '' AND NOT EXISTS (
+  SELECT 1 FROM settings WHERE settings.queue = queues.queue AND key = 'rate'))"""
 
 TABLES = "jobs|attempts|needs|batches|settings|queues|totals"
 REFERENCE = "FROM|JOIN|INTO|UPDATE|TABLE|INDEX|TRIGGER|ON|BY"  # precedes a table or an index
@@ -3150,6 +3163,21 @@ class Database:
             self.synchronous = synchronous
             self.execute(SET_SYNCHRONOUS[synchronous])
 
+    @contextlib.contextmanager
+    def synced_later(self) -> Iterator[None]:
+        """Sync what the block writes at its end, when other programs can have the lock again."""
+        synchronous = self.synchronous
+        if synchronous == "normal" or self.connection.in_block:
+            yield
+            return
+        self.set_synchronous("normal")
+        try:
+            yield
+        finally:
+            self.set_synchronous(synchronous)
+        with self.translate_errors():
+            sync_file(self.path + "-wal")
+
     def truncate_wal(self) -> None:
         """Empty the -wal unless readers need it for more than 0.2 s; writers wait meanwhile."""
         self.execute(SET_WAIT)
@@ -3358,13 +3386,15 @@ class Reader:
             yield from jobs
             seq = jobs[-1].seq
 
-    def seqs_in_state(self, state: State, readiness: int, since: float = -NEVER) -> Iterator[int]:
+    def seqs_in_state(
+        self, state: State, readiness: int, since: float = -NEVER, *, queue: str | None = None
+    ) -> Iterator[int]:
         """Yield the numbers of jobs in the order of their last change, from a time on."""
         rows = [(since, 0)]
         while rows:
             updated_at, seq = rows[-1]
             asked = {"state": state, "readiness": readiness, "updated_at": updated_at, "seq": seq}
-            rows = self.db.rows(SEQS_IN_STATE, asked)
+            rows = self.db.rows(SEQS_IN_STATE, {**asked, "queue": queue})
             yield from (seq for _, seq in rows)
 
     def by_seqs(self, seqs: Sequence[int]) -> Iterator[Job]:
@@ -3386,11 +3416,13 @@ class Reader:
         counts = self.counts_by_queue()
         found = {row[1:3] for row in counts if not chosen.queues or row[0] in chosen.queues}
         kinds = {kind for kind in found if chosen.takes_state(*kind)}
-        number = sum(row[3] for row in counts if row[1:3] in kinds)
+        only = chosen.queues[0] if len(chosen.queues) == 1 else None
+        number = sum(row[3] for row in counts if row[1:3] in kinds and only in (None, row[0]))
         if number > sum(row[3] for row in counts) / SHARE:
             jobs = self.all()
         else:
-            jobs = self.by_seqs(sorted(chain.from_iterable(starmap(self.seqs_in_state, kinds))))
+            seqs = (self.seqs_in_state(*kind, queue=only) for kind in kinds)
+            jobs = self.by_seqs(sorted(chain.from_iterable(seqs)))
         yield from (job for job in jobs if chosen.takes(job, now))
 
     def latest_selected(self, chosen: Selection, limit: int) -> tuple[list[Job], int]:
@@ -3848,7 +3880,7 @@ class Ledger:
             self.report(ended, command, where, settings["max_notifications"])
 
     def report(self, job: Job, command: str, cwd: str, limit: int) -> None:
-        """Add a notification about a job that has ended or, beyond the limit, sum them up in one.
+        """Add a notification about a job that has ended; beyond the limit, count it in a summary.
 
         Unless the command is the job's own, `cwd` is not the job's directory: that may be missing.
         """
@@ -3961,7 +3993,7 @@ class Ledger:
             row["rule"] = f"cron {fields['cron']}"
             when = cron_next(fields["cron"], now)
         if row and not job.rule:
-            raise NotFound(f"job {printable(job.id)} is not the next one of a schedule")
+            raise NotFound(f"job {printable(job.id)} is not the next occurrence of a schedule")
         when = None if job.run else when
         if "delay" in fields:
             when = now + fields["delay"]
@@ -4023,7 +4055,7 @@ class Ledger:
         left = collections.deque(seqs)
         while left:
             changed = []
-            with self.db.transaction(notify=True):
+            with self.db.synced_later(), self.db.transaction(notify=True):
                 until = time.monotonic() + HOLD
                 while left:
                     job = self.reader.by_seq(left.popleft())
@@ -4497,8 +4529,12 @@ class Queue:
             self._db.execute(sql, {"queue": queue, "key": key, "value": text})
             revision = os.urandom(8).hex()  # a count would come to the same value after a rollback
             self._db.execute(SET, {"queue": "", "key": REVISION_KEY, "value": revision})
-            if key in ("limit", "rate"):
-                self._db.execute(APPLY_SETTINGS, {"queue": queue})
+            if key == "limit":
+                self._db.execute(APPLY_LIMIT, {"queue": queue})
+            if key == "rate":
+                rate = self._reader.settings(queue)["rate"]
+                gap = rate_gap(rate) if rate else 0
+                self._db.execute(APPLY_RATE, {"queue": queue, "gap": gap})
 
 
 # --- attempt: launching a job, watching it, ending it, keeping its output and its result ----------
@@ -6286,6 +6322,8 @@ def status_facts(reader: Reader, only: str | None = None) -> dict[str, Any]:
     facts["paused"] = [name for name in reader.paused() if only in (None, name) or not name]
     held = {name: reader.hold(name) for name in reader.held() if only in (None, name)}
     facts["held"] = {name: reason for name, reason in held.items() if reason}
+    notifications = partial(reader.number, COUNT_NOTIFICATIONS, queue=only)
+    facts["notifications"] = {state: notifications(state=state) for state in (PENDING, DEAD)}
     now = reader.clock()
     pools = reader.db.run_dir.alive("pool").values()
     age = now - min((note.get("started", now) for note in pools), default=0)
@@ -6308,6 +6346,9 @@ def status_counts(reader: Reader, facts: Facts, only: str | None, *, full: bool)
         yield f"next       due {format_distance(when, reader.clock())}"
     if facts["paused"]:
         yield "paused     " + ", ".join(name or "all queues" for name in facts["paused"])
+    waiting, dead = facts["notifications"].values()
+    if waiting or dead:
+        yield f"notifications {waiting} waiting" + (f", {dead} dead" if dead else "")
     for reason in islice(facts["held"].values(), 5):
         yield f"waiting    {reason}"
     if len(facts["held"]) > 5:
@@ -8403,16 +8444,16 @@ def parse_edit(check: Validator, text: str) -> Any:
 
 
 def edit_option(names: tuple[str, ...], options: dict[str, Any]) -> Argument:
-    """Return an option of `enqueue` as one of `edit`, by which a value can also be taken back."""
+    """Return an option of `enqueue` as one of `edit`, which can also reset the field."""
     key = options["dest"]
     meaning = options["help"].replace(" (default: this one)", "")
     if options["type"].args[1] is FIELDS[key]:
         check = partial(parse_edit, EDITABLE[key])
         options = {**options, "type": partial(validate, names[-1], check)}
     if key in BY_SETTINGS:
-        meaning += "; default: as the queue's setting says"
+        meaning += "; 'default' restores the setting"
     if FIELDS[key] is valid_names:
-        meaning += "; instead of those before, '' for none"
+        meaning += "; replaces the earlier ones ('': none)"
     return names, {**options, "help": meaning}
 
 
@@ -8523,7 +8564,7 @@ def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: array[int]) -
         if len(words) > 1:
             raise BadInput("- must be the only argument; the jobs are read from stdin")
         if not sys.stdin or sys.stdin.closed:
-            raise BadInput("stdin is closed: there are no lines to read")
+            raise BadInput("stdin is closed, or was read already: there are no lines to read")
         stdin.seek(0)
         for at[0], line in enumerate(stdin, 1):
             if at[0] % 1000 == 0:
@@ -8901,7 +8942,7 @@ def targets(
     known = (*states, *READINESS_WORDS.values()) if PENDING in states else states
     for word in args.states:
         if word not in known:
-            raise BadInput(f"--state must be of {', '.join(known)} here, not {word}")
+            raise BadInput(f"--state must be one of {', '.join(known)}, not {word}")
     if not (everything or all_given or selection_options(args)):
         raise BadInput("name the jobs, or select them by --queue, --state, --match, --older-than")
     return selection(args, usual)
@@ -9255,6 +9296,8 @@ def cmd_edit(args: argparse.Namespace, queue: Queue) -> int:
     if "env" in fields:
         fields["env"] = dict(chain(*fields["env"]))
     if args.ids and args.queues:  # without ids, it selects
+        if "queue" in fields:
+            raise BadInput("name the new queue by --queue or --to-queue, not both")
         fields["queue"] = args.queues.pop()
     if not fields:
         raise BadInput("give a new field, such as --priority 5; --to-queue moves selected jobs")
@@ -9394,17 +9437,17 @@ IDS = arg("ids", "ID", nargs="*")
 # A selection of jobs: named ones, or those that match all of these options.
 STATE = arg("-s --state", "STATE,...", "only jobs in these states: " + ", ".join(STATE_WORDS),
             valid_states, dest="states", action="extend", default=[])
-MATCH = arg("--match", "TEXT", "only jobs with this text in the id or the command, in upper or "
+MATCH = arg("--match", "TEXT", "only jobs whose id or command contains this text, in upper or "
             "lower case", valid_command)
 OLDER_THAN = arg("--older-than", "DURATION", "only jobs that have been in their state for at "
-                 "least this time", parse_duration)
-IDS_ONLY = flag("--ids", "print the ids alone", dest="ids_only")
+                 "least this long", parse_duration)
+IDS_ONLY = flag("--ids", "print only the ids", dest="ids_only")
 SELECT = (IDS, QUEUES, STATE, MATCH, OLDER_THAN, IDS_ONLY)
-CHANGE = (*SELECT, flag("-n --dry-run", "print the ids of the jobs, and change nothing"))
+CHANGE = (*SELECT, flag("-n --dry-run", "print the ids, and change nothing"))
 ALL_DEAD = flag("--all", "all dead jobs")
 KEY = arg("key", "KEY", "one of: " + ", ".join(SETTINGS), validate_setting)
-OF_QUEUE = arg("--queue", "QUEUE", "the value for this queue (default: for all queues that have "
-               "none of their own)", valid_name)
+OF_QUEUE = arg("--queue", "QUEUE", "apply to this queue only (default: all queues without a "
+               "value of their own)", valid_name)
 
 COMMANDS = {
     "enqueue": Command(cmd_enqueue, "none", "add a job and print its id", "enqueue 'make all'", (
@@ -9430,7 +9473,7 @@ COMMANDS = {
         field("stdin", "TEXT", "the text that it reads from stdin"),
         field("stdin", "FILE", "the same, from a file (-: from stdin)", "--stdin-file",
               check=read_input),
-        field("on_dead", "COMMAND", "run this when it has died ('': nothing)"),
+        field("on_dead", "COMMAND", "run this when it is dead ('': nothing)"),
         field("on_end", "COMMAND", "run this when it has ended in any way ('': nothing)"),
         flag("--if-absent", "do nothing if a job with that id exists"))),
     "worker start": Command(

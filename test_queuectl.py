@@ -18,7 +18,7 @@ The classes mirror the sections of queuectl.py, in the same order:
     queue            QueueEnqueue QueueBatch QueueReading QueueSelection QueueEdit QueueEditLive
                      QueueOrder QueueDependencies QueueSchedules QueueRetries QueueNotifications
                      QueueNotificationsLive QueuePause QueuePauseLive QueueLimit QueueLimitLive
-                     QueueWait QueuePrune
+                     QueueTogetherLive QueueWait QueuePrune
     attempt          AttemptLaunch AttemptWithoutShell AttemptEnd AttemptOutput AttemptElsewhere
                      AttemptElsewhereClocked Engine AttemptOverSsh AttemptInSlurm
     worker           WorkerFencing WorkerTrouble
@@ -1218,7 +1218,7 @@ class SqlPlans(Clocked):
         "LATEST": "jobs_state",
         "OLDEST": "jobs_state",
         "RECENT_ENDS": "jobs_state",
-        "SEQS_IN_STATE": "updated_at=? AND rowid>?",
+        "SEQS_IN_STATE": "updated_at=? AND seq>?",
         "BY_SEQS": "INTEGER PRIMARY KEY (rowid=?)",
         "PRUNABLE": "jobs_state",
         "DRAINED": "jobs_scheduled",
@@ -3188,6 +3188,21 @@ class QueueSelection(Clocked):
         self.assertEqual(self.result("dlq", "retry", "none", "ended", "-n")[:2], (1, "none\n"))
 
     @internal
+    def test_jobs_of_a_queue_are_found_without_reading_those_of_others(self) -> None:
+        self.queue.enqueue_many({"command": "true", "queue": "many"} for _ in range(2000))
+        self.queue._db.execute("UPDATE jobs SET state = 'completed' WHERE queue = 'many'")
+        self.queue.cancel([self.queue.enqueue("true", id="x", queue="few")])
+        self.queue._db.execute("UPDATE jobs SET state = 'completed' WHERE id = 'x'")
+        found: list[str] = []
+        chosen = queuectl.Selection(queues=["few"])
+        for act in (
+            lambda: found.extend(job.id for job in self.queue._reader.selected(chosen)),
+            lambda: found.extend(job.id for job in self.queue.jobs(queue="few", limit=9)),
+        ):
+            self.assertLess(self.sqlite_steps(act), 400)  # to read them all: 900
+        self.assertEqual(found, ["x", "x"])
+
+    @internal
     def test_change_of_many_jobs_is_made_in_short_transactions(self) -> None:
         """Each is stored by itself, and jobs that another process changed meanwhile are left."""
         ledger = self.queue._ledger
@@ -3201,6 +3216,28 @@ class QueueSelection(Clocked):
                 with Queue(self.path) as other:
                     self.assertEqual(other.counts()["pending"], 3 + ("failed" in seen))
         self.assertEqual(seen, ["", "failed", "", "", "", ""])
+
+    @internal
+    def test_change_of_many_jobs_is_synced_when_others_can_have_the_lock_again(self) -> None:
+        """A slow disk must not keep others waiting; the ids are printed after the sync."""
+        self.queue._db.set_synchronous("full")
+        events = []
+
+        def sync(path: str) -> None:
+            with contextlib.closing(sqlite3.connect(self.path, timeout=0)) as other:
+                other.execute("BEGIN IMMEDIATE")
+            events.append("sync" if path == self.path + "-wal" else path)
+
+        def cancel(job: Any) -> None:
+            self.queue._ledger.cancel(job.seq)
+            events.append(self.queue._db.rows("PRAGMA synchronous")[0][0])  # 1: normal
+
+        seqs = [self.queue.enqueue("true") and self.queue._ledger.last_seq()]
+        with mock.patch.object(queuectl, "sync_file", sync):
+            for jobs in self.queue._ledger.in_slices(seqs, lambda _job: None, cancel):
+                events.append(len(jobs))
+        self.assertEqual(events, [1, "sync", 1])
+        self.assertEqual(self.queue._db.rows("PRAGMA synchronous")[0][0], 2)  # full, again
 
 
 class QueueEdit(Clocked):
@@ -3278,6 +3315,30 @@ class QueueEdit(Clocked):
         self.queue.edit("f", after="", priority=1)
         self.assertEqual(self.run_all(), "f e")
 
+    def test_job_can_wait_for_completion_and_for_any_end_of_the_same_job(self) -> None:
+        enqueue_graph(self.queue, "a", "b a")
+        for fields, readiness in (
+            ({"after_end": "a"}, queuectl.BLOCKED),
+            ({"after": ""}, queuectl.BLOCKED),
+            ({"after_end": ""}, queuectl.READY),
+        ):
+            self.queue.edit("b", **fields)
+            self.assertEqual(self.queue.get("b").readiness, readiness, fields)
+        self.queue.edit("b", after="a", after_end="a")
+        self.assertEqual(self.json_object("show", "b")["after"], ["a"])
+        self.finish()
+        found = self.queue._ledger.claim("worker-1")
+        self.assertEqual((found.job.id, found.parents), ("b", "a"))
+
+    @internal
+    def test_job_that_was_claimed_since_it_was_read_is_not_edited(self) -> None:
+        self.queue.enqueue("true", id="x")
+        before = self.queue.get("x")
+        claimed = self.claim()
+        self.queue._ledger.edit(before, {"command": "false", "queue": "gpu", "run_at": 9e6})
+        self.assertEqual(self.queue.get("x"), claimed)
+        self.assertEqual(self.finish(0, claimed).state, "completed")
+
     def test_edit_leaves_jobs_that_run_or_have_ended(self) -> None:
         enqueue_graph(self.queue, "ended", "runs", "waits")
         self.finish()
@@ -3311,7 +3372,7 @@ class QueueEdit(Clocked):
             (job.rule, job.run_after, job.scheduled_for), ("cron @daily", 1036800, 1036800)
         )
         self.queue.enqueue("true", id="plain")
-        with self.assertRaisesRegex(queuectl.NotFound, "not the next one of a schedule"):
+        with self.assertRaisesRegex(queuectl.NotFound, "not the next occurrence of a schedule"):
             self.queue.edit("plain", every=60)
 
     @internal
@@ -3341,7 +3402,8 @@ class QueueEdit(Clocked):
                 self.assertEqual(self.stdout("edit", job_id, *options.split()), f"{job_id}\n")
                 job = self.queue.get(job_id)._asdict()
                 self.assertEqual({key: job[key] for key in facts}, facts)
-        for options in ("", "--id x", "--priority high", "--max-retries 0", "--env =x", "--cron 5"):
+        wrong = ("", "--id x", "--priority high", "--max-retries 0", "--env =x", "--cron 5")
+        for options in (*wrong, "--queue a --to-queue b"):
             with self.subTest(options):
                 self.assert_refused("edit", "1", *options.split())
         self.assert_refused("edit", "--queue", "gpu")
@@ -4239,6 +4301,13 @@ SELECT queue, next_priority, next_due, next_seq, next_notifies FROM queues
 WHERE next_seq IS NOT NULL ORDER BY queue"""
 
 
+def assert_counts(case: Case, queue: Queue) -> None:
+    """Check that the rows of queues, which triggers keep, agree with the jobs."""
+    with queue.transaction():
+        for kept, real in ((KEPT_FACTS, FACTS_OF_QUEUES), (KEPT_NEXT, NEXT_OF_QUEUES)):
+            case.assertEqual(queue._db.rows(kept), queue._db.rows(real))
+
+
 class QueueLimit(Clocked):
     """`limit` and `rate`, with a clock that the test moves."""
 
@@ -4334,8 +4403,7 @@ class QueueLimit(Clocked):
             with contextlib.suppress(queuectl.NotFound):
                 random.choice(changes)(random.choice(list(queue.jobs())))
             self.now += 1
-            for kept, real in ((KEPT_FACTS, FACTS_OF_QUEUES), (KEPT_NEXT, NEXT_OF_QUEUES)):
-                self.assertEqual(queue._db.rows(kept), queue._db.rows(real))
+            assert_counts(self, queue)
 
     def starts(self, seconds: float, step: float) -> list[float]:
         """Claim whatever can be claimed, every step; return the times."""
@@ -4394,6 +4462,28 @@ class QueueLimit(Clocked):
         self.queue.configure("rate", None, "api")
         self.assertEqual(self.run_all(), "api4 api5")
 
+    def test_change_of_a_setting_lets_no_job_start_before_the_rate_allows_it(self) -> None:
+        self.queue.configure("rate", "1/10s")
+        for name in ("own", "all"):
+            self.queue.configure("limit", "9", name)
+            list(self.queue.enqueue_many([{"command": "true", "queue": name}] * 4))
+        self.queue.configure("rate", "1/1m", "own")
+        self.assertEqual([self.claim().queue, self.claim().queue], ["own", "all"])
+        for key, value, queue, seconds, started in (
+            ("limit", "8", "own", 1, None),
+            ("rate", "1/1m", "own", 1, None),
+            ("rate", "1/5s", "", 2, None),
+            ("rate", "1/5s", "", 1, "all"),  # in all, 5 s
+            ("limit", "7", "", 1, None),
+            ("rate", None, "own", 0, "own"),
+            ("rate", None, "", 0, "own"),
+        ):
+            self.queue.configure(key, value, queue)
+            self.now += seconds
+            job = self.claim()
+            self.assertEqual(job and job.queue, started, (key, value, queue))
+            self.assertEqual(self.claim() is None, value is not None or queue == "own")
+
     @internal
     def test_pool_looks_again_when_a_worker_is_idle_and_when_the_clock_is_set_back(self) -> None:
         pool = make_pool(self, self.queue)
@@ -4434,6 +4524,7 @@ class QueueLimitLive(Live):
                 for job in queue._reader.claimed()[:1]:
                     with contextlib.suppress(ProcessLookupError, KeyError):
                         os.kill(workers[job.locked_by]["pid"], signal.SIGKILL)
+            assert_counts(self, queue)
         self.assertEqual(self.read("three"), "")
         self.assertEqual(len(ids - set(self.lines("done"))), 0)
 
@@ -4476,6 +4567,96 @@ class QueueLimitLive(Live):
         gaps = [b - a for a, b in zip(starts, starts[1:])]
         self.assertGreater(starts[-1] - starts[0], 6 * 0.05 - 0.03)
         self.assertLess(sorted(gaps)[len(gaps) // 2], 0.07)
+
+
+@NEEDS_SHELL
+class QueueTogetherLive(Live):
+    """Limits, rates, edits, selections, dependencies and notifications at the same time."""
+
+    COMMANDS = (  # each is killed at some moment, or not
+        "edit --queue gpu --match true --to-queue api --priority {0}",
+        "edit --queue api --match sleep --to-queue gpu",
+        "edit --state scheduled --delay 0 --command true",
+        "edit --state ready --match exit --after-end first --retry-delays 0,0.{0}",
+        "cancel --match {0}7 --cascade",
+        "cancel --state blocked --match {0}1",
+        "dlq retry --all",
+        "dlq retry --state cancelled --match {0}",
+        "dlq purge --state cancelled --match {0}{0}",
+        "prune --older-than 2s --match {0}3",
+        "pause --queue gpu",
+        "resume",
+        "config set limit 1 --queue gpu",
+        "config set limit 2 --queue gpu",
+        "config set rate 4{0}/1s --queue api",
+    )
+
+    def add_jobs(self, queue: Queue, random: Any, number: int) -> list[str]:
+        here = {"cwd": self.dir, "stdin": "text"}
+        queue.enqueue("true", id="first", **here)
+        lines = (f"{QueueLimitLive.SLOT} sleep 0.02", "exit 3", "true", "cat >> in")
+        jobs: list[dict[str, Any]] = []
+        for _ in range(number):
+            name = random.choice(("gpu", "api", "other"))
+            line = lines[0] if name == "gpu" else random.choice(lines[1:])
+            jobs.append({"command": line, "queue": name, **here})
+            jobs[-1].update(random.choice(({}, {"delay": 0.5}, {"after_end": "first"})))
+        jobs += [{"command": "kill -9 $PPID", "cwd": self.dir, "priority": 5}] * 3
+        return list(queue.enqueue_many(jobs))
+
+    def told(self) -> set[Any]:
+        """Return the jobs of which a notification told, each with the state it ended in."""
+        return {(job["id"], job["state"]) for job in map(json.loads, self.lines("told"))}
+
+    def run_all(self, seed: int, number: int, seconds: float) -> None:
+        """Do everything at once and kill everything at some time; then see that all is right."""
+        random = __import__("random").Random(seed)
+        self.configure(
+            on_end="cat >> told",
+            limit="0",
+            max_retries="3",
+            jitter="0.5",
+            backoff_base="1",
+            backoff_max="0.05",
+            max_notifications="100000",
+        )
+        with Queue(self.path) as queue:
+            queue.configure("limit", "2", "gpu")
+            queue.configure("rate", "40/1s", "api")
+            self.add_jobs(queue, random, number)
+            began = time.monotonic()
+            while time.monotonic() < began + seconds:
+                self.processes = [one for one in self.processes if one.poll() is None]
+                pools = [one for one in self.processes if "start" in one.args]
+                for _ in range(2 - len(pools)):
+                    self.pool("--count", "3", "--quiet", stdout=subprocess.DEVNULL)
+                words = random.choice(self.COMMANDS).format(random.randrange(10)).split()
+                one = self.start(*words, stdout=subprocess.DEVNULL)
+                time.sleep(random.uniform(0.0, 0.4))
+                victims = [self.kill_workers, one.kill, pools[0].kill if pools else one.kill]
+                random.choice((*victims, self.kill_ours))()
+                assert_counts(self, queue)
+            self.kill_ours()
+            for words in (
+                "resume",
+                "config unset rate --queue api",
+                "config set limit 2 --queue gpu",
+            ):
+                self.stdout(*words.split())
+            self.result("worker", "start", "--drain", "--count", "4", real=True, timeout=60)
+            assert_counts(self, queue)
+            ended = {(job.id, job.state) for job in queue.jobs() if not job.notifies}
+            self.assertEqual({state for _, state in ended} - set(queuectl.FINISHED), set())
+            self.assertEqual(ended - self.told(), set())
+        self.assertEqual(self.read("three"), "")
+        self.assert_sound()
+
+    @SLOW
+    def test_nothing_is_lost_when_all_features_meet_and_everything_is_killed(self) -> None:
+        """Promise 9: each end is reported at least once; limits hold, and counts are right."""
+        seed = time.time_ns() % 1000
+        with self.subTest(seed):
+            self.run_all(seed, 300, 12)
 
 
 class QueueWait(Live):
@@ -8307,7 +8488,7 @@ class CliEnqueue(Case):
         for name, reason in refused.items():
             self.assertIn(reason, self.assert_refused("enqueue", "--stdin-file", name, "cat"))
         line = self.assert_refused("enqueue", "--stdin-file", "-", "-", stdin='{"command": "x"}')
-        self.assertIn("stdin is closed: there are no lines to read", line)
+        self.assertIn("stdin is closed, or was read already: there are no lines to read", line)
 
 
 class CliEnqueueLive(Live):
@@ -8508,7 +8689,20 @@ class CliBadInput(Case):
         "max_retries": ("x", None, True, 1.5, [], {}, 0, -1, 10**7),
         "cwd": (1, None, True, [], {}, "/\0", "/\ud800"),
         "env": (1, None, [], "A=1", {"A": 1}, {"": "x"}, {"A=B": "x"}, {"A": None}, {"A": "\0"}),
-        "retry_delays": (1, None, True, "", "1,", "soon", "-1", [], [-1], ["x"], {"a": 1}),
+        "retry_delays": (
+            1,
+            None,
+            True,
+            "",
+            "1,",
+            "soon",
+            "-1",
+            [],
+            [-1],
+            ["x"],
+            {"a": 1},
+            [1] * 1001,
+        ),
         "stdin": (1, None, True, [], "\ud800", "x" * ((1 << 20) + 1)),
         "after": (1, None, "", [1], [""], ["a b"], {"a": 1}, "-x"),
         "after_end": (1, None, "", [1], [""], ["a b"], {"a": 1}, "-x"),
@@ -8674,7 +8868,7 @@ class CliBadInput(Case):
         "enqueue x --delay -5m": "must not begin with -",
         "status --db=": "--db must not be empty",
         "list --state done": "cancelled",
-        "prune --state pending": "must be of completed, dead, cancelled here, not pending",
+        "prune --state pending": "must be one of completed, dead, cancelled, not pending",
         "cancel": "name the jobs, or select them by --queue,",
         "--db new.db worker start --horizon 5": "--horizon requires --drain",
         "wait --all 1": "either name the jobs or use --all",
@@ -8845,6 +9039,21 @@ class CliStatus(Clocked):
         self.assertRegex(whole, r"(?s)rate +0\.0 .*paused +cpu\n.*LAST FAILED.*\ndefault1 ")
         self.assertRegex(whole, r"\nrate +0\.0  jobs/s recently\n")
         self.assertNotRegex(gpu, "paused|FAILED|default")
+
+    def test_status_counts_the_notifications_that_wait_or_are_dead(self) -> None:
+        self.assertNotIn("notifications", self.stdout("status"))
+        self.queue.configure("on_end", "cat", "gpu")
+        self.queue.configure("no_retry_exit_codes", "3")
+        for name in ("cpu", "gpu", "gpu", "gpu"):
+            self.queue.enqueue("true", queue=name)
+        self.queue.cancel(["1", "2", "3", "4"])
+        self.assertIn("\nnotifications 3 waiting\n", self.stdout("status"))
+        self.finish(3)
+        self.finish(0)
+        self.assertIn("\nnotifications 1 waiting, 1 dead\n", self.stdout("status"))
+        for name, counts in {"gpu": (1, 1), "cpu": (0, 0)}.items():
+            found = self.json_object("status", "--queue", name)["notifications"]
+            self.assertEqual(found, dict(zip(("pending", "dead"), counts)))
 
 
 class CliStatusLive(Live):
@@ -9413,7 +9622,7 @@ class CliConfig(Case):
             "shell='": "shell must be a command prefix: No closing quotation",
             "synchronous=off": "synchronous must be normal or full",
             "limit=-1": "limit must be a whole number from 0 to 1000000",
-            "rate=10": "rate must be a number of starts in a time of 1 s or more, such as 10/1m",
+            "rate=10": "rate must be a number of starts per period of 1 s or more, such as 10/1m",
             "rate=0/1m": "rate must be a number of starts",
             "rate=5/0.5s": "rate must be a number of starts",
         }
@@ -9913,7 +10122,7 @@ class Library(Clocked):
     def test_unknown_state_is_refused_with_a_suggestion(self) -> None:
         for act in (self.queue.jobs, lambda states: self.queue.prune(states=states)):
             for states in (["PENDING"], "PENDING", ["dead", "pendin"]):
-                expected = "^states has no state .*: did you mean pending\\?$"
+                expected = r"^states must not be .*: did you mean pending\?$"
                 with self.subTest(states), self.assertRaisesRegex(queuectl.BadInput, expected):
                     act(states)
         self.queue.enqueue("true", id="x", delay=9)

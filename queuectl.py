@@ -3172,6 +3172,7 @@ class Reader:
         facts = {**job_facts(job, settings), "settings": settings}
         facts["stdin"] = self.stdin(job).decode()
         facts["why"] = None
+        facts["last_result"] = self.last_result(job)
         facts["after"] = [parent.id for parent in self.parents(job)]
         return {**facts, "runs": [attempt_facts(attempt) for attempt in attempts]}
 
@@ -3184,11 +3185,13 @@ class Reader:
         rows = self.db.rows(LAST_RUNS, {"seq": job.seq, "limit": 1}) if job.run else []
         return next(starmap(Attempt, rows), None)
 
-    def last_result(self, schedule_id: str | None) -> dict[str, Any] | None:
-        """Return how the last attempt of a schedule ended; None if none has ended."""
-        keys = ("job", "outcome", "error", "started", "finished")
-        rows = self.db.rows(LAST_RESULT_OF_SCHEDULE, {"id": schedule_id}) if schedule_id else []
-        return next((dict(zip(keys, row)) for row in rows), None)
+    def last_result(self, job: Job) -> dict[str, Any] | None:
+        """Return how the last attempt of a job's schedule ended; None if none has."""
+        rows = self.db.rows(LAST_RESULT_OF_SCHEDULE, {"id": job.schedule_id})
+        for name, outcome, error, started, finished in rows:
+            result = {"job": name, "outcome": outcome, "error": error}
+            return {**result, "started": format_time(started), "finished": format_time(finished)}
+        return None
 
     def output_tail(self, seq: int, run: int, limit: int) -> str:
         """Return the end of an attempt's output; bytes that are not UTF-8 are escaped."""
@@ -5115,13 +5118,12 @@ def work(  # noqa: PLR0913
     A drain does not wait for jobs that are due later than `horizon` seconds from now. Returns the
     exit code: 0; 1 if a job died during a drain or is left blocked; 128+n if signal n ended the
     jobs. `signals` lets INT, TERM and HUP stop it, which only a main thread may ask for;
-    `queuectl worker stop` always can. `say` gets a line for each event, `tick` is called at least
-    once a second. `insecure` is as in Queue. `name` names the pool in the run directory. `ended` is
-    called with the `seq` and the state of each job that has ended for good.
+    `queuectl worker stop` always can. `say` gets the line of each event, `ended` the `seq` and state
+    of each ended job; `tick` is called every second. `insecure`: see Queue; `name`: of the pool.
     """
     validate("count", integer(1, 1000), count)
-    hooks = (say, tick, name, ended)
-    options = PoolOptions(count, as_list(queues), drain, horizon, insecure, signals, *hooks)
+    hooks = (signals, say, tick, name, ended)
+    options = PoolOptions(count, as_list(queues), drain, horizon, insecure, *hooks)
     end_a_thread()
     with Queue(path, insecure=insecure) as queue:
         queue.config()  # with damaged settings no worker could begin
@@ -5294,19 +5296,12 @@ def run_facts(reader: Reader, job: Job) -> dict[str, Any]:
     return facts
 
 
-def result_facts(reader: Reader, job: Job) -> dict[str, Any] | None:
-    """Return the last result of a job's schedule for programs."""
-    result = reader.last_result(job.schedule_id)
-    times = {key: format_time(result[key]) for key in ("started", "finished")} if result else {}
-    return result and {**result, **times}
-
-
 def result_text(reader: Reader, job: Job) -> str:
     """Return the last result of a job's schedule, and when it was."""
-    result = reader.last_result(job.schedule_id)
+    result = reader.last_result(job)
     if not result:
         return ""
-    when = format_distance(result["finished"], reader.clock())
+    when = format_distance(parse_time(result["finished"]), reader.clock())
     return f"{result['error'] or COMPLETED} {when}"
 
 
@@ -8186,7 +8181,7 @@ def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
     rows = []
     for job in queue._reader.schedules():
         if selection(args).takes(job, now):
-            result = result_facts(queue._reader, job)
+            result = queue._reader.last_result(job)
             facts.append({**job_facts(job, queue.config(job.queue)), "last_result": result})
             due = format_distance(job.run_after, now)
             last = result_text(queue._reader, job)
@@ -8213,7 +8208,6 @@ def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
         show(job_text(reader, job), whole=True)
         return
     facts = reader.facts(job, reader.attempts(job))
-    facts["last_result"] = result_facts(reader, job)
     print(json.dumps({**facts, "why": reason_to_wait(reader, job) or None}))
 
 

@@ -5118,7 +5118,7 @@ def work(  # noqa: PLR0913
     A drain does not wait for jobs that are due later than `horizon` seconds from now. Returns the
     exit code: 0; 1 if a job died during a drain or is left blocked; 128+n if signal n ended the
     jobs. `signals` lets INT, TERM and HUP stop it, which only a main thread may ask for;
-    `queuectl worker stop` always can. `say` gets the line of each event, `ended` the `seq` and state
+    `queuectl worker stop` always can. `say` gets each event line, `ended` the `seq` and state
     of each ended job; `tick` is called every second. `insecure`: see Queue; `name`: of the pool.
     """
     validate("count", integer(1, 1000), count)

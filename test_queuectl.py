@@ -8223,7 +8223,7 @@ class CliLogsLive(Live):
         self.pool("--drain")
         self.wait_for_file("started")
         logs = self.start("logs", "x", "-f", "--tail", "1")
-        self.wait_for_output(logs, "two\n")
+        self.assertEqual(os.read(logs.stdout.fileno(), 99), b"two\n")
         self.write("go")
         self.assertEqual(logs.communicate(timeout=5)[0], "three\n")
 
@@ -8758,9 +8758,12 @@ class CliCompletion(Case):
                 ticks: list[None] = []
                 handler = partial(ticks.append, None)
                 queue._db.connection.set_progress_handler(handler, 100)
-                found = queue._reader.ids_like("1", ("pending",), 50)
+                found = [
+                    len(queue._reader.ids_like(prefix, [state], 50))
+                    for prefix, state in (("1", "pending"), ("x", "pending"), ("1", "dead"))
+                ]
                 queue._db.connection.set_progress_handler(None, 100)
-                self.assertEqual(len(found), 50)
+                self.assertEqual(found, [50, 0, 0])
                 steps[number] = len(ticks)
         self.assertLess(steps[20000], 1.5 * steps[1000])
 
@@ -8961,7 +8964,7 @@ class CliTerminal(Live):
         events = self.drain("--queue", "default", real=True)
         self.assertRegex(events, r"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00 [ -~]+\n){3}$")
         watch = Terminal(self, "status", "--watch", env={"TERM": "dumb"})
-        watch.wait_for(r"^pending +1000\r\n")
+        watch.wait_for(r"^queue +\S+\r\npending +1000\r\n")
         for words in ("status", "list", "show 1", "wait 1", "worker list", "list --json"):
             with self.subTest(words):
                 code, out, err = self.result(*words.split())

@@ -23,6 +23,10 @@ its last holder dies, so liveness is a fact: there are no heartbeats, leases or 
                     descriptor, by every process of the job; unlocked means that all are gone
     SEQ.RUN.kept.X  the same, with a result X that the worker could not store
 
+A launcher, such as ssh or srun, runs a job elsewhere, in a wrapper that reports its start and its
+exit code. The job's row has what ends it there (`launch`), on disk before the launch. Where no exit
+code was reported, that is done before the job returns to the queue.
+
 A job in `processing` whose worker's lock is free has crashed, unless the worker kept its result.
 The remaining processes of the attempt are found by its lock or, on Linux, by their environment.
 They are ended first; then the job returns to the queue, and the attempt counts. A worker without
@@ -47,7 +51,7 @@ The sections of this file, in order. Each one uses only the sections above it.
     trust           whether other users can put commands into the queue
     queue           reading jobs, changing their state, and the public Queue
     attempt         launching a job, watching it, ending its processes (TERM, then KILL after
-                    kill_grace), keeping its output and its result
+                    kill_grace), keeping its output and its result; launchers
     worker          the process that runs one job at a time
     pool            the process that starts workers and recovers the jobs of dead ones
     words           jobs as text, workers and counts as text and as JSON; not the event lines
@@ -98,15 +102,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from enum import IntEnum
 from functools import lru_cache, partial
-from itertools import accumulate, chain, islice, starmap
+from itertools import accumulate, chain, islice, product, starmap
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, Union
 
 if TYPE_CHECKING:
     import argparse
+    from array import array
     from multiprocessing.connection import Connection as Pipe
 
     Argument = tuple[tuple[str, ...], dict[str, Any]]
     Environ = Mapping[str, str]
+    Stdin = Union[str, Sequence[int]]  # a path, or the descriptors of all three streams
+    Words = Sequence[Any]  # str or bytes
     Facts = Mapping[str, Any]
     Link = Callable[[str], str]  # returns the HTML for a job's id
     Rows = Iterable[Sequence[object]]
@@ -130,6 +137,7 @@ DEAD: State = "dead"
 CANCELLED: State = "cancelled"
 STATES = (PENDING, PROCESSING, COMPLETED, DEAD, CANCELLED)
 FINISHED = (COMPLETED, DEAD, CANCELLED)
+STAGED = "staged"  # the state of jobs that nobody sees: their batch is not complete yet
 PRUNED_BY_DEFAULT = (COMPLETED, CANCELLED)  # dead letters stay until they are purged
 
 READY, SCHEDULED, BLOCKED = 1, 0, -1  # the readiness of a pending job; all others are READY
@@ -145,7 +153,9 @@ STATE_SYNONYMS = {  # words of other tools, and the state that each means here
 
 SUMMARY = "summary"  # the event of a notification about several jobs
 
-End = Literal["exited", "timed out", "crashed", "released", "cancelled", "unstarted"]
+End = Literal[
+    "exited", "timed out", "crashed", "released", "cancelled", "unstarted", "not launched"
+]
 StopMode = Literal["", "stop", "now"]  # "stop": claim no more jobs; "now": also end running ones
 WorkerState = Literal["idle", "notified", "busy", "left"]
 TRY_LATER = 75  # a job's exit code (EX_TEMPFAIL): "not now"; it does not count as an attempt
@@ -167,12 +177,18 @@ class QueueError(Exception):
     """An expected failure. Its text names the problem; `code` is the exit code of the program."""
 
     code: int = Exit.NO
+    hint: Callable[[], str] | None = None  # ends the text; costly, so not within a transaction
+
+    def __str__(self) -> str:
+        """Return the text."""
+        return super().__str__() + (self.hint() if self.hint else "")
 
 
 class BadInput(QueueError):
     """The input is not valid; nothing was changed."""
 
     code = Exit.USAGE
+    index: int | None = None  # in a batch, the number of the job at fault, from 0
 
 
 class NotFound(QueueError):
@@ -213,7 +229,8 @@ class Job(NamedTuple):
     has been made, the `rule`. `retry_delays` are seconds, separated by commas; `on_dead` and
     `on_end` are None where the settings decide, and empty for no command. `stdin_size` is in bytes.
     A notification has the number of the job that it reports on in `notifies`, and in `event` the
-    state in which that job ended, or "summary".
+    state in which that job ended, or "summary". While a launcher runs the job elsewhere, `launch`
+    is a JSON object of what is known about that.
     """
 
     seq: int
@@ -247,7 +264,22 @@ class Job(NamedTuple):
     on_end: str | None
     notifies: int | None
     event: str | None
+    launch: str | None
     stdin_size: int
+
+    @property
+    def launched(self) -> dict[str, Any]:
+        """What is known about an attempt elsewhere: cancel, host, trouble; empty if it is here."""
+        return dict(json.loads(self.launch or "{}"))
+
+    @property
+    def host(self) -> str | None:
+        """Where a launcher runs the job; None if it runs here, or does not run."""
+        return self.launched.get("host", "waiting for a place") if self.launch else None
+
+    @property
+    def whereabouts(self) -> str:
+        return "on " + self.launched["host"] if "host" in self.launched else "elsewhere"
 
     @property
     def key(self) -> str:
@@ -326,7 +358,7 @@ LONGEST = 10 * 365 * 86400.0  # no duration is longer, so that sums of times nev
 LATEST_TIME = 253402214400  # the end of the year 9999 in every time zone
 STDIN_LIMIT = 1 << 20  # bytes of a job's stdin
 PARENTS_LIMIT = 30_000  # characters of QUEUECTL_PARENTS; Windows allows 32,767 in a variable
-TOP_PRIORITY = 1_000_000
+TOP_PRIORITY = 1_000_001  # of notifications, above what a user can give
 QUOTED_LIMIT = 100  # characters of user input that a message quotes
 
 
@@ -356,21 +388,38 @@ def quoted(value: str, limit: int = QUOTED_LIMIT) -> str:
     return printable(value[:limit]) + "..." * (len(value) > limit)
 
 
+def last_line(output: str) -> str:
+    """Return the last line of an output, for a message."""
+    return quoted(next(filter(str.strip, reversed(output.split("\n"))), "").strip())
+
+
 def plural(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     import difflib
+    from heapq import nlargest
 
-    return next(iter(difflib.get_close_matches(word[:QUOTED_LIMIT], list(known), 1, 0.7)), None)
+    matcher = difflib.SequenceMatcher(b=word[:QUOTED_LIMIT])
+
+    def upper_bound(other: str) -> float:
+        matcher.set_seq1(other[:QUOTED_LIMIT])
+        return matcher.quick_ratio()
+
+    close = nlargest(20, known, upper_bound)  # an exact ratio of long words takes a long time
+    return next(iter(difflib.get_close_matches(word[:QUOTED_LIMIT], close, 1, 0.7)), None)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    near = nearest(word, known)
+    return f": did you mean {near}?" if near else ""
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Return ": did you mean X?" for a mistyped word, or the list of known words."""
     choices = list(known)
-    close = nearest(word, choices)
-    return f": did you mean {close}?" if close else f"; choose from {', '.join(choices)}"
+    return did_you_mean(word, choices) or f"; choose from {', '.join(choices)}"
 
 
 def id_hint(word: str) -> str:
@@ -594,6 +643,19 @@ def cron_field(field: str, low: int, high: int, names: str) -> set[int]:
     return values
 
 
+def times_of_day(
+    day: datetime, hours: Iterable[int], minutes: Iterable[int], folds: Iterable[int]
+) -> Iterator[float]:
+    """Yield the Unix seconds of clock times; each one by itself only where the clock is changed."""
+    for hour, fold in product(hours, folds):
+        begin, end = (day.replace(hour=hour, minute=m, fold=fold).timestamp() for m in (0, 59))
+        if end - begin == 59 * 60:
+            yield from (begin + 60 * m for m in minutes)
+        else:
+            yield from (day.replace(hour=hour, minute=m, fold=fold).timestamp() for m in minutes)
+
+
+@lru_cache(maxsize=64)
 def cron_next(rule: str, after: float) -> float:
     """Return the first time later than `after` that matches a rule, in local time.
 
@@ -608,22 +670,21 @@ def cron_next(rule: str, after: float) -> float:
     minutes, hours, days, months, weekdays = sets
     matches = all if "*" in (fields[2][0], fields[4][0]) else any
     folds = (0, 1) if len(hours) == 24 else (0,)
-    clocks = [(h, m, fold) for h in hours for m in minutes for fold in folds]
     day = datetime.fromtimestamp(after, timezone.utc).astimezone()
     day = day.replace(second=0, microsecond=0, tzinfo=None)
     for _ in range(8 * 366 + 2):  # the 29th of February is at most 8 years away
         match = (day.day in days, bool({day.isoweekday(), day.isoweekday() % 7} & weekdays))
         if day.month in months and matches(match):
-            times = [day.replace(hour=h, minute=m, fold=f).timestamp() for h, m, f in clocks]
-            if max(times) > after:
-                return min(when for when in times if when > after)
+            times = times_of_day(day, hours, minutes, folds)
+            if later := [when for when in times if when > after]:
+                return min(later)
         day += timedelta(days=1)
     raise ValueError("names a date that does not exist")
 
 
 def valid_cron(value: object) -> str:
     rule = valid_text(value)
-    cron_next(rule, time.time())
+    cron_next(rule, time.time() // 60 * 60)
     return rule
 
 
@@ -642,7 +703,7 @@ FIELDS: dict[str, Validator] = {
     "id": valid_name,
     "command": valid_command,
     "queue": valid_name,
-    "priority": integer(-TOP_PRIORITY, TOP_PRIORITY),
+    "priority": integer(-1_000_000, 1_000_000),
     "delay": parse_duration,
     "run_at": parse_time,
     "timeout": parse_duration,
@@ -768,13 +829,54 @@ def valid_rate(value: object) -> str:
     raise ValueError("must be a number of starts in a time of 1 s or more, such as 10/1m, or 0")
 
 
+def valid_switch(value: object) -> str:
+    require(value in ("no", "yes"), "be no or yes")
+    return str(value)
+
+
+PLACEHOLDER = r"\{(seq|run|queue|id)\}"
+
+
+def valid_launcher(value: Any) -> tuple[str, ...]:
+    words = valid_prefix(value) if valid_text(value).strip() else ()
+    for word in words:
+        unknown = re.search(r"(?<!\{)\{[a-z]+\}(?!\})", re.sub(PLACEHOLDER, "", word))
+        require(
+            not unknown,
+            f"not contain {unknown and unknown[0]}: use {{seq}} {{run}} {{queue}} {{id}}",
+        )
+    return words
+
+
+def fill_in(words: Iterable[str], job: Job) -> list[str]:
+    """Replace the placeholders of a launcher; names have letters, digits and dashes only."""
+
+    def value(match: re.Match[str]) -> str:
+        text = str(getattr(job, match[1])).lower()
+        return re.sub("[^a-z0-9]+", "-", text).strip("-")[:40].rstrip("-") or "x"
+
+    return [re.sub(PLACEHOLDER, value, word) for word in words]
+
+
+def require_program(name: str) -> None:
+    """Raise ValueError where there is no program of that name, as a shell would look for it."""
+    import shutil
+
+    require(not WINDOWS, "not be set on Windows, where launchers are not supported")
+    require(shutil.which(name), f"begin with a program; {quoted(name)} was not found")
+
+
 class Setting(NamedTuple):
-    """A setting: its default, the validator that reads its text, and its meaning."""
+    """A setting: its default, the validator that reads its text, and its meaning.
+
+    `program` is called with the first of its words, if any, when it is set.
+    """
 
     default: Any
     read: Validator
     meaning: str
     per_queue: bool = True  # a queue may have a value of its own
+    program: Callable[[str], None] | None = None
 
 
 SETTINGS = {
@@ -798,6 +900,19 @@ SETTINGS = {
     "no_retry_exit_codes": Setting((), valid_exit_codes, "final exit codes, such as 2,126,127"),
     "limit": Setting(0, integer(0, 10**6), "how many jobs of a queue run at once (0: any number)"),
     "rate": Setting("", valid_rate, "how many jobs of a queue start in a time, such as 10/1m"),
+    "launcher": Setting(
+        (),
+        valid_launcher,
+        "the program and options that run a command elsewhere",
+        program=require_program,
+    ),
+    "launcher_cancel": Setting(
+        (), valid_launcher, "the command that ends a job elsewhere", program=require_program
+    ),
+    "launch_timeout": Setting(
+        1800.0, parse_duration, "how long a job may wait for a place (0: any)"
+    ),
+    "launcher_quote": Setting("no", valid_switch, "yes: the launcher joins words, as ssh does"),
     "retention": Setting(
         0.0,
         parse_age,
@@ -849,7 +964,9 @@ def validate_setting(key: str, value: str | None = None, queue: str = "") -> str
     if queue and not SETTINGS[key].per_queue:
         raise BadInput(f"{key} applies to all queues; use it without --queue")
     if value is not None:
-        validate(key, SETTINGS[key].read, value)
+        words = validate(key, SETTINGS[key].read, value)
+        if words and (program := SETTINGS[key].program):
+            validate(key, program, words[0])
     return key
 
 
@@ -945,6 +1062,8 @@ def job_facts(job: Job, settings: Settings) -> dict[str, Any]:
     facts["cancel_requested"] = bool(job.cancel_requested)
     facts["waited"] = round(job.waited, 3)
     facts["blocked"] = facts.pop("readiness") == BLOCKED
+    facts["host"] = job.host
+    del facts["launch"]
     return facts
 
 
@@ -971,13 +1090,21 @@ def summary_facts(earlier: bytes, job: Job) -> dict[str, Any]:
     return {"event": SUMMARY, "queue": job.queue, **counts, "first": first, "last": job.id}
 
 
+def describe_hold(queue: str, until: float, failures: int, now: float) -> str:
+    """Return the reason that a queue is left alone after failed launches, in one phrase."""
+    failed = f"{plural(failures, 'job')}{' in a row' * (failures > 1)} could not be launched"
+    hint = f"queuectl resume --queue {queue}: now"
+    return f"queue {queue} is left alone: {failed}; next try {format_distance(until, now)} ({hint})"
+
+
 # The end of an attempt, and the state of its job after it.
 
 
 class Outcome(NamedTuple):
     """How an attempt ended, as seen by the process that watched it.
 
-    `end` is "unstarted" where the machine could not start it; `error` is None if it completed.
+    `end` is "unstarted" where the machine could not start it, and "not launched" where an engine
+    could not; `error` is None if it completed.
     """
 
     end: End
@@ -1013,13 +1140,16 @@ def retry_delay(job: Job, attempts: int, settings: Settings, chance: float) -> f
     return delay * float(1 - settings["jitter"] * chance)
 
 
+UNCOUNTED: Sequence[End] = ("released", "unstarted", "not launched")
+
+
 def after_attempt(
     job: Job, outcome: Outcome, settings: Settings, now: float, chance: float = 0.0
 ) -> Job:
     """Return a job as it is after an attempt. This is the one rule of retries."""
     now = min(now, outcome.finished)  # never ahead, even if the clock was set back meanwhile
     after = job._replace(exit_code=outcome.exit_code, last_error=outcome.error, updated_at=now)
-    if outcome.end in ("released", "unstarted") and not job.cancel_requested:
+    if outcome.end in UNCOUNTED and not job.cancel_requested:
         when = min(job.run_after, now)  # at once, even if the clock was set back meanwhile
         after = after._replace(exit_code=job.exit_code, run_after=when)
         return after._replace(state=PENDING, attempts=job.attempts - 1)
@@ -1051,7 +1181,7 @@ def describe_end(job: Job, after: Job | None, outcome: Outcome) -> str:
         how = f"completed in {format_duration(outcome.finished - outcome.started)}"
     elif after.state != PENDING:
         how = f"is {after.state}: {reason} (try {job.attempts})"
-    elif outcome.end in ("crashed", "released", "unstarted"):
+    elif outcome.end == "crashed" or outcome.end in UNCOUNTED:
         how = f"is back in the queue: {reason}"
     elif after.snoozes > job.snoozes:
         how = f"is postponed: {reason}; next try in {wait}"
@@ -1137,6 +1267,14 @@ def recount(*, plus: str = "", minus: str = "", kinds: Iterable[str] = JOB_KINDS
     return ", ".join(changes)
 
 
+COUNT_NEW = f"""BEGIN
+  INSERT INTO {NEW_QUEUE};
+  UPDATE queues SET {recount(plus="new", kinds=WAITING_KINDS)} WHERE queue = new.queue;
+  UPDATE queues SET {recount(plus="new", kinds=OTHER_KINDS)}, {FIND_NEXT}
+    WHERE queue = new.queue AND NOT (new.state = 'pending' AND (
+      new.readiness <> 1 OR coalesce(next_priority > new.priority OR next_priority = new.priority
+        AND (next_due, next_seq) < (new.run_after, new.seq), 0)));
+END"""
 SCHEMA = f"""
 CREATE TABLE jobs (
   seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -1170,6 +1308,7 @@ CREATE TABLE jobs (
   locked_at REAL,
   exit_code INTEGER,
   last_error TEXT,
+  launch TEXT,                          -- while it runs elsewhere: a JSON object about that
   stdin BLOB                            -- last: what precedes it is read without it
 );
 CREATE INDEX jobs_ready ON jobs (queue, priority DESC, run_after, seq, notifies)
@@ -1208,6 +1347,10 @@ CREATE TABLE needs (                    -- a child is blocked until all of its n
 ) WITHOUT ROWID;
 CREATE INDEX needs_child ON needs (child, met);
 
+CREATE TABLE batches (                  -- the accepted ones among those with staged jobs
+  name TEXT PRIMARY KEY                 -- of its lock; locked_by of its staged jobs
+) WITHOUT ROWID;
+
 CREATE TABLE settings (                 -- queue '': the default for all queues
   queue TEXT NOT NULL,
   key TEXT NOT NULL,
@@ -1231,8 +1374,9 @@ CREATE TABLE queues (                   -- kept by triggers; queue '': paused st
   next_due REAL,
   next_seq INTEGER,
   next_notifies INTEGER,
-  token_at REAL,                        -- when the rate allows the next start
-  closed_at REAL                        -- when the rate closed the queue; NULL: it is not closed
+  launch_failures INTEGER NOT NULL DEFAULT 0,  -- in a row
+  token_at REAL,                        -- when the rate, or a failure, allows the next start
+  closed_at REAL                        -- when that closed the queue; NULL: it is not closed
 ) WITHOUT ROWID;
 CREATE INDEX queues_open ON queues (next_priority DESC, next_due, next_seq) WHERE {OPEN};
 CREATE INDEX queues_token ON queues (token_at) WHERE closed_at IS NOT NULL;
@@ -1240,25 +1384,19 @@ CREATE INDEX queues_closed ON queues (closed_at) WHERE closed_at IS NOT NULL;
 CREATE TRIGGER queues_insert AFTER INSERT ON queues BEGIN
   UPDATE queues SET capacity = {CAPACITY} WHERE queue = new.queue;
 END;
-CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
-  INSERT INTO {NEW_QUEUE};
-  UPDATE queues SET {recount(plus="new", kinds=WAITING_KINDS)} WHERE queue = new.queue;
-  UPDATE queues SET {recount(plus="new", kinds=OTHER_KINDS)}, {FIND_NEXT}
-    WHERE queue = new.queue AND NOT (new.state = 'pending' AND (
-      new.readiness <> 1 OR coalesce(next_priority > new.priority OR next_priority = new.priority
-        AND (next_due, next_seq) < (new.run_after, new.seq), 0)));
-END;
+CREATE TRIGGER jobs_insert AFTER INSERT ON jobs WHEN new.state <> 'staged' {COUNT_NEW};
+CREATE TRIGGER jobs_publish AFTER UPDATE OF state ON jobs WHEN old.state = 'staged' {COUNT_NEW};
 CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
   UPDATE queues SET {recount(minus="old")}, {FIND_NEXT} WHERE queue = old.queue;
 END;
 CREATE TRIGGER jobs_update AFTER UPDATE OF state, readiness, priority, run_after ON jobs
-  WHEN old.queue = new.queue AND (
+  WHEN old.queue = new.queue AND old.state <> 'staged' AND (
     old.state = 'pending' AND old.readiness = 1 OR new.state = 'pending' AND new.readiness = 1)
 BEGIN
   UPDATE queues SET {recount(plus="new", minus="old")}, {FIND_NEXT} WHERE queue = new.queue;
 END;
 CREATE TRIGGER jobs_end AFTER UPDATE OF state, readiness ON jobs
-  WHEN old.queue = new.queue AND NOT (
+  WHEN old.queue = new.queue AND old.state <> 'staged' AND NOT (
     old.state = 'pending' AND old.readiness = 1 OR new.state = 'pending' AND new.readiness = 1)
 BEGIN
   UPDATE queues SET {recount(plus="new", minus="old")} WHERE queue = new.queue;
@@ -1295,17 +1433,23 @@ JOB = "SELECT " + ", ".join(COMPUTED.get(key, key) for key in Job._fields) + " F
 ATTEMPT = "SELECT " + ", ".join(Attempt._fields) + " FROM attempts "
 IN_QUEUE = "(:queue IS NULL OR queue = :queue)"
 ACTIVE_RULE = "rule IS NOT NULL AND state IN ('pending', 'processing')"
-BY_ID = JOB + "WHERE id = :id"
+IS_VISIBLE = "(state <> 'staged' OR locked_by = :batch)"
+BY_ID = JOB + f"WHERE id = :id AND {IS_VISIBLE}"
 BY_SEQ = JOB + "WHERE seq = :seq"
 ACTIVE_OF_SCHEDULE = JOB + "WHERE schedule_id = :id AND " + ACTIVE_RULE
-NEWEST_OF_SCHEDULE = JOB + "WHERE schedule_id = :id ORDER BY seq DESC LIMIT 1"
-LAST_JOB = JOB + "WHERE notifies IS NULL ORDER BY seq DESC LIMIT 1"
+NEWEST_OF_SCHEDULE = JOB + f"WHERE schedule_id = :id AND {IS_VISIBLE} ORDER BY seq DESC LIMIT 1"
+LAST_JOB = JOB + "WHERE notifies IS NULL AND state <> 'staged' ORDER BY seq DESC LIMIT 1"
+IS_TAKEN = """
+SELECT 1 FROM jobs WHERE id = :id
+UNION ALL SELECT 1 FROM jobs WHERE schedule_id = :id AND rule IS NOT NULL
+  AND state IN ('pending', 'processing', 'staged')"""
 LAST_RUN_OF_SCHEDULE = JOB + "WHERE schedule_id = :id AND run > 0 ORDER BY seq DESC LIMIT 1"
 LAST_RESULT_OF_SCHEDULE = """
 SELECT id, outcome, error, started, finished FROM jobs JOIN attempts ON job = seq
 WHERE schedule_id = :id ORDER BY seq DESC, attempts.run DESC LIMIT 1"""
 SCHEDULES = JOB + f"INDEXED BY jobs_rule WHERE {ACTIVE_RULE} ORDER BY schedule_id"
-RECENT_IDS = "SELECT id FROM jobs ORDER BY seq DESC LIMIT 1000"
+RECENT_IDS = """
+SELECT id FROM (SELECT id, state FROM jobs ORDER BY seq DESC LIMIT 1000) WHERE state <> 'staged'"""
 # For completion: of the jobs that changed last, and of those with such ids, only some are read.
 LATEST_IDS = f"""
 SELECT name FROM (
@@ -1320,9 +1464,11 @@ LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = :tabl
 IDS_BETWEEN = """
 SELECT seq, coalesce(schedule_id, id) FROM jobs
 WHERE seq BETWEEN :first AND :last ORDER BY seq LIMIT 1000"""
-ALL_JOBS = JOB + "WHERE seq > :seq ORDER BY seq LIMIT 1000"
+ALL_JOBS = JOB + "WHERE seq > :seq AND state <> 'staged' ORDER BY seq LIMIT 1000"
 SLICE = 200  # jobs read by number, or deleted, at a time
 BY_SEQS = f"{JOB}WHERE seq IN ({', '.join('?' * SLICE)}) ORDER BY seq"
+MARKS = f"""
+SELECT seq, state, readiness, run, updated_at FROM jobs WHERE seq IN ({", ".join("?" * SLICE)})"""
 # In two parts: SQLite does not search an index by rowid after a range of its last column.
 SEQS_IN_STATE = """
 SELECT * FROM (
@@ -1358,8 +1504,9 @@ COUNTED: Sequence[tuple[State, int]] = (  # the columns of COUNTS
     *((PENDING, readiness) for readiness in (BLOCKED, SCHEDULED, READY)),
     *((state, READY) for state in STATES[1:]),
 )
-ATTEMPTS = ATTEMPT + "WHERE job = :seq ORDER BY run"
-LAST_ATTEMPT = ATTEMPT + "WHERE job = :seq ORDER BY run DESC LIMIT 1"
+ATTEMPTS = ATTEMPT + "WHERE job = :seq AND run > :run ORDER BY run LIMIT 16"
+SUMMARIES = ATTEMPTS.replace("output FROM", "x'' FROM").replace("LIMIT 16", "LIMIT 1000")
+LAST_ATTEMPT = ATTEMPT + "WHERE job = :seq AND run <= :run ORDER BY run DESC LIMIT 1"
 STDIN = "SELECT stdin FROM jobs WHERE seq = :seq"
 PARENT_IDS = """
 SELECT id FROM needs JOIN jobs ON seq = parent WHERE child = :seq AND met = 1 ORDER BY parent"""
@@ -1369,7 +1516,6 @@ WHERE notifies IS NOT NULL AND state = :state AND {IN_QUEUE}"""
 WAITING_SUMMARY = f"""
 {JOB}INDEXED BY jobs_notifies WHERE notifies IS NOT NULL AND state = 'pending'
 AND event = '{SUMMARY}' AND queue = :queue AND command = :command AND cwd = :cwd"""
-RUNS = ATTEMPTS.replace("output FROM", "x'' FROM")
 OUTPUT_TAIL = """
 SELECT coalesce(substr(output, :start), x'') FROM attempts WHERE job = :seq AND run = :run"""
 TOTALS = "SELECT queue, outcome, number, running, waiting, last FROM totals"
@@ -1383,7 +1529,8 @@ WITH RECURSIVE levels (level) AS (
 SELECT min((SELECT min(run_after) {READY_IN_QUEUE} AND priority = level)) FROM levels"""
 LAST_RUNS = ATTEMPT.replace("output FROM", "x'' FROM")
 LAST_RUNS += "WHERE job = :seq ORDER BY run DESC LIMIT :limit"
-JOBS_BEFORE = JOB + "WHERE seq < :seq ORDER BY seq DESC LIMIT :limit"
+JOBS_BEFORE = f"""
+{JOB}WHERE seq < :seq AND state <> 'staged' ORDER BY seq DESC LIMIT :limit"""
 IN_STATE_BEFORE = f"""
 SELECT * FROM (
   {JOB}WHERE state = :state AND readiness = :readiness
@@ -1418,19 +1565,21 @@ COUNT_CHILDREN = """
 SELECT count(*) FROM needs JOIN jobs ON seq = child
 WHERE parent = :seq AND met = 0 AND any_end = 0 AND state = 'pending'"""
 BLOCKED_CHILDREN = f"""
-{JOB}JOIN needs ON child = seq WHERE parent = :seq AND met = 0 AND state = 'pending'"""
+{JOB}JOIN needs ON child = seq
+WHERE parent = :seq AND met = 0 AND state IN ('pending', 'staged')"""
 DESCENDANTS = f"""
 WITH RECURSIVE descendants (child) AS (
   SELECT child FROM needs WHERE parent = :seq AND met = 0 AND any_end = 0
   UNION SELECT needs.child FROM needs JOIN descendants ON parent = descendants.child
     WHERE met = 0 AND any_end = 0)
-{JOB}WHERE seq IN descendants"""
+{JOB}WHERE seq IN descendants AND state <> 'staged'"""
 
 # Adding, claiming and finishing.
 
+BATCH_SLICE = 5000  # jobs added in one transaction
 INSERTED = """seq id queue command cwd env priority max_retries timeout created_at updated_at
 run_after readiness rule schedule_id scheduled_for
-retry_delays on_dead on_end notifies event stdin""".split()
+retry_delays on_dead on_end notifies event stdin state locked_by""".split()
 
 
 @lru_cache(maxsize=1000)
@@ -1440,6 +1589,20 @@ def insert_job(*columns: str) -> str:
     return f"INSERT OR IGNORE INTO jobs ({', '.join(columns)}) VALUES ({values})"
 
 
+ACCEPT_BATCH = "INSERT INTO batches VALUES (:batch)"
+IS_ACCEPTED = "SELECT 1 FROM batches WHERE name = :batch"
+FORGET_BATCH = "DELETE FROM batches WHERE name = :batch"
+OPEN_BATCH = "SELECT locked_by FROM jobs WHERE state = 'staged' LIMIT 1"
+STAGED_JOBS = f"""
+SELECT seq FROM jobs WHERE state = 'staged' AND locked_by = :batch LIMIT {BATCH_SLICE}"""
+UNSTAGE = f"""
+UPDATE jobs SET state = 'pending', locked_by = NULL, updated_at = :now, readiness = CASE
+  WHEN EXISTS (SELECT 1 FROM needs WHERE child = seq AND met = 0) THEN -1
+  ELSE run_after <= :now END
+WHERE seq IN ({STAGED_JOBS})"""
+RESET_SEQ = """
+UPDATE sqlite_sequence SET seq = :before WHERE name = :table AND seq = :last
+  AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.seq > :before)"""
 ADD_NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :any_end, :met)"
 SET_STDIN = "UPDATE jobs SET stdin = :stdin WHERE seq = :seq AND state = 'pending'"
 # Statements with :served are about the queues that a pool serves; `for_queues` names them.
@@ -1493,7 +1656,7 @@ FINISH = """
 UPDATE jobs SET state = :state, attempts = :attempts, exit_code = :exit_code,
   last_error = :last_error, run_after = :run_after, readiness = :readiness,
   updated_at = :updated_at, snoozes = :snoozes, rule = :rule,
-  locked_by = NULL, locked_at = NULL, cancel_requested = 0
+  locked_by = NULL, locked_at = NULL, cancel_requested = 0, launch = NULL
 WHERE seq = :seq AND state = 'processing' AND locked_by = :locked_by AND run = :run"""
 ADD_ATTEMPT = f"INSERT INTO attempts VALUES ({', '.join('?' * (len(Attempt._fields) + 1))})"
 MARK_MET = "UPDATE needs SET met = 1 WHERE parent = :seq AND (any_end = 1 OR :completed)"
@@ -1543,7 +1706,7 @@ PRUNABLE = f"""
 SELECT seq FROM jobs WHERE state = :state AND readiness = 1 AND updated_at <= :before
   AND NOT EXISTS (
     SELECT 1 FROM needs JOIN jobs AS children ON children.seq = child
-    WHERE parent = jobs.seq AND met = 0 AND children.state = 'pending')
+    WHERE parent = jobs.seq AND met = 0 AND children.state IN ('pending', 'staged'))
 ORDER BY updated_at LIMIT {SLICE}"""
 DELETE_JOB = (
     "DELETE FROM attempts WHERE job = :seq",
@@ -1555,13 +1718,30 @@ PAUSE = """
 INSERT INTO queues (queue, paused) VALUES (:queue, 1)
 ON CONFLICT (queue) DO UPDATE SET paused = 1"""
 HELD = """
-SELECT capacity, processing - notifying, CASE WHEN closed_at IS NOT NULL THEN token_at END
+SELECT capacity, processing - notifying, launch_failures,
+  CASE WHEN closed_at IS NOT NULL THEN token_at END
 FROM queues WHERE queue = :queue"""
 HELD_QUEUES = """
 SELECT queue FROM queues
 WHERE ready > 0 AND (closed_at IS NOT NULL OR capacity > 0 AND processing - notifying >= capacity)
 ORDER BY queue"""
-RESUME = "UPDATE queues SET paused = 0 WHERE :queue IN ('', queue)"
+RESUME = """
+UPDATE queues SET paused = 0, launch_failures = 0,
+  closed_at = CASE WHEN launch_failures = 0 THEN closed_at END
+WHERE :queue IN ('', queue)"""
+COUNT_LAUNCH_FAILURE = (
+    "UPDATE queues SET launch_failures = launch_failures + 1 WHERE queue = :queue"
+)
+LAUNCH_FAILURES = "SELECT launch_failures FROM queues WHERE queue = :queue"
+HOLD_LAUNCHES = "UPDATE queues SET closed_at = :now, token_at = :until WHERE queue = :queue"
+END_LAUNCH_HOLD = """
+UPDATE queues SET launch_failures = 0, closed_at = NULL
+WHERE queue = :queue AND launch_failures > 0"""
+NOTE_LAUNCH = """
+UPDATE jobs SET launch = :launch
+WHERE seq = :seq AND state = 'processing' AND locked_by = :locked_by AND run = :run
+  AND (launch IS NULL) = :is_first"""
+FORGET_LAUNCH = "UPDATE jobs SET launch = NULL WHERE seq = :seq AND state = 'processing'"
 STORED_SETTINGS = """
 SELECT queue, key, value FROM settings WHERE queue = ''
 UNION ALL SELECT queue, key, value FROM settings WHERE queue = :queue AND queue <> ''"""
@@ -1572,7 +1752,7 @@ UNSET = "DELETE FROM settings WHERE queue = :queue AND key = :key"
 APPLY_SETTINGS = f"""
 UPDATE queues SET capacity = {CAPACITY}, closed_at = NULL WHERE :queue IN ('', queue)"""
 
-TABLES = "jobs|attempts|needs|settings|queues|totals"
+TABLES = "jobs|attempts|needs|batches|settings|queues|totals"
 REFERENCE = "FROM|JOIN|INTO|UPDATE|TABLE|INDEX|TRIGGER|ON|BY"  # precedes a table or an index
 FEW_QUEUES = 32
 GUEST_NAME = re.compile(rf"\b((?:{REFERENCE}) )?({TABLES})(?(1)(?=\b|_)|(?=\.))")
@@ -1695,13 +1875,17 @@ module.SYSTEM.serve(module.begin_worker, *sys.argv[2:])
 """
 
 
-def python_command(python: str, *args: str) -> list[str]:
-    """Return the command that loads this file in isolation, with the flags of this interpreter."""
+def interpreter_flags() -> list[str]:
     import subprocess
 
-    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    return list(subprocess._args_from_interpreter_flags())  # type: ignore[attr-defined]
+
+
+def python_command(python: str, *args: str) -> list[str]:
+    """Return the command that loads this file in isolation, with the flags of this interpreter."""
     utf8 = f"utf8={sys.flags.utf8_mode}"
-    return [python, *flags, "-I", "-X", utf8, "-c", LOAD, os.path.realpath(__file__), *args]
+    file = os.path.realpath(__file__)
+    return [python, *interpreter_flags(), "-I", "-X", utf8, "-c", LOAD, file, *args]
 
 
 if sys.platform == "win32":
@@ -1787,7 +1971,7 @@ if sys.platform == "win32":
             begin(PipeConnection(int(handle)))
 
         def launch(
-            self, argv: Sequence[str], cwd: str, env: Environ, out: int, _home: str, stdin: str
+            self, argv: Words, cwd: str, env: Environ, out: int, _home: str, stdin: Any
         ) -> Any:
             import subprocess
 
@@ -1975,6 +2159,16 @@ else:
             if given.startswith(b"/") and os.path.samefile(given, b"."):
                 return given
         return os.getcwdb()
+
+    def utf8(word: str | bytes) -> bytes:
+        return word.encode() if isinstance(word, str) else word
+
+    def standard_streams(out: int, stdin: Stdin) -> list[Any]:
+        """Return the actions that give a job its streams; `Posix.launch` describes them."""
+        if isinstance(stdin, str):
+            given = (os.POSIX_SPAWN_OPEN, 0, stdin, os.O_RDONLY, 0)
+            return [(os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, out, 2), given]
+        return [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdin)]
 
     def spawn_without_shell(
         argv: Sequence[str], environ: Mapping[bytes, bytes], **options: Any
@@ -2194,15 +2388,15 @@ else:
                     os._exit(0)
 
         def launch(
-            self, argv: Sequence[str], cwd: str, env: Environ, out: int, home: str, stdin: str
+            self, argv: Words, cwd: str, env: Environ, out: int, home: str, stdin: Stdin
         ) -> Child:
             """Start a job in a session of its own; raise OSError where it cannot be started.
 
             `env` is added to the environment of this process, as UTF-8 whatever the locale. `out`
             becomes stdout, stderr, and a descriptor that no redirection closes. `stdin` is the path
-            of a file. `home` is this process's directory afterwards: an idle worker must not keep
-            the job's busy. Before Python 3.10, Popen copies the whole process, which doubles the
-            cost of a job.
+            of a file, or has the descriptors of all three streams. `home` is this process's
+            directory afterwards: an idle worker must not keep the job's busy. Before Python 3.10,
+            Popen copies the whole process, which doubles the cost of a job.
             """
             self.inherited = self.inherited or dict(os.environb)
             added = {k.encode(): v.encode(errors="surrogateescape") for k, v in env.items()}
@@ -2211,16 +2405,15 @@ else:
                 os.waitpid(-1, os.WNOHANG)
                 elders = descendants(process_table(), {os.getpid()}, set())
             environ = {**self.inherited, **added}
-            given = (os.POSIX_SPAWN_OPEN, 0, stdin, os.O_RDONLY, 0)
-            streams = [(os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, out, 2), given]
             ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by Python
             os.set_inheritable(out, True)  # noqa: FBT003
             os.chdir(cwd)
+            streams = standard_streams(out, stdin)
             options: Any = {"file_actions": streams, "setsid": True, "setsigdef": ignored}
             try:
                 pid = spawn_without_shell(argv, environ, **options)
                 if not pid:
-                    words = [*map(os.fsencode, argv[:-1]), argv[-1].encode()]
+                    words = [*map(os.fsencode, argv[:-1]), utf8(argv[-1])]
                     pid = os.posix_spawnp(argv[0], words, environ, **options)
             finally:
                 with contextlib.suppress(OSError):
@@ -2315,6 +2508,22 @@ else:
             """Let the terminal interpret escape sequences; here it does."""
 
     SYSTEM = Posix()
+
+
+def start_helper(argv: Sequence[str], cwd: str, out: Any) -> Any:
+    """Start a command that `kill_helper` ends with all that it started; return a Popen."""
+    import subprocess
+
+    streams: Any = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
+    return subprocess.Popen(argv, cwd=cwd, **streams, **SYSTEM.BACKGROUND)
+
+
+def kill_helper(process: Any) -> None:
+    with contextlib.suppress(OSError):
+        if sys.platform != "win32":
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+    process.wait()
 
 
 @lru_cache(maxsize=None)
@@ -2831,14 +3040,14 @@ class Database:
                     raise Locked(f"{self.path} {locked}") from error
         raise AssertionError("polling without a limit does not end")
 
-    def execute(self, sql: str, args: Any = ()) -> sqlite3.Cursor:
-        """Execute one statement; within a transaction it never waits."""
+    def execute(self, sql: str, args: Any = (), *, many: bool = False) -> sqlite3.Cursor:
+        """Execute one statement, for `many` arguments; within a transaction it never waits."""
         db = self.connection
         if self._in_host:
             sql = for_guest(sql)
         try:
             if db.in_transaction:
-                return db.execute(sql, args)
+                return db.executemany(sql, args) if many else db.execute(sql, args)
             return self._retry(lambda: db.execute(sql, args))  # type: ignore[no-any-return]
         except sqlite3.Error as error:
             raise self.fault(error) from error
@@ -2888,6 +3097,13 @@ class Database:
 
     def notify_when_stored(self) -> None:
         self.connection.notify = True
+
+    def wal_times(self) -> tuple[int, int] | None:
+        """Return facts about the -wal that a write changes, cheaper than the data_version."""
+        with contextlib.suppress(FileNotFoundError):
+            info = os.stat(self.path + "-wal")
+            return None if WINDOWS else (info.st_mtime_ns, info.st_size)
+        return None
 
     def set_synchronous(self, synchronous: str) -> None:
         """Choose whether each commit is synced ("full"), or the caller syncs ("normal")."""
@@ -3069,20 +3285,26 @@ class Reader:
     def number(self, sql: str, **args: object) -> int:
         return int(self.db.rows(sql, args)[0][0])
 
-    def get(self, job_id: str) -> Job:
-        """Return a job by its id, or the active or else newest job of a schedule; or NotFound."""
+    def get(self, job_id: str, batch: str | None = None) -> Job:
+        """Return a job by its id, or the active or else newest job of a schedule; or NotFound.
+
+        A `batch` also sees its own staged jobs.
+        """
         for sql in (BY_ID, ACTIVE_OF_SCHEDULE, NEWEST_OF_SCHEDULE):
-            if job := self.first(sql, id=job_id):
+            if job := self.first(sql, id=job_id, batch=batch):
                 return job
-        near = nearest(job_id, (row[0] for row in self.db.rows(RECENT_IDS)))
-        hint = id_hint(job_id) or (f": did you mean {near}?" if near else "")
-        raise NotFound(f"there is no job {quoted(job_id)} in {self.db.path}{hint}")
+        hint = id_hint(job_id)
+        error = NotFound(f"there is no job {quoted(job_id)} in {self.db.path}{hint}")
+        recent = [row[0] for row in self.db.rows(RECENT_IDS)]
+        error.hint = None if hint else partial(did_you_mean, job_id, recent)
+        raise error
 
     def by_seq(self, seq: int) -> Job | None:
         return self.first(BY_SEQ, seq=seq)
 
-    def named(self, ids: Iterable[str]) -> list[Job]:
-        return list({job.seq: job for job in map(self.get, as_list(ids))}.values())
+    def named(self, ids: Iterable[str], batch: str | None = None) -> list[Job]:
+        jobs = (self.get(job_id, batch) for job_id in as_list(ids))
+        return list({job.seq: job for job in jobs}.values())
 
     def last_job(self) -> Job:
         """Return the job that was added last; notifications do not count."""
@@ -3098,7 +3320,7 @@ class Reader:
         return list(dict.fromkeys(row[0] for row in chain.from_iterable(rows)))[:limit]
 
     def is_taken(self, job_id: str) -> bool:
-        return any(self.db.rows(sql, {"id": job_id}) for sql in (BY_ID, ACTIVE_OF_SCHEDULE))
+        return bool(self.db.rows(IS_TAKEN, {"id": job_id}))
 
     def all(self) -> Iterator[Job]:
         """Yield every job by arrival, in slices: a slow reader must not hold up the -wal."""
@@ -3160,25 +3382,34 @@ class Reader:
         found.sort(key=lambda job: job.updated_at)
         return sorted(found[-limit:]), total
 
-    def attempts(self, job: Job) -> list[Attempt]:
-        return [Attempt(*row) for row in self.db.rows(ATTEMPTS, {"seq": job.seq})]
+    def attempts(self, job: Job, sql: str = ATTEMPTS) -> Iterator[Attempt]:
+        """Yield the attempts of a job that have ended, in slices; or SUMMARIES of them."""
+        run = 0
+        while rows := self.db.rows(sql, {"seq": job.seq, "run": run}):
+            yield from starmap(Attempt, rows)
+            run = rows[-1][0]
+
+    def last_attempt(self, job: Job, run: int) -> Attempt | None:
+        """Return the attempt with this number or, without it, the one before it."""
+        rows = self.db.rows(LAST_ATTEMPT, {"seq": job.seq, "run": run})
+        return next(starmap(Attempt, rows), None)
 
     def stdin(self, job: Job) -> bytes:
         return bytes(self.db.rows(STDIN, {"seq": job.seq})[0][0]) if job.stdin_size else b""
 
-    def facts(self, job: Job, attempts: Iterable[Attempt]) -> dict[str, Any]:
-        """Return a job and its attempts as `show --json` and notifications have them."""
+    def facts(self, job: Job) -> dict[str, Any]:
+        """Return a job, but for its attempts, as `show --json` and notifications have them."""
         settings = self.settings(job.queue)
         facts = {**job_facts(job, settings), "settings": settings}
         facts["stdin"] = self.stdin(job).decode()
         facts["why"] = None
         facts["last_result"] = self.last_result(job)
         facts["after"] = [parent.id for parent in self.parents(job)]
-        return {**facts, "runs": [attempt_facts(attempt) for attempt in attempts]}
+        return facts
 
     def runs(self, job: Job) -> list[Attempt]:
         """Return the attempts without their output."""
-        return [Attempt(*row) for row in self.db.rows(RUNS, {"seq": job.seq})]
+        return list(self.attempts(job, SUMMARIES))
 
     def last_run(self, job: Job) -> Attempt | None:
         """Return the last attempt that has ended, without its output."""
@@ -3283,6 +3514,21 @@ class Reader:
         """Return the paused queues; "" stands for all queues."""
         return [row[0] for row in self.db.rows(PAUSED)]
 
+    def hold(self, queue: str) -> str:
+        """Return the reason that a queue starts no job now; empty if there is none."""
+        now = self.clock()
+        for capacity, running, failures, token_at in self.db.rows(HELD, {"queue": queue}):
+            if token_at and token_at > now and failures:
+                return describe_hold(queue, token_at, failures, now)
+            if 0 < capacity <= running:
+                return f"queue {queue} is at its limit of {capacity}"
+            if token_at and token_at > now:
+                rate = self.settings(queue)["rate"]
+                return (
+                    f"queue {queue} is at its rate of {rate}; next {format_distance(token_at, now)}"
+                )
+        return ""
+
     def next_due_time(self, queues: Sequence[str] = ()) -> float | None:
         """Return when the next scheduled job of these queues, or of all, is due."""
         sql = NEXT_SCHEDULED_OF_QUEUES if queues else NEXT_SCHEDULED
@@ -3305,6 +3551,16 @@ class Reader:
                 found[queue] = bool(paused or all_paused) and not processing
         return found
 
+    def changed(self, jobs: Sequence[Job]) -> Iterator[int]:
+        """Yield the numbers of those jobs that are not any more as they were read."""
+        for first in range(0, len(jobs), SLICE):
+            part = {job.seq: job for job in jobs[first : first + SLICE]}
+            rows = self.db.rows(MARKS, [*part, *[None] * (SLICE - len(part))])
+            found = {row[0]: row[1:] for row in rows}
+            for job in part.values():
+                if found.get(job.seq) != (job.state, job.readiness, job.run, job.updated_at):
+                    yield job.seq
+
     def totals(self) -> list[Totals]:
         return [Totals(*row) for row in self.db.rows(TOTALS)]
 
@@ -3317,19 +3573,23 @@ class Reader:
         return self.number(GET_DATA_VERSION)
 
     def changes(self, timeout: float | None = None) -> Iterator[None]:
-        """Yield at once, at every change, and twice a second; end after `timeout` seconds."""
-        seen = None
-        again = 0.0
-        for waited in polling(NEVER if timeout is None else timeout, 0.01, 0.01):
-            version = self.data_version()
-            if waited >= again:
-                require_in_place(self.db.path, self.db.connection.info)
-            if version != seen or waited >= again:
-                seen = version
-                again = waited + 0.5
+        """Yield at once, within 0.08 s of a change, and twice a second, for `timeout` seconds."""
+        seen = -1
+        wal: object = None
+        is_new = True
+        end = NEVER if timeout is None else time.monotonic() + timeout
+        rest = 1.0
+        while rest:
+            rest = max(0.0, end - time.monotonic())
+            for waited in polling(min(rest, 0.5), 0.01 if is_new else 0.05, 0.05):
+                if wal is None or wal != self.db.wal_times() or (is_new and waited < 0.02):
+                    wal = self.db.wal_times()  # two writes at once may show as one
+                    if self.data_version() != seen:
+                        break
+            require_in_place(self.db.path, self.db.connection.info)
+            is_new = seen != (seen := self.data_version())
+            if is_new or rest > 0.5:
                 yield
-        if seen != self.data_version():
-            yield
 
 
 HOLD = 0.015  # seconds after which a change of many jobs ends a transaction and begins another
@@ -3356,6 +3616,9 @@ NOTIFICATION = {
 REPORTED_OUTPUT = 1 << 16  # bytes of a job's output in a notification about it
 
 
+MANY_FAILURES = 3  # launches that failed in a row: then their queue is left alone for a minute
+
+
 class Ledger:
     """Every change of a job's state. Each is guarded by its own WHERE and concerns one job."""
 
@@ -3370,8 +3633,8 @@ class Ledger:
         """Execute a guarded statement; return whether it changed a row."""
         return self.db.execute(sql, args).rowcount > 0
 
-    def add(self, row: dict[str, Any], now: float) -> int:
-        """Insert a validated job, a row of INSERTED with its other fields; return its number."""
+    def prepare(self, row: dict[str, Any], now: float) -> None:
+        """Complete the row of a validated job: INSERTED and its other fields."""
         when = row.get("run_at", now + row.get("delay", 0))
         if "every" in row:
             row["rule"] = f"every {row['every']:.15g}"
@@ -3382,12 +3645,31 @@ class Ledger:
             row["scheduled_for"] = when
             if (row["id"] or "").isdecimal():
                 raise BadInput("a schedule's id must not be a number")
-        if not row["cwd"]:
-            raise BadInput("the current directory no longer exists; set cwd")
         row["env"] = json.dumps(row["env"]) if row["env"] else None
+        row.update(run_after=when, readiness=when <= now)
+
+    def add_numbered(self, rows: Sequence[dict[str, Any]], now: float, seq: int) -> int:
+        """Insert jobs that have no ids and need no others, from a number on; return the next."""
+        for number, row in enumerate(rows, seq):
+            self.prepare(row, now)
+            row.update(seq=number, id=str(number))
+        used = [key for key in INSERTED if any(row[key] is not None for row in rows)]
+        with contextlib.suppress(LookupError), self.db.transaction():
+            if not rows or self.db.execute(insert_job(*used), rows, many=True).rowcount == len(
+                rows
+            ):
+                return seq + len(rows)
+            raise LookupError("a job has one of the numbers as its id")
+        for row in rows:
+            seq = self.insert({**row, "seq": seq, "id": None}) + 1
+        return seq
+
+    def add(self, row: dict[str, Any], now: float) -> int:
+        """Insert a validated job; return its number."""
+        self.prepare(row, now)
         needs = self.needs(row) if "after" in row or "after_end" in row else ()
-        blocked = not all(need["met"] for need in needs)
-        row.update(run_after=when, readiness=BLOCKED if blocked else when <= now)
+        if not all(need["met"] for need in needs):
+            row["readiness"] = BLOCKED
         seq = self.insert(row)
         for need in needs:
             self.db.execute(ADD_NEED, {**need, "child": seq})
@@ -3398,9 +3680,11 @@ class Ledger:
         needs = []
         for key, states in {"after": (COMPLETED,), "after_end": FINISHED}.items():
             try:
-                parents = self.reader.named(fields.get(key, ()))
+                parents = self.reader.named(fields.get(key, ()), fields.get("locked_by"))
             except NotFound as error:
-                raise BadInput(f"{key}: {error}") from None
+                problem = BadInput(f"{key}: {error.args[0]}")
+                problem.hint = error.hint
+                raise problem from None
             for parent in parents:
                 met = parent.state in states
                 needs.append({"parent": parent.seq, "any_end": key == "after_end", "met": met})
@@ -3415,14 +3699,14 @@ class Ledger:
             row["id"] = name
             if row["rule"]:
                 row["schedule_id"] = name
-                row["id"] = self.next_id_of_schedule(name)
+                row["id"] = self.next_id_of_schedule(name, row["locked_by"])
             columns = [key for key in INSERTED if row[key] is not None]
             if not taken and self.change(insert_job(*columns), **row):  # else the number is taken
                 return int(row["seq"])
             row["seq"] += 1
 
-    def next_id_of_schedule(self, schedule_id: str) -> str:
-        newest = self.reader.first(NEWEST_OF_SCHEDULE, id=schedule_id)
+    def next_id_of_schedule(self, schedule_id: str, batch: str | None) -> str:
+        newest = self.reader.first(NEWEST_OF_SCHEDULE, id=schedule_id, batch=batch)
         number = int(newest.id.rpartition(".")[2]) + 1 if newest else 1
         while self.reader.is_taken(f"{schedule_id}.{number}"):
             number += 1
@@ -3489,12 +3773,15 @@ class Ledger:
         settings = self.reader.settings(job.queue)
         chance = int.from_bytes(os.urandom(4), "big") / (1 << 32) if settings["jitter"] else 0.0
         after = after_attempt(job, outcome, settings, now, chance)
+        if outcome.end == "not launched" and after.state == PENDING:
+            after = after._replace(run_after=after.updated_at)  # another job is tried next
+            self.hold_launches(job.queue, now)
         is_over = after.state in (COMPLETED, DEAD)
         is_ready = after.state != PENDING or after.run_after <= now
         after = after._replace(readiness=is_ready, rule=None if is_over else job.rule)
         if not self.change(FINISH, **after._asdict()):
             return None  # its claim was lost: nothing has changed
-        if outcome.end != "unstarted":
+        if outcome.end not in ("unstarted", "not launched"):
             attempt = (job.seq, job.run, job.locked_by, outcome.word, job.waited, *outcome[1:])
             self.db.execute(ADD_ATTEMPT, attempt)
         if after.state in FINISHED:
@@ -3520,8 +3807,9 @@ class Ledger:
         """
         target = {"queue": job.queue, "command": command, "cwd": cwd}
         if self.reader.number(COUNT_NOTIFICATIONS, state=PENDING, queue=None) < limit:
-            last = [Attempt(*row) for row in self.db.rows(LAST_ATTEMPT, {"seq": job.seq})]
-            facts = self.reader.facts(job, [attempt.cut(REPORTED_OUTPUT) for attempt in last])
+            last = self.reader.last_attempt(job, job.run)
+            runs = [attempt_facts(last.cut(REPORTED_OUTPUT))] if last else []
+            facts = {**self.reader.facts(job), "runs": runs}
             self.add_notification(job, job.state, target, facts)
         elif waiting := self.reader.first(WAITING_SUMMARY, **target):
             facts = summary_facts(self.reader.stdin(waiting), job)
@@ -3542,9 +3830,24 @@ class Ledger:
         when = next_occurrence(str(job.rule), job.scheduled_for or now, now)
         row = {**job._asdict(), "id": job.schedule_id, "created_at": now, "updated_at": now}
         row.update(run_after=when, scheduled_for=when, readiness=SCHEDULED)
-        row["stdin"] = self.reader.stdin(job)
+        row.update(state=PENDING, locked_by=None, stdin=self.reader.stdin(job))
         self.insert({**row, "seq": self.last_seq() + 1})
         self.db.notify_when_stored()
+
+    def note_launch(self, job: Job, facts: Facts, *, is_first: bool = False) -> bool:
+        """Record what is known about an attempt elsewhere; return whether the job is still ours."""
+        row = {**job._asdict(), "launch": json.dumps(facts), "is_first": is_first}
+        with self.db.transaction():
+            if "host" in facts:  # the engine works
+                self.change(END_LAUNCH_HOLD, queue=job.queue)
+            return self.change(NOTE_LAUNCH, **row)
+
+    def hold_launches(self, queue: str, now: float) -> None:
+        """Leave a queue alone for a time after a job could not be launched."""
+        self.change(COUNT_LAUNCH_FAILURE, queue=queue)
+        failures = self.reader.number(LAUNCH_FAILURES, queue=queue)
+        pause = 2**failures if failures < MANY_FAILURES else 60
+        self.change(HOLD_LAUNCHES, queue=queue, now=now, until=now + pause)
 
     def correct_times(self) -> bool:
         """Reschedule jobs whose times come from a clock that was more than a day ahead, if any."""
@@ -3568,7 +3871,7 @@ class Ledger:
     def check_retry(self, job: Job) -> None:
         """Raise NotFound where a job cannot return to the queue."""
         self.require_state(job, (DEAD, CANCELLED))
-        name = {"id": job.schedule_id}
+        name = {"id": job.schedule_id, "batch": None}
         if job.rule and (self.db.rows(BY_ID, name) or self.db.rows(ACTIVE_OF_SCHEDULE, name)):
             schedule = printable(str(job.schedule_id))
             raise NotFound(f"schedule {schedule} is active already, or its name is taken")
@@ -3687,24 +3990,210 @@ class Ledger:
             if left and not self.db.connection.in_block:
                 time.sleep(LET_IN)
 
+    def settle_slice(self, batch: str) -> bool:
+        """Publish some staged jobs of an accepted batch, or delete some of another one.
+
+        Return False if there were none left.
+        """
+        args = {"batch": batch, "now": self.clock()}
+        with self.db.transaction(notify=True):
+            if self.db.rows(IS_ACCEPTED, args):
+                more = self.change(UNSTAGE, **args)
+            else:
+                rows = self.db.rows(STAGED_JOBS, args)
+                for (seq,) in rows:
+                    self.delete(seq)
+                more = bool(rows)
+            if not more:
+                self.db.execute(FORGET_BATCH, args)
+        return more
+
+    def settle_dead_batches(self) -> bool:
+        """Settle a slice of a batch whose process has died; return False if there was none."""
+        run_dir = self.db.run_dir
+        for name in [*run_dir.files("batch-"), *(row[0] for row in self.db.rows(OPEN_BATCH))]:
+            if run_dir.is_unlocked(name):
+                if self.settle_slice(name):
+                    return True
+                with contextlib.suppress(FileNotFoundError):
+                    run_dir.remove(name, is_lock=True)
+        return False
+
+
+class Batch:
+    """Adds jobs, all or none: in one transaction or, if they are many, in several.
+
+    Many jobs are first staged, in slices. One small write accepts the batch, and then its jobs are
+    published, in slices. So nobody waits for long. If the process dies, a pool or another batch
+    publishes the rest of an accepted batch, and deletes one that was not accepted.
+    """
+
+    TEXT = 8 << 20  # characters of commands and of stdin in a slice
+
+    def __init__(self, ledger: Ledger, *, if_absent: bool) -> None:
+        self.ledger = ledger
+        self.db = ledger.db
+        self.if_absent = if_absent
+        self.now = ledger.clock()
+        self.name: str | None = None  # of its lock, if it is staged
+        self.is_large = False
+        self.length = 0
+        self.taken: list[str] = []  # ids of jobs that exist
+        self.ranges: list[tuple[int, int]] = []  # the numbers of the jobs, first and last
+
+    def slices(self, jobs: Iterable[Mapping[str, object]]) -> Iterator[list[dict[str, Any]]]:
+        """Yield the rows of jobs, validated, in one list for each transaction, which is reused."""
+        here = ""
+        with contextlib.suppress(FileNotFoundError):  # then each job must have a cwd
+            here = os.getcwd()
+        blank = dict.fromkeys(INSERTED, None)
+        blank.update(queue="default", priority=0, cwd=here)
+        blank.update(created_at=self.now, updated_at=self.now)
+        rows = []
+        size = 0
+        for fields in jobs:
+            rows.append({**blank, **validate_fields(fields)})
+            if not rows[-1]["cwd"]:
+                raise BadInput("the current directory no longer exists; set cwd")
+            size += len(rows[-1]["command"]) + len(rows[-1]["stdin"] or b"")
+            if len(rows) >= BATCH_SLICE or size >= self.TEXT:
+                self.is_large = True
+                yield rows
+                rows.clear()
+                size = 0
+        yield rows
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Add a slice, within a transaction."""
+        first = seq = self.ledger.last_seq() + 1
+        numbered: list[dict[str, Any]] = []
+        for row in rows:
+            if self.name:
+                row.update(state=STAGED, locked_by=self.name)
+            if not (row["id"] or row.keys() & {"after", "after_end", "every", "cron"}):
+                numbered.append(row)
+                continue
+            seq = self.ledger.add_numbered(numbered, self.now, seq)
+            self.length += len(numbered)
+            numbered = []
+            seq = self.add_special({**row, "seq": seq})
+            self.length += 1
+        seq = self.ledger.add_numbered(numbered, self.now, seq)
+        self.length += len(numbered)
+        if seq > first:
+            self.ranges.append((first, seq - 1))
+
+    def add_special(self, row: dict[str, Any]) -> int:
+        """Add a job that has an id, a rule or parents; return the next number."""
+        seq = int(row["seq"])
+        try:
+            if not (row["id"] and self.ledger.reader.is_taken(row["id"])):
+                return self.ledger.add(row, self.now) + 1
+            if not self.if_absent:
+                raise BadInput(f"job {row['id']} already exists; use another id")
+        except BadInput as error:
+            error.index = self.length
+            raise
+        self.taken.append(row["id"])
+        return seq
+
+    def ids(self) -> Iterator[str]:
+        for first, last in self.ranges:
+            args = {"first": first, "last": last}
+            while rows := self.db.rows(IDS_BETWEEN, args):
+                yield from (row[1] for row in rows)
+                args["first"] = rows[-1][0] + 1
+
+    def store(self, jobs: Iterable[Mapping[str, object]]) -> Iterator[str]:
+        """Add jobs; return their ids and those that were taken."""
+        slices = self.slices(jobs)
+        first = next(slices)
+        ids = self.ids()
+        if self.is_large and not self.db.connection.in_block:
+            self.stage(chain([first], slices))
+            return chain(ids, self.taken)
+        with self.db.transaction(notify=True):
+            for rows in chain([first], slices):
+                self.add(rows)
+            head = list(islice(ids, 1000))  # before they can be pruned
+        return chain(head, ids, self.taken)
+
+    def stage(self, slices: Iterable[list[dict[str, Any]]]) -> None:
+        """Add slices in transactions of their own."""
+        while self.ledger.settle_dead_batches():
+            time.sleep(LET_IN)
+        self.db.run_dir.make()  # the database may have been copied here
+        self.name = "batch-" + os.urandom(4).hex()
+        before = self.ledger.last_seq()
+        accepted = False
+        with contextlib.closing(LockFile(self.db.run_dir.file(self.name))):
+            try:
+                for rows in slices:
+                    with self.db.transaction():
+                        self.add(rows)
+                    time.sleep(LET_IN)
+                self.ledger.change(ACCEPT_BATCH, batch=self.name)
+                accepted = True
+            finally:
+                while self.ledger.settle_slice(self.name):
+                    time.sleep(LET_IN)
+                if self.ranges and not accepted:
+                    self.return_numbers(before, self.ranges[-1][1])
+
+    def return_numbers(self, before: int, last: int) -> None:
+        """Let the next job have the numbers between these, if no other job had any of them."""
+        if sum(end - begin + 1 for begin, end in self.ranges) == last - before:
+            args = {"before": before, "last": last, "table": self.db.table("jobs")}
+            self.db.execute(RESET_SEQ, args)
+
 
 class JobWatch:
     """Jobs that a caller waits for, as they were last seen."""
 
+    SHARE = 50  # of the time, one part is spent on reading all unfinished jobs again
+
     def __init__(self, reader: Reader, jobs: Iterable[Job]) -> None:
         self.reader = reader
         self.seen = {job.seq: job for job in jobs}
+        self.unfinished = collections.OrderedDict.fromkeys(self.seen)  # the next to look at first
+        self.version = -1  # the data_version when all of them were read
+        self.refresh_at = 0.0  # on the monotonic clock
 
     def jobs(self) -> list[Job]:
         return list(self.seen.values())
 
-    def refresh(self) -> list[Job]:
-        """Read the unfinished jobs again; return those that are still unfinished."""
-        for seq, job in self.seen.items():
-            if job.state not in FINISHED:
-                deleted = job._replace(state=COMPLETED, exit_code=0)  # it must have ended
-                self.seen[seq] = self.reader.by_seq(seq) or deleted
-        return [job for job in self.seen.values() if job.state not in FINISHED]
+    def is_over(self) -> bool:
+        """Tell whether no job can end any more by itself: each has ended, or depends on a failure.
+
+        While one is known that can, only that one is read, since changes may be frequent and the
+        jobs many.
+        """
+        version = self.reader.data_version()
+        if version != self.version and time.monotonic() >= self.refresh_at:
+            self.refresh()
+            self.version = version
+        for _ in range(len(self.unfinished)):
+            seq = next(iter(self.unfinished))
+            self.update(seq)
+            if self.seen[seq].state not in FINISHED:
+                if not self.reader.failed_ancestor(self.seen[seq]):
+                    return False
+                self.unfinished.move_to_end(seq)
+        return True
+
+    def update(self, seq: int) -> None:
+        """Read a job again."""
+        deleted = self.seen[seq]._replace(state=COMPLETED, exit_code=0)  # it must have ended
+        self.seen[seq] = self.reader.by_seq(seq) or deleted
+        if self.seen[seq].state in FINISHED:
+            del self.unfinished[seq]
+
+    def refresh(self) -> None:
+        """Read the unfinished jobs that have changed."""
+        began = time.monotonic()
+        for seq in self.reader.changed([self.seen[seq] for seq in self.unfinished]):
+            self.update(seq)
+        self.refresh_at = time.monotonic() + (time.monotonic() - began) * self.SHARE
 
 
 class Queue:
@@ -3782,31 +4271,7 @@ class Queue:
 
         With `if_absent`, a job whose id is taken is left as it is, and its id comes last.
         """
-        now = self._reader.clock()
-        here = ""
-        with contextlib.suppress(FileNotFoundError):  # then each job must have a cwd
-            here = os.getcwd()
-        blank = dict.fromkeys(INSERTED, None)
-        blank.update(queue="default", priority=0, cwd=here, created_at=now, updated_at=now)
-        taken = []
-        with self._db.transaction(notify=True):
-            first = seq = self._ledger.last_seq() + 1
-            for fields in jobs:
-                job = validate_fields(fields)
-                if "id" in job and self._reader.is_taken(job["id"]):
-                    if not if_absent:
-                        raise BadInput(f"job {job['id']} already exists; use another id")
-                    taken.append(job["id"])
-                else:
-                    seq = self._ledger.add({**blank, **job, "seq": seq}, now) + 1
-            ids = self._ids(first, seq - 1)
-            head = list(islice(ids, 1000))  # before they can be pruned; a million ids in slices
-        return chain(head, ids, taken)
-
-    def _ids(self, first: int, last: int) -> Iterator[str]:
-        while rows := self._db.rows(IDS_BETWEEN, {"first": first, "last": last}):
-            yield from (row[1] for row in rows)
-            first = rows[-1][0] + 1
+        return Batch(self._ledger, if_absent=if_absent).store(jobs)
 
     def get(self, job_id: str) -> Job:
         """Return one job. A schedule's name means its active job, or else its newest.
@@ -3837,7 +4302,7 @@ class Queue:
 
     def attempts(self, job: Job | str) -> list[Attempt]:
         """Return the attempts of a job that have ended, oldest first."""
-        return self._reader.attempts(job if isinstance(job, Job) else self.get(job))
+        return list(self._reader.attempts(job if isinstance(job, Job) else self.get(job)))
 
     def counts(self, queues: Sequence[str] = ()) -> dict[str, int]:
         """Return the number of jobs in each state, in these queues or in all."""
@@ -3851,21 +4316,25 @@ class Queue:
         """
         watch = JobWatch(self._reader, self._reader.named(ids))
         for _ in self._reader.changes(timeout):
-            if all(map(self._reader.failed_ancestor, watch.refresh())):
+            if watch.is_over():
                 return watch.jobs()
         raise TimedOut(f"jobs have not ended within {format_duration(timeout or 0)}")
 
-    def cancel(self, ids: Iterable[str], *, cascade: bool = False) -> list[Job]:
+    def cancel(self, ids: Iterable[str], *, cascade: bool = False, gone: bool = False) -> list[Job]:
         """Cancel jobs and, with `cascade`, those that wait for them; return them as they are now.
 
         A waiting job is cancelled at once. A running one has `cancel_requested` until its worker
         has ended it. A job that has ended is left as it is. A schedule ends with its active job.
+        With `gone`, jobs that a launcher runs elsewhere are believed to be over there, although
+        `launcher_cancel` fails.
         """
         with self._db.transaction(notify=True):
             jobs = {job.seq: job for job in self._reader.named(ids)}
             for seq in list(jobs) if cascade else []:
                 jobs.update((job.seq, job) for job in self._reader.select(DESCENDANTS, seq=seq))
             for seq in jobs:
+                if gone:
+                    self._ledger.change(FORGET_LAUNCH, seq=seq)
                 self._ledger.cancel(seq)
         return [self.get(job.id) for job in jobs.values()]
 
@@ -4052,6 +4521,7 @@ class Termination:
         self.asked: set[int] = set()
         self.found: list[int] = []
         self.snapshot_at = 0.0
+        self.is_waiting = False  # for processes to end
 
     def step(self, snapshot: Callable[[], Any] = SYSTEM.snapshot) -> bool:
         """End the remaining processes; return whether none is left and the lock is free."""
@@ -4068,6 +4538,7 @@ class Termination:
         if self.is_overdue:
             name = printable(self.job.id)
             self.notices.report(f"remaining processes of job {name} {reason}", key=self.job.key)
+        self.is_waiting = True
         return False
 
     def is_unchanged(self) -> bool:
@@ -4108,7 +4579,7 @@ class Supervisor(Protocol):
     notices: Notices
     stopping: bool  # it is time to leave
 
-    def wait(self, until: float, child: Any = None) -> None: ...
+    def wait(self, until: float, child: Any = None, streams: Iterable[Any] = ()) -> None: ...
 
 
 class Execution:
@@ -4142,13 +4613,11 @@ class Execution:
                 with open(stdin, "wb", opener=open_own) as file:
                     file.write(self.claim.stdin)
             self.output = Output(self.run_dir.file(self.job.seq, self.job.run, "out"))
-            argv = (*self.settings["shell"], self.job.command)
-            given = stdin if self.claim.stdin else os.devnull
-            return SYSTEM.launch(argv, self.job.cwd, env, self.output.fd, self.run_dir.path, given)
+            return self.start(env, self.output, stdin if self.claim.stdin else os.devnull)
         except OSError as error:
             reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
             blameless = self.output is None or error.errno in EXHAUSTED
-        except Locked as error:
+        except Fault as error:
             reason = str(error)
             blameless = True
         finally:
@@ -4159,6 +4628,10 @@ class Execution:
         self.outcome = Outcome(end, self.started, self.clock(), None, f"cannot start: {reason}")
         return None
 
+    def start(self, env: Environ, output: Output, stdin: str) -> Any:
+        argv = (*self.settings["shell"], self.job.command)
+        return SYSTEM.launch(argv, self.job.cwd, env, output.fd, self.run_dir.path, stdin)
+
     def finish(self, child: Any) -> None:
         end, error = self.watch(child)
         if error or child.returncode:  # another attempt may follow
@@ -4166,36 +4639,431 @@ class Execution:
         if self.is_over:
             SYSTEM.release(child)
         code = child.returncode
-        error = error or explain_exit(code)
+        self.conclude(end, code, error or explain_exit(code))
+
+    def conclude(self, end: End, code: int | None, error: str | None) -> None:
         finished = max(self.started, self.clock())
         tail = self.output.tail(self.settings["output_limit"]) if self.output else (0, b"")
         self.outcome = Outcome(end, self.started, finished, code, error, *tail)
 
-    def watch(self, child: Any) -> tuple[End, str | None]:
+    def limit_time(self) -> None:
+        """Begin the time that the attempt may take."""
         timeout = self.settings["timeout"] if self.job.timeout is None else self.job.timeout
-        deadline = time.monotonic() + timeout if timeout else NEVER
+        self.deadline = time.monotonic() + timeout if timeout else NEVER
+        self.late: tuple[End, str] = "timed out", f"timed out after {format_duration(timeout)}"
+
+    def is_running(self, child: Any) -> bool:
+        return child.poll() is None
+
+    def wait(self, until: float, child: Any) -> None:
+        self.link.wait(until, child)
+
+    def watch(self, child: Any) -> tuple[End, str | None]:
+        self.limit_time()
         pause = 0.01
-        while child.poll() is None:
+        while self.is_running(child):
             now = time.monotonic()
             if end := self.wanted_end(self.job):
                 return end, f"{'stopped' if end == 'released' else end} by the operator"
-            if now >= deadline:
-                return "timed out", f"timed out after {format_duration(timeout)}"
-            self.link.wait(min(deadline, now + pause), child)
+            if now >= self.deadline:
+                return self.late
+            self.wait(min(self.deadline, now + pause), child)
             if self.output and time.monotonic() > now + pause:
                 trimmed = self.output.trim(self.settings["output_limit"])
                 pause = 0.01 if trimmed else min(pause * 2, 0.1)
         return "exited", None
 
+    def termination(self, _child: Any) -> Termination:
+        grace = self.settings["kill_grace"]
+        return Termination(self.job, self.run_dir, grace, self.link.notices, self.output)
+
     def end_processes(self, child: Any) -> bool:
         """End the remaining processes; return False where some remain and it is time to leave."""
-        grace = self.settings["kill_grace"]
-        ending = Termination(self.job, self.run_dir, grace, self.link.notices, self.output)
+        ending = self.termination(child)
         while not ending.step() or child.poll() is None:
             if ending.is_overdue and self.link.stopping:
                 return False
-            self.link.wait(time.monotonic() + ending.pause, child)
+            self.wait(time.monotonic() + ending.pause, child)
         return True
+
+
+# Launchers. Another engine, such as Slurm or ssh, runs the job in a wrapper, which needs only a sh
+# there. The exit code of the engine's client proves nothing, so the wrapper reports the start and
+# the exit code of the job on stderr, beside a nonce. The wrapper's stdin is its lifeline: first the
+# size of the job's own stdin, then that, and at last the word TERM or the end of file, which end
+# the process group of the job. A wrapper that the engine ends reports no exit code.
+
+WRAPPER = r"""
+_nonce=$1 _grace=$2 _cwd=$3 _command=$4
+shift 4
+_tell() { printf '@%s %s\n' "$_nonce" "$*" >&2; }
+_send() { kill "-$1" "-$_child" 2>/dev/null || kill "-$1" "$_child" 2>/dev/null; }
+_nap() { sleep 0.1 2>/dev/null && _left=$((_left - 1)) || { sleep 1; _left=$((_left - 10)); }; }
+_end() {
+  trap '' TERM HUP INT USR1
+  _left=${_grace}0
+  _send TERM
+  _send CONT
+  while [ "$_left" -gt 0 ] && _send 0; do _nap; done
+  _send KILL
+}
+_become() {
+  exec 3<&- 4<&-
+  for _pair; do
+    case ${_pair%%=*} in
+    '' | [0-9]* | *[!A-Za-z0-9_]*) ;; # no shell passes it on
+    *) command export "$_pair" 2>/dev/null ;;
+    esac
+  done
+  exec $_session sh -c "$_command"
+}
+_watch() {
+  while IFS= read -r _line <&3 && [ "$_line" != TERM ]; do :; done
+  _end
+  exit 0
+}
+_main() {
+  exec 4<&0
+  (set -m) 2>/dev/null && set -m 2>/dev/null # each child in a process group of its own
+  _session=
+  case $- in *m*) ;; *) command -v setsid >/dev/null && _session=setsid ;; esac
+  _lost=
+  trap '_lost=1; _end &' TERM HUP INT
+  (trap - TERM HUP INT; _become "$@") <&4 &
+  _child=$!
+  _watch </dev/null &
+  _watcher=$!
+  while wait "$_child"; _code=$?; kill -0 "$_child"; do _left=0; _nap; done 2>/dev/null
+  [ "$_code" -lt 256 ] || _code=$((_code - 128)) # ksh
+  kill -USR1 "$_watcher" 2>/dev/null # ignored while it ends the job
+  wait "$_watcher" 2>/dev/null || [ "$_code" = 0 ] || _end
+  [ -n "$_lost" ] || _tell exit "$_code"
+  exit "$_code"
+}
+IFS= read -r _size && [ "$_size" != TERM ] || exit 1
+exec 3<&0
+_tell start "$(uname -n 2>/dev/null || echo unknown)" $$
+cd -- "$_cwd" 2>/dev/null || { _tell nodir; exit 1; }
+if [ "$_size" -gt 0 ]; then
+  _input=$(dd ibs=1 count="$_size" 2>/dev/null; printf .)
+  printf %s "${_input%.}" | _main "$@"
+else
+  _main "$@" </dev/null
+fi
+"""
+
+
+def is_for_launcher(claim: Claim) -> bool:
+    """Tell whether a job runs elsewhere. A notification does not: the engine may be down."""
+    return bool(claim.settings["launcher"]) and not claim.job.notifies
+
+
+def client_directory(job: Job) -> str:
+    """Return where the programs of a launcher run: the directory of the job, if it exists here."""
+    return job.cwd if os.path.isdir(job.cwd) else os.sep
+
+
+class ReportStream:
+    """An output stream of a client, without the reports of the wrapper in it."""
+
+    LONGEST = 400  # bytes of a report
+
+    def __init__(self, fd: int, nonce: str) -> None:
+        os.set_blocking(fd, False)
+        self.file = open(fd, "rb", buffering=0)  # noqa: SIM115
+        self.start = f"@{nonce} ".encode()
+        forms = rb"(?:(start) ([^\s@]{1,255}) \d+|(exit) (\d{1,3})|(nodir))\r?\n"
+        self.report = re.compile(self.start + forms)
+        self.part = b""  # the beginning of a report, unless more output disproves that
+
+    def read(self) -> tuple[bytes, list[list[bytes]]] | None:
+        """Return output and reports, None where nothing has arrived; close it at its end."""
+        chunk = self.file.read(1 << 16)
+        if chunk is None:
+            return None
+        if not chunk:
+            self.file.close()
+            return self.part, []
+        data = self.part + chunk
+        reports = [list(filter(None, found.groups())) for found in self.report.finditer(data)]
+        data = self.report.sub(b"", data)
+        tail = data[data.rfind(b"@") :] if b"@" in data[-self.LONGEST :] else b""
+        is_begun = tail.startswith(self.start) and b"\n" not in tail
+        self.part = tail if is_begun or self.start.startswith(tail) else b""
+        return data[: len(data) - len(self.part)], reports
+
+
+# Runs a command and prints its exit code last, since that of a child may be lost: where SIGCHLD is
+# ignored, the system forgets it.
+PRINT_CODE = ("sh", "-c", '"$@"; printf "\\n%s" "$?"', "sh")
+
+
+class FarEnd:
+    """Makes sure that an attempt is over elsewhere, once its client is gone: by launcher_cancel.
+
+    Without that command, the wrapper has ended the job when the grace period is over.
+    """
+
+    LIMIT = 10.0  # seconds that the command may take
+    MARGIN = 1.0  # seconds more than the grace period
+
+    def __init__(self, job: Job, ledger: Ledger, notices: Notices) -> None:
+        self.job = job
+        self.ledger = ledger
+        self.notices = notices
+        self.facts = job.launched
+        self.process: Any = None
+        self.due = 0.0  # when it is sure, or must have ended, or is tried again
+        self.pause = 1.0  # seconds before the next try
+        self.has_failed = False
+
+    def step(self) -> bool:
+        """Return whether the attempt is over for sure."""
+        now = time.monotonic()
+        if not self.facts.get("cancel"):
+            self.due = self.due or now + self.facts.get("grace", 0) + self.MARGIN
+            return now >= self.due
+        if self.has_failed and self.is_forgotten():
+            if self.process:
+                kill_helper(self.process)
+            return True
+        if self.process:
+            return self.check(now)
+        if now >= self.due:
+            self.start(now)
+        return False
+
+    def start(self, now: float) -> None:
+        import tempfile
+
+        self.due = now + self.LIMIT
+        argv = (*PRINT_CODE, *self.facts["cancel"])
+        try:
+            self.said = tempfile.TemporaryFile()  # noqa: SIM115
+            self.process = start_helper(argv, client_directory(self.job), self.said)
+        except OSError as error:
+            self.fail(str(error))
+
+    def check(self, now: float) -> bool:
+        """Return whether the command has succeeded."""
+        is_running = self.process.poll() is None
+        if is_running and now < self.due:
+            return False
+        if is_running:
+            kill_helper(self.process)
+        self.process = None
+        with self.said:
+            text = last_bytes(self.said.fileno(), 1 << 12)[1].decode(errors="replace")
+        said, _, code = text.rpartition("\n")
+        if code == "0" and not is_running:
+            return True
+        reason = f"did not end within {format_duration(self.LIMIT)}"
+        if not is_running:
+            reason = explain_exit(int(code)) or "" if code.isdecimal() else "it was killed"
+        self.fail(": ".join(filter(None, (reason, last_line(said)))))
+        return False
+
+    def fail(self, reason: str) -> None:
+        """Report a failure, record it for `status`, and try again after a growing pause."""
+        command = quoted(join_words(self.facts["cancel"]))
+        trouble = f"launcher_cancel ({command}) failed: {reason}"
+        self.has_failed = True
+        self.due = time.monotonic() + self.pause
+        self.pause = min(self.pause * 2, 60.0)
+        with contextlib.suppress(Fault):
+            self.ledger.note_launch(self.job, {**self.facts, "trouble": trouble})
+        text = f"job {printable(self.job.id)} may still run {self.job.whereabouts}: {trouble}"
+        self.notices.report(f"{text}; trying again", key=f"{self.job.key} launcher_cancel")
+
+    def is_forgotten(self) -> bool:
+        """Tell whether the operator knows that it is over (`cancel --gone`), or another pool."""
+        with contextlib.suppress(Fault):
+            stored = self.ledger.reader.by_seq(self.job.seq)
+            return stored is None or stored.key != self.job.key or not stored.launch
+        return False
+
+
+class RemoteTermination(Termination):
+    """The end of an attempt's client here, and then of its job elsewhere."""
+
+    def __init__(self, *args: Any, ledger: Ledger) -> None:
+        super().__init__(*args)
+        self.far_end = FarEnd(self.job, ledger, self.notices)
+        self.is_client_gone = False
+
+    def step(self, snapshot: Callable[[], Any] = SYSTEM.snapshot) -> bool:
+        """End the client, and then the job; return whether both are gone."""
+        self.is_client_gone = self.is_client_gone or super().step(snapshot)
+        if not self.is_client_gone:
+            return False
+        self.pause = 1.0 if self.far_end.has_failed else 0.05
+        return self.far_end.step()
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether the job or its client cannot be ended at once: they must delay no stop."""
+        return self.far_end.has_failed or (not self.is_client_gone and super().is_overdue)
+
+
+class RemoteExecution(Execution):
+    """One attempt of a job that a launcher's client runs elsewhere."""
+
+    PATIENCE = 1.0  # seconds in which a client exits after its job; then it is ended
+
+    def __init__(self, claim: Claim, ledger: Ledger, *args: Any) -> None:
+        super().__init__(claim, ledger, *args)
+        self.ledger = ledger
+        self.nonce = os.urandom(16).hex()
+        cancel = fill_in(self.settings["launcher_cancel"], self.job)
+        self.grace = math.ceil(self.settings["kill_grace"])
+        self.facts: dict[str, Any] = {"cancel": cancel, "grace": self.grace}
+        self.to_send = b"%d\n%b" % (len(claim.stdin), claim.stdin)
+        self.lifeline: IO[bytes] | None = None
+        self.streams: list[ReportStream] = []
+        self.code: int | None = None  # as reported by the wrapper
+        self.has_directory = True
+
+    def words(self, env: Environ) -> list[bytes]:
+        """Return the command line of the client, as UTF-8 whatever the locale here."""
+        command = self.job.command
+        if self.settings["shell"] != DEFAULT_SHELL:
+            command = "exec " + shlex.join([*self.settings["shell"], command])
+        words = ["sh", "-c", WRAPPER, "queuectl", self.nonce, str(self.grace), self.job.cwd]
+        words.append(command)
+        words += (f"{name}={value}" for name, value in env.items())
+        if self.settings["launcher_quote"] == "yes":
+            words = [shlex.join(words)]
+        words = [*fill_in(self.settings["launcher"], self.job), *words]
+        return [word.encode(errors="surrogateescape") for word in words]
+
+    def start(self, env: Environ, output: Output, _stdin: str) -> Any:
+        self.ledger.db.set_synchronous("full")  # after a power cut here, it may still run there
+        if not self.ledger.note_launch(self.job, self.facts, is_first=True):
+            raise Fault("its claim was lost")
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            ours.callback(self.close)
+            given, lifeline = os.pipe()
+            theirs.callback(os.close, given)
+            os.set_blocking(lifeline, False)
+            self.lifeline = open(lifeline, "wb", buffering=0)  # noqa: SIM115
+            ends = [given]
+            for _ in range(2):
+                reader, writer = os.pipe()
+                theirs.callback(os.close, writer)
+                self.streams.append(ReportStream(reader, self.nonce))
+                ends.append(writer)
+            args = (client_directory(self.job), env, output.fd, self.run_dir.path, ends)
+            child = SYSTEM.launch(self.words(env), *args)
+            ours.pop_all()
+            return child
+
+    def close(self) -> None:
+        for stream in self.streams:
+            stream.file.close()
+        if self.lifeline:
+            self.lifeline.close()
+
+    def limit_time(self) -> None:
+        """Limit the time to wait for a place and, after the start, that of the attempt."""
+        if "host" in self.facts:
+            super().limit_time()
+            return
+        limit = self.settings["launch_timeout"]
+        self.deadline = time.monotonic() + limit if limit else NEVER
+        self.late = "not launched", f"not launched: no place within {format_duration(limit)}"
+
+    def is_known(self) -> bool:
+        """Tell whether the wrapper has reported an end."""
+        return self.code is not None or not self.has_directory
+
+    def is_running(self, child: Any) -> bool:
+        return child.poll() is None and not self.is_known()
+
+    def wait(self, until: float, child: Any) -> None:
+        self.link.wait(until, child, [stream.file for stream in self.streams])
+        self.pump()
+
+    def wait_for(self, fact: Callable[[], Any], child: Any, limit: float) -> None:
+        deadline = time.monotonic() + limit
+        while not fact() and child.poll() is None and time.monotonic() < deadline:
+            self.wait(min(deadline, time.monotonic() + 0.1), child)
+
+    def pump(self) -> None:
+        """Pass on input and output, and note the reports in it."""
+        if self.to_send and self.lifeline and not self.lifeline.closed:
+            with contextlib.suppress(OSError):  # the client has ended
+                self.to_send = self.to_send[self.lifeline.write(self.to_send) or 0 :]
+        for stream in list(self.streams):
+            for _ in range(16):  # at most 1 MiB: nothing else must have to wait
+                found = None if stream.file.closed else stream.read()
+                if found is None:
+                    break
+                self.keep(found[0])
+                for report in found[1]:
+                    self.note(*report)
+        self.streams = [stream for stream in self.streams if not stream.file.closed]
+
+    def keep(self, text: bytes) -> None:
+        if not self.output:
+            return
+        with contextlib.suppress(OSError):  # a full disk
+            while text:
+                text = text[os.write(self.output.fd, text) :]
+        self.output.bytes_dropped += len(text)
+        self.output.trim(self.settings["output_limit"])
+
+    def note(self, kind: bytes, value: bytes = b"") -> None:
+        if kind == b"start" and "host" not in self.facts:
+            self.facts["host"] = printable(value.decode(errors="replace"))
+            self.started = self.clock()
+            self.limit_time()
+            with contextlib.suppress(Fault):
+                self.ledger.note_launch(self.job, self.facts)
+        elif kind == b"exit" and self.code is None:
+            self.code = int(value)
+        elif kind == b"nodir":
+            self.has_directory = False
+
+    def finish(self, child: Any) -> None:
+        end, error = self.watch(child)
+        self.pump()
+        if error and "host" in self.facts:
+            self.to_send += b"TERM\n"
+            self.wait_for(self.is_known, child, self.grace + 2)
+        if self.is_known():
+            self.wait_for(lambda: False, child, self.PATIENCE)
+        if self.lifeline:
+            self.lifeline.close()
+        if error or self.code != 0 or child.poll() is None:
+            self.is_over = self.end_processes(child)
+        self.pump()
+        self.close()
+        self.conclude(*((end, self.code, error) if error else self.judge(child.poll())))
+
+    def termination(self, child: Any) -> Termination:
+        code = child.poll()
+        exited = "host" not in self.facts and code is not None and code >= 0
+        if self.is_known() or exited:  # nothing runs elsewhere
+            return super().termination(child)
+        job = self.job._replace(launch=json.dumps(self.facts))
+        args = (job, self.run_dir, self.settings["kill_grace"], self.link.notices, self.output)
+        return RemoteTermination(*args, ledger=self.ledger)
+
+    def judge(self, code: int | None) -> tuple[End, int | None, str | None]:
+        """Return how the attempt ended, from the reports; the client's exit code is a hint."""
+        host = self.facts.get("host")
+        if not self.has_directory:
+            return "exited", None, f"cannot start: no directory {quoted(self.job.cwd)} on {host}"
+        if self.code is not None:
+            return "exited", self.code, explain_exit(self.code)
+        client = (
+            f"{self.settings['launcher'][0]} ended ({explain_exit(code or 0) or 'exit code 0'})"
+        )
+        if host:
+            return "crashed", None, f"lost on {host}: {client} without a result"
+        output = self.output.tail(1 << 12)[1] if self.output else b""
+        said = last_line(output.decode(errors="replace"))
+        return "not launched", None, ": ".join(filter(None, ("not launched", client, said)))
 
 
 def keep_result(run_dir: RunDirectory, job: Job, outcome: Outcome, output: Output) -> None:
@@ -4318,15 +5186,15 @@ class PoolLink:
         self.orphaned = True
         self.stopping = True
 
-    def wait(self, until: float = NEVER, child: Any = None) -> None:
-        """Wait for a child's end, the pool, or a time on the monotonic clock."""
+    def wait(self, until: float = NEVER, child: Any = None, streams: Iterable[Any] = ()) -> None:
+        """Wait for a child's end, the pool, a stream, or a time on the monotonic clock."""
         self.flush()
         until = min(until, self.flush_at)
         limit = None if until == NEVER else max(0.0, until - time.monotonic())
         if self.orphaned and limit is None:
             return  # it is time to leave
         pipe = None if self.orphaned else self.pipe
-        if self.pipe in SYSTEM.wait((self.wakeup, pipe), child, limit):
+        if self.pipe in SYSTEM.wait((self.wakeup, pipe, *streams), child, limit):
             self.receive()
 
 
@@ -4401,7 +5269,8 @@ class Worker:
 
     def run(self, claim: Claim) -> Execution:
         job = claim.job
-        execution = Execution(claim, self.ledger, self.link, self.wanted_end)
+        kind = RemoteExecution if is_for_launcher(claim) else Execution
+        execution = kind(claim, self.ledger, self.link, self.wanted_end)
         if child := execution.launch(self.environment(claim)):
             self.note_success()
             note = {"key": job.key, "leader": child.pid, "namespace": pid_namespace()}
@@ -4450,6 +5319,8 @@ class Worker:
         state = state_to_report(after)
         if not (unstarted and state == PENDING):  # else it was reported when it happened
             text = describe_end(ended.job, after, outcome)
+            if outcome.end == "not launched":
+                text += "; " + self.ledger.reader.hold(ended.job.queue)
             self.link.send(News("event", text, state, when, ended.job.seq), within=BATCH)
         return claim
 
@@ -4777,7 +5648,10 @@ class Recovery:
             self.requeue(job, kept)
             return
         grace = self.ledger.reader.settings(job.queue)["kill_grace"]
-        ending = Termination(job, self.run_dir, grace, self.notices, None)
+        args = (job, self.run_dir, grace, self.notices, None)
+        ending = Termination(*args)
+        if job.launch and not (kept and kept.exit_code is not None):  # else it is known to be over
+            ending = RemoteTermination(*args, ledger=self.ledger)
         self.orphans[job.key] = (ending, kept)
 
     def step(self, key: str, snapshot: Callable[[], Any]) -> None:
@@ -4792,7 +5666,8 @@ class Recovery:
         limit = self.ledger.reader.settings(job.queue)["output_limit"]
         then = job.locked_at or 0.0
         now = max(then, self.ledger.clock())
-        outcome = kept or Outcome("crashed", then, now, None, "its worker died")
+        error = "its worker died" + (f" (lost on {job.host})" if job.launched.get("host") else "")
+        outcome = kept or Outcome("crashed", then, now, None, error)
         files = [self.run_dir.file(name) for name in self.run_dir.attempt_files(job)]
         for path in files:
             with contextlib.suppress(FileNotFoundError):  # another pool was faster
@@ -4808,7 +5683,7 @@ class Recovery:
             self.report(state_to_report(after), describe_end(job, after, outcome), job.seq)
 
     def is_ending(self) -> bool:
-        return not all(ending.is_overdue for ending, _ in self.orphans.values())
+        return any(it.is_waiting and not it.is_overdue for it, _ in self.orphans.values())
 
 
 class WalSync:
@@ -4849,6 +5724,7 @@ class Pool:
         self.code: int = Exit.OK
         self.ended: collections.Counter[str] = collections.Counter()  # jobs by their final state
         self.fault: Fault | None = None
+        self.settling = False  # batches of dead processes
         self.seen: object = None  # the data_version of the last poll, and its connection
         self.ready_at = NEVER  # when a job is due or a rate allows it, on the clock of the jobs
         self.polled_at = 0.0  # on the same clock
@@ -5053,6 +5929,9 @@ class Pool:
         self.agenda.set(self.prune, 60)
         if self.ledger.correct_times():
             self.seen = None  # something may be due earlier
+        self.settling = self.ledger.settle_dead_batches()
+        if self.settling:
+            self.agenda.set(self.prune, BATCH)
         if retention := self.ledger.reader.settings()["retention"]:
             before = self.ledger.clock() - retention
             deleted = [self.ledger.delete_slice(state, before) for state in PRUNED_BY_DEFAULT]
@@ -5069,7 +5948,7 @@ class Pool:
             return
         self.crew.dispatch()
         is_idle = set(self.crew.states()) == {"idle"} and not self.crew.maybe_work
-        if self.options.drain and is_idle and not self.recovery.orphans:
+        if self.options.drain and is_idle and not (self.recovery.orphans or self.settling):
             blockers = self.ledger.reader.drain_blockers(self.options.queues, self.options.horizon)
             if not blockers:
                 self.end_drain()
@@ -5139,7 +6018,7 @@ def work(  # noqa: PLR0913
 # --- words: jobs, workers and counts as text and as JSON ------------------------------------------
 
 RUNNING_HEADINGS = ("RUNNING", "FOR", "QUEUE", "TRY", "WORKER", "COMMAND")
-WORKER_HEADINGS = ("WORKER", "PID", "QUEUES", "STARTED", "JOB", "SINCE", "COMMAND")
+WORKER_HEADINGS = ("WORKER", "PID", "QUEUES", "STARTED", "JOB", "SINCE", "HOST", "COMMAND")
 
 
 def display_width(text: str) -> int:
@@ -5205,27 +6084,23 @@ def unserved(run_dir: RunDirectory, queue: str) -> str:
     return "" if is_served else f"no worker serves queue {queue}"
 
 
-def hold(reader: Reader, queue: str) -> str:
-    """Return which setting lets a queue start no job now; empty if none does."""
-    for capacity, running, token_at in reader.db.rows(HELD, {"queue": queue}):
-        if 0 < capacity <= running:
-            return f"queue {queue} is at its limit of {capacity}"
-        if token_at and token_at > reader.clock():
-            rate = reader.settings(queue)["rate"]
-            when = format_distance(token_at, reader.clock())
-            return f"queue {queue} is at its rate of {rate}; next {when}"
+def obstacle_of_running(run_dir: RunDirectory, job: Job) -> str:
+    """Return the reason that a claimed job makes no progress, in one phrase; empty if it does."""
+    if trouble := job.launched.get("trouble"):
+        hint = f"once it is gone there, queuectl cancel --gone {printable(job.id)} ends the wait"
+        return f"it may still run {job.whereabouts}: {trouble}; {hint}"
+    if job.state == PROCESSING and run_dir.is_unlocked(job.locked_by):
+        pools = run_dir.alive("pool")
+        hint = "a pool is recovering it" if pools else "recover it with: queuectl worker start"
+        return f"its worker died; {hint}"
     return ""
 
 
 def obstacle(reader: Reader, job: Job) -> str:
     """Return the reason that a job cannot run now, in one phrase; empty if there is none."""
     run_dir = reader.db.run_dir
-    if job.state == PROCESSING and run_dir.is_unlocked(job.locked_by):
-        pools = run_dir.alive("pool")
-        hint = "a pool is recovering it" if pools else "recover it with: queuectl worker start"
-        return f"its worker died; {hint}"
     if job.state != PENDING:
-        return ""
+        return obstacle_of_running(run_dir, job)
     if job.readiness == BLOCKED:
         return describe_blockers(reader.parents(job))
     if job.run_after > reader.clock():
@@ -5235,7 +6110,7 @@ def obstacle(reader: Reader, job: Job) -> str:
         return "all queues are paused (queuectl resume)"
     if job.queue in paused:
         return f"queue {job.queue} is paused (queuectl resume --queue {job.queue})"
-    return unserved(run_dir, job.queue) or hold(reader, job.queue)
+    return unserved(run_dir, job.queue) or reader.hold(job.queue)
 
 
 def reason_to_wait(reader: Reader, job: Job) -> str:
@@ -5339,7 +6214,7 @@ def job_text(reader: Reader, job: Job) -> Iterator[str]:
     for key, value in job_details(reader, job):
         yield f"{key:<12} {value}"
     rows = []
-    for run in reader.attempts(job):
+    for run in reader.attempts(job, SUMMARIES):
         took = format_duration(run.finished - run.started)
         started = time_text(run.started, reader.clock())
         rows.append((run.run, started, took, run.error or COMPLETED, run.worker))
@@ -5359,6 +6234,7 @@ def worker_facts(reader: Reader, only: str | None = None) -> Iterator[dict[str, 
             facts.update(slot=note.get("slot"), queues=queues)
             facts["started"] = format_time(pool.get("started"))
             facts.update(job=job and job.id, since=job and format_time(job.locked_at))
+            facts["host"] = job and job.host
             yield {**facts, "command": job and job.command}
 
 
@@ -5369,7 +6245,7 @@ def worker_rows(workers: Iterable[Facts], now: float) -> Iterator[tuple[object, 
     for worker in workers:
         queues = ",".join(worker["queues"])
         started, since = ago(worker["started"]), ago(worker["since"])
-        about = (worker["job"] or "idle", since, worker["command"] or "")
+        about = (worker["job"] or "idle", since, worker["host"] or "", worker["command"] or "")
         yield (worker["worker"], worker["pid"] or "?", queues, started, *about)
 
 
@@ -5399,7 +6275,7 @@ def status_facts(reader: Reader, only: str | None = None) -> dict[str, Any]:
         queues.setdefault(name, dict.fromkeys(STATES, 0))[state] += number
     facts["queues"] = queues
     facts["paused"] = [name for name in reader.paused() if only in (None, name) or not name]
-    held = {name: hold(reader, name) for name in reader.held() if only in (None, name)}
+    held = {name: reader.hold(name) for name in reader.held() if only in (None, name)}
     facts["held"] = {name: reason for name, reason in held.items() if reason}
     now = reader.clock()
     pools = reader.db.run_dir.alive("pool").values()
@@ -5518,6 +6394,9 @@ SHORT_BUCKETS = (1, 5, 10, 50, 150, 300, 600, 3000, 9000, 18000)  # widths in te
 BUCKETS = (*SHORT_BUCKETS, 36000, 108000, 216000, 432000, 864000, 6048000)  # 1 h to a week
 
 
+REPORTED = Selection(notifications=False)
+
+
 class History(NamedTuple):
     """A job and those of its attempts that have ended, oldest first, without their output.
 
@@ -5571,11 +6450,11 @@ def drain_histories(
     reader: Reader, queues: Sequence[str], pool: str, since: float
 ) -> Iterator[History]:
     """Yield the jobs that a pool ran since it began, and those that it left waiting."""
-    changed = Selection(queues=queues, states=(*FINISHED, PROCESSING, "scheduled"))
+    changed = REPORTED._replace(queues=queues, states=(*FINISHED, PROCESSING, "scheduled"))
     for found in histories(reader, changed_jobs(reader, changed, since), since):
         if found.job.state == CANCELLED or any(pool_of(run.worker) == pool for run in found.runs):
             yield found
-    waiting = Selection(queues=queues, states=("ready", "blocked"))
+    waiting = changed._replace(states=("ready", "blocked"))
     yield from histories(reader, reader.selected(waiting), since)
 
 
@@ -5840,10 +6719,6 @@ class Ranking:
 
     def facts(self) -> list[dict[str, Any]]:
         return [item for _, _, item in sorted(self.heap, reverse=True)]
-
-
-def last_line(output: str) -> str:
-    return quoted(next(filter(str.strip, reversed(output.split("\n"))), "").strip())
 
 
 class Failures:
@@ -7773,8 +8648,12 @@ def parse_json_jobs(source: str) -> list[dict[str, object]]:
     return jobs
 
 
-def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) -> Iterator[Any]:
-    """Yield the jobs of JSON lines, JSON, a shell line or words; `at` holds the line's number."""
+def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: array[int]) -> Iterator[Any]:
+    """Yield the jobs of JSON lines, JSON, a shell line or words.
+
+    `at` holds the number of the line that is read, and then the lines of all jobs so far.
+    """
+    del at[1:]
     words: list[str] = args.words
     exact = args.rest[-len(words) - 1 :] == ["--", *words]
     if "--" in args.rest and not exact:
@@ -7788,8 +8667,10 @@ def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: list[int]) ->
         for at[0], line in enumerate(stdin, 1):
             if at[0] % 1000 == 0:
                 SCREEN.draw(lambda: f"{at[0]} lines")
-            if line.strip():
-                yield from parse_json_jobs(line.decode(errors="surrogateescape"))
+            jobs = parse_json_jobs(line.decode(errors="surrogateescape")) if line.strip() else []
+            for job in jobs:
+                at.append(at[0])
+                yield job
     elif re.match(JSON_START, words[0]) and not exact:
         yield from parse_json_jobs(" ".join(words))
     else:
@@ -7801,6 +8682,9 @@ def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict
     """Yield jobs with the fields that the options of `enqueue` give."""
     given = {key: value for key, value in vars(args).items() if key in FIELDS and value is not None}
     added = dict(chain(*given.pop("env", ())))
+    if not given and not added:
+        yield from jobs
+        return
     replaced = {key for pair in CONFLICTS if given.keys() & set(pair) for key in pair}
     for job in jobs:
         fields = {key: value for key, value in job.items() if key not in replaced}
@@ -7813,8 +8697,9 @@ def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict
 def cmd_enqueue(args: argparse.Namespace) -> None:
     import shutil
     import tempfile
+    from array import array
 
-    at = [0]
+    at = array("L", [0])
     with tempfile.SpooledTemporaryFile(1 << 20) as stdin:
         if args.words == ["-"] and "--" not in args.rest and sys.stdin and not sys.stdin.closed:
             shutil.copyfileobj(sys.stdin.buffer, stdin)  # a slow writer must not hold up workers
@@ -7827,7 +8712,145 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
                 for job_id in queue.enqueue_many(jobs, if_absent=args.if_absent):
                     print(job_id)
         except BadInput as error:
-            raise BadInput(f"line {at[0]}: {error}" if at[0] else str(error)) from None
+            line = at[0] if error.index is None else at[at[0] and error.index + 1]
+            raise BadInput(f"line {line}: {error}" if line else str(error)) from None
+
+
+# The first two lines of a starter depend on the system; the second one tells whose it is.
+STARTER = """\
+%s
+# queuectl %s, a starter made by queuectl install
+%s
+import _signal, sys
+if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # Ctrl-C shows no traceback
+if hasattr(_signal, "pthread_sigmask"):
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [_signal.SIGINT])
+sys.path.append(%a)
+import queuectl
+queuectl.main_program()
+"""
+
+
+BLOCKING = "/usr/bin/env -S --block-signal=INT"  # until Python has started: GNU only
+
+
+def is_blocking_supported() -> bool:
+    import subprocess
+
+    env, options = BLOCKING.split(" ", 1)
+    with contextlib.suppress(OSError):
+        call = [env, f"{options} true"]  # the system passes one argument too
+        return subprocess.run(call, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    return False
+
+
+def starter_text(python: str, library: str) -> str:
+    """Return a program for DIR/queuectl, or queuectl.cmd, that imports the one in `library`."""
+    first = f"#!{python} -IS"
+    third = ""
+    if WINDOWS:  # Python skips the first line, cmd.exe reads no other
+        first = '@"{}" -IS -x "%~f0" %* & goto :eof'.format(python.replace("%", "%%"))
+    elif len(first) > 120 or re.search(r"\s", python):  # more than systems read: for sh, a command
+        first = "#!/bin/sh"
+        third = f"'''exec' {shlex.quote(python)} -IS \"$0\" \"$@\"\n' '''"
+    elif re.fullmatch(r"[\w/.+-]{,70}", python) and is_blocking_supported():
+        first = f"#!{BLOCKING} {python} -IS"
+    return STARTER % (first, __version__, third, library)
+
+
+def second_line(path: str) -> bytes:
+    """Return the second line of a file, empty if it is not a readable regular file."""
+    if os.path.isfile(path):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            return file.read(4096).partition(b"\n")[2].partition(b"\n")[0]
+    return b""
+
+
+def own_command() -> list[str]:
+    """Return the command that starts this program anew: its starter, or Python with this file."""
+    caller = os.path.abspath(sys.argv[0])
+    if not WINDOWS and b"a starter made by queuectl install" in second_line(caller):
+        return [caller]
+    return [SYSTEM.PYTHON, *interpreter_flags(), os.path.abspath(__file__)]
+
+
+def replace_file(path: str, data: bytes, mode: int) -> None:
+    """Write a file aside and give it its name: whoever reads it sees the old one or the new one."""
+    aside = f"{path}.{os.getpid()}"
+    try:
+        with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(data)
+        os.replace(aside, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside)
+
+
+def install_library(home: str) -> str:
+    """Put the program and its compiled form into a directory named for its content; return that.
+
+    So an update does not touch the version that a running pool uses; the three newest are kept.
+    """
+    import hashlib
+    import py_compile
+    import shutil
+
+    source = __loader__.get_data(__file__)  # type: ignore[name-defined]  # also from an archive
+    if b"\n# queuectl " not in source[:4096]:
+        raise BadInput(f"{__file__} is a compiled file; install from queuectl.py")
+    library = os.path.join(home, hashlib.sha256(source).hexdigest()[:16])
+    os.makedirs(library, exist_ok=True)
+    file = os.path.join(library, "queuectl.py")
+    replace_file(file, source, 0o644)
+    compiled = os.path.join(library, "__pycache__", f"queuectl.{sys.implementation.cache_tag}.pyc")
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH  # valid whatever copies the files
+    py_compile.compile(file, compiled, optimize=0, invalidation_mode=mode, doraise=True)
+    versions = [os.path.join(home, v) for v in os.listdir(home) if re.fullmatch("[0-9a-f]{16}", v)]
+    for old in sorted(versions, key=os.path.getmtime)[:-3]:
+        shutil.rmtree(old, ignore_errors=True)
+    return library
+
+
+def report_path(directory: str, starter: str) -> None:
+    """Report whether a shell finds the starter, and how to change that."""
+    import shutil
+
+    found = shutil.which("queuectl")
+    shell = os.path.basename(os.environ.get("SHELL", ""))
+    if found and os.path.exists(found) and os.path.samefile(found, starter):
+        say(f"{directory} is in your PATH: type queuectl")
+    elif os.path.realpath(directory) in map(os.path.realpath, os.get_exec_path()):
+        say(f"{directory} is in your PATH, but {found} precedes it")
+    elif WINDOWS:
+        say(f"{directory} is not in your Path; add it: rundll32 sysdm.cpl,EditEnvironmentVariables")
+    elif shell == "fish":
+        say(f"{directory} is not in your PATH; add it: fish_add_path {shlex.quote(directory)}")
+    else:
+        profile = {"bash": "~/.bashrc", "zsh": "~/.zshrc"}.get(shell, "~/.profile")
+        line = f"export PATH={shlex.quote(directory)}:$PATH"
+        say(f"{directory} is not in your PATH; add this line to {profile}: {line}")
+
+
+def cmd_install(args: argparse.Namespace) -> None:
+    default = os.path.expanduser(os.path.join("~", ".local", "bin"))
+    directory = args.dir or default
+    starter = os.path.join(directory, "queuectl.cmd" if WINDOWS else "queuectl")
+    if os.path.lexists(starter) and not second_line(starter).startswith(b"# queuectl "):
+        raise BadInput(f"{starter} is another program's; move it away, or name another directory")
+    home = os.path.join(directory, ".queuectl")
+    if directory == default:
+        data = os.environ.get("XDG_DATA_HOME", "")
+        share = data if os.path.isabs(data) else os.path.expanduser("~/.local/share")
+        home = os.path.join(share, "queuectl")
+    os.makedirs(directory, exist_ok=True)
+    is_virtual = sys.prefix != sys.base_prefix  # it may be removed some day
+    python = os.path.realpath(SYSTEM.PYTHON) if is_virtual else SYSTEM.PYTHON
+    text = starter_text(python, install_library(home))
+    content = text.encode("oem", "replace") if sys.platform == "win32" else os.fsencode(text)
+    replace_file(starter, content, 0o755)
+    print(starter)
+    report_path(directory, starter)
 
 
 def started_pool(run_dir: RunDirectory, pid: int, *, complete: bool) -> str | None:
@@ -7850,8 +8873,7 @@ def detach(args: argparse.Namespace) -> int:
         say(f"{name} runs here too, with {plural(note.get('count', 0), 'worker')}")
     insecure = ["--insecure"] * args.insecure
     options = [word for word in args.rest if word != "--detach"]
-    command = [SYSTEM.PYTHON, os.path.abspath(__file__), f"--db={args.db}", *insecure]
-    command += ["worker", "start", *options]
+    command = [*own_command(), f"--db={args.db}", *insecure, "worker", "start", *options]
     log = run_dir.file("workers.log")
     with open(log, "a+", errors="replace", opener=open_own) as file:
         size = file.tell()
@@ -7925,16 +8947,16 @@ def last_lines(output: bytes, number: int) -> bytes:
 
 def stored_output(queue: Queue, job: Job, run: int | None) -> tuple[int, bytes]:
     """Return the dropped bytes and the output of an attempt that has ended: one, or the last."""
-    attempts = queue.attempts(job)
-    found = [attempt for attempt in attempts if attempt.run == (run or job.run)]
-    if run and not found:
-        has = f"1 to {attempts[-1].run}" if attempts else "none yet"
+    attempt = queue._reader.last_attempt(job, run or job.run)
+    if run and (not attempt or attempt.run != run):
+        last = queue._reader.last_attempt(job, job.run)
+        has = f"1 to {last.run}" if last else "none yet"
         raise NotFound(f"job {job.id} has no run {run}; its runs: {has}")
-    for attempt in found or attempts[-1:]:
-        if attempt.error and not attempt.output and not attempt.bytes_dropped:
-            say(f"job {job.id} wrote nothing: {attempt.error}")
-        return attempt.bytes_dropped, attempt.output
-    return 0, b""
+    if not attempt:
+        return 0, b""
+    if attempt.error and not attempt.output and not attempt.bytes_dropped:
+        say(f"job {job.id} wrote nothing: {attempt.error}")
+    return attempt.bytes_dropped, attempt.output
 
 
 def print_ended(args: argparse.Namespace, queue: Queue, seq: int, state: str) -> None:
@@ -8207,15 +9229,18 @@ def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
     if not args.json:
         show(job_text(reader, job), whole=True)
         return
-    facts = reader.facts(job, reader.attempts(job))
-    print(json.dumps({**facts, "why": reason_to_wait(reader, job) or None}))
+    facts = {**reader.facts(job), "why": reason_to_wait(reader, job) or None}
+    print(json.dumps(facts)[:-1], end=', "runs": [')
+    for number, attempt in enumerate(reader.attempts(job)):  # all outputs may not fit into memory
+        print(", " if number else "", json.dumps(attempt_facts(attempt)), sep="", end="")
+    print("]}")
 
 
 def cmd_report(args: argparse.Namespace, queue: Queue) -> None:
-    chosen = selection(args)
+    chosen = selection(args)._replace(notifications=False)
     reader = queue._reader
     style = args.format or (format_of(args.output) if args.output else "text")
-    if style == "prometheus" and (chosen._replace(queues=()) != Selection() or args.since):
+    if style == "prometheus" and (chosen[2:] != REPORTED[2:] or chosen.ids or args.since):
         raise BadInput("metrics are about queues; the only selection they take is --queue")
     since = reader.clock() - args.since if args.since else 0.0
     jobs = partial(changed_jobs, reader, chosen, since)
@@ -8261,14 +9286,14 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
     def result() -> list[Job] | None:
         """Return the jobs that decide the exit code, once the wait is over."""
         if ids:
-            return watch.jobs() if all(map(reader.failed_ancestor, watch.refresh())) else None
+            return watch.jobs() if watch.is_over() else None
         if reader.drain_blockers():
             return None
         died = (row[0] for row in reader.dead() if row not in old and not row[3])
         return [*map(reader.get, islice(died, 1)), *reader.blocked(limit=1)]
 
     notices = Notices(say, NEVER)
-    for job in watch.jobs() or filter(None, [*reader.claimed(), reader.oldest()]):
+    for job in watch.jobs()[:100] or filter(None, [*reader.claimed(), reader.oldest()]):
         if reason := obstacle(reader, job):
             notices.report(f"job {job.id} is waiting: {reason}", key=reason)
     survey = partial(survey_jobs, watch) if ids else partial(survey_queues, reader)
@@ -8293,6 +9318,7 @@ def read_from(fd: int, at: int) -> tuple[int, bytes]:
 def follow(queue: Queue, job: Job, fd: int, at: int) -> Iterator[bytes]:
     """Yield the output of an attempt from a place on, as it comes, until the attempt has ended."""
     ended = False
+    version = -1
     for _ in polling(first=0.03, longest=0.03):
         chunk = b"more"
         while chunk:
@@ -8301,8 +9327,9 @@ def follow(queue: Queue, job: Job, fd: int, at: int) -> Iterator[bytes]:
             at += len(chunk)
         if ended:
             return
-        now = queue._reader.by_seq(job.seq)
-        ended = now is None or (now.state, now.run) != (PROCESSING, job.run)
+        if version != (version := queue._reader.data_version()):
+            now = queue._reader.by_seq(job.seq)
+            ended = now is None or (now.state, now.run) != (PROCESSING, job.run)
 
 
 def await_attempt(queue: Queue, job: Job) -> Job:
@@ -8415,7 +9442,7 @@ def cancel_waiting(args: argparse.Namespace, queue: Queue, chosen: Selection) ->
 
 
 def cancel_named(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> int:
-    jobs = queue.cancel(ids, cascade=args.cascade)
+    jobs = queue.cancel(ids, cascade=args.cascade, gone=args.gone)
     run_dir = queue._db.run_dir
     notices = Notices(say, NEVER)
     report_at = time.monotonic() + 1
@@ -8572,8 +9599,9 @@ def report_setting(args: argparse.Namespace, queue: Queue) -> None:
     value = queue.config(args.queue or "")[key]
     where = f"queue {args.queue}" if args.queue else "all queues"
     say(f"{key} is {setting_words(key, value) or 'empty'} for {where}")
-    if key == "shell" and not shutil.which(value[0]):
-        say(f"warning: there is no program {quoted(value[0])} here, so no job would start")
+    program = value[0] if isinstance(value, tuple) and value else None
+    if isinstance(program, str) and not shutil.which(program):
+        say(f"warning: there is no program {quoted(program)} here; jobs need it")
 
 
 def cmd_config_set(args: argparse.Namespace) -> None:
@@ -8717,7 +9745,8 @@ COMMANDS = {
     "wait": Command(cmd_wait, "read", "wait for jobs; exit with the code of the first that failed",
         "wait 7 8", (IDS, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
     "cancel": Command(cmd_cancel, "write", "cancel waiting or running jobs", "cancel 7", (
-        *CHANGE, flag("--cascade", "also cancel the jobs that wait for them"))),
+        *CHANGE, flag("--cascade", "also cancel the jobs that wait for them"),
+        flag("--gone", "they are gone elsewhere, although launcher_cancel fails"))),
     "edit": Command(cmd_edit, "write", "change jobs that wait", "edit 7 --priority 5"),
     "pause": Command(cmd_pause, "create", "start no new jobs until resume",
         "pause --queue gpu", (QUEUES,)),
@@ -8866,7 +9895,7 @@ def completions(args: argparse.Namespace, typed: Sequence[str], last: str) -> It
 
 def cmd_completion(args: argparse.Namespace) -> None:
     if not args.typed:
-        program = " ".join(map(shlex.quote, (sys.executable, os.path.abspath(__file__))))
+        program = " ".join(map(shlex.quote, own_command()))
         print(COMPLETIONS[args.shell].replace("PROGRAM", program))
         return
     words = [word for word in args.typed[1:] if word != "="]  # bash splits --state=dead
@@ -8885,6 +9914,12 @@ def cmd_completion(args: argparse.Namespace) -> None:
 
 SHELL = arg("shell", "SHELL", "bash, zsh or fish", choices=tuple(COMPLETIONS))
 TYPED = arg("typed", "...", "the words typed so far", nargs="...")
+DIR = arg(
+    "dir", "DIR", "the directory for queuectl (default: ~/.local/bin)", valid_directory, nargs="?"
+)
+COMMANDS["install"] = Command(
+    cmd_install, "none", "put a fast starter for this program into a directory", "install", (DIR,)
+)
 COMMANDS["completion"] = Command(
     cmd_completion, "none", "print a shell completion script", "completion bash", (SHELL, TYPED)
 )
@@ -8905,7 +9940,7 @@ commands:
   queue     status, report, web, pause, resume, prune
   failures  dlq list, dlq retry, dlq purge
   settings  config get, config set, config unset, config list
-  machine   doctor, completion, help
+  machine   install, doctor, completion, help
 
 queuectl help COMMAND describes a command; the README describes everything:
 HOME_PAGE#readme
@@ -8955,7 +9990,10 @@ def new_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
             cut = quoted(message, 4 * QUOTED_LIMIT)  # it may repeat a long command line
             raise BadInput(f"{cut}{hint} (see {self.prog} --help)")
 
-    style = argparse.RawDescriptionHelpFormatter
+    columns = os.environ.get("COLUMNS", "")
+    width = int(columns) if columns.isdecimal() else terminal_width(sys.stdout) or 80
+    # With the width given, argparse does not import shutil, which takes 2 ms.
+    style = partial(argparse.RawDescriptionHelpFormatter, width=max(width - 2, 20))
     return Parser(prog, formatter_class=style, allow_abbrev=False, **options)
 
 

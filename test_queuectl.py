@@ -15,11 +15,12 @@ The classes mirror the sections of queuectl.py, in the same order:
                      DatabaseFullDisk DatabaseDurability DatabaseDurabilityLive DatabaseGuest
                      DatabaseTransactions DatabaseForks
     trust            Trust TrustAttacks
-    queue            QueueEnqueue QueueReading QueueSelection QueueEdit QueueEditLive QueueOrder
-                     QueueDependencies QueueSchedules QueueRetries QueueNotifications
+    queue            QueueEnqueue QueueBatch QueueReading QueueSelection QueueEdit QueueEditLive
+                     QueueOrder QueueDependencies QueueSchedules QueueRetries QueueNotifications
                      QueueNotificationsLive QueuePause QueuePauseLive QueueLimit QueueLimitLive
                      QueueWait QueuePrune
-    attempt          AttemptLaunch AttemptWithoutShell AttemptEnd AttemptOutput
+    attempt          AttemptLaunch AttemptWithoutShell AttemptEnd AttemptOutput AttemptElsewhere
+                     AttemptElsewhereClocked Engine AttemptOverSsh AttemptInSlurm
     worker           WorkerFencing WorkerTrouble
     pool             PoolRecovery PoolFalseAlarms PoolStop PoolDispatch PoolDispatchLive PoolFiles
                      PoolTrouble PoolTroubleLive
@@ -31,7 +32,7 @@ The classes mirror the sections of queuectl.py, in the same order:
     command line     CliEnqueue CliEnqueueLive CliBadInput CliWorkers CliStatus CliStatusLive
                      CliList CliListLive CliShow CliLogs CliLogsLive CliWait CliWaitLive CliCancel
                      CliCancelLive CliSelectionLive CliDlq CliConfig CliHelp CliCompletion
-                     CliSignals CliTerminal
+                     CliInstall CliSignals CliTerminal
     whole program    Library Vendored AnySystem AsOnMacOS Readme Layout Speed
 
 A test marked @internal calls functions that are not public; it may change with them. The others
@@ -80,6 +81,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import unittest
 import urllib.parse
 import urllib.request
@@ -1204,7 +1206,7 @@ class SqlPlans(Clocked):
         "WAITS_FOR": "needs_child",
         "DROP_NEEDS": "needs_child",
         "BY_ID": "sqlite_autoindex_jobs_1",
-        "RUNS": "PRIMARY KEY",
+        "SUMMARIES": "PRIMARY KEY",
         "OUTPUT_TAIL": "PRIMARY KEY",
         "OLDEST_DUE": "jobs_ready",
     }
@@ -1310,7 +1312,7 @@ class SqlPlans(Clocked):
         for operation, cost in few.items():
             with self.subTest(operation, few=cost, many=many[operation]):
                 factor = 1 if operation in ("link", "child") else 24
-                self.assertLess(many[operation], factor * cost + 5)
+                self.assertLess(many[operation], factor * cost + 9)
         enqueue_graph(self.queue, "top")
         chain = [{"command": "true", "id": f"x{n}", "after": f"x{n - 1}"} for n in range(1, 500)]
         list(self.queue.enqueue_many([{"command": "true", "id": "x0", "after": "top"}, *chain]))
@@ -2826,6 +2828,193 @@ class QueueEnqueue(Clocked):
         with self.assertRaisesRegex(queuectl.BadInput, "job 3 already exists"):
             self.queue.enqueue("true", id="3")
 
+    @internal
+    def test_suggestion_is_sought_after_the_transaction_and_among_few_ids(self) -> None:
+        letters = "abcdefghijklmnopqrstuvwxyz" * 7
+        list(self.queue.enqueue_many({"command": "true", "id": f"{letters}{n}"} for n in range(99)))
+        exact = mock.Mock(side_effect=lambda: self.queue._db.connection.in_transaction or 0.9)
+        for act in (
+            lambda: self.queue.enqueue("true", after=letters + "x"),
+            lambda: self.queue.retry([letters + "x"]),
+        ):
+            exact.reset_mock()
+            with mock.patch("difflib.SequenceMatcher.ratio", exact):
+                with self.assertRaises(queuectl.QueueError) as caught:
+                    act()
+                exact.assert_not_called()
+                self.assertIn("did you mean abc", str(caught.exception))
+                self.assertLessEqual(exact.call_count, 40)
+
+    @internal
+    def test_times_of_a_cron_rule_are_computed_once_for_a_batch(self) -> None:
+        queuectl.cron_next.cache_clear()
+        job = {"command": "true", "cron": "* * * * *"}
+        self.assertEqual(len(list(self.queue.enqueue_many([job] * 50))), 50)
+        self.assertLessEqual(queuectl.cron_next.cache_info().misses, 3)
+
+
+class QueueBatch(Clocked):
+    """Many jobs are stored in several transactions, but appear all or none."""
+
+    JOBS = (
+        {"command": "true"},
+        {"command": "true", "id": "a", "priority": 3},
+        {"command": "true", "id": "5"},
+        {"command": "true", "after": ["a", "5"]},
+        {"command": "true", "delay": 60, "env": {"A": "b"}},
+        {"command": "true"},
+        {"command": "true", "id": "a"},
+        {"command": "true", "id": "s", "every": 60},
+        {"command": "true", "after": "s"},
+        {"command": "true", "cron": "@daily"},
+        {"command": "true", "after": "1"},
+        {"command": "true", "queue": "other", "stdin": "text", "on_dead": "", "on_end": "true"},
+        {"command": "true", "retry_delays": [1, 2], "after_end": ["a", "s"], "after": "6"},
+    )
+
+    def setUp(self) -> None:
+        super().setUp()
+        slices = mock.patch.object(queuectl, "BATCH_SLICE", 2)
+        slices.start()
+        self.addCleanup(slices.stop)
+
+    def facts(self, queue: Queue) -> list[Any]:
+        return [job._replace(created_at=0, updated_at=0, run_after=0) for job in queue.jobs()]
+
+    @internal
+    def test_large_batch_equals_a_small_one(self) -> None:
+        ids = list(self.queue.enqueue_many(self.JOBS, if_absent=True))
+        clock = self.queue._reader.clock
+        with Queue(self.file("other.db"), clock=clock) as other, other.transaction():
+            self.assertEqual(ids, list(other.enqueue_many(self.JOBS, if_absent=True)))
+            self.assertEqual(self.facts(self.queue), self.facts(other))
+            self.assertEqual(self.queue._reader.counts_by_queue(), other._reader.counts_by_queue())
+            for sql in ("SELECT * FROM needs", "SELECT * FROM queues", "SELECT stdin FROM jobs"):
+                self.assertEqual(*(q._db.rows(sql) for q in (self.queue, other)))
+        self.assertEqual(self.queue._db.rows("SELECT count(*) FROM batches"), [(0,)])
+        self.assertEqual(self.queue.enqueue("true"), "14")  # no job has number 5, as one has id 5
+
+    def visible(self, queue: Queue) -> list[str]:
+        """Return the ids of all jobs, by arrival, after testing that all queries agree on them."""
+        reader = queue._reader
+        ids = [job.id for job in reader.all()]
+        found: list[list[Any]] = [
+            [job.id for job in queue.jobs()],
+            [job.id for job in queue.jobs(limit=99)],
+            [job.id for job in reader.select(queuectl.JOBS_BEFORE, seq=1e9, limit=99)][::-1],
+            [row[0] for row in reader.db.rows(queuectl.RECENT_IDS)][::-1],
+        ]
+        for other in found:
+            self.assertEqual(other, ids)
+        queues = {row[0] for row in reader.counts_by_queue()}
+        self.assertEqual(queues, {"theirs"} if ids else set())
+        self.assertEqual(queue._db.rows("SELECT queue FROM queues"), [(q,) for q in queues])
+        return ids
+
+    @internal
+    def test_jobs_of_a_batch_are_hidden_while_it_is_read_and_others_can_write(self) -> None:
+        with Queue(self.path) as other:
+            other._db.keep_waiting = lambda _: False  # fails if the lock is held
+
+            def jobs() -> Iterator[Any]:
+                yield {"command": "true", "id": "first"}
+                for number in range(9):
+                    self.assertEqual(other.counts()["pending"], number)
+                    self.assertEqual(self.visible(other), self.others)
+                    with self.assertRaises(queuectl.NotFound):
+                        other.get("first")
+                    with self.assertRaisesRegex(queuectl.BadInput, "after: there is no job first"):
+                        other.enqueue("true", after="first")
+                    if number > 4:  # it has been staged
+                        with self.assertRaisesRegex(queuectl.BadInput, "already exists"):
+                            other.enqueue("true", id="first")
+                    self.others.append(other.enqueue("true", queue="theirs"))
+                    self.assertIsNone(self.claim("default"))
+                    yield {"command": "true"}
+
+            self.others: list[str] = []
+            ids = list(self.queue.enqueue_many(jobs()))
+            self.assertEqual((len(set(ids + self.others)), len(self.run_all().split())), (19, 19))
+
+    @internal
+    def test_job_that_a_hidden_job_waits_for_is_kept_and_can_be_cancelled(self) -> None:
+        list(self.queue.enqueue_many({"command": "true", "id": name} for name in ("one", "two")))
+        with Queue(self.path) as other:
+
+            def jobs() -> Iterator[Any]:
+                yield {"command": "true", "after": "one"}
+                yield {"command": "true", "after_end": ["one", "two"]}
+                yield {"command": "true", "after_end": "one"}
+                yield {"command": "true", "id": "s", "every": 60}
+                yield from [{"command": "true"}] * 3  # now the first ones are hidden
+                cancelled = other.cancel(["one"], cascade=True)
+                self.assertEqual([job.id for job in cancelled], ["one"])
+                self.assertEqual(
+                    (other.prune(), other._ledger.delete_slice("cancelled", 9e9)), (0, 0)
+                )
+                with self.assertRaises(queuectl.NotFound):
+                    other.purge(["one"])
+                with self.assertRaises(queuectl.NotFound):
+                    other.get("s")
+                with self.assertRaisesRegex(queuectl.BadInput, "job s already exists"):
+                    other.enqueue("true", id="s")
+
+            ids = list(self.queue.enqueue_many(jobs()))
+        kinds = [self.queue.get(job_id).readiness for job_id in ids]
+        self.assertEqual(kinds, [-1, -1, 1, 1, 1, 1, 1])
+
+    @internal
+    def test_refused_batch_leaves_nothing(self) -> None:
+        self.queue.enqueue("true")
+        bad = ({"command": ""}, {"command": "true", "after": "x"}, {"command": "true", "id": "a"})
+        for job in bad:
+            jobs = [*self.JOBS[:6], job, {"command": "true"}]
+            with self.assertRaises(queuectl.BadInput) as caught:
+                self.queue.enqueue_many(jobs)
+            self.assertIn(caught.exception.index, (6, None))
+            self.assertEqual(self.queue._db.rows("SELECT count(*) FROM jobs"), [(1,)])
+            self.assertEqual(self.queue._db.rows("SELECT count(*) FROM needs"), [(0,)])
+            self.assertEqual(
+                self.queue._db.rows("SELECT queue, ready FROM queues"), [("default", 1)]
+            )
+        self.assertEqual(os.listdir(self.path + ".run"), [])
+        self.assertEqual(self.queue.enqueue("true"), "2")
+
+    def test_line_of_a_bad_job_is_named_whenever_it_is_noticed(self) -> None:
+        good = '{"command": "true"}\n\n' * 4
+        for bad, line in (
+            ('{"id": "x", "command": "true"}\n[{"command": "t"}, {"id": "x", "command": "t"}]', 10),
+            ('{"after": "nobody", "command": "true"}\n' + good, 9),
+            ('{"command": 5}\n' + good, 9),
+            ("{]\n" + good, 9),
+        ):
+            error = self.assert_refused("enqueue", "-", stdin=good + bad)
+            self.assertIn(f"queuectl: line {line}: ", error)
+        self.assertEqual(self.ids(), "")
+
+    @NEEDS_SHELL
+    def test_batch_whose_process_is_killed_is_completed_if_accepted_and_else_deleted(self) -> None:
+        """Promise 1."""
+        program = """if True:
+            import os, queuectl, sys
+            die = lambda *_: os.kill(os.getpid(), 9)
+            queuectl.BATCH_SLICE = 2
+            jobs = [{"command": "true", "id": f"{sys.argv[1]}-{n}"} for n in range(5)]
+            if sys.argv[1] == "accepted":
+                queuectl.Ledger.settle_slice = die
+            else:
+                jobs = (job if job["id"] != "read-4" else die() for job in jobs)
+            queuectl.Queue("queuectl.db").enqueue_many(jobs)
+        """
+        for when, number in (("read", 0), ("accepted", 5)):
+            self.assertEqual(self.script(program, when)[0], -signal.SIGKILL)
+            staged = "SELECT count(*) FROM jobs WHERE state = 'staged'"
+            self.assertEqual((self.ids(), self.queue._db.rows(staged)), ("", [(number or 4,)]))
+            self.drain()
+            self.assertEqual(self.queue.counts()["completed"], number)
+            self.assertEqual(self.queue._db.rows(staged), [(0,)])
+        self.assertEqual(glob.glob(self.path + ".run/batch-*"), [])
+
 
 class QueueReading(Clocked):
     """Reading jobs and their counts."""
@@ -3682,8 +3871,9 @@ class QueueNotifications(Clocked):
 
     def end_one(self, how: str, **fields: Any) -> str:
         """Add a job and end it in some way; return its id."""
-        first = {"queue": "q", "priority": 10**6, "run_at": self.now - 99, "max_retries": 1}
-        job_id = self.queue.enqueue("true", **first, **fields)
+        job_id = self.queue.enqueue("true", queue="q", max_retries=1, **fields)
+        first = {"id": job_id, "priority": 10**7}  # before the notifications
+        self.queue._db.execute("UPDATE jobs SET priority = :priority WHERE id = :id", first)
         if how == "cancelled":
             self.queue.cancel([job_id])
             return job_id
@@ -3703,6 +3893,12 @@ class QueueNotifications(Clocked):
 
     def notifications(self) -> list[Any]:
         return [job for job in self.queue.jobs("pending") if job.notifies]
+
+    def test_notification_runs_before_every_other_job_of_its_queue(self) -> None:
+        self.configure(on_dead="cat")
+        self.queue.enqueue("true", queue="q", priority=10**6, run_at=self.now - 99)
+        self.end_one("dead")
+        self.assertEqual(self.claim("q").event, "dead")
 
     def given(self, job: Any) -> Any:
         """Return what a notification reads, as parsed JSON."""
@@ -4167,7 +4363,7 @@ class QueueLimitLive(Live):
             pools: list[Any] = []
             while queue.counts()["completed"] < number:
                 pools = [pool for pool in pools if pool.poll() is None]  # one may see too many die
-                pools += [self.pool("--count", "4") for _ in range(2 - len(pools))]
+                pools += [self.pool("--count", "4", "--quiet") for _ in range(2 - len(pools))]
                 time.sleep(pause)
                 workers = self.workers()
                 for job in queue._reader.claimed()[:1]:
@@ -4225,12 +4421,12 @@ class QueueWait(Live):
     ) -> tuple[int, list[str]]:
         """Do something during `wait`; return its exit code, and the states from Queue.wait."""
         self.unfinished: list[str] = []
-        refresh = queuectl.JobWatch.refresh
+        is_over = queuectl.JobWatch.is_over
 
         def look(watch: queuectl.JobWatch) -> Any:
-            unfinished = refresh(watch)
-            self.unfinished = [job.id for job in unfinished]
-            return unfinished
+            over = is_over(watch)
+            self.unfinished = [watch.seen[seq].id for seq in watch.unfinished]
+            return over
 
         def wait() -> list[str]:
             with queue:
@@ -4238,7 +4434,7 @@ class QueueWait(Live):
 
         command = Terminal(self, "wait", *ids.split())
         command.wait_for("/|no job can run yet")
-        looking = mock.patch.object(queuectl.JobWatch, "refresh", look)
+        looking = mock.patch.object(queuectl.JobWatch, "is_over", look)
         with looking, Queue(self.path) as queue, futures.ThreadPoolExecutor() as thread:
             waiting = thread.submit(wait)
             wait_until(lambda: self.unfinished)
@@ -4288,6 +4484,53 @@ class QueueWait(Live):
         self.enqueue("true")
         with Queue(self.path) as queue, self.assertRaisesRegex(queuectl.TimedOut, "within 0.1 s"):
             queue.wait("1", 0.1)
+
+    @internal
+    def test_wait_for_many_jobs_reads_only_those_that_have_changed(self) -> None:
+        with Queue(self.path) as queue:
+            ids = list(queue.enqueue_many({"command": "true"} for _ in range(300)))
+            watch = queuectl.JobWatch(queue._reader, queue._reader.named(ids))
+            by_seq = mock.Mock(side_effect=queue._reader.by_seq)
+            with mock.patch.object(queue._reader, "by_seq", by_seq):
+                self.assertFalse(watch.is_over())
+                for again in (0.0, float("inf")):  # when all may be compared, and when not yet
+                    by_seq.reset_mock()
+                    with Queue(self.path) as worker:
+                        for _ in range(100):
+                            worker._ledger.finish(
+                                claim(worker), Outcome("exited", 1.0, 2.0, 0, None)
+                            )
+                    watch.refresh_at = again
+                    self.assertFalse(watch.is_over())
+                    self.assertLessEqual(by_seq.call_count, 102)
+                    watch.refresh_at = again
+                    by_seq.reset_mock()
+                    self.assertFalse(watch.is_over())
+                    self.assertLessEqual(by_seq.call_count, 1)
+            states = [job.state for job in watch.jobs()]
+            self.assertEqual(states.count("completed"), 200)
+
+    @internal
+    def test_idle_wait_reads_little_and_a_change_is_noticed_at_once(self) -> None:
+        """Promise 8."""
+        with Queue(self.path) as queue, Queue(self.path, readonly=True) as other:
+            reader = other._reader
+            queue.enqueue("true")
+            version = mock.Mock(side_effect=reader.data_version)
+            look = mock.Mock(side_effect=other._db.wal_times)
+            patched = mock.patch.object(reader, "data_version", version)
+            with patched, mock.patch.object(other._db, "wal_times", look):
+                self.assertLessEqual(len(list(reader.changes(0.7))), 3)
+                self.assertLessEqual(version.call_count, 12)
+                self.assertLessEqual(look.call_count, 40)
+            changes = reader.changes(10)
+            next(changes)
+            for _ in range(3):  # writes within one tick of the clock of the file system
+                version.reset_mock()
+                queue.enqueue("true")
+                began = time.monotonic()
+                next(changes)
+                self.assertLess(time.monotonic() - began, 0.3)
 
     @SLOW
     def test_queue_that_is_moved_or_removed_is_not_waited_for(self) -> None:
@@ -4886,6 +5129,7 @@ class AttemptEnd(Live):
             gone = partial(wait_until, lambda: not alive(process.pid), 2.0)
             with mock.patch.object(queuectl.SYSTEM, "child", child):
                 end.step(lambda: gone() and queuectl.Snapshot({}, {}))
+                process.wait(10)
             note.close()
 
     @internal
@@ -5027,6 +5271,604 @@ class AttemptOutput(Live):
                 self.assertGreater(position, 800_000)
                 self.assertNotIn(b"\0", chunk[10_000:])
             self.assertEqual(queuectl.read_from(file.fileno(), 1_000_000), (1_000_000, b""))
+
+
+CLIENT = r"""#!/bin/sh
+# A client of an engine, honest or not; the first word says how, the others are what it is to run.
+kind=$1; shift
+echo "$kind $QUEUECTL_JOB_ID" >> launched
+exec 3<&0
+case $kind in
+faithful) exec "$@" ;;
+joins) exec sh -c "$*" ;;
+late) sleep 0.6; exec "$@" ;;
+nowhere) exec sleep 300 ;;
+refused) echo "no such host" >&2; exit 255 ;;
+zero) exit 0 ;;
+middle) "$@" <&3 & until [ -e started ]; do sleep 0.02; done; exit 0 ;;
+hangs) "$@"; exec sleep 300 ;;
+mute) exec "$@" 2>/dev/null ;;
+half) "$@" 2>&1 >/dev/null | head -c 30 >&2; exit 1 ;;
+esac
+"""
+
+
+class AttemptElsewhere(Live):
+    """A launcher's client runs a job elsewhere; here, clients that are small scripts do."""
+
+    # A queue is named like the kind of its client.
+    QUOTED = "printf '%s' '" + 'a"b $HOME \\ é\n' * 600 + "' | cksum"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.write("client", CLIENT)
+        self.write(
+            "cancel", 'echo "cancel $*" >> log\n[ ! -e stuck ] || { echo oh >&2; exit 3; }\n'
+        )
+        os.chmod(self.file("client"), 0o755)
+        self.configure(launcher=self.file("client") + " {queue}", kill_grace="1", max_retries="1")
+
+    def enqueue_for(self, kind: str, command: str = "true", **fields: Any) -> str:
+        fields = {"id": f"{kind}{len(fields)}", "queue": kind, **fields}
+        return self.enqueue(command, **fields)
+
+    def test_exit_code_is_that_of_the_job(self) -> None:
+        for code in (0, 7, 75, 137):
+            self.enqueue_for("faithful", f"echo '@0 exit 3' >&2; exit {code}", id=str(code))
+        self.enqueue_for("faithful", "kill -9 $$", id="killed")
+        self.enqueue_for("faithful", cwd="/no/such", id="nodir")
+        self.drain("--count", "3", "--horizon", "1", code=1)
+        killed = (137, "exit code 137 (128 + SIGKILL)")
+        ends = {"0": (0, None), "7": (7, "exit code 7"), "75": (75, "exit code 75 (try later)")}
+        nowhere = f"cannot start: no directory /no/such on {os.uname().nodename}"
+        ends.update({"137": killed, "killed": killed, "nodir": (None, nowhere)})
+        job = lambda name: self.job(name)[17:19]  # noqa: E731
+        self.assert_table(ends, job)
+        self.assertEqual(self.job("75").attempts, 0)
+        self.assertEqual(self.attempts("7")[0].output, b"@0 exit 3\n")
+
+    def test_command_environment_and_input_arrive_unchanged(self) -> None:
+        expected = self.process("sh", "-c", self.QUOTED).stdout
+        for kind, quote in (("faithful", "no"), ("joins", "yes")):
+            with self.subTest(kind):
+                self.configure(launcher_quote=quote, shell="sh -ec")
+                text = "x\\ \n" * 25_000 + "é"
+                command = f'{self.QUOTED}; printf %s "$A"; cksum; echo $_nonce; false; echo no'
+                job = self.enqueue_for(kind, command, env={"A": "'\n$é", "a.b": ""}, stdin=text)
+                self.drain(code=1)
+                given = self.process("cksum", input=text).stdout
+                output = self.attempts(job)[0].output.decode()
+                self.assertEqual(output, f"{expected}'\n$é{given}\n")
+
+    def end_of(self, name: str) -> tuple[str, int, str]:
+        job = self.job(name)
+        return job.state, job.attempts, job.last_error
+
+    @SLOW
+    def test_clients_that_lie_are_not_believed(self) -> None:
+        self.configure(launch_timeout="1.5", backoff_base="100")
+        self.enqueue_for("late", timeout=0.5)
+        self.enqueue_for("hangs", "echo done")
+        self.enqueue_for("middle", "touch started; sleep 300")
+        for kind in ("nowhere", "refused", "zero", "mute", "half"):
+            self.enqueue_for(kind, "echo done")
+        pool = self.pool("--count", "8")
+        client = f"{self.file('client')} ended (exit code"
+        lost = f"lost on {os.uname().nodename}: {client} 0) without a result"
+        ends = {
+            "late1": ("completed", 1, None),
+            "hangs0": ("completed", 1, None),
+            "middle0": ("dead", 1, lost),
+            "nowhere0": ("pending", 0, "not launched: no place within 1.5 s"),
+            "refused0": ("pending", 0, f"not launched: {client} 255): no such host"),
+            "zero0": ("pending", 0, f"not launched: {client} 0)"),
+            "mute0": ("pending", 0, f"not launched: {client} 0): done"),
+        }
+        for name, end in ends.items():
+            with self.subTest(name):
+                wait_until(lambda name=name, end=end: self.end_of(name) == end)
+        self.assertRegex(self.job("half0").last_error, r"not launched: .* 1\): @[0-9a-f]{29}")
+        self.wait_for_output(pool, "job zero0 is back in the queue: not launched")
+        self.assertEqual(self.attempts("hangs0")[0].output, b"done\n")
+
+    ENDS = ("sleep 300 & sleep 300", "trap '' TERM; sleep 300 & while :; do sleep 0.1; done")
+
+    @SLOW
+    def test_timeout_cancel_and_stop_end_the_job_elsewhere(self) -> None:
+        for number, command in enumerate(self.ENDS):
+            start = f"echo $$ > pid{number}; {command}"
+            for how in ("timeout", "cancel", "stop"):
+                with self.subTest(command, how=how):
+                    self.write(f"pid{number}")
+                    job = self.enqueue_for(
+                        "faithful",
+                        start,
+                        id=f"{how}{number}",
+                        timeout=0.5 if how == "timeout" else 0,
+                    )
+                    pool = self.pool()
+                    self.wait_for_file(f"pid{number}", "\n")
+                    if how == "cancel":
+                        self.stdout("cancel", job)
+                    if how == "timeout":
+                        self.wait_for_state(job, "dead")
+                    self.stdout("worker", "stop", "--now")
+                    self.assert_exits(pool, 0)
+                    states = {"timeout": "dead", "cancel": "cancelled", "stop": "pending"}
+                    self.assertEqual(self.job(job).state, states[how])
+                    self.assertEqual(self.leftover_processes(), [])
+                    self.result("cancel", job)
+
+    def wait_for_host(self, job: str) -> None:
+        wait_until(lambda: self.job(job).host == os.uname().nodename)
+
+    def kill(self, victim: str, pool: subprocess.Popen[str]) -> None:
+        """Kill the busy worker, its client or, with the pool, both."""
+        (worker,) = (note["pid"] for note in self.workers().values() if note.get("key"))
+        client = int(self.process("pgrep", "-P", str(worker)).stdout)
+        victims = {"worker": [worker], "client": [client], "everything": [pool.pid, worker, client]}
+        for pid in victims[victim]:
+            os.kill(pid, signal.SIGKILL)
+
+    AGAIN = run_alone("run") + "echo start >> log; [ $QUEUECTL_ATTEMPT = 2 ] || sleep 300"
+
+    def test_lost_job_is_ended_there_before_it_runs_again(self) -> None:
+        """Promise 2, wherever the job runs."""
+        self.check_lost_jobs("client")
+
+    @SLOW
+    def test_job_elsewhere_never_runs_twice_at_once_whatever_is_killed(self) -> None:
+        """Promise 2, wherever the job runs."""
+        self.check_lost_jobs("worker", "everything")
+
+    def check_lost_jobs(self, *victims: str) -> None:
+        for victim in victims:
+            with self.subTest(victim):
+                self.use_queue(victim + ".d")
+                cancel = f"sh {self.file('cancel')} {{seq}}-{{run}} {{id}} {{queue}}"
+                launcher = self.file("client") + " faithful"
+                self.configure(launcher=launcher, launcher_cancel=cancel, kill_grace="1")
+                self.write("log")
+                self.write("run.log")
+                self.enqueue(self.AGAIN, id="A_b")
+                pool = self.pool("--drain")
+                self.wait_for_host("A_b")
+                self.wait_for_file("log", "start\n")
+                self.configure(launcher_cancel="true")  # the recorded words count
+                self.kill(victim, pool)
+                if victim == "everything":
+                    pool.wait()
+                    pool = self.pool("--drain")
+                self.assert_exits(pool, 0)
+                expected = ["start", "cancel 1-1 a-b default", "start"]
+                self.assertEqual(self.lines("log"), expected)
+                self.assertNotIn("twice", self.read("run.log"))
+                self.assertIn(f"lost on {os.uname().nodename}", self.attempts("A_b")[0].error)
+
+    @SLOW
+    def test_job_that_cannot_be_ended_there_stays_in_processing(self) -> None:
+        self.configure(launcher_cancel=f"sh {self.file('cancel')}", max_retries="9")
+        self.write("stuck")
+        pool = self.pool(preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
+        for victim in ("client", "worker"):
+            with self.subTest(victim):
+                self.write("log")
+                self.enqueue_for("faithful", "echo start >> log; sleep 300", id=victim)
+                self.wait_for_host(victim)
+                self.kill(victim, pool)
+                self.wait_for_output(pool, f"job {victim} may still run on")
+                status = self.stdout("status")
+                where = f"it may still run on {os.uname().nodename}: launcher_cancel (sh"
+                self.assertIn(where, status)
+                hint = f"once it is gone there, queuectl cancel --gone {victim} ends the wait"
+                self.assertIn(f"failed: exit code 3: oh; {hint}", status)
+                wait_until(lambda: self.lines("log").count("cancel ") > 1)
+                self.assertEqual(self.job(victim).state, "processing")
+                self.assertEqual(self.lines("log").count("start"), 1)
+                self.stdout("cancel", "--gone", victim)
+                self.assertEqual(self.job(victim).state, "cancelled")
+
+    @SLOW
+    def test_job_that_cannot_be_ended_there_delays_no_stop_and_is_recovered_later(self) -> None:
+        self.configure(launcher_cancel=f"sh {self.file('cancel')}", max_retries="9")
+        self.write("stuck")
+        self.enqueue_for("faithful", "echo start >> log; sleep 300", id="a")
+        pool = self.pool()
+        self.wait_for_host("a")
+        self.kill("client", pool)
+        self.wait_for_output(pool, "job a may still run on")
+        self.stdout("worker", "stop", "--timeout", "5")
+        self.assert_exits(pool, 0)
+        self.assertEqual(self.job("a").state, "processing")
+        os.unlink(self.file("stuck"))
+        self.pool()
+        wait_until(lambda: self.lines("log")[-2:] == ["cancel ", "start"])
+        self.assertEqual(self.lines("log").count("start"), 2)
+
+    def test_place_of_a_job_is_shown(self) -> None:
+        self.configure(launcher="sh -c 'until [ -e go ]; do sleep 0.02; done; exec \"$@\"' client")
+        job = self.enqueue("until [ -e end ]; do sleep 0.02; done")
+        pool = self.pool("--drain")
+        for host in ("waiting for a place", os.uname().nodename):
+            wait_until(lambda host=host: self.job(job).host == host)
+            self.assertEqual(self.json_object("show", job)["host"], host)
+            self.assertEqual(self.json_object("worker", "list")["host"], host)
+            self.assertIn(host, self.stdout("worker", "list"))
+            self.write("go")
+        self.write("end")
+        self.assert_exits(pool, 0)
+        self.assertIsNone(self.job(job).host)
+
+    def test_background_process_does_not_hold_the_worker(self) -> None:
+        self.enqueue_for("hangs", "sleep 300 & exit 0")
+        began = time.monotonic()
+        self.drain()
+        self.assertLess(time.monotonic() - began, 3 * self.second_here())
+
+    def test_notification_runs_here(self) -> None:
+        self.configure(on_end="echo $QUEUECTL_EVENT > event")
+        self.enqueue_for("faithful")
+        self.drain()
+        self.assertEqual(self.read("event"), "completed\n")
+        self.assertEqual(self.lines("launched"), ["faithful faithful0"])
+
+    def test_program_that_is_not_found_is_refused(self) -> None:
+        for key in ("launcher", "launcher_cancel"):
+            for value, reason in {
+                "no-such-program -x": "'no-such-program'|no-such-program was not found",
+                "sh {job}": "must not contain {job}: use {seq} {run} {queue} {id}",
+                "sh '": "No closing quotation",
+            }.items():
+                self.assertRegex(self.assert_refused("config", "set", key, value), reason)
+        self.run_cli("config", "set", "launcher", "sh '{seq} {run}' {queue} {id} {{.ID}}")
+        self.run_cli("config", "set", "launcher", "")
+        self.assertEqual(self.stdout("config", "get", "launcher"), "\n")
+
+    @internal
+    def test_reports_are_found_in_whatever_pieces_they_arrive(self) -> None:
+        text = (
+            b"a@b@7 start x\n@7 start n1 12\n\n@7 exit 1234\nb@7 exit 3\n@7 exit 0@7 nodir\n@7 exit"
+        )
+        kept = b"a@b@7 start x\n\n@7 exit 1234\nb@7 exit 0@7 exit"
+        reports = [[b"start", b"n1"], [b"exit", b"3"], [b"nodir"]]
+        for cuts in itertools.combinations(range(len(text)), 2):
+            reader, writer = os.pipe()
+            stream = queuectl.ReportStream(reader, "7")
+            out, found = b"", []
+            for part in (text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :]):
+                os.write(writer, part)
+                more = stream.read() or (b"", [])
+                out, found = out + more[0], found + more[1]
+            os.close(writer)
+            out += stream.read()[0]
+            self.assertEqual((out, found), (kept, reports), cuts)
+
+    SHELLS = ("sh", "dash", "bash --posix", "busybox sh", "mksh", "ksh")
+
+    @SLOW
+    @internal
+    def test_wrapper_works_in_every_shell(self) -> None:
+        for shell in self.SHELLS:
+            if not shutil.which(shell.split()[0]):
+                continue
+            for command, sent, code in (
+                ("exit 7", b"", 7),
+                ("kill -9 $$", b"", 137),
+                ("read x; exit $x", b"", 5),
+                ("sleep 300 & sleep 300", b"TERM\n", 143),
+                ("trap '' TERM; sleep 300 & while :; do sleep 1; done", b"TERM\n", 137),
+                ("kill -STOP $$", b"TERM\n", 143),
+            ):
+                with self.subTest(shell, command=command):
+                    size = b"2\n5\n" if "read" in command else b"0\n"
+                    words = [*shell.split(), "-c", queuectl.WRAPPER, "queuectl", "7", "1", self.dir]
+                    pipe = subprocess.PIPE
+                    with subprocess.Popen([*words, command], stdin=pipe, stderr=pipe) as client:
+                        client.stdin.write(size)
+                        client.stdin.flush()
+                        started = client.stderr.readline()
+                        if sent:
+                            time.sleep(0.2)
+                        client.stdin.write(sent)
+                        client.stdin.flush()
+                        said = client.stderr.read()
+                    self.assertRegex(started, rb"\A@7 start \S+ \d+\n\Z")
+                    self.assertEqual(said, b"@7 exit %d\n" % code)
+                    self.assertEqual(self.leftover_processes(), [])
+
+
+class AttemptElsewhereClocked(Clocked):
+    """A queue whose jobs cannot be launched is left alone."""
+
+    def fail_to_launch(self) -> Any:
+        outcome = Outcome("not launched", self.now, self.now, None, "not launched: ssh: refused")
+        job = self.claim()
+        return job and self.queue._ledger.finish(job, outcome)[0]
+
+    def test_queue_is_left_alone_for_longer_after_each_failed_launch(self) -> None:
+        for name in "abcd":
+            self.queue.enqueue("true", id=name)
+        for pause in (2, 4, 60, 60):
+            job = self.fail_to_launch()
+            self.assertEqual((job.state, job.attempts), ("pending", 0))
+            self.assertIsNone(self.fail_to_launch())
+            self.assertEqual(self.queue._reader.next_ready_time(), self.now + pause)
+            self.now += pause
+        self.assertEqual(self.attempts(job.id), [])
+
+    def test_queue_that_is_left_alone_says_why(self) -> None:
+        self.queue.enqueue("true", id="a")
+        for _ in range(3):
+            self.fail_to_launch()
+            self.now += 60
+        self.now -= 50
+        text = "3 jobs in a row could not be launched; next try in 50 s"
+        self.assertIn(text, self.queue._reader.hold("default"))
+        status = "\n".join(queuectl.status_text(self.queue._reader))
+        self.assertIn("queue default is left alone: " + text, status)
+        self.assertIn("not launched: ssh: refused", self.stdout("show", "a"))
+        self.queue.resume()
+        self.assertIsNotNone(self.fail_to_launch())
+        self.assertEqual(self.queue._reader.next_ready_time(), self.now + 2)
+
+    def test_start_elsewhere_ends_the_count_of_failed_launches(self) -> None:
+        for name in "ab":
+            self.queue.enqueue("true", id=name)
+        for pause in (2, 4):
+            self.fail_to_launch()
+            self.now += pause
+        job = self.claim()
+        self.queue._ledger.note_launch(job, {"cancel": []}, is_first=True)
+        self.queue._ledger.note_launch(job, {"cancel": [], "host": "n1"})
+        self.finish(0, job)
+        self.assertIsNotNone(self.fail_to_launch())
+        self.assertEqual(self.queue._reader.next_ready_time(), self.now + 2)
+
+
+class Engine(Live):
+    """Jobs that an engine runs in processes which are not ours; they work in our directory."""
+
+    ENDS_WITH_CLIENT = True
+    EXITS = {"0": 0, "7": 7, "75": 75, "137": 137}
+    AGAIN = AttemptElsewhere.AGAIN + "; :"
+
+    def use_engine(self, **settings: str) -> None:
+        self.configure(kill_grace="1", max_retries="2", backoff_base="1", **settings)
+
+    def check_exit_codes(self) -> None:
+        for name, code in self.EXITS.items():
+            self.enqueue(f"echo {name}; exit {code}", id=name, max_retries=1)
+        self.enqueue(AttemptElsewhere.QUOTED, id="quoted", max_retries=1)
+        self.enqueue("head -c 10000000 /dev/zero; echo end", id="big")
+        self.enqueue("cat", id="input", stdin="x\n" * 50_000)
+        self.enqueue("true", id="nowhere", cwd="/no/such", max_retries=1)
+        self.drain("--count", "4", "--horizon", "0", code=1)
+        self.assert_table(self.EXITS, lambda name: self.job(name).exit_code)
+        expected = self.process("sh", "-c", AttemptElsewhere.QUOTED).stdout.encode()
+        self.assertEqual(self.attempts("quoted")[0].output, expected)
+        self.assertEqual(self.attempts("big")[0].bytes_dropped, 10_000_004 - 65536)
+        self.assertEqual(self.attempts("input")[0].output, b"x\n" * 32768)
+        self.assertIn("no directory /no/such on", self.job("nowhere").last_error)
+
+    def victims(self, worker: int, pool: int) -> dict[str, list[int]]:
+        clients = [int(pid) for pid in self.process("pgrep", "-P", str(worker)).stdout.split()]
+        return {"worker": [worker], "client": clients, "everything": [pool, worker, *clients]}
+
+    def check_kills(self, *victims: str) -> None:
+        """Kill everything that takes part, one after the other: the job runs again, but once."""
+        for victim in victims:
+            with self.subTest(victim):
+                for name in ("log", "run.log"):
+                    self.write(name)
+                job = self.enqueue(self.AGAIN, id=victim)
+                pool = self.pool("--drain")
+                self.wait_for_file("log", "start\n")
+                wait_until(lambda job=job: "host" in self.job(job).launched)
+                (worker,) = (note["pid"] for note in self.workers().values() if note.get("key"))
+                for pid in self.victims(worker, pool.pid)[victim]:
+                    os.kill(pid, signal.SIGKILL)
+                if victim == "everything":
+                    if self.ENDS_WITH_CLIENT:
+                        wait_until(lambda: self.leftover_processes() == [], 2 + self.second_here())
+                    self.assert_exits(self.pool("--drain"), 0, 30)
+                else:
+                    self.assert_exits(pool, 0, 30)
+                self.assertEqual(self.lines("log"), ["start", "start"])
+                self.assertNotIn("twice", self.read("run.log"))
+
+    def check_ends(self) -> None:
+        """Cancel one job, let another time out: none of their processes remain."""
+        self.enqueue("touch a; sleep 300 & sleep 300", id="a")
+        self.enqueue("sleep 300 & sleep 300", id="b", timeout=1, max_retries=1)
+        pool = self.pool("--drain", "--count", "2")
+        self.wait_for_file("a")
+        self.stdout("cancel", "a")
+        self.assert_exits(pool, 1, 30)
+        self.assertEqual(self.states(), {"a": "cancelled", "b": "dead"})
+        wait_until(lambda: not self.leftover_processes())
+
+
+@SLOW
+class AttemptOverSsh(Engine):
+    """Jobs that ssh runs on this machine."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        sshd = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin")
+        if not sshd or not shutil.which("ssh"):
+            raise unittest.SkipTest("there is no sshd or no ssh")
+        with contextlib.suppress(OSError):  # where sshd changes the root of a part of itself
+            os.makedirs("/run/sshd", exist_ok=True)
+        for name in ("host", "id"):
+            self.process("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.file(name))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        files = f"HostKey {self.file('host')}\nAuthorizedKeysFile {self.file('id.pub')}\n"
+        more = f"ListenAddress 127.0.0.1:{port}\nStrictModes no\nPidFile none\n"
+        self.write("sshd.conf", more + files)
+        command = [sshd, "-D", "-f", self.file("sshd.conf"), "-E", self.file("sshd.log")]
+        self.processes.append(subprocess.Popen(command))
+        options = f"-F none -i {self.file('id')} -o StrictHostKeyChecking=no -o UserKnownHostsFile="
+        options += f"{self.file('known')} -o BatchMode=yes -o LogLevel=ERROR -p {port}"
+        self.ssh = f"ssh {options} 127.0.0.1"
+        self.use_engine(launcher=self.ssh, launcher_quote="yes")
+        wait_until(lambda: not self.process(*self.ssh.split(), "true").returncode)
+
+    def test_exit_codes_output_and_input(self) -> None:
+        self.check_exit_codes()
+
+    def test_job_never_runs_twice_at_once_whatever_is_killed(self) -> None:
+        self.check_kills("worker", "client", "server", "everything")
+
+    def victims(self, worker: int, pool: int) -> dict[str, list[int]]:
+        """Return them with the process of sshd that serves the job."""
+        wrapper = int(self.process("pgrep", "-n", "-f", "queuectl [0-9a-f]{32} 1 /").stdout)
+        with open(f"/proc/{wrapper}/status") as file:
+            server = int(re.findall(r"PPid:\t(\d+)", file.read())[0])
+        return {**super().victims(worker, pool), "server": [server]}
+
+    def test_job_that_is_ended_leaves_no_process(self) -> None:
+        self.check_ends()
+
+    def test_refused_connection_is_no_attempt(self) -> None:
+        self.processes[0].kill()
+        self.enqueue("true", id="a")
+        pool = self.pool()
+        self.wait_for_output(pool, "Connection refused; queue default is left alone: 1 job could")
+        self.assertEqual((self.job("a").attempts, self.attempts("a")), (0, []))
+
+
+@SLOW
+@NEEDS_ROOT
+class AttemptInSlurm(Engine):
+    """Jobs that srun runs on three nodes with two slots each, all on this machine."""
+
+    ENDS_WITH_CLIENT = False  # but by launcher_cancel
+
+    CONF = """ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort=16827
+SlurmUser=root
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+JobAcctGatherType=jobacct_gather/none
+StateSaveLocation={dir}/state
+SlurmdSpoolDir={dir}/%n
+SlurmctldPidFile={dir}/slurmctld.pid
+SlurmdPidFile={dir}/%n.pid
+SlurmctldLogFile={dir}/slurmctld.log
+SlurmdLogFile={dir}/%n.log
+ReturnToService=1
+PartitionName=main Nodes=ALL Default=YES State=UP
+"""
+    NODES = ("n1", "n2", "n3")
+    START = "hostname {0}; mount --bind {1}/hosts /etc/hosts; exec slurmd"
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        for tool in ("slurmctld", "slurmd", "srun", "munged", "unshare"):
+            if not shutil.which(tool):
+                raise unittest.SkipTest(f"there is no {tool}")
+        cls.slurm = tempfile.mkdtemp(prefix="queuectl-slurm-")
+        conf = cls.CONF.format(host=os.uname().nodename, dir=cls.slurm)
+        hosts = "127.0.0.1 localhost " + os.uname().nodename + "\n"
+        os.mkdir(cls.slurm + "/state")
+        for number, node in enumerate(cls.NODES, 1):
+            os.mkdir(f"{cls.slurm}/{node}")
+            place = f"NodeAddr=127.0.0.1{number} Port={17100 + number} CPUs=2 State=UNKNOWN"
+            conf += f"NodeName={node} NodeHostname={node} {place}\n"
+            hosts += f"127.0.0.1{number} {node}\n"
+        for name, text in (("slurm.conf", conf), ("hosts", hosts)):
+            with open(f"{cls.slurm}/{name}", "w") as file:
+                file.write(text)
+        os.environ["SLURM_CONF"] = cls.slurm + "/slurm.conf"
+        subprocess.run(["install", "-d", "-o", "munge", "-m", "755", "/run/munge"], check=True)
+        if subprocess.run(["munge", "-n"], check=False, capture_output=True).returncode:
+            subprocess.run(["runuser", "-u", "munge", "--", "munged"], check=True)
+            os.symlink("/run/munge/munged.pid", cls.slurm + "/munged.pid")
+        subprocess.run(["slurmctld"], check=True)
+        for node in cls.NODES:
+            start = cls.START.format(node, cls.slurm)
+            subprocess.run(["unshare", "--uts", "--mount", "sh", "-c", start], check=True)
+        idle = ["sinfo", "-h", "-t", "idle", "-o", "%D"]
+        wait_until(lambda: subprocess.check_output(idle) == b"3\n", 30)
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        for path in glob.glob(cls.slurm + "/*.pid"):
+            with open(path) as file, contextlib.suppress(ProcessLookupError, ValueError):
+                os.kill(int(file.read()), signal.SIGKILL)
+        os.environ.pop("SLURM_CONF", None)
+        shutil.rmtree(cls.slurm, ignore_errors=True)
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.addCleanup(self.process, "scancel", "-p", "main", cwd="/")
+        name = "q-{seq}-{run}"
+        gone = f"scancel -n {name}; while squeue -h -n {name} | grep -q .; do sleep 0.2; done"
+        self.use_engine(launcher=f"srun -n1 -Q -J {name}", launcher_cancel=f"sh -c '{gone}'")
+
+    def test_exit_codes_output_and_input(self) -> None:
+        self.check_exit_codes()
+
+    def test_job_never_runs_twice_at_once_whatever_is_killed(self) -> None:
+        self.check_kills("worker", "client", "everything")
+
+    def test_job_outlives_the_second_process_of_its_client(self) -> None:
+        self.enqueue("echo start >> log; until [ -e go ]; do sleep 0.1; done", id="a")
+        pool = self.pool("--drain")
+        self.wait_for_file("log", "start\n")
+        (worker,) = (note["pid"] for note in self.workers().values() if note.get("key"))
+        (client,) = self.victims(worker, pool.pid)["client"]
+        os.kill(int(self.process("pgrep", "-P", str(client)).stdout), signal.SIGKILL)
+        self.write("go")
+        self.assert_exits(pool, 0, 30)
+        self.assertEqual(self.lines("log"), ["start"])
+
+    def test_job_that_is_ended_leaves_no_process(self) -> None:
+        self.check_ends()
+        wait_until(lambda: not self.process("squeue", "-h").stdout)
+
+    def test_job_of_a_node_that_fails_runs_again_elsewhere(self) -> None:
+        self.enqueue("uname -n >> log; [ $QUEUECTL_ATTEMPT = 2 ] || sleep 300", id="a")
+        pool = self.pool("--drain")
+        self.wait_for_file("log", "\n")
+        wait_until(lambda: "host" in self.job("a").launched)
+        (node,) = self.lines("log")
+        change = ("scontrol", "update", f"NodeName={node}")
+        self.process(*change, "State=DOWN", "Reason=test")
+        self.assert_exits(pool, 0, 30)
+        self.process(*change, "State=RESUME")
+        self.assertEqual(len(self.lines("log")), 2)
+        self.assertIn(f"lost on {node}: srun ended", self.attempts("a")[0].error)
+        self.assertEqual(self.job("a").attempts, 2)
+
+    def test_jobs_that_wait_for_a_place_do_not_time_out(self) -> None:
+        self.configure(launcher="srun -n1 -Q -w n1", timeout="3")
+        for _ in range(20):
+            self.enqueue("sleep 0.5", max_retries=1)
+        self.drain("--count", "20")
+        self.assertEqual(set(self.states().values()), {"completed"})
+
+    def test_engine_that_stops_for_a_time_loses_nothing(self) -> None:
+        with open(self.slurm + "/slurmctld.pid") as file:
+            pid = int(file.read())
+        self.enqueue("touch begun; sleep 4; echo $QUEUECTL_ATTEMPT >> log", id="running")
+        pool = self.pool("--drain", "--count", "2")
+        self.wait_for_file("begun")
+        os.kill(pid, signal.SIGSTOP)
+        self.enqueue("echo new >> log", id="new")
+        try:
+            time.sleep(10)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        self.assert_exits(pool, 0, 120)
+        self.assertEqual(sorted(self.lines("log")), ["1", "new"])
 
 
 # --- worker ---------------------------------------------------------------------------------------
@@ -6329,6 +7171,18 @@ class ReportFacts(Reported):
             self.queue.enqueue("true", id=job_id, **more)
         found = queuectl.drain_histories(self.queue._reader, ["default"], "pool-aa", self.now - 15)
         self.assertEqual([history.job.id for history in found], ["ours", "left"])
+
+    def test_notifications_that_completed_are_left_out(self) -> None:
+        self.queue.configure("max_retries", "1")
+        for code in (0, 1):
+            self.queue.enqueue("true", on_end="notify", max_retries=1)
+            self.attempt()
+            self.attempt(code)
+            if code:
+                for _ in range(4):
+                    self.now += 1000
+                    self.attempt(1)
+        self.assertEqual((self.facts()["jobs"], self.facts("--since", "1d")["jobs"]), (3, 3))
 
     @internal
     def test_timeline_keeps_its_sums_in_bounded_memory(self) -> None:
@@ -8136,6 +8990,28 @@ class CliShow(Clocked):
         self.assertIn("exit code 1", self.stdout("show", "x"))
         self.assert_refused("show", "y", code=1)
 
+    @internal
+    def test_history_is_read_in_slices_and_output_only_where_it_is_shown(self) -> None:
+        """Promise 8."""
+        self.enqueue("true", id="x")
+        attempts = 80
+        with Queue(self.path) as queue, queue.transaction() as db:
+            for run in range(1, attempts + 1):
+                row = (1, run, "w", "failed", 0, 1, 2, 1, "exit code 1", 0, b"x" * 65536)
+                db.execute(queuectl.ADD_ATTEMPT, row)
+            db.execute("UPDATE jobs SET run = ?", (attempts,))
+        path = ("--db", self.path)
+        for words in ("show x", "show x --json", "logs x", "logs x --run 3"):
+            with self.subTest(words), open(os.devnull, "w") as null:
+                with mock.patch.multiple(sys, stdout=null, stderr=null):
+                    tracemalloc.start()
+                    code = queuectl.main([*path, *words.split()])
+                    peak = tracemalloc.get_traced_memory()[1]
+                    tracemalloc.stop()
+                self.assertEqual(code, 0)
+                self.assertLess(peak, (3 << 20) if "--json" in words else (1 << 20))  # of 5 MiB
+        self.assertEqual(len(json.loads(self.stdout("show", "x", "--json"))["runs"]), attempts)
+
 
 @NEEDS_SHELL
 class CliLogs(Clocked):
@@ -8808,6 +9684,146 @@ class CliCompletion(Case):
                     self.assertEqual(words, list(self.COMPLETIONS.values()))
 
 
+class CliInstall(Live):
+    """`install`, and the program as started by it."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        os.environ["HOME"] = self.file("home")
+        os.environ.pop("XDG_DATA_HOME", None)
+        self.bin = self.file("home/.local/bin")
+        self.starter = os.path.join(self.bin, "queuectl")
+
+    def installed(self, *args: str, **more: Any) -> Result:
+        return self.process(self.starter, *args, **more)
+
+    def versions(self, home: str = "home/.local/share/queuectl") -> list[str]:
+        return sorted(os.listdir(self.file(home)))
+
+    def changed_program(self, number: int) -> str:
+        """Return a newer copy of the program, without the right to write to it."""
+        name = self.file(f"new {number}.py")
+        with open(PROGRAM) as source:
+            self.write(name, f"{source.read()}\nbegin_worker = {number}  # of no use\n")
+        os.chmod(name, 0o400)
+        return name
+
+    def test_installed_program_does_everything_that_the_script_does(self) -> None:
+        os.environ["PATH"] += os.pathsep + self.bin
+        self.assertEqual(self.stdout("install"), self.starter + "\n")
+        os.mkdir(self.file("PYTHON"))
+        for name in ("sqlite3.py", "PYTHON/json.py"):  # isolated: nobody's modules are imported
+            self.write(name, "raise SystemExit('imported')")
+        os.environ["PYTHONPATH"] = self.file("PYTHON")
+        self.assertEqual(self.installed("enqueue", "echo $((6 * 7))"), (0, "1\n", ""))
+        self.assertEqual(self.installed("worker", "start", "--drain", "--quiet")[0], 0)
+        self.assertEqual(self.installed("logs", "1")[1], "42\n")
+        self.assertRegex(
+            self.installed("worker", "start", "--detach")[2], "pool-.* runs as process"
+        )
+        self.installed("enqueue", "--id", "x", "touch done")
+        self.wait_for_file("done")
+        self.assertEqual(self.installed("worker", "stop")[0], 0)
+        self.assertIn(f"$({self.starter} completion", self.installed("completion", "bash")[1])
+        self.assertIn("is in your PATH: type queuectl", self.installed("install")[2])
+        self.assertEqual(len(self.versions()), 1)
+
+    def test_compiled_form_is_loaded_and_replaced_when_python_changes(self) -> None:
+        self.stdout("install")
+        (library,) = glob.glob(self.file("home/.local/share/queuectl/*"))
+        (compiled,) = glob.glob(library + "/__pycache__/*")
+        os.utime(library + "/queuectl.py")  # copied without its times
+        loads = self.process(sys.executable, "-ISv", self.starter, "--version")[2]
+        self.assertIn(f"code object from '{compiled}'", loads)
+        with open(compiled, "wb") as file:
+            file.write(b"another Python's")
+        self.assertEqual(self.installed("status")[2].count("no queue"), 1)
+        self.write(compiled, "")
+        self.assertRegex(self.installed("--version")[1], "^queuectl ")
+
+    @SLOW
+    def test_update_replaces_the_starter_and_keeps_the_version_of_a_running_pool(self) -> None:
+        self.stdout("install")
+        pool = subprocess.Popen([self.starter, "worker", "start", "--quiet"], cwd=self.dir)
+        self.processes.append(pool)
+        wait_until(self.workers)
+        for number in range(4):
+            self.process(sys.executable, self.changed_program(number), "install")
+            if number == 0:  # the pool has to start its server and a worker anew
+                server = "$(ps -o ppid= -p $PPID)"
+                self.enqueue(f"test $QUEUECTL_ATTEMPT = 2 || kill -9 {server} $PPID")
+                self.wait_for_state("1", "completed")
+        self.assertEqual(len(self.versions()), 3)
+        self.assertEqual(os.listdir(self.bin), ["queuectl"])
+        self.assertRegex(self.installed("--version")[1], "^queuectl ")
+
+    def test_nothing_of_another_program_is_overwritten(self) -> None:
+        os.makedirs(self.bin)
+        self.write(self.starter, "#!/bin/sh\necho mine\n")
+        self.assertIn("is another program's", self.assert_refused("install"))
+        self.assertEqual(self.read(self.starter), "#!/bin/sh\necho mine\n")
+        self.assertEqual(os.listdir(self.file("home/.local")), ["bin"])
+        shutil.copy(PROGRAM, self.starter)  # a copy of the program is replaced
+        self.stdout("install")
+        self.write("file")
+        for place in ("file", "file/bin"):
+            self.assertIn("file", self.assert_refused("install", place, code=4))
+
+    def test_install_reports_how_to_find_the_starter(self) -> None:
+        shadow = self.file("first")
+        os.mkdir(shadow)
+        shutil.copy(PROGRAM, shadow + "/queuectl")
+        os.chmod(shadow + "/queuectl", 0o755)
+        here = self.file("it's here")
+        paths = {
+            "/bin/bash": f"add this line to ~/.bashrc: export PATH='{self.dir}/it'\"'\"'s here':",
+            "/bin/fish": "fish_add_path ",
+            "": f"but {shadow}/queuectl precedes it",
+        }
+        for shell, expected in paths.items():
+            os.environ["SHELL"] = shell
+            os.environ["PATH"] += "" if shell else os.pathsep + shadow + os.pathsep + here
+            result = self.run_cli("install", here)
+            self.assertIn(expected, result.stderr)
+            self.assertEqual(result.stdout, f"{here}/queuectl\n")
+        self.assertEqual(sorted(os.listdir(here)), [".queuectl", "queuectl"])
+        self.assertEqual(self.process(here + "/queuectl", "enqueue", "true")[1], "1\n")
+
+    def test_python_with_blanks_and_quotes_in_its_path_is_started_by_the_shell(self) -> None:
+        place = self.file('it\'s "the" $place')
+        os.mkdir(place)
+        os.symlink(sys.executable, place + "/python 3")
+        self.process(place + "/python 3", PROGRAM, "install")
+        self.assertTrue(self.read(self.starter).startswith("#!/bin/sh\n"))
+        self.assertEqual(self.installed("enqueue", "--", "echo", "a b")[1], "1\n")
+        self.assertIn("echo 'a b'", self.installed("show", "1")[1])
+
+    def test_virtual_environment_is_not_needed_later(self) -> None:
+        self.process(sys.executable, "-m", "venv", "--without-pip", "venv")
+        self.process(self.file("venv/bin/python"), PROGRAM, "install")
+        shutil.rmtree(self.file("venv"))
+        self.assertRegex(self.installed("--version")[1], "^queuectl ")
+
+    def test_ctrl_c_during_the_imports_shows_no_traceback(self) -> None:
+        self.stdout("install")
+        (library,) = glob.glob(self.file("home/.local/share/queuectl/*"))
+        shutil.rmtree(library + "/__pycache__")
+        self.write(library + "/queuectl.py", "import os; os.kill(os.getpid(), 2)")
+        self.assertEqual(self.installed(), (-signal.SIGINT, "", ""))
+
+    def test_ctrl_c_before_python_has_started_ends_the_program_by_the_signal(self) -> None:
+        self.stdout("install")
+
+        def interrupt() -> None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # as the first line does
+            os.kill(os.getpid(), signal.SIGINT)
+
+        self.assertEqual(self.installed(preexec_fn=interrupt), (-signal.SIGINT, "", ""))
+        if self.process("env", "--block-signal=INT", "true").returncode == 0:
+            first = self.read(self.starter).splitlines()[0]
+            self.assertIn("env -S --block-signal=INT", first)
+
+
 class CliSignals(Live):
     """A signal ends the program as it ends any other, so that scripts stop too."""
 
@@ -9202,6 +10218,15 @@ while True:
         prefix = name + "."
         wait_until(lambda: sum(f.startswith(prefix) for f in os.listdir(self.dir)) >= processes)
 
+    def test_installed_command_does_as_the_script_does(self) -> None:
+        self.stdout("install", self.dir)
+        starter = self.file("queuectl.cmd" if os.name == "nt" else "queuectl")
+        added = self.process(starter, "enqueue", "--", sys.executable, "-c", "print(6 * 7)")
+        self.assertEqual(added, (0, "1\n", ""))
+        self.assertEqual(self.process(starter, "worker", "start", "--drain", "--quiet")[0], 0)
+        self.assertEqual(self.process(starter, "logs", "1")[:2], (0, "42\n"))
+        self.assertEqual(self.process(starter, "logs", "2")[0], 1)
+
     def is_silent(self, name: str) -> bool:
         """Tell whether every process of a beat has ended."""
         size = os.path.getsize(self.file(name))
@@ -9533,6 +10558,14 @@ class Layout(unittest.TestCase):
         code += "; print(*set(sys.modules) - before)"
         loaded = subprocess.check_output([*PYTHON, "-c", code], cwd=HERE, text=True).split()
         slow = {"argparse", "subprocess", "multiprocessing", "difflib", "socket", "ctypes"}
+        self.assertEqual(slow & set(loaded), set())
+        code = "import sys, queuectl; queuectl.main(['--db', 'nowhere', 'status'])"
+        code += "; print(*sys.modules)"
+        python = [*PYTHON, "-IS", "-c", f"import sys; sys.path.append({HERE!r}); {code}"]
+        loaded = subprocess.check_output(python, stderr=subprocess.DEVNULL, text=True).split()
+        slow = slow - {"argparse"} | {"tempfile"}
+        if sys.version_info >= (3, 11):
+            slow.add("shutil")
         self.assertEqual(slow & set(loaded), set())
 
     @internal

@@ -9820,9 +9820,14 @@ complete -o default -F _queuectl queuectl queuectl.py""",
 }
 compdef _queuectl queuectl queuectl.py""",
     "fish": """function __queuectl
-  PROGRAM completion fish (commandline -opc) (commandline -ct) 2>/dev/null
+  set -l found (PROGRAM completion fish (commandline -opc) (commandline -ct) 2>/dev/null)
+  if set -q found[1]
+    printf '%s\\n' $found
+  else
+    __fish_complete_path (commandline -ct)
+  end
 end
-complete -c queuectl -c queuectl.py -a '(__queuectl)'""",
+complete -c queuectl -c queuectl.py -f -a '(__queuectl)'""",
 }
 
 

@@ -9652,6 +9652,7 @@ QUEUES = arg("-q --queue", "QUEUE", "only this queue; repeatable", valid_name, d
              action="append", default=[])
 ID = arg("id", "ID", "the default is the job that was added last", nargs="?")
 IDS = arg("ids", "ID", nargs="*")
+IDS_OR_LAST = arg("ids", "ID", "the default is the job that was added last", nargs="*")
 # A selection of jobs: named ones, or those that match all of these options.
 STATE = arg("-s --state", "STATE,...", "only jobs in these states: " + ", ".join(STATE_WORDS),
             valid_states, dest="states", action="extend", default=[])
@@ -9734,7 +9735,7 @@ COMMANDS = {
         flag("--notifications", "also show notifications that have completed"), LIMIT, JSON)),
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
     "logs": Command(cmd_logs, "read", "print the output of a job", "logs 7 -f", (
-        IDS, flag("-f --follow", "continue until the attempt ends"),
+        IDS_OR_LAST, flag("-f --follow", "continue until the attempt ends"),
         arg("-n --tail", "N", "only the last N lines", integer(0, 10**9)),
         flag("--failed", "the last attempts of all dead jobs"),
         arg("--run", "N", "print attempt N instead of the last", integer(1, 10**9)))),
@@ -9743,7 +9744,7 @@ COMMANDS = {
             integer(0, 65535), default=WEB_PORT),
         flag("--open", "open the page in the browser"))),
     "wait": Command(cmd_wait, "read", "wait for jobs; exit with the code of the first that failed",
-        "wait 7 8", (IDS, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
+        "wait 7 8", (IDS_OR_LAST, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
     "cancel": Command(cmd_cancel, "write", "cancel waiting or running jobs", "cancel 7", (
         *CHANGE, flag("--cascade", "also cancel the jobs that wait for them"),
         flag("--gone", "they are gone elsewhere, although launcher_cancel fails"))),

@@ -1635,8 +1635,6 @@ class DatabaseCreation(Live):
             "dlq list",
             "dlq retry --all",
             "worker stop",
-            "config get timeout",
-            "config list",
             "config unset timeout",
         )
         for command in commands:

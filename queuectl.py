@@ -2,6 +2,17 @@
 # queuectl 1.0.0 (https://github.com/OWNER/queuectl), MIT license
 """queuectl: a durable background job queue for shell commands, in one file.
 
+    from queuectl import Queue, work
+
+    queue = Queue("jobs.db")                    # makes the file if there is none
+    job_id = queue.enqueue("make all", priority=5, delay="10m")
+    work("jobs.db", count=4, drain=True)        # or in a shell: queuectl worker start
+    print(queue.get(job_id).state, queue.output(job_id).decode())
+
+See help(queuectl.Queue) for the methods, Queue.enqueue for the fields of a job, Job and Attempt for
+the records that are returned, work for running jobs, and QueueError for what can fail. The command
+`queuectl --help` lists the commands. The rest of this text explains how queuectl works.
+
 The life of a job:
 
     pending -> processing -> completed          exit code 0
@@ -111,6 +122,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection as Pipe
 
     Argument = tuple[tuple[str, ...], dict[str, Any]]
+    Duration = Union[float, str, timedelta]  # seconds, or as on the command line
     Environ = Mapping[str, str]
     Stdin = Union[str, Sequence[int]]  # a path, or the descriptors of all three streams
     Words = Sequence[Any]  # str or bytes
@@ -136,7 +148,7 @@ COMPLETED: State = "completed"
 DEAD: State = "dead"
 CANCELLED: State = "cancelled"
 STATES = (PENDING, PROCESSING, COMPLETED, DEAD, CANCELLED)
-FINISHED = (COMPLETED, DEAD, CANCELLED)
+FINISHED: tuple[State, ...] = (COMPLETED, DEAD, CANCELLED)
 STAGED = "staged"  # the state of jobs that nobody sees: their batch is not complete yet
 PRUNED_BY_DEFAULT = (COMPLETED, CANCELLED)  # dead letters stay until they are purged
 
@@ -218,10 +230,16 @@ class Damaged(Fault):
 class Job(NamedTuple):
     """A job as it was when it was read. The fields are columns; times are Unix seconds.
 
+    `seq` numbers the jobs in the order of their arrival. `id`, `queue`, `command`, `cwd` and
+    `priority` are as in Queue.enqueue, at the time `created_at`. A job does not start before
+    `run_after`. `locked_by` is the worker that runs it, since `locked_at`. `exit_code` and
+    `last_error` tell how the last attempt ended; None is for no attempt, and for no error.
+
     `attempts` counts the starts since the job was enqueued or retried from the dead letter queue;
     `snoozes` counts the exits with 75. `run` counts every start and identifies one attempt.
     `max_retries` (the number of starts allowed) and `timeout` (seconds, 0 for none) are None where
-    the settings decide. `env` is a JSON object. `readiness` is READY, SCHEDULED or BLOCKED.
+    the settings decide. `env` is a JSON object. `readiness` of a pending job
+    is 1 (ready), 0 (scheduled) or -1 (blocked).
     `cancel_requested` is 1 while a running job is being cancelled. `updated_at` is the time of the
     last change of state; for a ready job, the time when it became ready. `waited` is how many
     seconds the job was ready before its latest start. A job of a schedule has the `schedule_id`,
@@ -288,8 +306,9 @@ class Job(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """How one attempt ended. Times are Unix seconds; an exit code below 0 is minus a signal.
+    """How one attempt ended. Times are Unix seconds; `exit_code` below 0 is minus a signal.
 
+    `run` is the number of the attempt, from 1, and `worker` ran it from `started` to `finished`.
     `outcome` is "completed", "failed", "timed out", "crashed", "released" (ended by the operator
     and returned to the queue) or "cancelled". `error` is None if it completed. `waited` is how
     many seconds the job was ready before this attempt. `bytes_dropped` is the length of the output
@@ -467,7 +486,9 @@ def number(low: int, high: int) -> Validator:
 
 
 def parse_duration(value: Any) -> float:
-    """Return a duration in seconds, given a number or `90`, `90s`, `5m`, `1h30m`, `2 days`."""
+    """Return seconds, given them, a timedelta or `90`, `90s`, `5m`, `1h30m`, `2 days`."""
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
     if isinstance(value, str):
         text = value.strip().lower()
         require(text not in ("none", "never", "inf"), "be a number; 0 means no limit")
@@ -497,12 +518,14 @@ def valid_delays(value: Any) -> str:
 
 
 def parse_time(value: Any) -> float:
-    """Return Unix seconds, given a number of them or ISO 8601 (local time if without offset)."""
+    """Return Unix seconds, given them, a datetime or ISO 8601 (local time if without offset)."""
     if isinstance(value, str) and re.fullmatch(r"\s*\d{9,11}(\.\d*)?\s*", value):
         value = float(value)
-    elif isinstance(value, str):
-        with contextlib.suppress(ValueError, OverflowError, OSError):
-            value = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", value.strip())).timestamp()
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        if isinstance(value, str):
+            value = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", value.strip()))
+        if isinstance(value, datetime):
+            value = value.timestamp()
     expectation = "be a time between 1970 and 9999, such as 2030-01-31T08:00 or 2030-01-31T08:00Z"
     return float(in_range(0, value, LATEST_TIME, expectation))
 
@@ -570,15 +593,24 @@ def valid_names(value: Any) -> list[str]:
     return [valid_name(name) for name in names]
 
 
-def valid_states(value: str) -> list[str]:
-    """Validate the names of states and of readiness in a string, separated by commas."""
-    words = value.split(",")
-    for word in words:
+def valid_states(value: Iterable[str]) -> list[str]:
+    """Validate the names of states and of readiness: several, or a string with commas."""
+    words = value.split(",") if isinstance(value, str) else list(value)
+    for word in map(str, words):
         if word not in STATE_WORDS:
-            meant = STATE_SYNONYMS.get(word)
-            hint = f": did you mean {meant}?" if meant else suggestion(word, STATE_WORDS)
+            meant = STATE_SYNONYMS.get(word.lower())
+            hint = f": did you mean {meant}?" if meant else suggestion(word.lower(), STATE_WORDS)
             raise ValueError(f"has no state {quoted(word)}{hint}")
     return words
+
+
+def valid_queue_path(value: Path) -> str:
+    path = os.fsdecode(value)
+    require(path, "not be empty")
+    is_file = path != ":memory:" and not re.match(r"(?i)file:|[a-z]\w+://", path)
+    name = quoted(path)
+    require(is_file, f"name a file, which workers can open, not {name} (or write ./{name})")
+    return path
 
 
 def valid_file(value: str) -> str:
@@ -949,11 +981,32 @@ def change_validator(key: str) -> Validator:
 EDITABLE = {key: change_validator(key) for key in FIELDS if key != "id"}
 
 
+def rule_of(fields: Mapping[str, Any]) -> str | None:
+    """Return the rule that the fields of a schedule give it."""
+    if "every" in fields:
+        return f"every {fields['every']:.15g}"
+    return f"cron {fields['cron']}" if "cron" in fields else None
+
+
+def differing_fields(job: Job, fields: Mapping[str, Any]) -> list[str]:
+    """Return the names of validated fields that a job has other values of."""
+    stored = {**job._asdict(), "env": json.loads(job.env or "{}")}
+    found = [key for key in fields if key in stored and key != "id" and stored[key] != fields[key]]
+    return found + ["rule"] * (job.state not in FINISHED and job.rule != rule_of(fields))
+
+
 def validate_changes(fields: Mapping[str, object]) -> dict[str, Any]:
     """Return the validated new fields of a waiting job, or raise BadInput."""
     if not fields:
         raise BadInput("there is nothing to change: give at least one new field")
     return validate_each(fields, EDITABLE)
+
+
+def setting_input(value: Any) -> str:
+    """Return a setting, which a program may give as a number or a timedelta, as text."""
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    return valid_text(str(value) if isinstance(value, (int, float)) else value)
 
 
 def validate_setting(key: str, value: str | None = None, queue: str = "") -> str:
@@ -1140,6 +1193,13 @@ def retry_delay(job: Job, attempts: int, settings: Settings, chance: float) -> f
     return delay * float(1 - settings["jitter"] * chance)
 
 
+def retry_time(job: Job, delay: float, now: float) -> float:
+    """Return when a job is tried again: no later than the next occurrence of its schedule."""
+    if delay and job.rule:
+        return min(now + delay, next_occurrence(job.rule, job.scheduled_for or now, now))
+    return now + delay
+
+
 UNCOUNTED: Sequence[End] = ("released", "unstarted", "not launched")
 
 
@@ -1148,13 +1208,15 @@ def after_attempt(
 ) -> Job:
     """Return a job as it is after an attempt. This is the one rule of retries."""
     now = min(now, outcome.finished)  # never ahead, even if the clock was set back meanwhile
-    after = job._replace(exit_code=outcome.exit_code, last_error=outcome.error, updated_at=now)
+    facts: dict[str, Any] = {"exit_code": outcome.exit_code, "last_error": outcome.error}
+    facts["updated_at"] = now
+    if outcome.error is None:
+        return job._replace(state=COMPLETED, **facts)
+    after = job._replace(**facts)
     if outcome.end in UNCOUNTED and not job.cancel_requested:
         when = min(job.run_after, now)  # at once, even if the clock was set back meanwhile
         after = after._replace(exit_code=job.exit_code, run_after=when)
         return after._replace(state=PENDING, attempts=job.attempts - 1)
-    if outcome.error is None:
-        return after._replace(state=COMPLETED)
     if outcome.end == "cancelled" or job.cancel_requested:
         return after._replace(state=CANCELLED)
     code = shell_code(outcome.exit_code or 0) if outcome.end == "exited" else None
@@ -1162,12 +1224,12 @@ def after_attempt(
     if code == TRY_LATER and not final and job.snoozes < settings["max_snoozes"]:
         after = after._replace(attempts=job.attempts - 1, snoozes=job.snoozes + 1)
         pause = retry_delay(job, after.snoozes, settings, chance)
-        return after._replace(state=PENDING, run_after=now + pause)
+        return after._replace(state=PENDING, run_after=retry_time(job, pause, now))
     if final or job.attempts >= (job.max_retries or settings["max_retries"]):
         return after._replace(state=DEAD)
     crashed = outcome.end == "crashed"
     pause = 0 if crashed else retry_delay(job, job.attempts, settings, chance)
-    return after._replace(state=PENDING, run_after=now + pause)
+    return after._replace(state=PENDING, run_after=retry_time(job, pause, now))
 
 
 def describe_end(job: Job, after: Job | None, outcome: Outcome) -> str:
@@ -1209,6 +1271,7 @@ APPLICATION_ID = 0x51554354  # "QUCT"
 SCHEMA_VERSION = 1
 GUEST_KEY = "queuectl_schema"
 GUEST_PREFIX = "queuectl_"  # of the tables in another program's database
+REVISION_KEY = "revision"  # in the table of settings; has another value after each change of them
 
 GET_APPLICATION_ID = "PRAGMA application_id"
 SET_APPLICATION_ID = f"PRAGMA application_id = {APPLICATION_ID}"
@@ -1429,7 +1492,8 @@ END;
 # Reading jobs.
 
 COMPUTED = {"stdin_size": "coalesce(length(stdin), 0)"}  # the other fields of Job are columns
-JOB = "SELECT " + ", ".join(COMPUTED.get(key, key) for key in Job._fields) + " FROM jobs "
+JOB_COLUMNS = ", ".join(COMPUTED.get(key, key) for key in Job._fields)
+JOB = f"SELECT {JOB_COLUMNS} FROM jobs "
 ATTEMPT = "SELECT " + ", ".join(Attempt._fields) + " FROM attempts "
 IN_QUEUE = "(:queue IS NULL OR queue = :queue)"
 ACTIVE_RULE = "rule IS NOT NULL AND state IN ('pending', 'processing')"
@@ -1606,11 +1670,14 @@ UPDATE sqlite_sequence SET seq = :before WHERE name = :table AND seq = :last
 ADD_NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :any_end, :met)"
 SET_STDIN = "UPDATE jobs SET stdin = :stdin WHERE seq = :seq AND state = 'pending'"
 # Statements with :served are about the queues that a pool serves; `for_queues` names them.
-TIMERS = """
+# What a claim, or the end of the job :seq, has to attend to: the columns of Checks.
+CHECKS = f"""
 SELECT (
     SELECT min(run_after) FROM jobs INDEXED BY jobs_due WHERE state = 'pending' AND readiness = 0),
   (SELECT min(token_at) FROM queues WHERE closed_at IS NOT NULL),
-  (SELECT max(closed_at) FROM queues WHERE closed_at IS NOT NULL)"""
+  (SELECT coalesce(max(closed_at), 0) FROM queues WHERE closed_at IS NOT NULL),
+  EXISTS (SELECT 1 FROM needs WHERE parent = :seq),
+  (SELECT value FROM settings WHERE queue = '' AND key = '{REVISION_KEY}')"""
 # In slices: if more than 500 jobs become ready at once, one of high priority may be delayed.
 MAKE_READY = """
 UPDATE jobs SET readiness = 1, updated_at = run_after WHERE seq IN (
@@ -1621,7 +1688,7 @@ REOPEN = """
 UPDATE queues SET closed_at = NULL
 WHERE closed_at IS NOT NULL AND (token_at <= :now OR closed_at > :now)"""
 NEXT_READY = f"""
-{JOB}WHERE seq = (
+SELECT EXISTS (SELECT 1 FROM needs WHERE child = seq), {JOB_COLUMNS} FROM jobs WHERE seq = (
   SELECT next_seq FROM queues WHERE {OPEN} AND :served
     AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = '' AND paused = 1)
   {IN_CLAIM_ORDER} LIMIT 1)"""
@@ -2641,6 +2708,16 @@ def pool_of(worker: str) -> str:
     return f"pool-{worker.split('-')[1]}"
 
 
+def last_bytes(fd: int, limit: int) -> tuple[int, bytes]:
+    """Return how many bytes of a file precede its last ones, and at most `limit` last bytes."""
+    size = os.fstat(fd).st_size
+    if not size:
+        return 0, b""
+    kept = min(limit, size)
+    os.lseek(fd, size - kept, os.SEEK_SET)
+    return size - kept, os.read(fd, kept)
+
+
 class RunDirectory:
     """The directory beside the database: locks, output of attempts, FIFOs and stop requests."""
 
@@ -2807,6 +2884,18 @@ class Connection(sqlite3.Connection):
         self.unusable = True
 
 
+class ThreadEnd:
+    """Closes the connection of a thread when the thread ends, which destroys its local values."""
+
+    def __init__(self, db: Connection) -> None:
+        self.db = db
+
+    def __del__(self) -> None:
+        with contextlib.suppress(sqlite3.ProgrammingError):  # it is of another thread
+            if not self.db.unusable:
+                self.db.close()
+
+
 # Forks. SQLite remembers in memory which locks its process holds. A child of a fork inherits that
 # memory but not the locks, so a connection must not be used on both sides. Idle connections of the
 # forking thread are closed before the fork; parent and child each open new ones. A database that
@@ -2840,8 +2929,8 @@ def after_fork_in_child() -> None:
 
 @lru_cache(maxsize=None)
 def prepare_for_forks() -> None:
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(
+    if register := getattr(os, "register_at_fork", None):
+        register(
             before=before_fork,
             after_in_parent=lambda: IN_USE.pop(threading.get_ident(), None),
             after_in_child=after_fork_in_child,
@@ -3002,6 +3091,7 @@ class Database:
                 is_immutable = self.mode == "ro" and self._is_on_read_only_medium()
                 db = self._open(IMMUTABLE if is_immutable else self.mode)
                 self._thread.connection = db
+                self._thread.end = ThreadEnd(db)
                 try:
                     for pragma in (*CONNECTION_PRAGMAS, SET_SYNCHRONOUS[self.synchronous]):
                         self._retry(partial(db.execute, pragma))
@@ -3266,6 +3356,7 @@ class Totals(NamedTuple):
     last: float
 
 
+KNOWN_QUEUES = 1000  # whose settings a process keeps in memory
 SHARE = 4  # an index finds jobs in states that fewer than one of so many jobs are in
 
 
@@ -3275,6 +3366,8 @@ class Reader:
     def __init__(self, db: Database, clock: Callable[[], float]) -> None:
         self.db = db
         self.clock = clock
+        self.revision: str | None = None  # of the settings by queue that were read
+        self.known_settings: dict[str, Settings] = {}
 
     def select(self, sql: str, **args: object) -> list[Job]:
         return [Job(*row) for row in self.db.rows(sql, args)]
@@ -3424,6 +3517,14 @@ class Reader:
             return {**result, "started": format_time(started), "finished": format_time(finished)}
         return None
 
+    def output(self, job: Job, run: int, limit: int) -> bytes:
+        """Return the end of the output of an attempt, which may still run."""
+        path = self.db.run_dir.output_file(job._replace(run=run))
+        with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=open_own) as file:
+            return last_bytes(file.fileno(), limit)[1]
+        asked = {"seq": job.seq, "run": run, "start": -limit}
+        return b"".join(bytes(row[0]) for row in self.db.rows(OUTPUT_TAIL, asked))
+
     def output_tail(self, seq: int, run: int, limit: int) -> str:
         """Return the end of an attempt's output; bytes that are not UTF-8 are escaped."""
         rows = self.db.rows(OUTPUT_TAIL, {"seq": seq, "run": run, "start": -limit})
@@ -3496,6 +3597,15 @@ class Reader:
             except ValueError as error:
                 raise Damaged(f"{self.db.path}: the setting {key} {error}") from None
         return settings
+
+    def settings_as_of(self, revision: str | None, queue: str) -> Settings:
+        """Return the same as `settings`, which are read once in each revision of them."""
+        if revision != self.revision or len(self.known_settings) > KNOWN_QUEUES:
+            self.revision = revision
+            self.known_settings.clear()
+        if queue not in self.known_settings:
+            self.known_settings[queue] = self.settings(queue)
+        return self.known_settings[queue]
 
     def sources(self, queue: str = "") -> dict[str, str]:
         """Return the settings that are stored and apply to a queue: it, or "" for all queues."""
@@ -3605,6 +3715,16 @@ class Claim(NamedTuple):
     parents: str = ""  # ids, separated by blanks
 
 
+class Checks(NamedTuple):
+    """What a claim, or the end of a job, has to attend to besides the job itself."""
+
+    due: float | None  # when the first scheduled job is due
+    token_at: float | None  # when the first queue that its rate has closed opens
+    closed_at: float  # when the last one was closed
+    has_children: int
+    revision: str | None  # of the settings
+
+
 NOTIFICATION = {
     "priority": TOP_PRIORITY,
     "max_retries": 5,
@@ -3636,10 +3756,8 @@ class Ledger:
     def prepare(self, row: dict[str, Any], now: float) -> None:
         """Complete the row of a validated job: INSERTED and its other fields."""
         when = row.get("run_at", now + row.get("delay", 0))
-        if "every" in row:
-            row["rule"] = f"every {row['every']:.15g}"
+        row["rule"] = rule_of(row)
         if "cron" in row:
-            row["rule"] = f"cron {row['cron']}"
             when = cron_next(row["cron"], now)
         if row["rule"]:
             row["scheduled_for"] = when
@@ -3717,14 +3835,18 @@ class Ledger:
 
     def claim(self, worker: str, queues: Sequence[str] = ()) -> Claim | None:
         with self.db.transaction():
-            return self._claim(worker, queues)
+            return self._claim(worker, queues, self.clock(), self.checks(None))
 
-    def _claim(self, worker: str, queues: Sequence[str]) -> Claim | None:
-        now = self.clock()
-        self.open_due(now)
-        for row in self.reader.rows_of(NEXT_READY, queues):
+    def checks(self, seq: int | None) -> Checks:
+        return Checks(*self.db.rows(CHECKS, {"seq": seq})[0])
+
+    def _claim(
+        self, worker: str, queues: Sequence[str], now: float, checks: Checks
+    ) -> Claim | None:
+        self.open_due(now, checks)
+        for has_parents, *row in self.reader.rows_of(NEXT_READY, queues):
             job = Job(*row)
-            settings = self.reader.settings(job.queue)
+            settings = self.reader.settings_as_of(checks.revision, job.queue)
             waited = max(0.0, now - job.updated_at)
             self.change(CLAIM, seq=job.seq, worker=worker, now=now, waited=waited)
             if settings["rate"]:
@@ -3740,16 +3862,16 @@ class Ledger:
                 locked_at=now,
                 updated_at=now,
             )
-            parents = " ".join(row[0] for row in self.db.rows(PARENT_IDS, {"seq": job.seq}))
-            return Claim(job, settings, self.reader.stdin(job), parents)
+            parents = self.db.rows(PARENT_IDS, {"seq": job.seq}) if has_parents else ()
+            return Claim(job, settings, self.reader.stdin(job), " ".join(row[0] for row in parents))
         return None
 
-    def open_due(self, now: float) -> None:
+    def open_due(self, now: float, checks: Checks) -> None:
         """Make the jobs ready that are due, and open the queues whose rate allows a start."""
-        due, token_at, closed_at = self.db.rows(TIMERS)[0]
-        if due is not None and due <= now:
+        if checks.due is not None and checks.due <= now:
             self.change(MAKE_READY, now=now)
-        if token_at is not None and (token_at <= now or closed_at > now):  # or a clock set back
+        is_later = checks.token_at is None or checks.token_at > now
+        if not is_later or checks.closed_at > now:  # or a clock set back
             self.change(REOPEN, now=now)
 
     def finish(
@@ -3757,48 +3879,55 @@ class Ledger:
     ) -> tuple[Job | None, Claim | None]:
         """Record how an attempt ended, and claim the next job from these queues (empty: all)."""
         with self.db.transaction():
-            after = self._finish(job, outcome)
+            now = self.clock()
+            checks = self.checks(job.seq)
+            after = self._finish(job, outcome, now, checks)
             worker = job.locked_by or ""
-            claim = None if next_from is None else self._claim(worker, next_from)
+            claim = None if next_from is None else self._claim(worker, next_from, now, checks)
             is_same = claim is not None and claim.job.queue == job.queue
             if not is_same and self.db.rows(GOT_ROOM, {"queue": job.queue}):
                 self.db.notify_when_stored()  # an idle worker may use it
             return after, claim
 
-    def _finish(self, job: Job, outcome: Outcome) -> Job | None:
+    def _finish(self, job: Job, outcome: Outcome, now: float, checks: Checks) -> Job | None:
         if outcome.error is not None or job.rule:  # a completed job completes, cancelled or not
             stored = self.reader.by_seq(job.seq) or job
             job = job._replace(cancel_requested=stored.cancel_requested)
-        now = self.clock()
-        settings = self.reader.settings(job.queue)
+        settings = self.reader.settings_as_of(checks.revision, job.queue)
         chance = int.from_bytes(os.urandom(4), "big") / (1 << 32) if settings["jitter"] else 0.0
         after = after_attempt(job, outcome, settings, now, chance)
         if outcome.end == "not launched" and after.state == PENDING:
             after = after._replace(run_after=after.updated_at)  # another job is tried next
             self.hold_launches(job.queue, now)
         is_over = after.state in (COMPLETED, DEAD)
-        is_ready = after.state != PENDING or after.run_after <= now
-        after = after._replace(readiness=is_ready, rule=None if is_over else job.rule)
+        if job.rule and is_over:
+            after = after._replace(rule=None)
+        if after.state == PENDING and after.run_after > now:
+            after = after._replace(readiness=SCHEDULED)
         if not self.change(FINISH, **after._asdict()):
             return None  # its claim was lost: nothing has changed
         if outcome.end not in ("unstarted", "not launched"):
             attempt = (job.seq, job.run, job.locked_by, outcome.word, job.waited, *outcome[1:])
             self.db.execute(ADD_ATTEMPT, attempt)
         if after.state in FINISHED:
-            stored = after._replace(locked_by=None, locked_at=None, cancel_requested=0)
-            self.end(stored, settings, now)
+            if checks.has_children:
+                self.unblock_children(after, now)
+            self.add_notifications(after, settings)
         if job.rule and is_over and not job.cancel_requested:  # cancelling ends the schedule
             self.add_next_of_schedule(job, now)
         return after
 
-    def end(self, job: Job, settings: Settings, now: float) -> None:
-        """Unblock the children of a job that has ended, and add the notifications about it."""
+    def unblock_children(self, job: Job, now: float) -> None:
         if self.change(MARK_MET, seq=job.seq, completed=job.state == COMPLETED):
             self.change(UNBLOCK, seq=job.seq, now=now)
             self.db.notify_when_stored()
+
+    def add_notifications(self, job: Job, settings: Settings) -> None:
+        """Add the notifications about a job that has ended."""
         for key, command in notification_commands(job, settings).items():
             where = job.cwd if getattr(job, key) else os.path.dirname(self.db.path)
-            self.report(job, command, where, settings["max_notifications"])
+            ended = job._replace(locked_by=None, locked_at=None, cancel_requested=0)
+            self.report(ended, command, where, settings["max_notifications"])
 
     def report(self, job: Job, command: str, cwd: str, limit: int) -> None:
         """Add a notification about a job that has ended or, beyond the limit, sum them up in one.
@@ -3950,7 +4079,8 @@ class Ledger:
         if not self.change(CANCEL_WAITING, seq=seq, now=now):
             self.change(CANCEL_RUNNING, seq=seq)
         elif job := self.reader.by_seq(seq):
-            self.end(job, self.reader.settings(job.queue), now)
+            self.unblock_children(job, now)
+            self.add_notifications(job, self.reader.settings(job.queue))
 
     def delete(self, seq: int) -> None:
         for sql in DELETE_JOB:
@@ -4038,7 +4168,7 @@ class Batch:
         self.name: str | None = None  # of its lock, if it is staged
         self.is_large = False
         self.length = 0
-        self.taken: list[str] = []  # ids of jobs that exist
+        self.taken: list[dict[str, Any]] = []  # the fields given for ids that exist
         self.ranges: list[tuple[int, int]] = []  # the numbers of the jobs, first and last
 
     def slices(self, jobs: Iterable[Mapping[str, object]]) -> Iterator[list[dict[str, Any]]]:
@@ -4052,7 +4182,10 @@ class Batch:
         rows = []
         size = 0
         for fields in jobs:
-            rows.append({**blank, **validate_fields(fields)})
+            given = validate_fields(fields)
+            rows.append({**blank, **given})
+            if self.if_absent:
+                rows[-1]["given"] = given
             if not rows[-1]["cwd"]:
                 raise BadInput("the current directory no longer exists; set cwd")
             size += len(rows[-1]["command"]) + len(rows[-1]["stdin"] or b"")
@@ -4094,7 +4227,7 @@ class Batch:
         except BadInput as error:
             error.index = self.length
             raise
-        self.taken.append(row["id"])
+        self.taken.append(row["given"])
         return seq
 
     def ids(self) -> Iterator[str]:
@@ -4111,12 +4244,13 @@ class Batch:
         ids = self.ids()
         if self.is_large and not self.db.connection.in_block:
             self.stage(chain([first], slices))
-            return chain(ids, self.taken)
-        with self.db.transaction(notify=True):
-            for rows in chain([first], slices):
-                self.add(rows)
-            head = list(islice(ids, 1000))  # before they can be pruned
-        return chain(head, ids, self.taken)
+            head = []
+        else:
+            with self.db.transaction(notify=True):
+                for rows in chain([first], slices):
+                    self.add(rows)
+                head = list(islice(ids, 1000))  # before they can be pruned
+        return chain(head, ids, (given["id"] for given in self.taken))
 
     def stage(self, slices: Iterable[list[dict[str, Any]]]) -> None:
         """Add slices in transactions of their own."""
@@ -4199,9 +4333,11 @@ class JobWatch:
 class Queue:
     """A durable queue of shell commands in one SQLite file. Safe to use from threads.
 
-    Times are Unix seconds, durations are seconds. All changes by a method are on disk when it
-    returns. Raises QueueError: BadInput, NotFound, TimedOut, or Fault (the database or the
-    machine).
+    Times are Unix seconds, a datetime (local time if it has no time zone) or ISO 8601. Durations
+    are seconds, a timedelta, or as on the command line ("1h30m"). Paths are strings or PathLike.
+    Where several ids, states or queues may be given, a string is one. All changes by a method are
+    on disk when it returns. Raises QueueError: BadInput, NotFound, TimedOut, or Fault (the
+    database or the machine).
     """
 
     def __init__(
@@ -4221,10 +4357,10 @@ class Queue:
         QUEUECTL_INSECURE=1 in the environment, a queue to which other users could add commands is
         not refused.
         """
-        path = os.fspath(path)
+        file = validate("path", valid_queue_path, path)
         if not insecure and os.environ.get("QUEUECTL_INSECURE") != "1":
-            require_trust(path)
-        self._db = Database(path, create=create and not readonly, readonly=readonly, guest=guest)
+            require_trust(file)
+        self._db = Database(file, create=create and not readonly, readonly=readonly, guest=guest)
         self._reader = Reader(self._db, clock)
         self._ledger = Ledger(self._reader)
 
@@ -4259,7 +4395,7 @@ class Queue:
         Fields: id, queue, priority (higher first), delay or run_at, timeout (0: none),
         max_retries, retry_delays ("10s,1m" or a list), cwd (default: the current directory), env
         (a mapping), stdin (text), after (ids of jobs that must complete first), after_end (ids of
-        jobs that must end first, in any way), every (seconds) or cron (five fields), on_dead and
+        jobs that must end first, in any way), every (a duration) or cron (five fields), on_dead and
         on_end (commands; empty: none). With `if_absent`, an id that is taken is not an error.
         """
         return next(self.enqueue_many([{"command": command, **fields}], if_absent=if_absent))
@@ -4294,7 +4430,7 @@ class Queue:
         kinds of pending jobs: ready, scheduled, blocked.
         """
         queues = [queue] if queue else []
-        wanted = as_list(states) or STATES
+        wanted = validate("states", valid_states, states) or STATES
         chosen = Selection(queues=queues, states=wanted, notifications=notifications)
         if limit is not None:
             return iter(self._reader.latest_selected(chosen, limit)[0])
@@ -4304,21 +4440,37 @@ class Queue:
         """Return the attempts of a job that have ended, oldest first."""
         return list(self._reader.attempts(job if isinstance(job, Job) else self.get(job)))
 
+    def output(self, job: Job | str, run: int | None = None) -> bytes:
+        """Return the output of an attempt, by default of the one that runs or ran last.
+
+        It is what the job has written to stdout and stderr so far, or the last `output_limit` bytes
+        of it; before the first attempt, nothing. A schedule's name means its latest attempt. Raises
+        NotFound.
+        """
+        found = job if isinstance(job, Job) else self.get(job)
+        if not found.run and found.id != job:
+            found = self._reader.first(LAST_RUN_OF_SCHEDULE, id=found.schedule_id) or found
+        if run is not None and not 1 <= run <= found.run:
+            raise NotFound(f"job {printable(found.id)} has no run {run}")
+        limit = self._reader.settings(found.queue)["output_limit"]
+        return self._reader.output(found, run or found.run, limit)
+
     def counts(self, queues: Sequence[str] = ()) -> dict[str, int]:
         """Return the number of jobs in each state, in these queues or in all."""
         return self._reader.counts(queues)
 
-    def wait(self, ids: Iterable[str], timeout: float | None = None) -> list[Job]:
+    def wait(self, ids: Iterable[str], timeout: Duration | None = None) -> list[Job]:
         """Wait until jobs have ended; return them as they are then.
 
         Returns earlier when no remaining job can run by itself, because another job that it waits
-        for is dead or cancelled. Raises TimedOut after `timeout` seconds.
+        for is dead or cancelled. Raises TimedOut after `timeout`.
         """
+        limit = None if timeout is None else validate("timeout", parse_duration, timeout)
         watch = JobWatch(self._reader, self._reader.named(ids))
-        for _ in self._reader.changes(timeout):
+        for _ in self._reader.changes(limit):
             if watch.is_over():
                 return watch.jobs()
-        raise TimedOut(f"jobs have not ended within {format_duration(timeout or 0)}")
+        raise TimedOut(f"jobs have not ended within {format_duration(limit or 0)}")
 
     def cancel(self, ids: Iterable[str], *, cascade: bool = False, gone: bool = False) -> list[Job]:
         """Cancel jobs and, with `cascade`, those that wait for them; return them as they are now.
@@ -4344,7 +4496,8 @@ class Queue:
         A job that runs or has ended is left as it is. If a value is bad, no job is changed. Takes
         the fields of `enqueue` but the id. `env` is added to the variables, and None removes one;
         `after` replaces the jobs to wait for, and an empty one removes them. "default" as
-        max_retries or timeout leaves it to the settings again. A schedule, by its name, is changed
+        max_retries, timeout, retry_delays, on_dead or on_end leaves it to the settings again. A
+        schedule, by its name, is changed
         from its next job on; only one that waits can be given another `every` or `cron`.
         """
         changes = validate_changes(fields)
@@ -4382,16 +4535,17 @@ class Queue:
                 self._ledger.delete(job.seq)
         return jobs
 
-    def prune(self, older_than: float = 0, states: Sequence[str] = PRUNED_BY_DEFAULT) -> int:
-        """Delete jobs that ended `older_than` seconds ago or earlier; return how many.
+    def prune(self, older_than: Duration = 0, states: Sequence[str] = PRUNED_BY_DEFAULT) -> int:
+        """Delete jobs that ended `older_than` or longer ago; return how many.
 
         A job that a blocked job waits for is kept. The work is done in slices, so that nobody else
         waits for long.
         """
-        wanted = as_list(states)
+        wanted = validate("states", valid_states, states)
         if not set(wanted) <= set(FINISHED):
             raise BadInput(f"only jobs in the states {', '.join(FINISHED)} can be pruned")
-        chosen = Selection(states=wanted, older_than=older_than)
+        age = validate("older_than", parse_duration, older_than)
+        chosen = Selection(states=wanted, older_than=age)
         seqs = [job.seq for job in self._reader.selected(chosen)]
         check = partial(self._ledger.check_delete, states=wanted)
         slices = self._ledger.in_slices(seqs, check, lambda job: self._ledger.delete(job.seq))
@@ -4411,32 +4565,25 @@ class Queue:
         """Return the value of every setting, as it applies to the jobs of a queue."""
         return self._reader.settings(queue)
 
-    def configure(self, key: str, value: str | None, queue: str = "") -> None:
-        """Store a setting, written as on the command line; None restores the default.
+    def configure(self, key: str, value: Duration | None, queue: str = "") -> None:
+        """Store a setting, a number or text as on the command line; None restores the default.
 
         It is the default of all queues or, given a queue, applies to that one only.
         """
-        key = validate_setting(key, value, queue)
+        text = None if value is None else validate(key, setting_input, value)
+        key = validate_setting(key, text, queue)
         if queue:
             validate("queue", valid_name, queue)
         with self._db.transaction(notify=True):
             sql = UNSET if value is None else SET
-            self._db.execute(sql, {"queue": queue, "key": key, "value": value})
+            self._db.execute(sql, {"queue": queue, "key": key, "value": text})
+            revision = os.urandom(8).hex()  # a count would come to the same value after a rollback
+            self._db.execute(SET, {"queue": "", "key": REVISION_KEY, "value": revision})
             if key in ("limit", "rate"):
                 self._db.execute(APPLY_SETTINGS, {"queue": queue})
 
 
 # --- attempt: launching a job, watching it, ending it, keeping its output and its result ----------
-
-
-def last_bytes(fd: int, limit: int) -> tuple[int, bytes]:
-    """Return how many bytes of a file precede its last ones, and at most `limit` last bytes."""
-    size = os.fstat(fd).st_size
-    if not size:
-        return 0, b""
-    kept = min(limit, size)
-    os.lseek(fd, size - kept, os.SEEK_SET)
-    return size - kept, os.read(fd, kept)
 
 
 class Output(LockFile):
@@ -5452,7 +5599,7 @@ class WorkerHandle:
         self.state: WorkerState = "busy"  # a new worker looks for a job by itself
         self.answer_by = NEVER  # when an answer is overdue, on the monotonic clock
         self.cancelled = ""  # the key of the attempt that it was asked to cancel
-        if not WINDOWS:
+        if sys.platform != "win32":
             os.set_blocking(pipe.fileno(), False)
 
     def send(self, *request: str) -> None:
@@ -5984,7 +6131,7 @@ def work(  # noqa: PLR0913
     *,
     queues: Sequence[str] = (),
     drain: bool = False,
-    horizon: float = LONGEST,
+    horizon: Duration = LONGEST,
     insecure: bool = False,
     signals: bool = False,
     say: Callable[[str], None] = ignore,
@@ -5994,15 +6141,15 @@ def work(  # noqa: PLR0913
 ) -> int:
     """Run jobs with `count` workers until stopped or, with `drain`, until nothing is left to run.
 
-    A drain does not wait for jobs that are due later than `horizon` seconds from now. Returns the
-    exit code: 0; 1 if a job died during a drain or is left blocked; 128+n if signal n ended the
-    jobs. `signals` lets INT, TERM and HUP stop it, which only a main thread may ask for;
-    `queuectl worker stop` always can. `say` gets each event line, `ended` the `seq` and state
-    of each ended job; `tick` is called every second. `insecure`: see Queue; `name`: of the pool.
+    A drain does not wait for jobs that are due later than `horizon` from now. Returns the exit
+    code: 0; 1 if a job died during a drain or is left blocked; 128+n if signal n ended the jobs.
+    `signals` lets INT, TERM and HUP stop it, in a main thread; `queuectl worker stop` always can.
+    `say` gets each event line, `ended` the `seq` and state of each ended job; `tick` is called
+    every second. `insecure` is as in Queue. `name` names the pool in the run directory.
     """
     validate("count", integer(1, 1000), count)
-    hooks = (signals, say, tick, name, ended)
-    options = PoolOptions(count, as_list(queues), drain, horizon, insecure, *hooks)
+    limits = (drain, validate("horizon", parse_duration, horizon), insecure, signals)
+    options = PoolOptions(count, as_list(queues), *limits, say, tick, name, ended)
     end_a_thread()
     with Queue(path, insecure=insecure) as queue:
         queue.config()  # with damaged settings no worker could begin
@@ -6426,8 +6573,8 @@ def changed_jobs(reader: Reader, chosen: Selection, since: float) -> Iterator[Jo
     Those that have ended come first, so that a job that ends meanwhile is not read twice.
     """
     now = reader.clock()
-    kinds = [(state, READY) for state in (*FINISHED, PROCESSING)]
-    kinds += [(PENDING, readiness) for readiness in READINESS_WORDS]
+    kinds: list[tuple[State, int]] = [(state, READY) for state in (*FINISHED, PROCESSING)]
+    kinds.extend((PENDING, readiness) for readiness in READINESS_WORDS)
     for kind in kinds if since and not chosen.ids else ():
         seqs = reader.seqs_in_state(*kind, since)
         while numbers := list(islice(seqs, SLICE)):
@@ -7722,11 +7869,11 @@ def handler_class(respond: Callable[[Request], Response]) -> Any:
 
         do_HEAD = do_POST = do_GET  # noqa: N815
 
-        def send_error(self, code: int, *_: Any) -> None:
+        def send_error(self, code: int, *_: Any, **_more: Any) -> None:
             error = Refused(405 if code == 501 else code, "this request is not understood")
             self.wfile.write(encode_response(refusal(error), head_only=False))
 
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, *_: Any, **_more: Any) -> None:
             """Log nothing: a request may have the token in it."""
 
     return Handler
@@ -8060,17 +8207,8 @@ def runs_html(job: Job, runs: Iterable[Attempt], now: float) -> str:
     return html_grid(("run", "started", "took#", "waited#", "ended", "worker"), rows)
 
 
-def read_output(reader: Reader, job: Job, run: int, limit: int) -> bytes:
-    """Return the end of the output of an attempt, which may still run."""
-    path = reader.db.run_dir.output_file(job._replace(run=run))
-    with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=open_own) as file:
-        return last_bytes(file.fileno(), limit)[1]
-    asked = {"seq": job.seq, "run": run, "start": -limit}
-    return b"".join(bytes(row[0]) for row in reader.db.rows(OUTPUT_TAIL, asked))
-
-
 def output_html(reader: Reader, job: Job, run: int) -> str:
-    output = read_output(reader, job, run, SHOWN_OUTPUT)
+    output = reader.output(job, run, SHOWN_OUTPUT)
     note = f", its last {SHOWN_OUTPUT} bytes" if len(output) == SHOWN_OUTPUT else ""
     raw = link("as text", "/output", id=job.id, run=run)
     text = printable_lines(output.decode(errors="backslashreplace")).translate(ESCAPED)
@@ -8284,7 +8422,7 @@ class Site:
         if request.path == "/output":
             job = reader.get(request.text("id"))
             run = request.number("run") or job.run
-            return Response(200, read_output(reader, job, run, LARGEST_RAW), "text/plain")
+            return Response(200, reader.output(job, run, LARGEST_RAW), "text/plain")
         if request.path not in PAGES:
             raise NotFound("there is no such page")
         return self.show(PAGES[request.path](reader, request), request)
@@ -8404,10 +8542,10 @@ class Doctor:
         lock = LockFile(path)
         command = [SYSTEM.PYTHON, "-c", "input()"]
         inherited: Any = {} if WINDOWS else {"pass_fds": [lock.fd]}
-        with subprocess.Popen(command, stdin=subprocess.PIPE, **inherited) as heir:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, **inherited) as heir:
             os.close(lock.fd)
             held = WINDOWS or not SYSTEM.is_unlocked(path)
-            heir.communicate(b"\n")
+            heir.communicate("\n")
         if not held or not SYSTEM.is_unlocked(path):
             raise Fault("a lock is not kept by a child that inherits it; queuectl needs flock()")
         return "a lock is held as long as a process that inherited it lives"
@@ -8694,6 +8832,14 @@ def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict
         yield {**fields, **given}
 
 
+def report_kept(queue: Queue, fields: Mapping[str, Any]) -> None:
+    """Report where the job that has an id already is not the one that was to be added."""
+    job = queue.get(fields["id"])
+    if differing := differing_fields(job, fields):
+        hint = f"; queuectl edit {quoted(fields['id'])} changes it" if job.state == PENDING else ""
+        say(f"job {job.id} exists with another {', '.join(differing)}, and stays as it is{hint}")
+
+
 def cmd_enqueue(args: argparse.Namespace) -> None:
     import shutil
     import tempfile
@@ -8709,8 +8855,11 @@ def cmd_enqueue(args: argparse.Namespace) -> None:
                     validate_fields(job)
             jobs = with_options(args, described_jobs(args, stdin, at))
             with Queue(args.db, insecure=args.insecure) as queue:
-                for job_id in queue.enqueue_many(jobs, if_absent=args.if_absent):
+                batch = Batch(queue._ledger, if_absent=args.if_absent)
+                for job_id in batch.store(jobs):
                     print(job_id)
+                for fields in batch.taken:
+                    report_kept(queue, fields)
         except BadInput as error:
             line = at[0] if error.index is None else at[at[0] and error.index + 1]
             raise BadInput(f"line {line}: {error}" if line else str(error)) from None
@@ -8901,9 +9050,8 @@ def say_event(text: str) -> None:
 
 def cpu_count() -> int:
     """Return the number of CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    usable = getattr(os, "sched_getaffinity", None)
+    return len(usable(0)) if usable else os.cpu_count() or 1
 
 
 def check_reports(args: argparse.Namespace) -> None:
@@ -9039,7 +9187,7 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
         if waited > 1:
             busy = [job.id for job in queue._reader.claimed() if job.locked_by in workers]
             notices.report(f"waiting for {', '.join(busy) or 'the workers to exit'}", key="waiting")
-    say(f"workers are still running after {format_duration(args.timeout)}")
+    say(f"workers are still running after {format_duration(args.timeout or 0)}")
     return Exit.TIMED_OUT
 
 

@@ -55,8 +55,10 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import datetime
 import faulthandler
 import functools
+import gc
 import glob
 import hashlib
 import html.parser
@@ -66,6 +68,8 @@ import json
 import multiprocessing
 import operator
 import os
+import pathlib
+import pydoc
 import re
 import select
 import shlex
@@ -1109,6 +1113,31 @@ class RulesRetry(Case):
         self.assert_table(cases, wait)
         self.assertEqual(queuectl.valid_delays([1, "2m", 0.5]), "1,120,0.5")
 
+    @internal
+    def test_retry_of_a_schedule_waits_no_longer_than_until_its_next_occurrence(self) -> None:
+        settings = {key: setting.default for key, setting in queuectl.SETTINGS.items()}
+        cases = {  # rule, end, exit code, attempts, snoozes, delays -> wait; now is 10 minutes late
+            ("every 3600", "exited", 75, 1, 0, None): 2,
+            ("every 3600", "exited", 75, 1, 14, None): 3000,
+            ("every 60", "exited", 75, 1, 14, None): 60,
+            ("cron 0 * * * *", "exited", 75, 1, 14, None): 3000,
+            ("every 3600", "exited", 1, 14, 0, None): 3000,
+            ("every 3600", "exited", 1, 1, 0, "7200"): 3000,
+            ("every 3600", "exited", 1, 1, 0, "0"): 0,
+            ("every 3600", "timed out", None, 14, 0, None): 3000,
+            ("every 3600", "crashed", None, 2, 0, None): 0,
+            (None, "exited", 75, 1, 14, None): 2**15,
+        }
+
+        def wait(case: tuple[Any, ...]) -> float:
+            rule, end, code, attempts, snoozes, delays = case
+            job = make_job(rule=rule, attempts=attempts, snoozes=snoozes, retry_delays=delays)
+            job = job._replace(scheduled_for=360_000.0, max_retries=99)
+            outcome = Outcome(end, 360_000.0, 360_600.0, code, "x")
+            return queuectl.after_attempt(job, outcome, settings, 360_600.0).run_after - 360_600
+
+        self.assert_table(cases, wait)
+
 
 class RulesCron(Case):
     """Cron rules, and the next time that one names."""
@@ -1179,7 +1208,7 @@ class SqlPlans(Clocked):
 
     HOT = {  # statement: index
         "NEXT_READY": "queues_open",
-        "TIMERS": "jobs_due",
+        "CHECKS": "jobs_due",
         "MAKE_READY": "jobs_due",
         "REOPEN": "queues_closed",
         "NEXT_SCHEDULED": "jobs_due",
@@ -1245,6 +1274,22 @@ class SqlPlans(Clocked):
             list(self.queue.enqueue_many([*waiting, {"command": "true"}]))
             self.assertLess(self.sqlite_steps(self.finish), 15)
         self.assertLess(self.sqlite_steps(lambda: queuectl.status_facts(self.queue._reader)), 15)
+
+    @internal
+    def test_end_of_a_plain_job_and_next_claim_execute_no_needless_statement(self) -> None:
+        """Not those about parents, children and settings, if there are none or they are known."""
+        self.queue.enqueue("true", id="parent")
+        self.queue.enqueue("true", id="child", after="parent")
+        plain = {"command": "true", "priority": 9}
+        list(self.queue.enqueue_many([plain] * 3))
+        ledger = self.queue._ledger
+        done = Outcome("exited", self.now, self.now, 0, None)
+        _, found = ledger.finish(self.claim(), done, ())
+        database = self.queue._db
+        with mock.patch.object(database, "execute", wraps=database.execute) as execute:
+            ledger.finish(found.job, done, ())
+        executed = [call[0][0].split()[0] for call in execute.call_args_list]
+        self.assertEqual(executed, "BEGIN SELECT UPDATE INSERT SELECT UPDATE COMMIT".split())
 
     @internal
     def test_claim_cost_does_not_depend_on_the_number_of_queues(self) -> None:
@@ -3723,6 +3768,25 @@ class QueueRetries(Clocked):
         error = f"exit code {code}" if code else None
         outcome = Outcome(end, 1.0, self.now, code, error)
         self.queue._ledger.finish(self.queue.get(job_id), outcome)
+
+    @internal
+    def test_setting_changed_by_another_process_applies_to_next_claim_and_end(self) -> None:
+        """The settings are kept in memory while they are unchanged."""
+        list(self.queue.enqueue_many([{"command": "true", "queue": "q"}] * 6))
+        ledger = self.queue._ledger
+        running = self.claim()
+        with Queue(self.path) as other:
+            for value in ("7", "8", None):
+                for queue in ("", "q"):
+                    other.configure("max_retries", value, queue)
+                self.assertEqual(ledger.claim("worker-1").settings["max_retries"], int(value or 3))
+            other.configure("no_retry_exit_codes", "1")
+            self.assertEqual(self.finish(1, running).state, "dead")
+            with contextlib.suppress(ZeroDivisionError), self.queue.transaction():
+                self.queue.configure("timeout", "5")
+                self.assertEqual(ledger.claim("worker-1").settings["timeout"], 5)
+                raise ZeroDivisionError  # undoes it
+            self.assertEqual(ledger.claim("worker-1").settings["timeout"], 300)
 
     @internal
     def test_job_changes_state_only_as_the_table_of_moves_allows(self) -> None:
@@ -8204,12 +8268,29 @@ class CliEnqueue(Case):
     """`enqueue` of an id that is taken."""
 
     def test_duplicate_id_is_an_error_unless_if_absent_is_given(self) -> None:
-        self.assertEqual(self.result("enqueue", "--id", "x", "echo 1"), (0, "x\n", ""))
+        self.assertEqual(self.result("enqueue", "--id", "x", "a"), (0, "x\n", ""))
         error = "queuectl: job x already exists; use another id\n"
         self.assertEqual(self.result("enqueue", "--id", "x", "echo 2"), (2, "", error))
         self.assert_refused("enqueue", '[{"id":"y","command":"a"},{"id":"y","command":"b"}]')
-        self.assertEqual(self.result("enqueue", "--id", "x", "--if-absent", "b"), (0, "x\n", ""))
-        self.assertEqual([job["command"] for job in self.json_lines("list")], ["echo 1"])
+        add = ("enqueue", "--if-absent")
+        self.assertEqual(self.result(*add, "--id", "x", "a"), (0, "x\n", ""))
+        self.stdout("enqueue", "--id", "night", "--cron", "@daily", "--timeout", "60", "a")
+        kept = "and stays as it is"
+        for line, said in {
+            "--id x b": f"job x exists with another command, {kept}; queuectl edit x changes it\n",
+            "--id x --every 60 -p 3 a": f"job x exists with another priority, rule, {kept}",
+            "--id night --cron @daily a": "",
+            "--id night --cron @daily --timeout 1m a": "",
+            "--id night --cron @daily --env A=1 a": "another env,",
+            "--id night --cron @hourly a": f"job night.1 exists with another rule, {kept}",
+            "--id night a": "another rule",
+        }.items():
+            with self.subTest(line):
+                code, out, err = self.result(*add, *line.split())
+                self.assertEqual((code, out), (0, line.split()[1] + "\n"))
+                self.assertRegex(err, ONE_LINE if said else "^$")
+                self.assertIn(said, err)
+        self.assertEqual([job["command"] for job in self.json_lines("list")], ["a", "a"])
 
     def test_stdin_is_given_as_text_or_as_a_file(self) -> None:
         self.write("input", "from é\n")
@@ -10050,6 +10131,106 @@ class Library(Clocked):
         self.assertEqual(list(self.queue._reader.drain_blockers("gpu-2")), ["gpu-2"])
         self.assertEqual(claim(self.queue, "worker-1", "gpu-2").queue, "gpu-2")
 
+    def test_paths_times_and_durations_are_taken_as_objects(self) -> None:
+        """A datetime without a time zone is local time."""
+        local = datetime.datetime(2030, 1, 31, 8, 0)  # noqa: DTZ001
+        earliest = datetime.datetime.min  # noqa: DTZ901
+        minute = datetime.timedelta(minutes=1)
+        delays = [minute, "2m"]
+        queue = Queue(pathlib.Path(self.path), clock=lambda: self.now)
+        self.addCleanup(queue.close)
+        fields: dict[str, Any] = {"cwd": pathlib.Path("/"), "timeout": minute}
+        queue.enqueue("true", id="a", delay=minute, retry_delays=delays, every=minute, **fields)
+        queue.enqueue("true", id="b", run_at=local)
+        queue.edit("b", timeout=minute)
+        queue.enqueue("true", id="c", run_at=local.astimezone(datetime.timezone.utc))
+        a, b, c = map(queue.get, "abc")
+        self.assertEqual((a.cwd, a.timeout, b.timeout), (os.path.abspath("/"), 60, 60))
+        self.assertEqual((a.run_after, a.retry_delays, a.rule), (1e6 + 60, "60,120", "every 60"))
+        self.assertEqual((b.run_after, c.run_after), (local.timestamp(),) * 2)
+        queue.configure("kill_grace", minute)
+        self.assertEqual(queue.config()["kill_grace"], 60)
+        with self.assertRaisesRegex(queuectl.TimedOut, "within 0.01 s"):
+            queue.wait(["a"], datetime.timedelta(seconds=0.01))
+        queue.cancel("c")
+        self.assertEqual((queue.prune(minute), queue.prune(0 * minute)), (0, 1))
+        for bad in ({"delay": -minute}, {"run_at": earliest}, {"timeout": local}):
+            with self.subTest(bad), self.assertRaises(queuectl.BadInput):
+                queue.enqueue("true", **bad)
+
+    def test_path_of_no_file_is_refused(self) -> None:
+        for path in ("", ":memory:", "file:x?mode=memory", "FILE:/x", "sqlite:///x"):
+            with self.subTest(path), self.assertRaisesRegex(
+                queuectl.BadInput, "^path must [^\n]+$"
+            ):
+                Queue(path)
+        self.assert_refused("--db", ":memory:", "enqueue", "true")
+        self.assertEqual(glob.glob(self.file("[!q]*")), [])
+        Queue(self.file(":memory:")).close()  # this is a file
+
+    def test_unknown_state_is_refused_with_a_suggestion(self) -> None:
+        for act in (self.queue.jobs, lambda states: self.queue.prune(states=states)):
+            for states in (["PENDING"], "PENDING", ["dead", "pendin"]):
+                expected = "^states has no state .*: did you mean pending\\?$"
+                with self.subTest(states), self.assertRaisesRegex(queuectl.BadInput, expected):
+                    act(states)
+        self.queue.enqueue("true", id="x", delay=9)
+        self.assertEqual([job.id for job in self.queue.jobs("dead,scheduled")], ["x"])
+
+    @internal
+    def test_output_is_that_of_the_attempt_that_runs_or_ran_last(self) -> None:
+        queue = self.queue
+        queue.enqueue("true", id="nightly", every=60)
+        self.assertEqual((queue.output("nightly"), self.attempts("nightly")), (b"", []))
+        queue._db.run_dir.make()
+        for run, written in enumerate((b"one", b"\xfftwo"), 1):
+            self.now += 60
+            job = self.claim()
+            self.write(os.path.basename(self.path) + f".run/{job.seq}.1.out", "begun")
+            self.assertEqual((queue.output("nightly"), queue.output(job)), (b"begun",) * 2)
+            os.unlink(queue._db.run_dir.output_file(job))
+            done = Outcome("exited", self.now, self.now, 0, None, 0, written)
+            queue._ledger.finish(job, done)
+            found = [queue.output("nightly"), queue.output(f"nightly.{run}"), queue.output(job, 1)]
+            self.assertEqual(found, [written] * 3)
+        for job_id, number in (("nosuch", None), ("nightly.1", 2), ("nightly.1", 0)):
+            with self.subTest(number), self.assertRaises(queuectl.NotFound):
+                queue.output(job_id, number)
+
+    @unittest.skipUnless(LINUX, "counts the descriptors in /proc")
+    def test_connections_of_ended_threads_are_closed(self) -> None:
+        def descriptors() -> int:
+            return len(os.listdir("/proc/self/fd"))
+
+        def serve() -> None:
+            self.queue.enqueue("true")
+            self.queue.counts()
+
+        before = descriptors()
+        gc.disable()  # else it might find them
+        self.addCleanup(gc.enable)
+        for _ in range(20):
+            thread = threading.Thread(target=serve)
+            thread.start()
+            thread.join()
+        self.assertLessEqual(descriptors(), before + 2)
+
+    def test_help_documents_all_public_names_and_only_them(self) -> None:
+        text = pydoc.plain(pydoc.render_doc(queuectl))
+        self.assertIn("queue.enqueue(", text[:500])
+        for name in queuectl.__all__:
+            public = getattr(queuectl, name)
+            self.assertTrue(pydoc.getdoc(public), name)
+            self.assertTrue(re.search(rf"(class {name}\b|\b{name}\()", text), name)
+        for name, method in vars(Queue).items():
+            if not name.startswith("_"):
+                self.assertTrue(pydoc.getdoc(method), name)
+        for record in (queuectl.Job, queuectl.Attempt, Queue.enqueue):
+            words = set(re.findall(r"\w+", str(record.__doc__)))
+            fields = getattr(record, "_fields", (*queuectl.FIELDS, "if_absent"))
+            self.assertEqual(set(fields) - words - {"command"}, set())
+        self.assertFalse("class Ledger" in text)
+
     @NEEDS_SHELL
     def test_work_restores_signal_handlers_and_mask(self) -> None:
         numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -10166,14 +10347,39 @@ with Queue("jobs.db") as queue:
         self.assertEqual(self.job("x").state, "completed")
         self.assertFalse(os.path.exists(self.file("loaded")))
 
+    TYPED = (
+        APP.replace("vendor.", "")
+        + """
+    from datetime import timedelta
+    from pathlib import Path
+    queue.enqueue("true", cwd=Path("x"), timeout=timedelta(hours=1), after=[job])
+    queue.wait([job], timedelta(hours=1))
+    print(queue.output(job).decode(), queue.edit([job], priority=1)[0].priority + 1)
+"""
+    )
+
+    @SLOW
     def test_program_that_imports_it_passes_strict_type_checking(self) -> None:
         if not shutil.which("mypy"):
             self.skipTest("mypy is not installed")
         shutil.copy(PROGRAM, self.dir)
-        self.write("app.py", self.APP.replace("vendor.", "") + "reveal_type(done.exit_code)\n")
-        result = self.process("mypy", "--strict", "app.py")
-        self.assertRegex(result.stdout, r"(int \| None|Union\[.*int.*None\])")
-        self.assertEqual(result.returncode, 0, result.stdout)
+        self.write("app.py", self.TYPED + "reveal_type(done.exit_code)\n")
+        for platform in ("linux", "darwin", "win32"):
+            with self.subTest(platform):
+                result = self.process("mypy", "--strict", "--platform", platform, "app.py")
+                self.assertRegex(result.stdout, r"(int \| None|Union\[.*int.*None\])")
+                self.assertEqual(result.returncode, 0, result.stdout)
+
+    @SLOW
+    def test_program_that_imports_it_passes_pyright(self) -> None:
+        if not shutil.which("pyright"):
+            self.skipTest("pyright is not installed")
+        shutil.copy(PROGRAM, self.dir)
+        self.write("app.py", self.TYPED)
+        for platform in ("Linux", "Darwin", "Windows"):
+            with self.subTest(platform):
+                result = self.process("pyright", "--pythonplatform", platform, ".")
+                self.assertEqual(result.returncode, 0, result.stdout)
 
 
 @unittest.skipIf(

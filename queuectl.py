@@ -155,6 +155,13 @@ PRUNED_BY_DEFAULT = (COMPLETED, CANCELLED)  # dead letters stay until they are p
 READY, SCHEDULED, BLOCKED = 1, 0, -1  # the readiness of a pending job; all others are READY
 READINESS_WORDS = {READY: "ready", SCHEDULED: "scheduled", BLOCKED: "blocked"}
 STATE_WORDS = (*STATES, *READINESS_WORDS.values())
+STATE_SYNONYMS = {  # words of other tools, and the state that each means here
+    **dict.fromkeys(("queued", "waiting"), "pending"),
+    **dict.fromkeys(("running", "active", "started"), "processing"),
+    **dict.fromkeys(("done", "finished", "success", "succeeded"), "completed"),
+    **dict.fromkeys(("failed", "failure", "error"), "dead"),
+    "delayed": "scheduled",
+}
 
 SUMMARY = "summary"  # the event of a notification about several jobs
 
@@ -439,7 +446,8 @@ def id_hint(word: str) -> str:
     """Return what a word that is not an id seems to mean, or an empty string."""
     if "," in word:
         return "; ids are separated by blanks"
-    return f": did you mean --state {word}?" if word in STATE_WORDS else ""
+    state = STATE_SYNONYMS.get(word, word)
+    return f": did you mean --state {state}?" if state in STATE_WORDS else ""
 
 
 def as_list(words: Iterable[str]) -> list[str]:
@@ -525,6 +533,15 @@ def parse_time(value: Any) -> float:
     return float(in_range(0, value, LATEST_TIME, expectation))
 
 
+def parse_age(value: Any) -> float:
+    """Return the age of jobs to be deleted; a bare number, which may stand for days, is refused."""
+    bare = re.fullmatch(r"\s*([1-9]\d*)\s*", str(value))
+    require(
+        not bare, f"have a unit: {bare and bare[1]} would be seconds; 7d for days, 7s for seconds"
+    )
+    return parse_duration(value)
+
+
 def valid_tries(value: Any) -> int:
     require(str(value).strip() != "0", "be at least 1, which means to try once")
     return int(integer(1, 1_000_000)(value))
@@ -584,7 +601,9 @@ def valid_states(value: Iterable[str]) -> list[str]:
     words = value.split(",") if isinstance(value, str) else list(value)
     for word in map(str, words):
         if word not in STATE_WORDS:
-            raise ValueError(f"must not be '{quoted(word)}'{suggestion(word.lower(), STATE_WORDS)}")
+            meant = STATE_SYNONYMS.get(word.lower())
+            hint = f": did you mean {meant}?" if meant else suggestion(word.lower(), STATE_WORDS)
+            raise ValueError(f"must not be '{quoted(word)}'{hint}")
     return words
 
 
@@ -935,7 +954,7 @@ SETTINGS = {
     "launcher_quote": Setting("no", valid_switch, "yes: the launcher joins words, as ssh does"),
     "retention": Setting(
         0.0,
-        parse_duration,
+        parse_age,
         "age at which completed and cancelled jobs are pruned (0: never)",
         per_queue=False,
     ),
@@ -1061,6 +1080,19 @@ def format_duration(seconds: float) -> str:
         if count:
             parts.append(f"{count}{unit}")
     return "".join(parts[:2])
+
+
+def exact_duration(seconds: float) -> str:
+    """Return a duration exactly, as it can be typed: 0, 0.5s, 5m, 1h30m, 30d."""
+    rest = seconds
+    parts = []
+    for unit in "dhm":
+        count, rest = divmod(rest, UNIT_SECONDS[unit])
+        if count:
+            parts.append(f"{count:.0f}{unit}")
+    if rest:
+        parts.append(f"{rest:.15g}s")
+    return "".join(parts) or "0"
 
 
 def format_distance(when: float, now: float) -> str:
@@ -1477,14 +1509,28 @@ BY_ID = JOB + f"WHERE id = :id AND {IS_VISIBLE}"
 BY_SEQ = JOB + "WHERE seq = :seq"
 ACTIVE_OF_SCHEDULE = JOB + "WHERE schedule_id = :id AND " + ACTIVE_RULE
 NEWEST_OF_SCHEDULE = JOB + f"WHERE schedule_id = :id AND {IS_VISIBLE} ORDER BY seq DESC LIMIT 1"
+LAST_JOB = JOB + "WHERE notifies IS NULL AND state <> 'staged' ORDER BY seq DESC LIMIT 1"
 IS_TAKEN = """
 SELECT 1 FROM jobs WHERE id = :id
 UNION ALL SELECT 1 FROM jobs WHERE schedule_id = :id AND rule IS NOT NULL
   AND state IN ('pending', 'processing', 'staged')"""
 LAST_RUN_OF_SCHEDULE = JOB + "WHERE schedule_id = :id AND run > 0 ORDER BY seq DESC LIMIT 1"
+LAST_RESULT_OF_SCHEDULE = """
+SELECT id, outcome, error, started, finished FROM jobs JOIN attempts ON job = seq
+WHERE schedule_id = :id ORDER BY seq DESC, attempts.run DESC LIMIT 1"""
 SCHEDULES = JOB + f"INDEXED BY jobs_rule WHERE {ACTIVE_RULE} ORDER BY schedule_id"
 RECENT_IDS = """
 SELECT id FROM (SELECT id, state FROM jobs ORDER BY seq DESC LIMIT 1000) WHERE state <> 'staged'"""
+# For completion: of the jobs that changed last, and of those with such ids, only some are read.
+LATEST_IDS = f"""
+SELECT name FROM (
+  SELECT CASE WHEN {ACTIVE_RULE} THEN schedule_id ELSE id END AS name, updated_at FROM jobs
+  WHERE state = :state AND readiness = :readiness ORDER BY updated_at DESC LIMIT 500)
+WHERE substr(name, 1, length(:prefix)) = :prefix ORDER BY updated_at DESC LIMIT :limit"""
+IDS_FROM = """
+SELECT id FROM (SELECT id, state, readiness FROM jobs WHERE id >= :prefix ORDER BY id LIMIT 500)
+WHERE state = :state AND readiness = :readiness AND substr(id, 1, length(:prefix)) = :prefix
+LIMIT :limit"""
 LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = :table"
 IDS_BETWEEN = """
 SELECT seq, coalesce(schedule_id, id) FROM jobs
@@ -1521,6 +1567,10 @@ SELECT count(*), min(updated_at) FROM (
 COUNTS = """
 SELECT queue, blocked, scheduled, ready, processing, completed, dead, cancelled FROM queues
 WHERE :served ORDER BY queue"""
+USED_QUEUES = """
+SELECT queue FROM queues
+WHERE blocked + scheduled + ready + processing + completed + dead + cancelled > 0
+UNION SELECT queue FROM totals ORDER BY queue"""
 COUNTED: Sequence[tuple[State, int]] = (  # the columns of COUNTS
     *((PENDING, readiness) for readiness in (BLOCKED, SCHEDULED, READY)),
     *((state, READY) for state in STATES[1:]),
@@ -2986,7 +3036,9 @@ class Database:
         try:
             info = os.stat(self.path)
         except FileNotFoundError:
-            raise NotFound(f"there is no queue at {self.path}; enqueue creates one") from None
+            raise NotFound(
+                f"there is no queue at {self.path}; to begin: queuectl enqueue 'make all'"
+            ) from None
         except ValueError as error:  # too long for Windows, or with NUL
             raise Fault(f"{quoted(self.path)}: {error}") from None
         if not stat.S_ISREG(info.st_mode):
@@ -3376,6 +3428,19 @@ class Reader:
         jobs = (self.get(job_id, batch) for job_id in as_list(ids))
         return list({job.seq: job for job in jobs}.values())
 
+    def last_job(self) -> Job:
+        """Return the job that was added last; notifications do not count."""
+        if job := self.first(LAST_JOB):
+            return job
+        raise NotFound(f"there are no jobs in {self.db.path}")
+
+    def ids_like(self, prefix: str, states: Sequence[str], limit: int) -> list[str]:
+        """Return ids that begin with a prefix, of jobs in these states, the latest first."""
+        asked = {"prefix": prefix, "limit": limit}
+        kinds = [{"state": s, "readiness": r, **asked} for s, r in COUNTED if s in states]
+        rows = [self.db.rows(sql, kind) for sql in (LATEST_IDS, IDS_FROM) for kind in kinds]
+        return list(dict.fromkeys(row[0] for row in chain.from_iterable(rows)))[:limit]
+
     def is_taken(self, job_id: str) -> bool:
         return bool(self.db.rows(IS_TAKEN, {"id": job_id}))
 
@@ -3464,12 +3529,26 @@ class Reader:
         facts = {**job_facts(job, settings), "settings": settings}
         facts["stdin"] = self.stdin(job).decode()
         facts["why"] = None
+        facts["last_result"] = self.last_result(job)
         facts["after"] = [parent.id for parent in self.parents(job)]
         return facts
 
     def runs(self, job: Job) -> list[Attempt]:
         """Return the attempts without their output."""
         return list(self.attempts(job, SUMMARIES))
+
+    def last_run(self, job: Job) -> Attempt | None:
+        """Return the last attempt that has ended, without its output."""
+        rows = self.db.rows(LAST_RUNS, {"seq": job.seq, "limit": 1}) if job.run else []
+        return next(starmap(Attempt, rows), None)
+
+    def last_result(self, job: Job) -> dict[str, Any] | None:
+        """Return how the last attempt of a job's schedule ended; None if none has."""
+        rows = self.db.rows(LAST_RESULT_OF_SCHEDULE, {"id": job.schedule_id})
+        for name, outcome, error, started, finished in rows:
+            result = {"job": name, "outcome": outcome, "error": error}
+            return {**result, "started": format_time(started), "finished": format_time(finished)}
+        return None
 
     def output(self, job: Job, run: int, limit: int) -> bytes:
         """Return the end of the output of an attempt, which may still run."""
@@ -3565,6 +3644,10 @@ class Reader:
         """Return the settings that are stored and apply to a queue: it, or "" for all queues."""
         rows = self.db.rows(STORED_SETTINGS, {"queue": queue})
         return {key: source for source, key, _ in rows if key in SETTINGS}
+
+    def used_queues(self) -> list[str]:
+        """Return the queues that have, or had, jobs."""
+        return [row[0] for row in self.db.rows(USED_QUEUES)]
 
     def held(self) -> list[str]:
         """Return the queues with ready jobs that are at their limit or their rate."""
@@ -5204,6 +5287,7 @@ class News(NamedTuple):
     text: str = ""  # a line for people
     state: str = ""  # of the job that an event is about
     when: float = 0.0  # on the monotonic clock
+    seq: int = 0  # of the job whose attempt has ended
 
 
 # Pool and worker send each other JSON lists, one a line. The pool's end of the pipe never blocks:
@@ -5421,7 +5505,7 @@ class Worker:
             text = describe_end(ended.job, after, outcome)
             if outcome.end == "not launched":
                 text += "; " + self.ledger.reader.hold(ended.job.queue)
-            self.link.send(News("event", text, state, when), within=BATCH)
+            self.link.send(News("event", text, state, when, ended.job.seq), within=BATCH)
         return claim
 
 
@@ -5463,6 +5547,7 @@ class PoolOptions(NamedTuple):
     say: Callable[[str], None] = ignore
     tick: Callable[[], None] = ignore
     name: str = ""
+    ended: Callable[[int, str], None] = ignore
 
 
 class Agenda:
@@ -5719,7 +5804,7 @@ class Recovery:
         self.ledger = ledger
         self.run_dir = ledger.db.run_dir
         self.notices = notices
-        self.report = report  # is called with a job's state and an event line
+        self.report = report  # is called with a job's state, an event line, and the job's number
         self.orphans: dict[str, tuple[Termination, Outcome | None]] = {}  # by key of the attempt
         self.has_strangers = False  # some jobs belong to workers that are not, or no longer, ours
 
@@ -5779,7 +5864,7 @@ class Recovery:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         if after:
-            self.report(state_to_report(after), describe_end(job, after, outcome))
+            self.report(state_to_report(after), describe_end(job, after, outcome), job.seq)
 
     def is_ending(self) -> bool:
         return any(it.is_waiting and not it.is_overdue for it, _ in self.orphans.values())
@@ -5811,7 +5896,7 @@ class Pool:
         self.ledger = ledger
         self.files = files
         self.options = options
-        self.events: list[tuple[float, str]] = []  # lines held back, as news come late
+        self.events: list[tuple[float, str, int, str]] = []  # held back, as news come late
         self.notices = Notices(self.say)
         self.crew = Crew(files, options, self.notices, self.fail)
         self.recovery = Recovery(ledger, self.notices, self.report_recovered)
@@ -5868,7 +5953,10 @@ class Pool:
         """Print the lines about events before a time, in the order in which things happened."""
         self.events.sort()
         while self.events and self.events[0][0] < before:
-            self.options.say(self.events.pop(0)[1])
+            _, text, seq, state = self.events.pop(0)
+            self.options.say(text)
+            if state in FINISHED:
+                self.options.ended(seq, state)
 
     def turn(self) -> None:
         self.options.tick()
@@ -5917,7 +6005,7 @@ class Pool:
             if news.kind == "damaged":
                 self.fail(Fault(news.text))
             elif news.kind == "event":
-                self.report(news.state, news.text, news.when)
+                self.report(news.state, news.text, news.seq, news.when)
             else:
                 worker.state = news.kind
             if news.kind == "idle":  # when does the rate of a queue allow the next start?
@@ -5926,8 +6014,8 @@ class Pool:
                 self.crew.maybe_work = True
                 self.agenda.within(self.sync, BATCH)
 
-    def report(self, state: str, text: str, when: float = 0.0) -> None:
-        self.events.append((when or time.monotonic(), text))
+    def report(self, state: str, text: str, seq: int = 0, when: float = 0.0) -> None:
+        self.events.append((when or time.monotonic(), text, seq, state))
         self.agenda.within(self.print_events, 1.5 * BATCH)
         self.agenda.within(self.sync, BATCH)
         if state == DEAD and self.options.drain:
@@ -5937,9 +6025,9 @@ class Pool:
         if state == PENDING:
             self.agenda.within(self.poll, BATCH)  # when is it due?
 
-    def report_recovered(self, state: str, text: str) -> None:
+    def report_recovered(self, state: str, text: str, seq: int) -> None:
         self.seen = None  # changes of our own do not show in the data_version
-        self.report(state, text)
+        self.report(state, text, seq)
         if not self.crew.mode:  # there may be many to recover: the first must not wait for all
             self.crew.maybe_work = True
             self.crew.dispatch()
@@ -6086,19 +6174,19 @@ def work(  # noqa: PLR0913
     say: Callable[[str], None] = ignore,
     tick: Callable[[], None] = ignore,
     name: str = "",
+    ended: Callable[[int, str], None] = ignore,
 ) -> int:
     """Run jobs with `count` workers until stopped or, with `drain`, until nothing is left to run.
 
-    A drain does not wait for jobs that are due later than `horizon` from now. Returns the
-    exit code: 0; 1 if a job died during a drain or is left blocked; 128+n if signal n ended the
-    jobs. `signals` lets INT, TERM and HUP stop it, which only a main thread may ask for;
-    `queuectl worker stop` always can. `say` gets a line for each event, `tick` is called at least
-    once a second. `insecure` is as in Queue. `name` names the pool in the run directory.
+    A drain does not wait for jobs that are due later than `horizon` from now. Returns the exit
+    code: 0; 1 if a job died during a drain or is left blocked; 128+n if signal n ended the jobs.
+    `signals` lets INT, TERM and HUP stop it, in a main thread; `queuectl worker stop` always can.
+    `say` gets each event line, `ended` the `seq` and state of each ended job; `tick` is called
+    every second. `insecure` is as in Queue. `name` names the pool in the run directory.
     """
     validate("count", integer(1, 1000), count)
-    until = validate("horizon", parse_duration, horizon)
-    hooks = (say, tick, name)
-    options = PoolOptions(count, as_list(queues), drain, until, insecure, signals, *hooks)
+    limits = (drain, validate("horizon", parse_duration, horizon), insecure, signals)
+    options = PoolOptions(count, as_list(queues), *limits, say, tick, name, ended)
     end_a_thread()
     with Queue(path, insecure=insecure) as queue:
         queue.config()  # with damaged settings no worker could begin
@@ -6113,6 +6201,7 @@ def work(  # noqa: PLR0913
 
 # --- words: jobs, workers and counts as text and as JSON ------------------------------------------
 
+RUNNING_HEADINGS = ("RUNNING", "FOR", "QUEUE", "TRY", "WORKER", "COMMAND")
 WORKER_HEADINGS = ("WORKER", "PID", "QUEUES", "STARTED", "JOB", "SINCE", "HOST", "COMMAND")
 
 
@@ -6229,12 +6318,19 @@ def setting_text(value: object) -> str:
     return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
+def setting_words(key: str, value: object) -> str:
+    """Return the value of a setting for people: a duration with its units."""
+    if SETTINGS[key].read in (parse_duration, parse_age):
+        return exact_duration(float(str(value)))
+    return setting_text(value)
+
+
 def stored_settings(reader: Reader, queue: str) -> Iterator[str]:
     """Yield each setting that applies to a queue and is not built in, with its source."""
     settings = reader.settings(queue)
     for key, source in reader.sources(queue).items():
         where = f"queue {source}" if source else "all queues"
-        yield f"{key} {setting_text(settings[key])} ({where})"
+        yield f"{key} {setting_words(key, settings[key])} ({where})"
 
 
 def job_row(reader: Reader, job: Job, settings: Settings) -> tuple[object, ...]:
@@ -6248,6 +6344,32 @@ def job_row(reader: Reader, job: Job, settings: Settings) -> tuple[object, ...]:
     return job.id, job.state, queue, tries, distance, reason or "", job.command
 
 
+def run_facts(reader: Reader, job: Job) -> dict[str, Any]:
+    """Return when the last attempt started and ended, and how many seconds it took."""
+    facts: dict[str, Any] = {"started": None, "finished": None, "seconds": None}
+    if job.state == PROCESSING:
+        facts["started"] = format_time(job.locked_at)
+    elif run := reader.last_run(job):
+        facts.update(started=format_time(run.started), finished=format_time(run.finished))
+        facts["seconds"] = round(run.finished - run.started, 3)
+    return facts
+
+
+def result_text(reader: Reader, job: Job) -> str:
+    """Return the last result of a job's schedule, and when it was."""
+    result = reader.last_result(job)
+    if not result:
+        return ""
+    when = format_distance(parse_time(result["finished"]), reader.clock())
+    return f"{result['error'] or COMPLETED} {when}"
+
+
+def time_text(when: float, now: float) -> str:
+    """Return a time as people read it: local, and how far away it is."""
+    local = datetime.fromtimestamp(when, timezone.utc).astimezone()
+    return f"{local:%Y-%m-%d %H:%M:%S} ({format_distance(when, now)})"
+
+
 def job_details(reader: Reader, job: Job) -> Iterator[tuple[str, object]]:
     """Yield the facts about a job that people want to see, by name."""
     hidden = "seq run cancel_requested blocked rule scheduled_for snoozes waited".split()
@@ -6257,6 +6379,14 @@ def job_details(reader: Reader, job: Job) -> Iterator[tuple[str, object]]:
     facts.update(why=reason_to_wait(reader, job), schedule=rule_text(job), snoozes=job.snoozes)
     facts["stdin"] = plural(job.stdin_size, "byte") if job.stdin_size else ""
     facts["settings"] = ", ".join(stored_settings(reader, job.queue))
+    facts["timeout"] = exact_duration(facts["timeout"]) + " (no limit)" * (not facts["timeout"])
+    if job.retry_delays:
+        delays = map(float, job.retry_delays.split(","))
+        facts["retry_delays"] = ",".join(map(exact_duration, delays))
+    for key in ("created_at", "updated_at", "run_after", "locked_at"):
+        when = getattr(job, key)
+        facts[key] = when and time_text(when, reader.clock())
+    facts["last_result"] = result_text(reader, job)
     if job.cancel_requested:
         facts["state"] += " (being cancelled)"
     for key, value in facts.items():
@@ -6270,7 +6400,8 @@ def job_text(reader: Reader, job: Job) -> Iterator[str]:
     rows = []
     for run in reader.attempts(job, SUMMARIES):
         took = format_duration(run.finished - run.started)
-        rows.append((run.run, format_time(run.started), took, run.error or COMPLETED, run.worker))
+        started = time_text(run.started, reader.clock())
+        rows.append((run.run, started, took, run.error or COMPLETED, run.worker))
     yield from section(("RUN", "STARTED", "TOOK", "ENDED", "WORKER"), rows)
 
 
@@ -6300,6 +6431,14 @@ def worker_rows(workers: Iterable[Facts], now: float) -> Iterator[tuple[object, 
         started, since = ago(worker["started"]), ago(worker["since"])
         about = (worker["job"] or "idle", since, worker["host"] or "", worker["command"] or "")
         yield (worker["worker"], worker["pid"] or "?", queues, started, *about)
+
+
+def running_rows(jobs: Iterable[Job], now: float) -> Iterator[tuple[object, ...]]:
+    """Yield the running jobs, each with its elapsed time, the longest first."""
+    for job in sorted(jobs, key=lambda job: job.locked_at or now):
+        elapsed = format_duration(round(max(0.0, now - (job.locked_at or now))))
+        queue = "" if job.queue == "default" else job.queue
+        yield job.id, elapsed, queue, job.attempts, job.locked_by, job.command
 
 
 def tally(counts: Iterable[tuple[State, int, int]]) -> dict[str, int]:
@@ -6336,10 +6475,13 @@ def status_facts(reader: Reader, only: str | None = None) -> dict[str, Any]:
 
 def status_counts(reader: Reader, facts: Facts, only: str | None, *, full: bool) -> Iterator[str]:
     kinds = ", ".join(f"{facts[kind]} {kind}" for kind in READINESS_WORDS.values())
+    yield f"queue      {reader.db.path}"
     for state in STATES:
         note = f"  ({kinds})" if state == PENDING and facts["ready"] < facts[PENDING] else ""
         yield f"{state:<10} {facts[state]:>8}{note}"
-    yield f"{'workers':<10} {len(facts['workers']):>8}"
+    idle = sum(not worker["job"] for worker in facts["workers"])
+    note = f"  ({idle} idle)" if full and idle else ""
+    yield f"{'workers':<10} {len(facts['workers']):>8}{note}"
     if full:
         yield f"{'rate':<10} {facts['rate']:>8.1f}  jobs/s recently"
     if facts["scheduled"] and (when := reader.next_due_time([only] if only else ())):
@@ -6372,7 +6514,11 @@ def status_text(reader: Reader, only: str | None = None, *, full: bool = False) 
     if set(facts["queues"]) - {"default"}:
         rows = ((name, *states.values()) for name, states in facts["queues"].items())
         yield from section(("QUEUE", *map(str.upper, STATES)), rows)
-    yield from section(WORKER_HEADINGS, worker_rows(facts["workers"], now))
+    if full:
+        claimed_jobs = [job for job in reader.claimed() if only in (None, job.queue)]
+        yield from section(RUNNING_HEADINGS, running_rows(claimed_jobs, now))
+    else:
+        yield from section(WORKER_HEADINGS, worker_rows(facts["workers"], now))
     chosen = Selection(queues=[only] if only else [], states=[DEAD])
     failed = reader.latest_selected(chosen, 5)[0] if full else []
     reasons = ((job.id, format_distance(job.updated_at, now), job.last_error) for job in failed)
@@ -8534,6 +8680,16 @@ def show_list(args: Any, facts: Iterable[Facts], headings: Sequence[str], rows: 
         show(table(headings, rows))
 
 
+def say_unused(reader: Reader, queues: Iterable[str], report: Callable[[str], None] = say) -> None:
+    """Report the queues that never had a job, which may be mistyped."""
+    known = reader.used_queues()
+    for name in queues:
+        if name not in known:
+            close = nearest(name, known)
+            hint = f": did you mean {close}?" if close else ""
+            report(f"queue {name} never had a job{hint}")
+
+
 JSON_START = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""  # unlike a shell line
 
 
@@ -8828,6 +8984,63 @@ def check_reports(args: argparse.Namespace) -> None:
             raise BadInput(f"{quoted(path)}: there is no such directory")
 
 
+def write_output(chunks: Iterable[bytes]) -> None:
+    """Write a job's output: as it is or, on a terminal, with control characters escaped."""
+    import codecs
+
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    for chunk in chain(chunks, [b""]):  # the empty one, at the end, shows half a character
+        if sys.stdout.isatty():
+            text = decoder.decode(chunk, not chunk)
+            print(re.sub(r"[^\n\t]+", lambda m: printable(m[0]), text), end="")
+        else:
+            sys.stdout.buffer.write(chunk)
+        sys.stdout.flush()
+
+
+def write_heading(job: Job, *, first: bool) -> None:
+    """Write the line above a job's output, as tail does."""
+    write_output([f"{'' if first else chr(10)}==> {job.id} <==\n".encode()])
+
+
+def last_lines(output: bytes, number: int) -> bytes:
+    """Return the last lines of an output."""
+    at = len(output) - output.endswith(b"\n")
+    for _ in range(number):
+        at = output.rfind(b"\n", 0, at)
+        if at < 0:
+            return output
+    return output[at + 1 :]
+
+
+def stored_output(queue: Queue, job: Job, run: int | None) -> tuple[int, bytes]:
+    """Return the dropped bytes and the output of an attempt that has ended: one, or the last."""
+    attempt = queue._reader.last_attempt(job, run or job.run)
+    if run and (not attempt or attempt.run != run):
+        last = queue._reader.last_attempt(job, job.run)
+        has = f"1 to {last.run}" if last else "none yet"
+        raise NotFound(f"job {job.id} has no run {run}; its runs: {has}")
+    if not attempt:
+        return 0, b""
+    if attempt.error and not attempt.output and not attempt.bytes_dropped:
+        say(f"job {job.id} wrote nothing: {attempt.error}")
+    return attempt.bytes_dropped, attempt.output
+
+
+def print_ended(args: argparse.Namespace, queue: Queue, seq: int, state: str) -> None:
+    """Print the output of a job that has ended, if it is wanted."""
+    if args.output == "failed" and state == COMPLETED:
+        return
+    SCREEN.clear()
+    try:
+        if job := queue._reader.by_seq(seq):
+            output = stored_output(queue, job, None)[1]
+            write_heading(job, first=True)
+            write_output([output, b"" if output.endswith(b"\n") or not output else b"\n"])
+    except (QueueError, OSError) as error:  # the jobs matter more
+        say_event(f"cannot print the output of a job: {error}")
+
+
 def write_drain_reports(args: argparse.Namespace, pool: str, began: float) -> None:
     with Queue(args.db, readonly=True, insecure=args.insecure) as queue:
         found = partial(drain_histories, queue._reader, args.queues, pool, began)
@@ -8839,9 +9052,12 @@ def write_drain_reports(args: argparse.Namespace, pool: str, began: float) -> No
 def cmd_worker_start(args: argparse.Namespace) -> int:
     if args.horizon < LONGEST and not args.drain:
         raise BadInput("--horizon requires --drain")
+    check_reports(args)
+    if args.queues:
+        with Queue(args.db, insecure=args.insecure) as queue:
+            say_unused(queue._reader, args.queues, say if args.detach else say_event)
     if args.detach:
         return detach(args)
-    check_reports(args)
     keys = ("drain", "horizon", "insecure", "queues")
     options: dict[str, Any] = {key: getattr(args, key) for key in keys}
     if not args.quiet:
@@ -8850,8 +9066,12 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
         if args.reports:
             options["name"] = new_pool_name()
             stack.callback(write_drain_reports, args, options["name"], time.time())
-        if terminal_width(sys.stderr) and not args.quiet:
+        has_progress = terminal_width(sys.stderr) and not args.quiet
+        if args.output or has_progress:
             queue = stack.enter_context(Queue(args.db, insecure=args.insecure))
+        if args.output:
+            options["ended"] = partial(print_ended, args, queue)
+        if has_progress:
             reader = queue._reader
             progress = Progress(partial(survey_queues, reader, args.queues), reader.clock)
             options["tick"] = lambda: SCREEN.draw(progress.line)
@@ -8896,19 +9116,50 @@ def cmd_worker_list(args: argparse.Namespace, queue: Queue) -> None:
     show_list(args, workers, WORKER_HEADINGS, worker_rows(workers, queue._reader.clock()))
 
 
-def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
-    for _ in polling(first=1.0, longest=1.0):
-        if args.json:
-            print(json.dumps(status_facts(queue._reader, args.queue)))
-        else:
-            lines = list(status_text(queue._reader, args.queue, full=args.watch))
-            if args.watch and terminal_width(sys.stdout):
-                sys.stdout.write("\x1b[H\x1b[J")
-                del lines[os.get_terminal_size(sys.stdout.fileno()).lines - 1 :]
-            show(lines)
+def draw_status(args: argparse.Namespace, queue: Queue) -> None:
+    if args.json:
+        print(json.dumps(status_facts(queue._reader, args.queue)))
+    else:
+        lines = list(status_text(queue._reader, args.queue, full=args.watch))
+        if args.watch and terminal_width(sys.stdout):
+            sys.stdout.write("\x1b[H\x1b[J")
+            del lines[os.get_terminal_size(sys.stdout.fileno()).lines - 1 :]
+        show(lines)
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def alternate_screen(numbers: list[int]) -> Iterator[None]:
+    """Show another screen of the terminal until the block ends, by a stop signal too.
+
+    A signal's number is added to the list, and the block is left.
+    """
+
+    def stop(number: int, _frame: object) -> None:
+        numbers.append(number)
+        raise KeyboardInterrupt
+
+    sys.stdout.write("\x1b[?1049h")
+    try:
+        with handle_signals(stop, None), contextlib.suppress(KeyboardInterrupt):
+            yield
+    finally:
+        sys.stdout.write("\x1b[?1049l")
         sys.stdout.flush()
-        if not args.watch:
-            return
+
+
+def cmd_status(args: argparse.Namespace, queue: Queue) -> int:
+    say_unused(queue._reader, [args.queue] if args.queue else [])
+    if not args.watch:
+        draw_status(args, queue)
+        return Exit.OK
+    numbers: list[int] = []
+    with contextlib.ExitStack() as stack:
+        if terminal_width(sys.stdout) and not args.json:
+            stack.enter_context(alternate_screen(numbers))
+        for _ in polling(first=1.0, longest=1.0):
+            draw_status(args, queue)
+    return -numbers[0]
 
 
 def selection_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -8991,6 +9242,7 @@ def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str] = ()
     settings = lru_cache(maxsize=None)(queue.config)
     reader = queue._reader
     chosen = selection(args, states)
+    say_unused(reader, chosen.queues)
     if not chosen.ids:
         chosen = chosen._replace(notifications=getattr(args, "notifications", True))
     is_program = args.json or args.ids_only or chosen.ids
@@ -9002,7 +9254,7 @@ def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str] = ()
     if args.ids_only:
         show_ids(jobs)
         return
-    facts = (job_facts(job, settings(job.queue)) for job in jobs)
+    facts = ({**job_facts(job, settings(job.queue)), **run_facts(reader, job)} for job in jobs)
     headings = ("ID", "STATE", "QUEUE", "TRIES", "WHEN", "WHY", "COMMAND")
     rows = (job_row(reader, job, settings(job.queue)) for job in jobs)
     show_list(args, facts, headings, rows)
@@ -9019,10 +9271,12 @@ def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
     rows = []
     for job in queue._reader.schedules():
         if selection(args).takes(job, now):
-            facts.append(job_facts(job, queue.config(job.queue)))
+            result = queue._reader.last_result(job)
+            facts.append({**job_facts(job, queue.config(job.queue)), "last_result": result})
             due = format_distance(job.run_after, now)
-            rows.append((job.schedule_id, rule_text(job), due, job.id, job.command))
-    show_list(args, facts, ("ID", "SCHEDULE", "NEXT", "JOB", "COMMAND"), rows)
+            last = result_text(queue._reader, job)
+            rows.append((job.schedule_id, rule_text(job), due, last, job.id, job.command))
+    show_list(args, facts, ("ID", "SCHEDULE", "NEXT", "LAST RESULT", "JOB", "COMMAND"), rows)
 
 
 def cmd_web(args: argparse.Namespace, queue: Queue) -> None:
@@ -9038,7 +9292,7 @@ def cmd_web(args: argparse.Namespace, queue: Queue) -> None:
 
 
 def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
-    job = queue.get(args.id)
+    job = queue.get(args.id) if args.id else queue._reader.last_job()
     reader = queue._reader
     if not args.json:
         show(job_text(reader, job), whole=True)
@@ -9067,11 +9321,18 @@ def cmd_report(args: argparse.Namespace, queue: Queue) -> None:
         sys.stdout.writelines(FORMATS[style](report))
 
 
-def require_ids(args: argparse.Namespace) -> list[str]:
-    """Return the ids that a command names; none where --all is given."""
-    if bool(args.ids) == args.all:
+def last_id(queue: Queue) -> str:
+    """Return the id of the job that was added last, and report which one it is."""
+    job = queue._reader.last_job()
+    say(f"job {job.id}: {quoted(job.command)}")
+    return job.id
+
+
+def require_ids(args: argparse.Namespace, queue: Queue) -> list[str]:
+    """Return the ids that a command names, or the last one; none where --all is given."""
+    if args.ids and args.all:
         raise BadInput("either name the jobs or use --all")
-    return list(args.ids)
+    return list(args.ids) or ([] if args.all else [last_id(queue)])
 
 
 def wait_result(reader: Reader, jobs: Sequence[Job]) -> int:
@@ -9085,7 +9346,7 @@ def wait_result(reader: Reader, jobs: Sequence[Job]) -> int:
 
 
 def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
-    ids = require_ids(args)
+    ids = require_ids(args, queue)
     reader = queue._reader
     watch = JobWatch(reader, reader.named(ids))
     old = () if ids else set(reader.dead())
@@ -9111,20 +9372,6 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
         SCREEN.draw(progress.line)
     say(f"timed out after {format_duration(args.timeout)}: {progress.line()}")
     return Exit.TIMED_OUT
-
-
-def write_output(chunks: Iterable[bytes]) -> None:
-    """Write a job's output: as it is or, on a terminal, with control characters escaped."""
-    import codecs
-
-    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
-    for chunk in chain(chunks, [b""]):  # the empty one, at the end, shows half a character
-        if sys.stdout.isatty():
-            text = decoder.decode(chunk, not chunk)
-            print(re.sub(r"[^\n\t]+", lambda m: printable(m[0]), text), end="")
-        else:
-            sys.stdout.buffer.write(chunk)
-        sys.stdout.flush()
 
 
 def read_from(fd: int, at: int) -> tuple[int, bytes]:
@@ -9167,25 +9414,8 @@ def await_attempt(queue: Queue, job: Job) -> Job:
     return job
 
 
-def stored_output(queue: Queue, job: Job, run: int | None) -> tuple[int, bytes]:
-    """Return the dropped bytes and the output of an attempt that has ended: one, or the last."""
-    attempt = queue._reader.last_attempt(job, run or job.run)
-    if run and (not attempt or attempt.run != run):
-        last = queue._reader.last_attempt(job, job.run)
-        has = f"1 to {last.run}" if last else "none yet"
-        raise NotFound(f"job {job.id} has no run {run}; its runs: {has}")
-    if not attempt:
-        return 0, b""
-    if attempt.error and not attempt.output and not attempt.bytes_dropped:
-        say(f"job {job.id} wrote nothing: {attempt.error}")
-    return attempt.bytes_dropped, attempt.output
-
-
-def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
-    """Write the output of one attempt: the named one, or the one that runs or ran last."""
-    job = queue.get(args.id)
-    if not (args.follow or job.run or job.id == args.id):
-        job = queue._reader.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id) or job
+def write_log(args: argparse.Namespace, queue: Queue, job: Job) -> None:
+    """Write the output of one attempt: the one with --run, or the one that runs or ran last."""
     if job.state == PENDING and not args.run:
         say(f"job {job.id} is waiting: {reason_to_wait(queue._reader, job)}")
     if args.follow and not args.run:
@@ -9193,18 +9423,48 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
     limit = queue._reader.settings(job.queue)["output_limit"]
     path = queue._db.run_dir.output_file(job._replace(run=args.run or job.run))
     with contextlib.ExitStack() as stack:
+        fd = -1
         try:
             fd = open_own(path, os.O_RDONLY)
         except FileNotFoundError:
             dropped, output = stored_output(queue, job, args.run)
-            chunks: Iterable[bytes] = [output]
         else:
             stack.callback(os.close, fd)
             dropped, output = last_bytes(fd, limit)
-            chunks = follow(queue, job, fd, dropped) if args.follow else [output]
-        if dropped:
+        shown = output if args.tail is None else last_lines(output, args.tail)
+        at = dropped + len(output) - len(shown)
+        chunks = follow(queue, job, fd, at) if args.follow and fd >= 0 else [shown]
+        if dropped and shown is output:
             say(f"{dropped} bytes of earlier output were not kept")
         write_output(chunks)
+
+
+def named_attempt(args: argparse.Namespace, queue: Queue, name: str) -> Job:
+    """Return a job by its id or, for the name of a schedule, the one that ran last."""
+    job = queue.get(name)
+    if not (args.follow or job.run or job.id == name):
+        return queue._reader.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id) or job
+    return job
+
+
+def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
+    """Write the output of the named jobs, of the last job or, with --failed, of all dead jobs."""
+    if args.failed and (args.ids or args.run):
+        raise BadInput("--failed is about the last attempts of all dead jobs; use it alone")
+    if args.follow and (args.failed or len(args.ids) > 1):
+        raise BadInput("-f follows one job")
+    if args.failed:
+        seqs = [row[1] for row in queue._reader.dead()]
+        jobs: Iterable[Job] = (job for job in map(queue._reader.by_seq, seqs) if job)
+        if not seqs:
+            say("no job is dead")
+    else:
+        names = args.ids or [last_id(queue)]
+        jobs = [named_attempt(args, queue, name) for name in names]
+    for number, job in enumerate(jobs):
+        if args.failed or len(args.ids) > 1:
+            write_heading(job, first=not number)
+        write_log(args, queue, job)
 
 
 def report_cancelled(args: argparse.Namespace, queue: Queue, job: Job) -> int:
@@ -9321,13 +9581,16 @@ def cmd_edit(args: argparse.Namespace, queue: Queue) -> int:
 
 
 def cmd_pause(args: argparse.Namespace, queue: Queue) -> None:
+    say_unused(queue._reader, args.queues)
     for name in args.queues or [""]:
         queue.pause(name)
+        say(f"{f'queue {name} is' if name else 'all queues are'} paused; running jobs continue")
 
 
 def cmd_resume(args: argparse.Namespace, queue: Queue) -> None:
     for name in args.queues or [""]:
         queue.resume(name)
+        say(f"{f'queue {name} is' if name else 'all queues are'} no longer paused")
     if "" in queue._reader.paused():
         say("all queues are still paused; resume without --queue resumes them")
 
@@ -9352,7 +9615,7 @@ def cmd_dlq_retry(args: argparse.Namespace, queue: Queue) -> int:
 def delete_jobs(
     args: argparse.Namespace, queue: Queue, chosen: Selection, states: Sequence[str], done: str
 ) -> int:
-    """Delete jobs in some states, the named ones all or none; print their number or their ids."""
+    """Delete jobs in some states, the named ones all or none; report how many."""
     ledger = queue._ledger
     check = partial(ledger.check_delete, states=states)
     if args.dry_run:
@@ -9371,8 +9634,7 @@ def delete_jobs(
     else:
         seqs = [job.seq for job in queue._reader.selected(chosen)]
         code = change_jobs(queue, seqs, check, lambda job: ledger.delete(job.seq), report)
-    if not args.ids_only:
-        print(deleted, done)
+    say(f"{plural(deleted, 'job')} {done}")
     return code
 
 
@@ -9386,29 +9648,55 @@ def cmd_prune(args: argparse.Namespace, queue: Queue) -> int:
     return delete_jobs(args, queue, chosen, FINISHED, "pruned")
 
 
-def cmd_config_get(args: argparse.Namespace, queue: Queue) -> None:
+def read_settings(args: argparse.Namespace) -> tuple[Settings, Mapping[str, str]]:
+    """Return the settings and where they are stored; the defaults where there is no queue."""
+    if not os.path.lexists(args.db):
+        return DEFAULTS, {}
+    with Queue(args.db, readonly=True, insecure=args.insecure) as queue:
+        return queue.config(args.queue or ""), queue._reader.sources(args.queue or "")
+
+
+def cmd_config_get(args: argparse.Namespace) -> None:
     key = validate_setting(args.key, queue=args.queue or "")
-    show([setting_text(queue.config(args.queue or "")[key])], whole=True)
+    show([setting_text(read_settings(args)[0][key])], whole=True)
+
+
+def report_setting(args: argparse.Namespace, queue: Queue) -> None:
+    """Report the value that a setting has now."""
+    import shutil
+
+    key = validate_setting(args.key)
+    value = queue.config(args.queue or "")[key]
+    where = f"queue {args.queue}" if args.queue else "all queues"
+    say(f"{key} is {setting_words(key, value) or 'empty'} for {where}")
+    program = value[0] if isinstance(value, tuple) and value else None
+    if isinstance(program, str) and not shutil.which(program):
+        say(f"warning: there is no program {quoted(program)} here; jobs need it")
 
 
 def cmd_config_set(args: argparse.Namespace) -> None:
     validate_setting(args.key, args.value, args.queue or "")  # before a queue is created for it
     with Queue(args.db, insecure=args.insecure) as queue:
         queue.configure(args.key, args.value, args.queue or "")
+        report_setting(args, queue)
 
 
-def cmd_config_list(args: argparse.Namespace, queue: Queue) -> None:
-    name = args.queue or ""
-    sources = queue._reader.sources(name)
+def cmd_config_unset(args: argparse.Namespace, queue: Queue) -> None:
+    queue.configure(args.key, None, args.queue or "")
+    report_setting(args, queue)
+
+
+def cmd_config_list(args: argparse.Namespace) -> None:
+    settings, sources = read_settings(args)
     facts = []
     rows = []
-    for key, value in queue.config(name).items():
+    for key, value in settings.items():
         setting = SETTINGS[key]
-        if setting.per_queue or not name:
+        if setting.per_queue or not args.queue:
             source = sources.get(key)
             facts.append({"key": key, "value": value, "default": setting.default, "queue": source})
             where = source or ("" if source is None else "(all)")
-            rows.append((key, setting_text(value), where, setting.meaning))
+            rows.append((key, setting_words(key, value), where, setting.meaning))
     show_list(args, facts, ("KEY", "VALUE", "QUEUE", "MEANING"), rows)
 
 
@@ -9432,8 +9720,9 @@ TIMEOUT = arg("--timeout", "DURATION", "stop waiting after this time, and exit w
 QUEUE = arg("-q --queue", "QUEUE", "only this queue", valid_name)
 QUEUES = arg("-q --queue", "QUEUE", "only this queue; repeatable", valid_name, dest="queues",
              action="append", default=[])
-ID = arg("id", "ID")
+ID = arg("id", "ID", "the default is the job that was added last", nargs="?")
 IDS = arg("ids", "ID", nargs="*")
+IDS_OR_LAST = arg("ids", "ID", "the default is the job that was added last", nargs="*")
 # A selection of jobs: named ones, or those that match all of these options.
 STATE = arg("-s --state", "STATE,...", "only jobs in these states: " + ", ".join(STATE_WORDS),
             valid_states, dest="states", action="extend", default=[])
@@ -9443,7 +9732,10 @@ OLDER_THAN = arg("--older-than", "DURATION", "only jobs that have been in their 
                  "least this long", parse_duration)
 IDS_ONLY = flag("--ids", "print only the ids", dest="ids_only")
 SELECT = (IDS, QUEUES, STATE, MATCH, OLDER_THAN, IDS_ONLY)
+AGE = arg("--older-than", "DURATION", "only jobs that have been in their state for at least this "
+          "time, with a unit: 7d", parse_age)
 CHANGE = (*SELECT, flag("-n --dry-run", "print the ids, and change nothing"))
+DELETE = tuple(AGE if option is OLDER_THAN else option for option in CHANGE)
 ALL_DEAD = flag("--all", "all dead jobs")
 KEY = arg("key", "KEY", "one of: " + ", ".join(SETTINGS), validate_setting)
 OF_QUEUE = arg("--queue", "QUEUE", "apply to this queue only (default: all queues without a "
@@ -9488,6 +9780,8 @@ COMMANDS = {
                 "follows the ending, as in: report -o FILE; repeatable", valid_file,
                 dest="reports", action="append", default=[]),
             flag("--detach", "run in the background; the log is in the queue's .run directory"),
+            arg("--output", None, "print the output of each job that ends, or of each that fails",
+                choices=("failed", "all")),
             flag("--quiet", "print no event lines"))),
     "worker stop": Command(
         cmd_worker_stop, "read", "let workers finish their jobs and exit", "worker stop --now",
@@ -9511,14 +9805,16 @@ COMMANDS = {
         flag("--notifications", "also show notifications that have completed"), LIMIT, JSON)),
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
     "logs": Command(cmd_logs, "read", "print the output of a job", "logs 7 -f", (
-        ID, flag("-f --follow", "continue until the attempt ends"),
+        IDS_OR_LAST, flag("-f --follow", "continue until the attempt ends"),
+        arg("-n --tail", "N", "only the last N lines", integer(0, 10**9)),
+        flag("--failed", "the last attempts of all dead jobs"),
         arg("--run", "N", "print attempt N instead of the last", integer(1, 10**9)))),
     "web": Command(cmd_web, "read", "show the jobs in a browser on this machine", "web --open", (
         arg("--port", "N", f"the port (default: {WEB_PORT}; 0: any that is free)",
             integer(0, 65535), default=WEB_PORT),
         flag("--open", "open the page in the browser"))),
     "wait": Command(cmd_wait, "read", "wait for jobs; exit with the code of the first that failed",
-        "wait 7 8", (IDS, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
+        "wait 7 8", (IDS_OR_LAST, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
     "cancel": Command(cmd_cancel, "write", "cancel waiting or running jobs", "cancel 7", (
         *CHANGE, flag("--cascade", "also cancel the jobs that wait for them"),
         flag("--gone", "they are gone elsewhere, although launcher_cancel fails"))),
@@ -9531,18 +9827,18 @@ COMMANDS = {
     "dlq retry": Command(cmd_dlq_retry, "write", "return dead or cancelled jobs to the queue",
         "dlq retry 7", (*CHANGE, ALL_DEAD)),
     "dlq purge": Command(cmd_dlq_purge, "write", "delete dead or cancelled jobs",
-        "dlq purge --older-than 30d", (*CHANGE, ALL_DEAD)),
+        "dlq purge --older-than 30d", (*DELETE, ALL_DEAD)),
     "prune": Command(cmd_prune, "write", "delete completed and cancelled jobs",
-        "prune --older-than 7d", CHANGE),
+        "prune --older-than 7d", DELETE),
     "doctor": Command(cmd_doctor, "none", "test this machine and this directory", "doctor",
         (JSON,)),
-    "config get": Command(cmd_config_get, "read", "print a setting", "config get timeout",
+    "config get": Command(cmd_config_get, "none", "print a setting", "config get timeout",
         (KEY, OF_QUEUE)),
     "config set": Command(cmd_config_set, "none", "change a setting",
         "config set limit 1 --queue gpu", (KEY, arg("value", "VALUE"), OF_QUEUE)),
-    "config unset": Command(lambda args, queue: queue.configure(args.key, None, args.queue or ""),
+    "config unset": Command(cmd_config_unset,
         "write", "restore the default of a setting", "config unset timeout", (KEY, OF_QUEUE)),
-    "config list": Command(cmd_config_list, "read", "list the settings", "config list",
+    "config list": Command(cmd_config_list, "none", "list the settings", "config list",
         (OF_QUEUE, JSON)),
 }
 # The fields that can be changed are the options of `enqueue`, except where selections have others.
@@ -9595,10 +9891,82 @@ complete -o default -F _queuectl queuectl queuectl.py""",
 }
 compdef _queuectl queuectl queuectl.py""",
     "fish": """function __queuectl
-  PROGRAM completion fish (commandline -opc) (commandline -ct) 2>/dev/null
+  set -l found (PROGRAM completion fish (commandline -opc) (commandline -ct) 2>/dev/null)
+  if set -q found[1]
+    printf '%s\\n' $found
+  else
+    __fish_complete_path (commandline -ct)
+  end
 end
-complete -c queuectl -c queuectl.py -a '(__queuectl)'""",
+complete -c queuectl -c queuectl.py -f -a '(__queuectl)'""",
 }
+
+
+COMPLETED_IDS = 50
+ID_STATES: Mapping[str, Sequence[str]] = {  # of the jobs whose ids complete a command; else all
+    "dlq list": (DEAD,),
+    "dlq retry": (DEAD,),
+    "dlq purge": (DEAD,),
+    "cancel": (PENDING, PROCESSING),
+    "wait": (PENDING, PROCESSING),
+    "edit": (PENDING,),
+    "prune": FINISHED,
+}
+
+
+def values_of(args: argparse.Namespace, name: str, options: Any, start: str) -> Iterable[str]:
+    """Return the known values of an argument of a command; an id that is to be new has none."""
+    if "choices" in options:
+        return options["choices"]  # type: ignore[no-any-return]
+    kind = str(options["metavar"]).partition(",")[0]
+    known = {"STATE": STATE_WORDS, "KEY": tuple(SETTINGS)}.get(kind, ())
+    if kind not in ("QUEUE", "ID", "POOL") or options.get("dest") == "id":
+        return known
+    with Queue(args.db, readonly=True, insecure=args.insecure) as queue:
+        if kind == "QUEUE":
+            return queue._reader.used_queues()
+        if kind == "POOL":
+            return queue._db.run_dir.alive("pool")
+        return queue._reader.ids_like(start, ID_STATES.get(name, STATES), COMPLETED_IDS)
+
+
+def argument_at(command: Command, words: Sequence[str]) -> dict[str, Any]:
+    """Return the options of the argument that comes after a command's words; empty if none does."""
+    named = {name: more for names, more in command.arguments for name in names if name[0] == "-"}
+    takes = [name for name, more in named.items() if more.get("action") != "store_true"]
+    if words and words[-1] in takes:
+        return named[words[-1]]
+    pairs = zip(["", *words], words)
+    given = [word for before, word in pairs if word[:1] != "-" and before not in takes]
+    others = [more for names, more in command.arguments if names[0][0] != "-"]
+    if others and others[-1].get("nargs") in ("*", "+"):
+        return others[min(len(given), len(others) - 1)]
+    return others[len(given)] if len(given) < len(others) else {}
+
+
+def completions(args: argparse.Namespace, typed: Sequence[str], last: str) -> Iterable[str]:
+    """Return the words that may come after those that were typed, and begin with the last one."""
+    words = []
+    for before, word in zip(["", *typed], typed):
+        if before == "--db":
+            args.db = os.path.expanduser(word)
+        elif word not in ("--db", "--insecure"):
+            words.append(word)
+    if typed[-1:] == ["--db"]:
+        return ()
+    size = next((size for size in (2, 1) if " ".join(words[:size]) in COMMANDS), 0)
+    if not size:
+        return menu(" ".join(words))
+    name, rest = " ".join(words[:size]), words[size:]
+    if name == "help":
+        return menu(" ".join(rest))
+    command = COMMANDS[name]
+    argument = argument_at(command, rest)
+    if last[:1] == "-":
+        return (option for names, _ in command.arguments for option in names if option[0] == "-")
+    values = values_of(args, name, argument, last.rpartition(",")[2]) if argument else ()
+    head = last[: last.rfind(",") + 1] if argument and ",..." in str(argument["metavar"]) else ""
+    return (head + value for value in values)
 
 
 def cmd_completion(args: argparse.Namespace) -> None:
@@ -9606,16 +9974,18 @@ def cmd_completion(args: argparse.Namespace) -> None:
         program = " ".join(map(shlex.quote, own_command()))
         print(COMPLETIONS[args.shell].replace("PROGRAM", program))
         return
-    *typed, last = args.typed
-    pairs = zip(typed, typed[1:])  # the first word is the program
-    given = [word for before, word in pairs if before != "--db" and not word.startswith("-")]
-    command = COMMANDS.get(" ".join(given[:2])) or COMMANDS.get(" ".join(given[:1]))
-    words: Iterable[str] = menu(" ".join(given))
-    if command:
-        words = (name for names, _ in command.arguments for name in names if name[0] == "-")
-    for word in words:
-        if word.startswith(last):
-            print(word)
+    words = [word for word in args.typed[1:] if word != "="]  # bash splits --state=dead
+    if args.typed[-1] == "=":
+        words.append("")
+    name, equals, value = words[-1].partition("=") if words[-1][:2] == "--" else ("", "", "")
+    if equals:
+        words[-1:] = [name, value]
+    *typed, last = words
+    with contextlib.suppress(QueueError, OSError):  # a shell has no place for messages
+        for word in completions(args, typed, last):
+            if word.startswith(last):
+                text = name + equals + word if equals else word
+                print(shlex.quote(text) if args.shell == "bash" else text)
 
 
 SHELL = arg("shell", "SHELL", "bash, zsh or fish", choices=tuple(COMPLETIONS))

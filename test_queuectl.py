@@ -1264,7 +1264,7 @@ class SqlPlans(Clocked):
                 for row in self.queue._db.execute("EXPLAIN QUERY PLAN " + sql, args):
                     if re.fullmatch(r"SCAN (TABLE )?(jobs|attempts|needs)", row[-1]):
                         scans.add(name)
-        self.assertEqual(scans, {"JOB", "ATTEMPT", "RECENT_IDS"})  # RECENT_IDS has a limit
+        self.assertEqual(scans, {"JOB", "ATTEMPT", "RECENT_IDS", "LAST_JOB"})  # with limits
 
     @NEEDS_SHELL
     @internal
@@ -1681,8 +1681,6 @@ class DatabaseCreation(Live):
             "dlq list",
             "dlq retry --all",
             "worker stop",
-            "config get timeout",
-            "config list",
             "config unset timeout",
         )
         for command in commands:
@@ -4849,8 +4847,9 @@ class QueuePrune(Clocked):
         self.assertEqual(self.queue.prune(0, ["dead"]), 0)
         self.assertEqual(self.result("dlq", "purge", "dead")[0], 1)
         self.queue.cancel(["child"])
-        self.assertEqual(self.result("prune", "--state", "cancelled")[:2], (0, "2 pruned\n"))
-        self.assertEqual(self.result("dlq", "purge", "dead")[:2], (0, "1 purged\n"))
+        pruned = (0, "", "queuectl: 2 jobs pruned\n")
+        self.assertEqual(self.result("prune", "--state", "cancelled"), pruned)
+        self.assertEqual(self.result("dlq", "purge", "dead"), (0, "", "queuectl: 1 job purged\n"))
 
     @internal
     def test_cancelled_child_keeps_no_parent_from_being_pruned_or_purged(self) -> None:
@@ -4864,7 +4863,7 @@ class QueuePrune(Clocked):
         line = self.assert_refused("dlq", "purge", "bad", code=1)
         self.assertIn("job child waits for bad; cancel that first", line)
         self.queue.cancel(["child"])
-        self.assertEqual(self.stdout("dlq", "purge", "bad"), "1 purged\n")
+        self.assertIn("1 job purged", self.run_cli("dlq", "purge", "bad").stderr)
 
     def test_dead_jobs_are_purged_by_id_or_by_age(self) -> None:
         for job_id in ("a", "b", "c"):
@@ -4873,9 +4872,10 @@ class QueuePrune(Clocked):
         self.assert_refused("dlq", "purge")
         self.assert_refused("dlq", "purge", "a", "good", code=1)
         self.assertEqual(self.ids(), "a b c good")
-        self.assertEqual(self.stdout("dlq", "purge", "a"), "1 purged\n")
+        self.assertIn("1 job purged", self.run_cli("dlq", "purge", "a").stderr)
         self.assert_refused("dlq", "purge", "--older-than", "5000w")
-        self.assertEqual(self.stdout("dlq", "purge", "--older-than", "500w"), "2 purged\n")
+        purged = (0, "", "queuectl: 2 jobs purged\n")
+        self.assertEqual(self.result("dlq", "purge", "--older-than", "500w"), purged)
         self.assertEqual(self.ids(), "good")
 
     @NEEDS_SHELL
@@ -8867,7 +8867,15 @@ class CliBadInput(Case):
         "enqueue x --delay=-5m": "must not be negative",
         "enqueue x --delay -5m": "must not begin with -",
         "status --db=": "--db must not be empty",
-        "list --state done": "cancelled",
+        "list --state done": "--state must not be 'done': did you mean completed?",
+        "list -s failed": "did you mean dead?",
+        "list -s running": "did you mean processing?",
+        "list -s queued": "did you mean pending?",
+        "prune --older-than 7": "must have a unit: 7 would be seconds; 7d for days",
+        "dlq purge --older-than 7": "must have a unit: 7 would be seconds; 7d for days",
+        "config set retention 30": "retention must have a unit: 30 would be seconds; 7d for days",
+        "logs --failed x": "use it alone",
+        "logs -f x y": "-f follows one job",
         "prune --state pending": "must be one of completed, dead, cancelled, not pending",
         "cancel": "name the jobs, or select them by --queue,",
         "--db new.db worker start --horizon 5": "--horizon requires --drain",
@@ -9021,6 +9029,45 @@ class CliStatus(Clocked):
     """`status` and `list` of one queue."""
 
     @internal
+    def test_queue_that_never_had_a_job_is_reported_with_the_nearest_name(self) -> None:
+        self.queue.enqueue("true", id="b", queue="old")
+        self.finish(0)
+        self.queue.prune()
+        self.queue.enqueue("true", id="a", queue="render")
+        hint = "queuectl: queue rendr never had a job: did you mean render?\n"
+        for words in ("status", "list", "list --json", "pause", "resume", "dlq list"):
+            with self.subTest(words):
+                code, _, err = self.result(*words.split(), "--queue", "rendr")
+                self.assertEqual((code, hint in err), (0, words != "resume"), err)
+                for known in ("render", "old"):  # the jobs of one have been deleted
+                    err = self.run_cli(*words.split(), "--queue", known).stderr
+                    self.assertNotIn("never", err)
+        found = self.run_cli("worker", "start", "--drain", "--queue", "rendr").stderr
+        self.assertIn("queue rendr never had a job: did you mean render?\n", found)
+
+    @internal
+    def test_change_is_reported_on_stderr(self) -> None:
+        messages = {
+            "pause --queue gpu": "queue gpu is paused; running jobs continue",
+            "pause": "all queues are paused; running jobs continue",
+            "resume": "all queues are no longer paused",
+            "config set timeout 5400": "timeout is 1h30m for all queues",
+            "config set timeout 90 --queue gpu": "timeout is 1m30s for queue gpu",
+            "config unset timeout --queue gpu": "timeout is 1h30m for queue gpu",
+            "config set no_retry_exit_codes": "no_retry_exit_codes is empty for all queues",
+            "config set shell nosuch": "warning: there is no program nosuch here",
+            "prune": "1 job pruned",
+        }
+        self.queue.enqueue("true", id="a", queue="gpu")
+        self.queue.cancel(["a"])
+        for words, message in messages.items():
+            with self.subTest(words):
+                empty = [""] if words.endswith("codes") else []
+                code, out, err = self.result(*words.split(), *empty)
+                self.assertEqual((code, out), (0, ""))
+                self.assertIn(f"queuectl: {message}", err)
+
+    @internal
     def test_status_and_list_filter_by_queue(self) -> None:
         enqueue_pairs(self.queue)
         listed = self.json_lines("list", "--queue", "gpu")
@@ -9083,19 +9130,23 @@ class CliStatusLive(Live):
         self.wait_for_file("started")
         watch = Terminal(self, "status", "--watch", env={"NO_COLOR": "1"})
         rows = (
-            r"^\x1b\[H\x1b\[J",
+            r"^\x1b\[\?1049h\x1b\[H\x1b\[Jqueue      \S+/queuectl.db\r\n",
             r"pending +3\r\nprocessing +1\r\ncompleted +0\r\ndead +1\r\n",
-            r"workers +1\r\nrate +\d\.\d  jobs/s recently\r\n",
+            r"workers +1\r\nrate +\d\.\d  jobs/s recently\r\n",  # none is idle
             r"oldest +job later0, due \S+.*; next to run\r\n",
-            r"worker-\S+ +\d+ +(now|\d+ s ago) +busy +(now|\d+ s ago) +touch started",
+            r"RUNNING  FOR .*\r\nbusy     \d+ s +1 +worker-\S+ +touch started",
             r"bad +(now|\d+ s ago) +exit code 3\r\n",
         )
         watch.wait_for("(?s)" + ".*".join(rows))
         self.write("go")
-        watch.wait_for(r"(?s)\x1b\[H\x1b\[J.*completed +4\r\n.*rate +\d\.\d .*idle")
-        watch.process.send_signal(signal.SIGINT)
-        self.assertNotIn("Traceback", watch.end())
-        self.assertEqual(watch.process.returncode, -signal.SIGINT)
+        watch.wait_for(r"(?s)\x1b\[H\x1b\[J.*completed +4\r\n.*workers +1  \(1 idle\)\r\n")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with self.subTest(number):
+                watch.process.send_signal(number)
+                self.assertTrue(watch.end().endswith("\x1b[?1049l"))  # the screen before
+                self.assertEqual(watch.process.returncode, -number)
+                watch = Terminal(self, "status", "--watch")
+                watch.wait_for("pending")
 
 
 class CliList(Case):
@@ -9147,6 +9198,7 @@ class CliListLive(Live):
         self.stdout("enqueue", "--id", "x", "--every", "15m", "--delay", "1h30s", "true")
         self.stdout("enqueue", "--id", "y", "--cron", "@hourly", "true")
         shown = r"x +every 15m +in 1h\d+s +x\.1 +true\ny +@hourly +(in .*|now) y\.1 +true\n"
+        self.assertNotIn("RESULT", self.stdout("list", "--recurring"))
         self.assertRegex(self.stdout("list", "--recurring"), shown)
         self.assertEqual(
             [job["schedule_id"] for job in self.json_lines("list", "--recurring")], ["x", "y"]
@@ -9154,8 +9206,63 @@ class CliListLive(Live):
 
 
 @NEEDS_SHELL
-class CliShow(Case):
-    """`show`."""
+class CliShow(Clocked):
+    """`show`, and `list` of jobs that have run."""
+
+    @internal
+    def test_schedule_shows_its_last_result_and_when_it_was(self) -> None:
+        self.queue.enqueue("true", id="x", every=10)
+        self.assertIsNone(self.json_object("show", "x")["last_result"])
+        began = time.time() - 90
+        job = self.claim()
+        self.queue._ledger.finish(job, Outcome("exited", began - 2, began, 3, "exit code 3"))
+        self.assertRegex(
+            self.stdout("list", "--recurring"), r"LAST RESULT .*\n.* exit code 3 1m3\ds ago "
+        )
+        self.assertRegex(self.stdout("show", "x"), r"\nlast_result  exit code 3 1m3\ds ago\n")
+        for words in (("list", "--recurring"), ("show", "x")):
+            result = self.json_object(*words)["last_result"]
+            self.assertEqual((result["job"], result["outcome"]), ("x.1", "failed"))
+            self.assertEqual(result["finished"], queuectl.format_time(began))
+
+    @internal
+    def test_list_has_times_of_the_last_attempt_as_json(self) -> None:
+        keys = ("started", "finished", "seconds")
+        for name in ("a", "b", "c"):
+            self.queue.enqueue("true", id=name)
+        done = self.claim()
+        self.queue._ledger.finish(done, Outcome("exited", 1.0, 3.5, 0, None))
+        running = self.claim()
+        times = [queuectl.format_time(when) for when in (1.0, 3.5, running.locked_at)]
+        rows = [[job[key] for key in keys] for job in self.json_lines("list")]
+        self.assertEqual(rows, [[*times[:2], 2.5], [times[2], None, None], [None] * 3])
+
+    def test_show_has_local_times_and_durations_that_can_be_typed(self) -> None:
+        self.enqueue("true", id="x", timeout=5400, retry_delays=[10, 60], delay="2h")
+        with time_zone("XXX-3:30"):
+            shown = self.stdout("show", "x")
+            due = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.job("x").run_after))
+        self.assertRegex(shown, rf"\nrun_after    {due}:\d\d \(in (2h|1h59m)")
+        self.assertIn("\ntimeout      1h30m\n", shown)
+        self.assertIn("\nretry_delays 10s,1m\n", shown)
+        exact = {0: "0", 0.5: "0.5s", 300: "5m", 86399.25: "23h59m59.25s", 2592000: "30d"}
+        self.assert_table(exact, queuectl.exact_duration)
+        for seconds, text in exact.items():
+            self.assertEqual(queuectl.parse_duration(text), seconds)
+
+    def test_command_without_an_id_is_about_the_job_that_was_added_last(self) -> None:
+        self.assertIn("there are no jobs in /", self.assert_refused("show", code=1))
+        for name in ("first", "last"):
+            self.enqueue("echo it is $QUEUECTL_JOB_ID", id=name)
+        self.enqueue("true", id="told", on_end="true", priority=-1)
+        self.result("dlq", "purge", "told")
+        self.stdout("cancel", "told")
+        self.stdout("prune", "--state", "cancelled")
+        self.drain()
+        named = "queuectl: job last: echo it is $QUEUECTL_JOB_ID\n"
+        self.assertEqual(self.result("logs"), (0, "it is last\n", named))
+        self.assertEqual(self.result("wait"), (0, "", named))
+        self.assertEqual(self.stdout("show"), self.stdout("show", "last"))
 
     def test_show_includes_every_attempt(self) -> None:
         self.configure(backoff_max="0.1")
@@ -9228,9 +9335,57 @@ class CliLogs(Clocked):
         )
         self.assertIn("no run 3; its runs: 1 to 2", self.result("logs", "x", "--run", "3")[2])
 
+    @internal
+    def test_logs_of_several_jobs_have_headings_and_may_be_cut_to_their_last_lines(self) -> None:
+        self.assertIn("no job is dead", self.fail_jobs() or self.run_cli("logs", "--failed").stderr)
+        self.queue.configure("max_retries", "1")
+        self.fail_jobs(a=b"1\n2\n3\n", b=b"one\ntwo", c=b"")
+        whole = "==> a <==\n1\n2\n3\n\n==> b <==\none\ntwo"
+        self.assert_table(
+            {
+                "a b": whole,
+                "--failed": whole + "\n==> c <==\n",
+                "--failed --tail 1": "==> a <==\n3\n\n==> b <==\ntwo\n==> c <==\n",
+                "a -n 2": "2\n3\n",
+                "b -n 1": "two",
+                "b -n 9": "one\ntwo",
+                "a -n 0": "",
+                "a -f -n 1": "3\n",
+            },
+            lambda words: self.stdout("logs", *words.split()),
+        )
+
+    def fail_jobs(self, **outputs: bytes) -> None:
+        for name, output in outputs.items():
+            self.queue.enqueue("true", id=name)
+            outcome = Outcome("exited", 1.0, self.now, 1, "exit code 1", 0, output)
+            self.queue._ledger.finish(self.claim(), outcome)
+
 
 class CliLogsLive(Live):
     """`logs` of running jobs."""
+
+    def test_workers_print_the_output_of_jobs_as_they_end(self) -> None:
+        self.configure(max_retries="2", backoff_max="0")
+        self.enqueue("echo try $QUEUECTL_ATTEMPT; exit 3", id="bad")
+        self.enqueue("printf good", id="good")
+        failed = self.run_cli("worker", "start", "--drain", "--output", "failed", code=1)
+        self.assertEqual(failed.stdout, "==> bad <==\ntry 2\n")
+        self.stdout("dlq", "retry", "bad")
+        self.enqueue("printf better", id="better")
+        everything = self.run_cli("worker", "start", "--drain", "--output", "all", code=1)
+        self.assertIn("==> better <==\nbetter\n", everything.stdout)
+        self.assertIn("==> bad <==\ntry 2\n", everything.stdout)
+        self.assertEqual(everything.stdout.count("==>"), 2)
+
+    def test_logs_follow_a_running_job_from_its_last_lines(self) -> None:
+        self.enqueue(f"echo one; echo two; touch started; {RUN_UNTIL_GO}; echo three", id="x")
+        self.pool("--drain")
+        self.wait_for_file("started")
+        logs = self.start("logs", "x", "-f", "--tail", "1")
+        self.assertEqual(os.read(logs.stdout.fileno(), 99), b"two\n")
+        self.write("go")
+        self.assertEqual(logs.communicate(timeout=5)[0], "three\n")
 
     def test_logs_follow_a_running_job_until_it_ends(self) -> None:
         self.enqueue(f"echo one; {RUN_UNTIL_GO}; echo two", id="x")
@@ -9283,7 +9438,7 @@ class CliWait(Case):
         "good child --timeout 0": 1,
         "--all": 1,  # the child can never run
         "unknown": 1,
-        "": 2,
+        "": 1,  # the child, which was added last
         "--all good": 2,
     }
 
@@ -9573,6 +9728,15 @@ class CliConfig(Case):
         listed = [setting["key"] for setting in self.json_lines("config", "list")]
         self.assertEqual(listed, list(queuectl.SETTINGS))
 
+    def test_settings_without_a_queue_are_the_defaults(self) -> None:
+        self.assertEqual(self.result("config", "get", "timeout"), (0, "300\n", ""))
+        rows = self.json_lines("config", "list")
+        self.assertEqual([row["key"] for row in rows], list(queuectl.SETTINGS))
+        self.assertEqual(os.listdir(self.dir), [])
+        for words in ("status", "list"):
+            line = self.assert_refused(words, code=1)
+            self.assertIn("; to begin: queuectl enqueue 'make all'\n", line)
+
     def test_queue_has_its_own_value_or_the_default(self) -> None:
         gpu = ("--queue", "gpu")
         self.stdout("config", "set", "timeout", "60")
@@ -9587,7 +9751,7 @@ class CliConfig(Case):
         self.enqueue("true", id="a", queue="gpu")
         self.assertIn("0/7", self.stdout("list"))
         self.assertEqual(self.json_object("list")["max_retries"], 7)
-        settings = "timeout 60 (all queues), max_retries 7 (queue gpu)"
+        settings = "timeout 1m (all queues), max_retries 7 (queue gpu)"
         self.assertRegex(self.stdout("show", "a"), rf"\nsettings +{re.escape(settings)}\n")
         self.assertEqual(self.json_object("show", "a")["settings"]["max_retries"], 7)
         listed = {row["key"]: row for row in self.json_lines("config", "list", *gpu)}
@@ -9702,6 +9866,96 @@ class CliCompletion(Case):
         "t queuectl show 7 --": ["--json"],
         "t queuectl config list --j": ["--json"],
     }
+
+    VALUES = {  # the words typed, of which the last is completed
+        "list --state de": "dead",
+        "list --state=pending,re": "--state=pending,ready",
+        "list --state = sch": "scheduled",  # as bash splits it
+        "config get time": "timeout",
+        "config set timeout _": "",
+        "list --queue _": "gpu",
+        "enqueue -q g": "gpu",
+        "report --format h": "html",
+        "completion f": "fish",
+        "help dlq pu": "purge",
+        "dlq retry _": "dead1",
+        "dlq retry dead1 _": "dead1",
+        "wait pend1,_": "",
+        "cancel _": "sched pend1",
+        "enqueue x --after pend1,d": "pend1,dead1",
+        "enqueue --id _": "",
+        "show dead1 _": "",
+        "--db other.db dlq retry _": "",
+        "show --js": "--json",
+    }
+
+    @internal
+    def test_completion_offers_the_values_that_fit(self) -> None:
+        self.assertEqual(self.result("completion", "zsh", "q", "dlq", "retry", ""), (0, "", ""))
+        with Queue(self.path) as queue:
+            queue.enqueue("true", id="dead1", max_retries=1, queue="gpu")
+            outcome = Outcome("exited", 1.0, 2.0, 1, "exit code 1")
+            queue._ledger.finish(claim(queue), outcome)
+            queue.enqueue("true", id="pend1", queue="gpu")
+            queue.enqueue("true", id="sched", every="1h", queue="gpu")
+
+        def complete(words: str) -> str:
+            typed = ["" if word == "_" else word.rstrip("_") for word in words.split()]
+            shown = self.stdout("completion", "zsh", "queuectl", *typed).split()
+            return " ".join(word for word in shown if word != "sched.1")
+
+        self.assert_table(self.VALUES, complete)
+        self.enqueue("true", id="$(touch${IFS}x)")
+        shown = self.stdout("completion", "bash", "queuectl", "cancel", "$")
+        self.assertEqual(shown, "'$(touch${IFS}x)'\n")
+
+    @internal
+    def test_completion_reads_few_of_many_jobs_and_offers_fifty(self) -> None:
+        steps = {}
+        with Queue(self.path) as queue:
+            for number in (1000, 5000):
+                list(queue.enqueue_many({"command": "true"} for _ in range(number)))
+                ticks: list[None] = []
+                handler = partial(ticks.append, None)
+                queue._db.connection.set_progress_handler(handler, 100)
+                found = [
+                    len(queue._reader.ids_like(prefix, [state], 50))
+                    for prefix, state in (("1", "pending"), ("x", "pending"), ("1", "dead"))
+                ]
+                queue._db.connection.set_progress_handler(None, 100)
+                self.assertEqual(found, [50, 0, 0])
+                steps[number] = len(ticks)
+        self.assertLess(steps[5000], 1.5 * steps[1000])
+
+    INTERACTIVE = {  # how each shell starts without the user's files, and loads the completion
+        "bash": ("--norc --noprofile -i", 'eval "$(queuectl completion bash)"'),
+        "zsh": ("-f -i", 'autoload -U compinit; compinit -u; eval "$(queuectl completion zsh)"'),
+        "fish": ("--no-config -i", "queuectl completion fish | source"),
+    }
+
+    @SLOW
+    def test_completion_of_an_id_works_at_the_prompt_of_each_installed_shell(self) -> None:
+        os.mkdir(self.file("bin"))
+        self.write("bin/queuectl", f'#!/bin/sh\nexec {shlex.join([*PYTHON, PROGRAM])} "$@"\n')
+        os.chmod(self.file("bin/queuectl"), 0o755)
+        self.enqueue("false", id="dead-one", max_retries=1)
+        self.drain(code=1)
+        self.enqueue("true", id="dead-not", delay="1h")
+        env = {"PATH": f"{self.dir}/bin:{os.environ['PATH']}", "HOME": self.dir}
+        for shell, (options, load) in self.INTERACTIVE.items():
+            if shutil.which(shell):
+                with self.subTest(shell):
+                    code = "import fcntl, os, sys, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0)"
+                    code += "; os.dup2(1, 0); os.execvp(sys.argv[1], sys.argv[1:])"
+                    program = (sys.executable, "-c", code, shell, *options.split())
+                    terminal = Terminal(self, program=program, env=env, start_new_session=True)
+                    terminal.type(f"{load}; echo lo''aded")
+                    terminal.wait_for("loaded")
+                    os.write(terminal.fd, b"queuectl dlq retry de\t")
+                    terminal.wait_for("(?s)dead-.*one")
+                    os.write(terminal.fd, b"\r")
+                    wait_until(lambda: self.job("dead-one").state == "pending")
+                    self.drain("--horizon", "0", code=1)
 
     def test_completion_works_in_each_installed_shell(self) -> None:
         for shell, script in self.SHELLS.items():
@@ -10010,7 +10264,7 @@ class CliTerminal(Live):
         events = self.drain("--queue", "default", real=True)
         self.assertRegex(events, r"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00 [ -~]+\n){3}$")
         watch = Terminal(self, "status", "--watch", env={"TERM": "dumb"})
-        watch.wait_for(r"^pending +1000\r\n")
+        watch.wait_for(r"^queue +\S+\r\npending +1000\r\n")
         for words in ("status", "list", "show 1", "wait 1", "worker list", "list --json"):
             with self.subTest(words):
                 code, out, err = self.result(*words.split())
@@ -10526,7 +10780,7 @@ class Readme(Case):
             with self.subTest(broken):
                 env = {**os.environ, "BROKEN": broken}
                 result = self.process("sh", "-c", example, env=env)
-                failures = f"--- {job} failed:\nmaking {broken}\n" * code
+                failures = f"==> {job} <==\nmaking {broken}\n" * code
                 self.assertEqual(
                     (result.returncode, result.stdout), (code, "unit\ne2e\n" + failures)
                 )

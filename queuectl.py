@@ -2,6 +2,17 @@
 # queuectl 1.0.0 (https://github.com/OWNER/queuectl), MIT license
 """queuectl: a durable background job queue for shell commands, in one file.
 
+    from queuectl import Queue, work
+
+    queue = Queue("jobs.db")                    # makes the file if there is none
+    job_id = queue.enqueue("make all", priority=5, delay="10m")
+    work("jobs.db", count=4, drain=True)        # or in a shell: queuectl worker start
+    print(queue.get(job_id).state, queue.output(job_id).decode())
+
+See help(queuectl.Queue) for the methods, Queue.enqueue for the fields of a job, Job and Attempt for
+the records that are returned, work for running jobs, and QueueError for what can fail. The command
+`queuectl --help` lists the commands. The rest of this text explains how queuectl works.
+
 The life of a job:
 
     pending -> processing -> completed          exit code 0
@@ -22,6 +33,10 @@ its last holder dies, so liveness is a fact: there are no heartbeats, leases or 
     SEQ.RUN.out     the output of one attempt, locked by its worker and, through an inherited
                     descriptor, by every process of the job; unlocked means that all are gone
     SEQ.RUN.kept.X  the same, with a result X that the worker could not store
+
+A launcher, such as ssh or srun, runs a job elsewhere, in a wrapper that reports its start and its
+exit code. The job's row has what ends it there (`launch`), on disk before the launch. Where no exit
+code was reported, that is done before the job returns to the queue.
 
 A job in `processing` whose worker's lock is free has crashed, unless the worker kept its result.
 The remaining processes of the attempt are found by its lock or, on Linux, by their environment.
@@ -47,7 +62,7 @@ The sections of this file, in order. Each one uses only the sections above it.
     trust           whether other users can put commands into the queue
     queue           reading jobs, changing their state, and the public Queue
     attempt         launching a job, watching it, ending its processes (TERM, then KILL after
-                    kill_grace), keeping its output and its result
+                    kill_grace), keeping its output and its result; launchers
     worker          the process that runs one job at a time
     pool            the process that starts workers and recovers the jobs of dead ones
     words           jobs as text, workers and counts as text and as JSON; not the event lines
@@ -107,7 +122,10 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection as Pipe
 
     Argument = tuple[tuple[str, ...], dict[str, Any]]
+    Duration = Union[float, str, timedelta]  # seconds, or as on the command line
     Environ = Mapping[str, str]
+    Stdin = Union[str, Sequence[int]]  # a path, or the descriptors of all three streams
+    Words = Sequence[Any]  # str or bytes
     Facts = Mapping[str, Any]
     Link = Callable[[str], str]  # returns the HTML for a job's id
     Rows = Iterable[Sequence[object]]
@@ -130,17 +148,26 @@ COMPLETED: State = "completed"
 DEAD: State = "dead"
 CANCELLED: State = "cancelled"
 STATES = (PENDING, PROCESSING, COMPLETED, DEAD, CANCELLED)
-FINISHED = (COMPLETED, DEAD, CANCELLED)
+FINISHED: tuple[State, ...] = (COMPLETED, DEAD, CANCELLED)
 STAGED = "staged"  # the state of jobs that nobody sees: their batch is not complete yet
 PRUNED_BY_DEFAULT = (COMPLETED, CANCELLED)  # dead letters stay until they are purged
 
 READY, SCHEDULED, BLOCKED = 1, 0, -1  # the readiness of a pending job; all others are READY
 READINESS_WORDS = {READY: "ready", SCHEDULED: "scheduled", BLOCKED: "blocked"}
 STATE_WORDS = (*STATES, *READINESS_WORDS.values())
+STATE_SYNONYMS = {  # words of other tools, and the state that each means here
+    **dict.fromkeys(("queued", "waiting"), "pending"),
+    **dict.fromkeys(("running", "active", "started"), "processing"),
+    **dict.fromkeys(("done", "finished", "success", "succeeded"), "completed"),
+    **dict.fromkeys(("failed", "failure", "error"), "dead"),
+    "delayed": "scheduled",
+}
 
 SUMMARY = "summary"  # the event of a notification about several jobs
 
-End = Literal["exited", "timed out", "crashed", "released", "cancelled", "unstarted"]
+End = Literal[
+    "exited", "timed out", "crashed", "released", "cancelled", "unstarted", "not launched"
+]
 StopMode = Literal["", "stop", "now"]  # "stop": claim no more jobs; "now": also end running ones
 WorkerState = Literal["idle", "notified", "busy", "left"]
 TRY_LATER = 75  # a job's exit code (EX_TEMPFAIL): "not now"; it does not count as an attempt
@@ -203,10 +230,16 @@ class Damaged(Fault):
 class Job(NamedTuple):
     """A job as it was when it was read. The fields are columns; times are Unix seconds.
 
+    `seq` numbers the jobs in the order of their arrival. `id`, `queue`, `command`, `cwd` and
+    `priority` are as in Queue.enqueue, at the time `created_at`. A job does not start before
+    `run_after`. `locked_by` is the worker that runs it, since `locked_at`. `exit_code` and
+    `last_error` tell how the last attempt ended; None is for no attempt, and for no error.
+
     `attempts` counts the starts since the job was enqueued or retried from the dead letter queue;
     `snoozes` counts the exits with 75. `run` counts every start and identifies one attempt.
     `max_retries` (the number of starts allowed) and `timeout` (seconds, 0 for none) are None where
-    the settings decide. `env` is a JSON object. `readiness` is READY, SCHEDULED or BLOCKED.
+    the settings decide. `env` is a JSON object. `readiness` of a pending job
+    is 1 (ready), 0 (scheduled) or -1 (blocked).
     `cancel_requested` is 1 while a running job is being cancelled. `updated_at` is the time of the
     last change of state; for a ready job, the time when it became ready. `waited` is how many
     seconds the job was ready before its latest start. A job of a schedule has the `schedule_id`,
@@ -214,7 +247,8 @@ class Job(NamedTuple):
     has been made, the `rule`. `retry_delays` are seconds, separated by commas; `on_dead` and
     `on_end` are None where the settings decide, and empty for no command. `stdin_size` is in bytes.
     A notification has the number of the job that it reports on in `notifies`, and in `event` the
-    state in which that job ended, or "summary".
+    state in which that job ended, or "summary". While a launcher runs the job elsewhere, `launch`
+    is a JSON object of what is known about that.
     """
 
     seq: int
@@ -248,7 +282,22 @@ class Job(NamedTuple):
     on_end: str | None
     notifies: int | None
     event: str | None
+    launch: str | None
     stdin_size: int
+
+    @property
+    def launched(self) -> dict[str, Any]:
+        """What is known about an attempt elsewhere: cancel, host, trouble; empty if it is here."""
+        return dict(json.loads(self.launch or "{}"))
+
+    @property
+    def host(self) -> str | None:
+        """Where a launcher runs the job; None if it runs here, or does not run."""
+        return self.launched.get("host", "waiting for a place") if self.launch else None
+
+    @property
+    def whereabouts(self) -> str:
+        return "on " + self.launched["host"] if "host" in self.launched else "elsewhere"
 
     @property
     def key(self) -> str:
@@ -257,8 +306,9 @@ class Job(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """How one attempt ended. Times are Unix seconds; an exit code below 0 is minus a signal.
+    """How one attempt ended. Times are Unix seconds; `exit_code` below 0 is minus a signal.
 
+    `run` is the number of the attempt, from 1, and `worker` ran it from `started` to `finished`.
     `outcome` is "completed", "failed", "timed out", "crashed", "released" (ended by the operator
     and returned to the queue) or "cancelled". `error` is None if it completed. `waited` is how
     many seconds the job was ready before this attempt. `bytes_dropped` is the length of the output
@@ -326,6 +376,7 @@ LATE = 0.1  # seconds; a start that was later than this after its token is not c
 LONGEST = 10 * 365 * 86400.0  # no duration is longer, so that sums of times never overflow
 LATEST_TIME = 253402214400  # the end of the year 9999 in every time zone
 STDIN_LIMIT = 1 << 20  # bytes of a job's stdin
+DELAYS_LIMIT = 1000  # of a job: more would make its row long
 PARENTS_LIMIT = 30_000  # characters of QUEUECTL_PARENTS; Windows allows 32,767 in a variable
 TOP_PRIORITY = 1_000_001  # of notifications, above what a user can give
 QUOTED_LIMIT = 100  # characters of user input that a message quotes
@@ -355,6 +406,11 @@ def printable(value: str) -> str:
 def quoted(value: str, limit: int = QUOTED_LIMIT) -> str:
     """Return user input for a message: escaped, and truncated if it is long."""
     return printable(value[:limit]) + "..." * (len(value) > limit)
+
+
+def last_line(output: str) -> str:
+    """Return the last line of an output, for a message."""
+    return quoted(next(filter(str.strip, reversed(output.split("\n"))), "").strip())
 
 
 def plural(number: int, noun: str) -> str:
@@ -390,7 +446,8 @@ def id_hint(word: str) -> str:
     """Return what a word that is not an id seems to mean, or an empty string."""
     if "," in word:
         return "; ids are separated by blanks"
-    return f": did you mean --state {word}?" if word in STATE_WORDS else ""
+    state = STATE_SYNONYMS.get(word, word)
+    return f": did you mean --state {state}?" if state in STATE_WORDS else ""
 
 
 def as_list(words: Iterable[str]) -> list[str]:
@@ -430,7 +487,9 @@ def number(low: int, high: int) -> Validator:
 
 
 def parse_duration(value: Any) -> float:
-    """Return a duration in seconds, given a number or `90`, `90s`, `5m`, `1h30m`, `2 days`."""
+    """Return seconds, given them, a timedelta or `90`, `90s`, `5m`, `1h30m`, `2 days`."""
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
     if isinstance(value, str):
         text = value.strip().lower()
         require(text not in ("none", "never", "inf"), "be a number; 0 means no limit")
@@ -455,19 +514,32 @@ def parse_size(value: Any) -> int:
 def valid_delays(value: Any) -> str:
     """Return durations, separated by commas or in a list, as seconds separated by commas."""
     items = value.split(",") if isinstance(value, str) else value
-    require(isinstance(items, (list, tuple)) and items, "be durations such as 10s,1m,10m")
-    return ",".join(f"{parse_duration(item):.15g}" for item in items)
+    with contextlib.suppress(ValueError):
+        require(isinstance(items, (list, tuple)) and 0 < len(items) <= DELAYS_LIMIT, "be a list")
+        return ",".join(f"{parse_duration(item):.15g}" for item in items)
+    raise ValueError(f"must be 1 to {DELAYS_LIMIT} durations such as 10s,1m,10m")
 
 
 def parse_time(value: Any) -> float:
-    """Return Unix seconds, given a number of them or ISO 8601 (local time if without offset)."""
+    """Return Unix seconds, given them, a datetime or ISO 8601 (local time if without offset)."""
     if isinstance(value, str) and re.fullmatch(r"\s*\d{9,11}(\.\d*)?\s*", value):
         value = float(value)
-    elif isinstance(value, str):
-        with contextlib.suppress(ValueError, OverflowError, OSError):
-            value = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", value.strip())).timestamp()
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        if isinstance(value, str):
+            value = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", value.strip()))
+        if isinstance(value, datetime):
+            value = value.timestamp()
     expectation = "be a time between 1970 and 9999, such as 2030-01-31T08:00 or 2030-01-31T08:00Z"
     return float(in_range(0, value, LATEST_TIME, expectation))
+
+
+def parse_age(value: Any) -> float:
+    """Return the age of jobs to be deleted; a bare number, which may stand for days, is refused."""
+    bare = re.fullmatch(r"\s*([1-9]\d*)\s*", str(value))
+    require(
+        not bare, f"have a unit: {bare and bare[1]} would be seconds; 7d for days, 7s for seconds"
+    )
+    return parse_duration(value)
 
 
 def valid_tries(value: Any) -> int:
@@ -524,13 +596,24 @@ def valid_names(value: Any) -> list[str]:
     return [valid_name(name) for name in names]
 
 
-def valid_states(value: str) -> list[str]:
-    """Validate the names of states and of readiness in a string, separated by commas."""
-    words = value.split(",")
-    for word in words:
+def valid_states(value: Iterable[str]) -> list[str]:
+    """Validate the names of states and of readiness: several, or a string with commas."""
+    words = value.split(",") if isinstance(value, str) else list(value)
+    for word in map(str, words):
         if word not in STATE_WORDS:
-            raise ValueError(f"has no state {quoted(word)}{suggestion(word, STATE_WORDS)}")
+            meant = STATE_SYNONYMS.get(word.lower())
+            hint = f": did you mean {meant}?" if meant else suggestion(word.lower(), STATE_WORDS)
+            raise ValueError(f"must not be '{quoted(word)}'{hint}")
     return words
+
+
+def valid_queue_path(value: Path) -> str:
+    path = os.fsdecode(value)
+    require(path, "not be empty")
+    is_file = path != ":memory:" and not re.match(r"(?i)file:|[a-z]\w+://", path)
+    name = quoted(path)
+    require(is_file, f"name a file, which workers can open, not {name} (or write ./{name})")
+    return path
 
 
 def valid_file(value: str) -> str:
@@ -778,42 +861,100 @@ def valid_rate(value: object) -> str:
     with contextlib.suppress(ValueError):
         rate_gap(rate)
         return rate
-    raise ValueError("must be a number of starts in a time of 1 s or more, such as 10/1m, or 0")
+    raise ValueError("must be a number of starts per period of 1 s or more, such as 10/1m, or 0")
+
+
+def valid_switch(value: object) -> str:
+    require(value in ("no", "yes"), "be no or yes")
+    return str(value)
+
+
+PLACEHOLDER = r"\{(seq|run|queue|id)\}"
+
+
+def valid_launcher(value: Any) -> tuple[str, ...]:
+    words = valid_prefix(value) if valid_text(value).strip() else ()
+    for word in words:
+        unknown = re.search(r"(?<!\{)\{[a-z]+\}(?!\})", re.sub(PLACEHOLDER, "", word))
+        require(
+            not unknown,
+            f"not contain {unknown and unknown[0]}: use {{seq}} {{run}} {{queue}} {{id}}",
+        )
+    return words
+
+
+def fill_in(words: Iterable[str], job: Job) -> list[str]:
+    """Replace the placeholders of a launcher; names have letters, digits and dashes only."""
+
+    def value(match: re.Match[str]) -> str:
+        text = str(getattr(job, match[1])).lower()
+        return re.sub("[^a-z0-9]+", "-", text).strip("-")[:40].rstrip("-") or "x"
+
+    return [re.sub(PLACEHOLDER, value, word) for word in words]
+
+
+def require_program(name: str) -> None:
+    """Raise ValueError where there is no program of that name, as a shell would look for it."""
+    import shutil
+
+    require(not WINDOWS, "not be set on Windows, where launchers are not supported")
+    require(shutil.which(name), f"begin with a program; {quoted(name)} was not found")
 
 
 class Setting(NamedTuple):
-    """A setting: its default, the validator that reads its text, and its meaning."""
+    """A setting: its default, the validator that reads its text, and its meaning.
+
+    `program` is called with the first of its words, if any, when it is set.
+    """
 
     default: Any
     read: Validator
     meaning: str
     per_queue: bool = True  # a queue may have a value of its own
+    program: Callable[[str], None] | None = None
 
 
 SETTINGS = {
     "max_retries": Setting(3, FIELDS["max_retries"], "number of attempts, including the first"),
     "backoff_base": Setting(2.0, number(1, 1000), "a retry waits this value ** attempts seconds"),
     "backoff_max": Setting(86400.0, parse_duration, "a retry never waits longer than this"),
-    "jitter": Setting(0.0, number(0, 1), "a retry may wait less, by up to this part of the time"),
+    "jitter": Setting(
+        0.0, number(0, 1), "shorten each wait for a retry at random, by up to this fraction"
+    ),
     "timeout": Setting(300.0, parse_duration, "how long an attempt may take (0: no limit)"),
     "kill_grace": Setting(5.0, parse_duration, "time between TERM and KILL when a job is ended"),
     "output_limit": Setting(65536, parse_size, "how much output is kept, such as 64K or 1M"),
-    "on_dead": Setting("", FIELDS["on_dead"], "a command to run when a job has died"),
-    "on_end": Setting("", FIELDS["on_end"], "a command to run when a job has ended in any way"),
+    "on_dead": Setting("", FIELDS["on_dead"], "command to run when a job is dead"),
+    "on_end": Setting("", FIELDS["on_end"], "command to run when a job has ended in any way"),
     "max_notifications": Setting(
         100,
         integer(0, 10**6),
-        "how many may wait before further ones are summed up in one",
+        "number that may wait; further ones are combined into a summary",
         per_queue=False,
     ),
     "shell": Setting(DEFAULT_SHELL, valid_prefix, "the program and options that run a command"),
     "max_snoozes": Setting(20, integer(0, 10**6), "how many times a job may exit with 75"),
     "no_retry_exit_codes": Setting((), valid_exit_codes, "final exit codes, such as 2,126,127"),
-    "limit": Setting(0, integer(0, 10**6), "how many jobs of a queue run at once (0: any number)"),
-    "rate": Setting("", valid_rate, "how many jobs of a queue start in a time, such as 10/1m"),
+    "limit": Setting(
+        0, integer(0, 10**6), "number of jobs of a queue that run at once (0: no limit)"
+    ),
+    "rate": Setting("", valid_rate, "number of jobs of a queue that start in a period: 10/1m"),
+    "launcher": Setting(
+        (),
+        valid_launcher,
+        "the program and options that run a command elsewhere",
+        program=require_program,
+    ),
+    "launcher_cancel": Setting(
+        (), valid_launcher, "the command that ends a job elsewhere", program=require_program
+    ),
+    "launch_timeout": Setting(
+        1800.0, parse_duration, "how long a job may wait for a place (0: any)"
+    ),
+    "launcher_quote": Setting("no", valid_switch, "yes: the launcher joins words, as ssh does"),
     "retention": Setting(
         0.0,
-        parse_duration,
+        parse_age,
         "age at which completed and cancelled jobs are pruned (0: never)",
         per_queue=False,
     ),
@@ -835,7 +976,7 @@ BY_SETTINGS = {*SETTINGS, "retry_delays"}  # fields of a job that are None where
 
 
 def change_validator(key: str) -> Validator:
-    """Return the validator of a field's new value, which may also take the old one back."""
+    """Return the validator of a field's new value, which may also reset the field."""
     check = FIELDS[key]
     if key in BY_SETTINGS:
         return lambda value: None if value in (None, "default") else check(value)
@@ -847,11 +988,32 @@ def change_validator(key: str) -> Validator:
 EDITABLE = {key: change_validator(key) for key in FIELDS if key != "id"}
 
 
+def rule_of(fields: Mapping[str, Any]) -> str | None:
+    """Return the rule that the fields of a schedule give it."""
+    if "every" in fields:
+        return f"every {fields['every']:.15g}"
+    return f"cron {fields['cron']}" if "cron" in fields else None
+
+
+def differing_fields(job: Job, fields: Mapping[str, Any]) -> list[str]:
+    """Return the names of validated fields that a job has other values of."""
+    stored = {**job._asdict(), "env": json.loads(job.env or "{}")}
+    found = [key for key in fields if key in stored and key != "id" and stored[key] != fields[key]]
+    return found + ["rule"] * (job.state not in FINISHED and job.rule != rule_of(fields))
+
+
 def validate_changes(fields: Mapping[str, object]) -> dict[str, Any]:
     """Return the validated new fields of a waiting job, or raise BadInput."""
     if not fields:
         raise BadInput("there is nothing to change: give at least one new field")
     return validate_each(fields, EDITABLE)
+
+
+def setting_input(value: Any) -> str:
+    """Return a setting, which a program may give as a number or a timedelta, as text."""
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    return valid_text(str(value) if isinstance(value, (int, float)) else value)
 
 
 def validate_setting(key: str, value: str | None = None, queue: str = "") -> str:
@@ -862,7 +1024,9 @@ def validate_setting(key: str, value: str | None = None, queue: str = "") -> str
     if queue and not SETTINGS[key].per_queue:
         raise BadInput(f"{key} applies to all queues; use it without --queue")
     if value is not None:
-        validate(key, SETTINGS[key].read, value)
+        words = validate(key, SETTINGS[key].read, value)
+        if words and (program := SETTINGS[key].program):
+            validate(key, program, words[0])
     return key
 
 
@@ -918,6 +1082,19 @@ def format_duration(seconds: float) -> str:
     return "".join(parts[:2])
 
 
+def exact_duration(seconds: float) -> str:
+    """Return a duration exactly, as it can be typed: 0, 0.5s, 5m, 1h30m, 30d."""
+    rest = seconds
+    parts = []
+    for unit in "dhm":
+        count, rest = divmod(rest, UNIT_SECONDS[unit])
+        if count:
+            parts.append(f"{count:.0f}{unit}")
+    if rest:
+        parts.append(f"{rest:.15g}s")
+    return "".join(parts) or "0"
+
+
 def format_distance(when: float, now: float) -> str:
     """Return a time relative to now: `3m ago`, `in 2h`."""
     if abs(when - now) < 1:
@@ -945,6 +1122,8 @@ def job_facts(job: Job, settings: Settings) -> dict[str, Any]:
     facts["cancel_requested"] = bool(job.cancel_requested)
     facts["waited"] = round(job.waited, 3)
     facts["blocked"] = facts.pop("readiness") == BLOCKED
+    facts["host"] = job.host
+    del facts["launch"]
     return facts
 
 
@@ -960,7 +1139,7 @@ def json_line(facts: Facts) -> bytes:
 
 
 def summary_facts(earlier: bytes, job: Job) -> dict[str, Any]:
-    """Return the facts of a summary, given as JSON, with one more job that has ended."""
+    """Return the facts of a summary, given as JSON, after one more job has ended."""
     counts: dict[str, int] = dict.fromkeys(FINISHED, 0)
     counts.update({"count": 1, job.state: 1})
     first = job.id
@@ -971,13 +1150,21 @@ def summary_facts(earlier: bytes, job: Job) -> dict[str, Any]:
     return {"event": SUMMARY, "queue": job.queue, **counts, "first": first, "last": job.id}
 
 
+def describe_hold(queue: str, until: float, failures: int, now: float) -> str:
+    """Return the reason that a queue is left alone after failed launches, in one phrase."""
+    failed = f"{plural(failures, 'job')}{' in a row' * (failures > 1)} could not be launched"
+    hint = f"queuectl resume --queue {queue}: now"
+    return f"queue {queue} is left alone: {failed}; next try {format_distance(until, now)} ({hint})"
+
+
 # The end of an attempt, and the state of its job after it.
 
 
 class Outcome(NamedTuple):
     """How an attempt ended, as seen by the process that watched it.
 
-    `end` is "unstarted" where the machine could not start it; `error` is None if it completed.
+    `end` is "unstarted" where the machine could not start it, and "not launched" where an engine
+    could not; `error` is None if it completed.
     """
 
     end: End
@@ -1013,18 +1200,30 @@ def retry_delay(job: Job, attempts: int, settings: Settings, chance: float) -> f
     return delay * float(1 - settings["jitter"] * chance)
 
 
+def retry_time(job: Job, delay: float, now: float) -> float:
+    """Return when a job is tried again: no later than the next occurrence of its schedule."""
+    if delay and job.rule:
+        return min(now + delay, next_occurrence(job.rule, job.scheduled_for or now, now))
+    return now + delay
+
+
+UNCOUNTED: Sequence[End] = ("released", "unstarted", "not launched")
+
+
 def after_attempt(
     job: Job, outcome: Outcome, settings: Settings, now: float, chance: float = 0.0
 ) -> Job:
     """Return a job as it is after an attempt. This is the one rule of retries."""
     now = min(now, outcome.finished)  # never ahead, even if the clock was set back meanwhile
-    after = job._replace(exit_code=outcome.exit_code, last_error=outcome.error, updated_at=now)
-    if outcome.end in ("released", "unstarted") and not job.cancel_requested:
+    facts: dict[str, Any] = {"exit_code": outcome.exit_code, "last_error": outcome.error}
+    facts["updated_at"] = now
+    if outcome.error is None:
+        return job._replace(state=COMPLETED, **facts)
+    after = job._replace(**facts)
+    if outcome.end in UNCOUNTED and not job.cancel_requested:
         when = min(job.run_after, now)  # at once, even if the clock was set back meanwhile
         after = after._replace(exit_code=job.exit_code, run_after=when)
         return after._replace(state=PENDING, attempts=job.attempts - 1)
-    if outcome.error is None:
-        return after._replace(state=COMPLETED)
     if outcome.end == "cancelled" or job.cancel_requested:
         return after._replace(state=CANCELLED)
     code = shell_code(outcome.exit_code or 0) if outcome.end == "exited" else None
@@ -1032,12 +1231,12 @@ def after_attempt(
     if code == TRY_LATER and not final and job.snoozes < settings["max_snoozes"]:
         after = after._replace(attempts=job.attempts - 1, snoozes=job.snoozes + 1)
         pause = retry_delay(job, after.snoozes, settings, chance)
-        return after._replace(state=PENDING, run_after=now + pause)
+        return after._replace(state=PENDING, run_after=retry_time(job, pause, now))
     if final or job.attempts >= (job.max_retries or settings["max_retries"]):
         return after._replace(state=DEAD)
     crashed = outcome.end == "crashed"
     pause = 0 if crashed else retry_delay(job, job.attempts, settings, chance)
-    return after._replace(state=PENDING, run_after=now + pause)
+    return after._replace(state=PENDING, run_after=retry_time(job, pause, now))
 
 
 def describe_end(job: Job, after: Job | None, outcome: Outcome) -> str:
@@ -1051,7 +1250,7 @@ def describe_end(job: Job, after: Job | None, outcome: Outcome) -> str:
         how = f"completed in {format_duration(outcome.finished - outcome.started)}"
     elif after.state != PENDING:
         how = f"is {after.state}: {reason} (try {job.attempts})"
-    elif outcome.end in ("crashed", "released", "unstarted"):
+    elif outcome.end == "crashed" or outcome.end in UNCOUNTED:
         how = f"is back in the queue: {reason}"
     elif after.snoozes > job.snoozes:
         how = f"is postponed: {reason}; next try in {wait}"
@@ -1079,6 +1278,7 @@ APPLICATION_ID = 0x51554354  # "QUCT"
 SCHEMA_VERSION = 1
 GUEST_KEY = "queuectl_schema"
 GUEST_PREFIX = "queuectl_"  # of the tables in another program's database
+REVISION_KEY = "revision"  # in the table of settings; has another value after each change of them
 
 GET_APPLICATION_ID = "PRAGMA application_id"
 SET_APPLICATION_ID = f"PRAGMA application_id = {APPLICATION_ID}"
@@ -1178,6 +1378,7 @@ CREATE TABLE jobs (
   locked_at REAL,
   exit_code INTEGER,
   last_error TEXT,
+  launch TEXT,                          -- while it runs elsewhere: a JSON object about that
   stdin BLOB                            -- last: what precedes it is read without it
 );
 CREATE INDEX jobs_ready ON jobs (queue, priority DESC, run_after, seq, notifies)
@@ -1186,7 +1387,7 @@ CREATE INDEX jobs_due ON jobs (run_after)
   WHERE state = 'pending' AND readiness = 0;
 CREATE INDEX jobs_scheduled ON jobs (queue, run_after)
   WHERE state = 'pending' AND readiness = 0;
-CREATE INDEX jobs_state ON jobs (state, readiness, updated_at);
+CREATE INDEX jobs_state ON jobs (state, readiness, updated_at, seq, queue);
 CREATE INDEX jobs_schedule ON jobs (schedule_id, seq) WHERE schedule_id IS NOT NULL;
 CREATE INDEX jobs_rule ON jobs (schedule_id) WHERE rule IS NOT NULL;
 CREATE INDEX jobs_notifies ON jobs (state, event, queue, notifies)
@@ -1212,7 +1413,7 @@ CREATE TABLE needs (                    -- a child is blocked until all of its n
   child INTEGER NOT NULL,
   any_end INTEGER NOT NULL DEFAULT 0,   -- 1: met by any end of the parent, not only completion
   met INTEGER NOT NULL,
-  PRIMARY KEY (parent, child)
+  PRIMARY KEY (parent, child, any_end)
 ) WITHOUT ROWID;
 CREATE INDEX needs_child ON needs (child, met);
 
@@ -1243,8 +1444,9 @@ CREATE TABLE queues (                   -- kept by triggers; queue '': paused st
   next_due REAL,
   next_seq INTEGER,
   next_notifies INTEGER,
-  token_at REAL,                        -- when the rate allows the next start
-  closed_at REAL                        -- when the rate closed the queue; NULL: it is not closed
+  launch_failures INTEGER NOT NULL DEFAULT 0,  -- in a row
+  token_at REAL,                        -- when the rate, or a failure, allows the next start
+  closed_at REAL                        -- when that closed the queue; NULL: it is not closed
 ) WITHOUT ROWID;
 CREATE INDEX queues_open ON queues (next_priority DESC, next_due, next_seq) WHERE {OPEN};
 CREATE INDEX queues_token ON queues (token_at) WHERE closed_at IS NOT NULL;
@@ -1254,7 +1456,7 @@ CREATE TRIGGER queues_insert AFTER INSERT ON queues BEGIN
 END;
 CREATE TRIGGER jobs_insert AFTER INSERT ON jobs WHEN new.state <> 'staged' {COUNT_NEW};
 CREATE TRIGGER jobs_publish AFTER UPDATE OF state ON jobs WHEN old.state = 'staged' {COUNT_NEW};
-CREATE TRIGGER jobs_delete AFTER DELETE ON jobs WHEN old.state <> 'staged' BEGIN
+CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
   UPDATE queues SET {recount(minus="old")}, {FIND_NEXT} WHERE queue = old.queue;
 END;
 CREATE TRIGGER jobs_update AFTER UPDATE OF state, readiness, priority, run_after ON jobs
@@ -1297,7 +1499,8 @@ END;
 # Reading jobs.
 
 COMPUTED = {"stdin_size": "coalesce(length(stdin), 0)"}  # the other fields of Job are columns
-JOB = "SELECT " + ", ".join(COMPUTED.get(key, key) for key in Job._fields) + " FROM jobs "
+JOB_COLUMNS = ", ".join(COMPUTED.get(key, key) for key in Job._fields)
+JOB = f"SELECT {JOB_COLUMNS} FROM jobs "
 ATTEMPT = "SELECT " + ", ".join(Attempt._fields) + " FROM attempts "
 IN_QUEUE = "(:queue IS NULL OR queue = :queue)"
 ACTIVE_RULE = "rule IS NOT NULL AND state IN ('pending', 'processing')"
@@ -1306,14 +1509,28 @@ BY_ID = JOB + f"WHERE id = :id AND {IS_VISIBLE}"
 BY_SEQ = JOB + "WHERE seq = :seq"
 ACTIVE_OF_SCHEDULE = JOB + "WHERE schedule_id = :id AND " + ACTIVE_RULE
 NEWEST_OF_SCHEDULE = JOB + f"WHERE schedule_id = :id AND {IS_VISIBLE} ORDER BY seq DESC LIMIT 1"
+LAST_JOB = JOB + "WHERE notifies IS NULL AND state <> 'staged' ORDER BY seq DESC LIMIT 1"
 IS_TAKEN = """
 SELECT 1 FROM jobs WHERE id = :id
 UNION ALL SELECT 1 FROM jobs WHERE schedule_id = :id AND rule IS NOT NULL
   AND state IN ('pending', 'processing', 'staged')"""
 LAST_RUN_OF_SCHEDULE = JOB + "WHERE schedule_id = :id AND run > 0 ORDER BY seq DESC LIMIT 1"
+LAST_RESULT_OF_SCHEDULE = """
+SELECT id, outcome, error, started, finished FROM jobs JOIN attempts ON job = seq
+WHERE schedule_id = :id ORDER BY seq DESC, attempts.run DESC LIMIT 1"""
 SCHEDULES = JOB + f"INDEXED BY jobs_rule WHERE {ACTIVE_RULE} ORDER BY schedule_id"
 RECENT_IDS = """
 SELECT id FROM (SELECT id, state FROM jobs ORDER BY seq DESC LIMIT 1000) WHERE state <> 'staged'"""
+# For completion: of the jobs that changed last, and of those with such ids, only some are read.
+LATEST_IDS = f"""
+SELECT name FROM (
+  SELECT CASE WHEN {ACTIVE_RULE} THEN schedule_id ELSE id END AS name, updated_at FROM jobs
+  WHERE state = :state AND readiness = :readiness ORDER BY updated_at DESC LIMIT 500)
+WHERE substr(name, 1, length(:prefix)) = :prefix ORDER BY updated_at DESC LIMIT :limit"""
+IDS_FROM = """
+SELECT id FROM (SELECT id, state, readiness FROM jobs WHERE id >= :prefix ORDER BY id LIMIT 500)
+WHERE state = :state AND readiness = :readiness AND substr(id, 1, length(:prefix)) = :prefix
+LIMIT :limit"""
 LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = :table"
 IDS_BETWEEN = """
 SELECT seq, coalesce(schedule_id, id) FROM jobs
@@ -1324,13 +1541,13 @@ BY_SEQS = f"{JOB}WHERE seq IN ({', '.join('?' * SLICE)}) ORDER BY seq"
 MARKS = f"""
 SELECT seq, state, readiness, run, updated_at FROM jobs WHERE seq IN ({", ".join("?" * SLICE)})"""
 # In two parts: SQLite does not search an index by rowid after a range of its last column.
-SEQS_IN_STATE = """
+SEQS_IN_STATE = f"""
 SELECT * FROM (
   SELECT updated_at, seq FROM jobs WHERE state = :state AND readiness = :readiness
-    AND updated_at = :updated_at AND seq > :seq ORDER BY seq LIMIT 5000)
+    AND updated_at = :updated_at AND seq > :seq AND {IN_QUEUE} ORDER BY seq LIMIT 5000)
 UNION ALL SELECT * FROM (
   SELECT updated_at, seq FROM jobs WHERE state = :state AND readiness = :readiness
-    AND updated_at > :updated_at ORDER BY updated_at, seq LIMIT 5000)
+    AND updated_at > :updated_at AND {IN_QUEUE} ORDER BY updated_at, seq LIMIT 5000)
 LIMIT 5000"""
 IN_STATE = JOB + f"WHERE state = :state AND readiness = :readiness AND {IN_QUEUE} "
 LATEST = (
@@ -1350,6 +1567,10 @@ SELECT count(*), min(updated_at) FROM (
 COUNTS = """
 SELECT queue, blocked, scheduled, ready, processing, completed, dead, cancelled FROM queues
 WHERE :served ORDER BY queue"""
+USED_QUEUES = """
+SELECT queue FROM queues
+WHERE blocked + scheduled + ready + processing + completed + dead + cancelled > 0
+UNION SELECT queue FROM totals ORDER BY queue"""
 COUNTED: Sequence[tuple[State, int]] = (  # the columns of COUNTS
     *((PENDING, readiness) for readiness in (BLOCKED, SCHEDULED, READY)),
     *((state, READY) for state in STATES[1:]),
@@ -1359,7 +1580,8 @@ SUMMARIES = ATTEMPTS.replace("output FROM", "x'' FROM").replace("LIMIT 16", "LIM
 LAST_ATTEMPT = ATTEMPT + "WHERE job = :seq AND run <= :run ORDER BY run DESC LIMIT 1"
 STDIN = "SELECT stdin FROM jobs WHERE seq = :seq"
 PARENT_IDS = """
-SELECT id FROM needs JOIN jobs ON seq = parent WHERE child = :seq AND met = 1 ORDER BY parent"""
+SELECT id FROM jobs
+WHERE seq IN (SELECT parent FROM needs WHERE child = :seq AND met = 1) ORDER BY seq"""
 COUNT_NOTIFICATIONS = f"""
 SELECT count(*) FROM jobs INDEXED BY jobs_notifies
 WHERE notifies IS NOT NULL AND state = :state AND {IN_QUEUE}"""
@@ -1405,7 +1627,8 @@ SELECT count(*) FROM (
   UNION ALL SELECT 1 FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue
     AND priority = :priority AND (run_after, seq) < (:run_after, :seq) LIMIT 100000)"""
 PARENTS = f"""
-{JOB}JOIN needs ON parent = seq WHERE child = :seq AND met = 0 ORDER BY parent LIMIT 100"""
+{JOB}WHERE seq IN (SELECT parent FROM needs WHERE child = :seq AND met = 0)
+ORDER BY seq LIMIT 100"""
 FAILED_ANCESTORS = f"""
 WITH RECURSIVE ancestors (parent) AS (
   SELECT parent FROM needs WHERE child = :seq AND met = 0
@@ -1456,11 +1679,14 @@ UPDATE sqlite_sequence SET seq = :before WHERE name = :table AND seq = :last
 ADD_NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :any_end, :met)"
 SET_STDIN = "UPDATE jobs SET stdin = :stdin WHERE seq = :seq AND state = 'pending'"
 # Statements with :served are about the queues that a pool serves; `for_queues` names them.
-TIMERS = """
+# What a claim, or the end of the job :seq, has to attend to: the columns of Checks.
+CHECKS = f"""
 SELECT (
     SELECT min(run_after) FROM jobs INDEXED BY jobs_due WHERE state = 'pending' AND readiness = 0),
   (SELECT min(token_at) FROM queues WHERE closed_at IS NOT NULL),
-  (SELECT max(closed_at) FROM queues WHERE closed_at IS NOT NULL)"""
+  (SELECT coalesce(max(closed_at), 0) FROM queues WHERE closed_at IS NOT NULL),
+  EXISTS (SELECT 1 FROM needs WHERE parent = :seq),
+  (SELECT value FROM settings WHERE queue = '' AND key = '{REVISION_KEY}')"""
 # In slices: if more than 500 jobs become ready at once, one of high priority may be delayed.
 MAKE_READY = """
 UPDATE jobs SET readiness = 1, updated_at = run_after WHERE seq IN (
@@ -1471,7 +1697,7 @@ REOPEN = """
 UPDATE queues SET closed_at = NULL
 WHERE closed_at IS NOT NULL AND (token_at <= :now OR closed_at > :now)"""
 NEXT_READY = f"""
-{JOB}WHERE seq = (
+SELECT EXISTS (SELECT 1 FROM needs WHERE child = seq), {JOB_COLUMNS} FROM jobs WHERE seq = (
   SELECT next_seq FROM queues WHERE {OPEN} AND :served
     AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = '' AND paused = 1)
   {IN_CLAIM_ORDER} LIMIT 1)"""
@@ -1506,7 +1732,7 @@ FINISH = """
 UPDATE jobs SET state = :state, attempts = :attempts, exit_code = :exit_code,
   last_error = :last_error, run_after = :run_after, readiness = :readiness,
   updated_at = :updated_at, snoozes = :snoozes, rule = :rule,
-  locked_by = NULL, locked_at = NULL, cancel_requested = 0
+  locked_by = NULL, locked_at = NULL, cancel_requested = 0, launch = NULL
 WHERE seq = :seq AND state = 'processing' AND locked_by = :locked_by AND run = :run"""
 ADD_ATTEMPT = f"INSERT INTO attempts VALUES ({', '.join('?' * (len(Attempt._fields) + 1))})"
 MARK_MET = "UPDATE needs SET met = 1 WHERE parent = :seq AND (any_end = 1 OR :completed)"
@@ -1568,13 +1794,30 @@ PAUSE = """
 INSERT INTO queues (queue, paused) VALUES (:queue, 1)
 ON CONFLICT (queue) DO UPDATE SET paused = 1"""
 HELD = """
-SELECT capacity, processing - notifying, CASE WHEN closed_at IS NOT NULL THEN token_at END
+SELECT capacity, processing - notifying, launch_failures,
+  CASE WHEN closed_at IS NOT NULL THEN token_at END
 FROM queues WHERE queue = :queue"""
 HELD_QUEUES = """
 SELECT queue FROM queues
 WHERE ready > 0 AND (closed_at IS NOT NULL OR capacity > 0 AND processing - notifying >= capacity)
 ORDER BY queue"""
-RESUME = "UPDATE queues SET paused = 0 WHERE :queue IN ('', queue)"
+RESUME = """
+UPDATE queues SET paused = 0, launch_failures = 0,
+  closed_at = CASE WHEN launch_failures = 0 THEN closed_at END
+WHERE :queue IN ('', queue)"""
+COUNT_LAUNCH_FAILURE = (
+    "UPDATE queues SET launch_failures = launch_failures + 1 WHERE queue = :queue"
+)
+LAUNCH_FAILURES = "SELECT launch_failures FROM queues WHERE queue = :queue"
+HOLD_LAUNCHES = "UPDATE queues SET closed_at = :now, token_at = :until WHERE queue = :queue"
+END_LAUNCH_HOLD = """
+UPDATE queues SET launch_failures = 0, closed_at = NULL
+WHERE queue = :queue AND launch_failures > 0"""
+NOTE_LAUNCH = """
+UPDATE jobs SET launch = :launch
+WHERE seq = :seq AND state = 'processing' AND locked_by = :locked_by AND run = :run
+  AND (launch IS NULL) = :is_first"""
+FORGET_LAUNCH = "UPDATE jobs SET launch = NULL WHERE seq = :seq AND state = 'processing'"
 STORED_SETTINGS = """
 SELECT queue, key, value FROM settings WHERE queue = ''
 UNION ALL SELECT queue, key, value FROM settings WHERE queue = :queue AND queue <> ''"""
@@ -1582,8 +1825,13 @@ SET = """
 INSERT INTO settings VALUES (:queue, :key, :value)
 ON CONFLICT (queue, key) DO UPDATE SET value = :value"""
 UNSET = "DELETE FROM settings WHERE queue = :queue AND key = :key"
-APPLY_SETTINGS = f"""
-UPDATE queues SET capacity = {CAPACITY}, closed_at = NULL WHERE :queue IN ('', queue)"""
+APPLY_LIMIT = f"UPDATE queues SET capacity = {CAPACITY} WHERE :queue IN ('', queue)"
+# The time of the next start follows from that of the last one: closed_at.
+APPLY_RATE = """
+UPDATE queues SET token_at = closed_at + :gap, closed_at = CASE WHEN :gap > 0 THEN closed_at END
+WHERE closed_at IS NOT NULL AND launch_failures = 0 AND (
+  queue = :queue OR :queue = '' AND NOT EXISTS (
+  SELECT 1 FROM settings WHERE settings.queue = queues.queue AND key = 'rate'))"""
 
 TABLES = "jobs|attempts|needs|batches|settings|queues|totals"
 REFERENCE = "FROM|JOIN|INTO|UPDATE|TABLE|INDEX|TRIGGER|ON|BY"  # precedes a table or an index
@@ -1804,7 +2052,7 @@ if sys.platform == "win32":
             begin(PipeConnection(int(handle)))
 
         def launch(
-            self, argv: Sequence[str], cwd: str, env: Environ, out: int, _home: str, stdin: str
+            self, argv: Words, cwd: str, env: Environ, out: int, _home: str, stdin: Any
         ) -> Any:
             import subprocess
 
@@ -1992,6 +2240,16 @@ else:
             if given.startswith(b"/") and os.path.samefile(given, b"."):
                 return given
         return os.getcwdb()
+
+    def utf8(word: str | bytes) -> bytes:
+        return word.encode() if isinstance(word, str) else word
+
+    def standard_streams(out: int, stdin: Stdin) -> list[Any]:
+        """Return the actions that give a job its streams; `Posix.launch` describes them."""
+        if isinstance(stdin, str):
+            given = (os.POSIX_SPAWN_OPEN, 0, stdin, os.O_RDONLY, 0)
+            return [(os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, out, 2), given]
+        return [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdin)]
 
     def spawn_without_shell(
         argv: Sequence[str], environ: Mapping[bytes, bytes], **options: Any
@@ -2211,15 +2469,15 @@ else:
                     os._exit(0)
 
         def launch(
-            self, argv: Sequence[str], cwd: str, env: Environ, out: int, home: str, stdin: str
+            self, argv: Words, cwd: str, env: Environ, out: int, home: str, stdin: Stdin
         ) -> Child:
             """Start a job in a session of its own; raise OSError where it cannot be started.
 
             `env` is added to the environment of this process, as UTF-8 whatever the locale. `out`
             becomes stdout, stderr, and a descriptor that no redirection closes. `stdin` is the path
-            of a file. `home` is this process's directory afterwards: an idle worker must not keep
-            the job's busy. Before Python 3.10, Popen copies the whole process, which doubles the
-            cost of a job.
+            of a file, or has the descriptors of all three streams. `home` is this process's
+            directory afterwards: an idle worker must not keep the job's busy. Before Python 3.10,
+            Popen copies the whole process, which doubles the cost of a job.
             """
             self.inherited = self.inherited or dict(os.environb)
             added = {k.encode(): v.encode(errors="surrogateescape") for k, v in env.items()}
@@ -2228,16 +2486,15 @@ else:
                 os.waitpid(-1, os.WNOHANG)
                 elders = descendants(process_table(), {os.getpid()}, set())
             environ = {**self.inherited, **added}
-            given = (os.POSIX_SPAWN_OPEN, 0, stdin, os.O_RDONLY, 0)
-            streams = [(os.POSIX_SPAWN_DUP2, out, 1), (os.POSIX_SPAWN_DUP2, out, 2), given]
             ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by Python
             os.set_inheritable(out, True)  # noqa: FBT003
             os.chdir(cwd)
+            streams = standard_streams(out, stdin)
             options: Any = {"file_actions": streams, "setsid": True, "setsigdef": ignored}
             try:
                 pid = spawn_without_shell(argv, environ, **options)
                 if not pid:
-                    words = [*map(os.fsencode, argv[:-1]), argv[-1].encode()]
+                    words = [*map(os.fsencode, argv[:-1]), utf8(argv[-1])]
                     pid = os.posix_spawnp(argv[0], words, environ, **options)
             finally:
                 with contextlib.suppress(OSError):
@@ -2332,6 +2589,22 @@ else:
             """Let the terminal interpret escape sequences; here it does."""
 
     SYSTEM = Posix()
+
+
+def start_helper(argv: Sequence[str], cwd: str, out: Any) -> Any:
+    """Start a command that `kill_helper` ends with all that it started; return a Popen."""
+    import subprocess
+
+    streams: Any = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
+    return subprocess.Popen(argv, cwd=cwd, **streams, **SYSTEM.BACKGROUND)
+
+
+def kill_helper(process: Any) -> None:
+    with contextlib.suppress(OSError):
+        if sys.platform != "win32":
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+    process.wait()
 
 
 @lru_cache(maxsize=None)
@@ -2447,6 +2720,16 @@ def worker_name(pool: str, number: int) -> str:
 
 def pool_of(worker: str) -> str:
     return f"pool-{worker.split('-')[1]}"
+
+
+def last_bytes(fd: int, limit: int) -> tuple[int, bytes]:
+    """Return how many bytes of a file precede its last ones, and at most `limit` last bytes."""
+    size = os.fstat(fd).st_size
+    if not size:
+        return 0, b""
+    kept = min(limit, size)
+    os.lseek(fd, size - kept, os.SEEK_SET)
+    return size - kept, os.read(fd, kept)
 
 
 class RunDirectory:
@@ -2615,6 +2898,18 @@ class Connection(sqlite3.Connection):
         self.unusable = True
 
 
+class ThreadEnd:
+    """Closes the connection of a thread when the thread ends, which destroys its local values."""
+
+    def __init__(self, db: Connection) -> None:
+        self.db = db
+
+    def __del__(self) -> None:
+        with contextlib.suppress(sqlite3.ProgrammingError):  # it is of another thread
+            if not self.db.unusable:
+                self.db.close()
+
+
 # Forks. SQLite remembers in memory which locks its process holds. A child of a fork inherits that
 # memory but not the locks, so a connection must not be used on both sides. Idle connections of the
 # forking thread are closed before the fork; parent and child each open new ones. A database that
@@ -2648,8 +2943,8 @@ def after_fork_in_child() -> None:
 
 @lru_cache(maxsize=None)
 def prepare_for_forks() -> None:
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(
+    if register := getattr(os, "register_at_fork", None):
+        register(
             before=before_fork,
             after_in_parent=lambda: IN_USE.pop(threading.get_ident(), None),
             after_in_child=after_fork_in_child,
@@ -2741,7 +3036,9 @@ class Database:
         try:
             info = os.stat(self.path)
         except FileNotFoundError:
-            raise NotFound(f"there is no queue at {self.path}; enqueue creates one") from None
+            raise NotFound(
+                f"there is no queue at {self.path}; to begin: queuectl enqueue 'make all'"
+            ) from None
         except ValueError as error:  # too long for Windows, or with NUL
             raise Fault(f"{quoted(self.path)}: {error}") from None
         if not stat.S_ISREG(info.st_mode):
@@ -2808,6 +3105,7 @@ class Database:
                 is_immutable = self.mode == "ro" and self._is_on_read_only_medium()
                 db = self._open(IMMUTABLE if is_immutable else self.mode)
                 self._thread.connection = db
+                self._thread.end = ThreadEnd(db)
                 try:
                     for pragma in (*CONNECTION_PRAGMAS, SET_SYNCHRONOUS[self.synchronous]):
                         self._retry(partial(db.execute, pragma))
@@ -2916,6 +3214,21 @@ class Database:
         if synchronous != self.synchronous:
             self.synchronous = synchronous
             self.execute(SET_SYNCHRONOUS[synchronous])
+
+    @contextlib.contextmanager
+    def synced_later(self) -> Iterator[None]:
+        """Sync what the block writes at its end, when other programs can have the lock again."""
+        synchronous = self.synchronous
+        if synchronous == "normal" or self.connection.in_block:
+            yield
+            return
+        self.set_synchronous("normal")
+        try:
+            yield
+        finally:
+            self.set_synchronous(synchronous)
+        with self.translate_errors():
+            sync_file(self.path + "-wal")
 
     def truncate_wal(self) -> None:
         """Empty the -wal unless readers need it for more than 0.2 s; writers wait meanwhile."""
@@ -3072,6 +3385,7 @@ class Totals(NamedTuple):
     last: float
 
 
+KNOWN_QUEUES = 1000  # whose settings a process keeps in memory
 SHARE = 4  # an index finds jobs in states that fewer than one of so many jobs are in
 
 
@@ -3081,6 +3395,8 @@ class Reader:
     def __init__(self, db: Database, clock: Callable[[], float]) -> None:
         self.db = db
         self.clock = clock
+        self.revision: str | None = None  # of the settings by queue that were read
+        self.known_settings: dict[str, Settings] = {}
 
     def select(self, sql: str, **args: object) -> list[Job]:
         return [Job(*row) for row in self.db.rows(sql, args)]
@@ -3112,6 +3428,19 @@ class Reader:
         jobs = (self.get(job_id, batch) for job_id in as_list(ids))
         return list({job.seq: job for job in jobs}.values())
 
+    def last_job(self) -> Job:
+        """Return the job that was added last; notifications do not count."""
+        if job := self.first(LAST_JOB):
+            return job
+        raise NotFound(f"there are no jobs in {self.db.path}")
+
+    def ids_like(self, prefix: str, states: Sequence[str], limit: int) -> list[str]:
+        """Return ids that begin with a prefix, of jobs in these states, the latest first."""
+        asked = {"prefix": prefix, "limit": limit}
+        kinds = [{"state": s, "readiness": r, **asked} for s, r in COUNTED if s in states]
+        rows = [self.db.rows(sql, kind) for sql in (LATEST_IDS, IDS_FROM) for kind in kinds]
+        return list(dict.fromkeys(row[0] for row in chain.from_iterable(rows)))[:limit]
+
     def is_taken(self, job_id: str) -> bool:
         return bool(self.db.rows(IS_TAKEN, {"id": job_id}))
 
@@ -3122,13 +3451,15 @@ class Reader:
             yield from jobs
             seq = jobs[-1].seq
 
-    def seqs_in_state(self, state: State, readiness: int, since: float = -NEVER) -> Iterator[int]:
+    def seqs_in_state(
+        self, state: State, readiness: int, since: float = -NEVER, *, queue: str | None = None
+    ) -> Iterator[int]:
         """Yield the numbers of jobs in the order of their last change, from a time on."""
         rows = [(since, 0)]
         while rows:
             updated_at, seq = rows[-1]
             asked = {"state": state, "readiness": readiness, "updated_at": updated_at, "seq": seq}
-            rows = self.db.rows(SEQS_IN_STATE, asked)
+            rows = self.db.rows(SEQS_IN_STATE, {**asked, "queue": queue})
             yield from (seq for _, seq in rows)
 
     def by_seqs(self, seqs: Sequence[int]) -> Iterator[Job]:
@@ -3150,11 +3481,13 @@ class Reader:
         counts = self.counts_by_queue()
         found = {row[1:3] for row in counts if not chosen.queues or row[0] in chosen.queues}
         kinds = {kind for kind in found if chosen.takes_state(*kind)}
-        number = sum(row[3] for row in counts if row[1:3] in kinds)
+        only = chosen.queues[0] if len(chosen.queues) == 1 else None
+        number = sum(row[3] for row in counts if row[1:3] in kinds and only in (None, row[0]))
         if number > sum(row[3] for row in counts) / SHARE:
             jobs = self.all()
         else:
-            jobs = self.by_seqs(sorted(chain.from_iterable(starmap(self.seqs_in_state, kinds))))
+            seqs = (self.seqs_in_state(*kind, queue=only) for kind in kinds)
+            jobs = self.by_seqs(sorted(chain.from_iterable(seqs)))
         yield from (job for job in jobs if chosen.takes(job, now))
 
     def latest_selected(self, chosen: Selection, limit: int) -> tuple[list[Job], int]:
@@ -3196,12 +3529,34 @@ class Reader:
         facts = {**job_facts(job, settings), "settings": settings}
         facts["stdin"] = self.stdin(job).decode()
         facts["why"] = None
+        facts["last_result"] = self.last_result(job)
         facts["after"] = [parent.id for parent in self.parents(job)]
         return facts
 
     def runs(self, job: Job) -> list[Attempt]:
         """Return the attempts without their output."""
         return list(self.attempts(job, SUMMARIES))
+
+    def last_run(self, job: Job) -> Attempt | None:
+        """Return the last attempt that has ended, without its output."""
+        rows = self.db.rows(LAST_RUNS, {"seq": job.seq, "limit": 1}) if job.run else []
+        return next(starmap(Attempt, rows), None)
+
+    def last_result(self, job: Job) -> dict[str, Any] | None:
+        """Return how the last attempt of a job's schedule ended; None if none has."""
+        rows = self.db.rows(LAST_RESULT_OF_SCHEDULE, {"id": job.schedule_id})
+        for name, outcome, error, started, finished in rows:
+            result = {"job": name, "outcome": outcome, "error": error}
+            return {**result, "started": format_time(started), "finished": format_time(finished)}
+        return None
+
+    def output(self, job: Job, run: int, limit: int) -> bytes:
+        """Return the end of the output of an attempt, which may still run."""
+        path = self.db.run_dir.output_file(job._replace(run=run))
+        with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=open_own) as file:
+            return last_bytes(file.fileno(), limit)[1]
+        asked = {"seq": job.seq, "run": run, "start": -limit}
+        return b"".join(bytes(row[0]) for row in self.db.rows(OUTPUT_TAIL, asked))
 
     def output_tail(self, seq: int, run: int, limit: int) -> str:
         """Return the end of an attempt's output; bytes that are not UTF-8 are escaped."""
@@ -3276,10 +3631,23 @@ class Reader:
                 raise Damaged(f"{self.db.path}: the setting {key} {error}") from None
         return settings
 
+    def settings_as_of(self, revision: str | None, queue: str) -> Settings:
+        """Return the same as `settings`, which are read once in each revision of them."""
+        if revision != self.revision or len(self.known_settings) > KNOWN_QUEUES:
+            self.revision = revision
+            self.known_settings.clear()
+        if queue not in self.known_settings:
+            self.known_settings[queue] = self.settings(queue)
+        return self.known_settings[queue]
+
     def sources(self, queue: str = "") -> dict[str, str]:
         """Return the settings that are stored and apply to a queue: it, or "" for all queues."""
         rows = self.db.rows(STORED_SETTINGS, {"queue": queue})
         return {key: source for source, key, _ in rows if key in SETTINGS}
+
+    def used_queues(self) -> list[str]:
+        """Return the queues that have, or had, jobs."""
+        return [row[0] for row in self.db.rows(USED_QUEUES)]
 
     def held(self) -> list[str]:
         """Return the queues with ready jobs that are at their limit or their rate."""
@@ -3288,6 +3656,21 @@ class Reader:
     def paused(self) -> list[str]:
         """Return the paused queues; "" stands for all queues."""
         return [row[0] for row in self.db.rows(PAUSED)]
+
+    def hold(self, queue: str) -> str:
+        """Return the reason that a queue starts no job now; empty if there is none."""
+        now = self.clock()
+        for capacity, running, failures, token_at in self.db.rows(HELD, {"queue": queue}):
+            if token_at and token_at > now and failures:
+                return describe_hold(queue, token_at, failures, now)
+            if 0 < capacity <= running:
+                return f"queue {queue} is at its limit of {capacity}"
+            if token_at and token_at > now:
+                rate = self.settings(queue)["rate"]
+                return (
+                    f"queue {queue} is at its rate of {rate}; next {format_distance(token_at, now)}"
+                )
+        return ""
 
     def next_due_time(self, queues: Sequence[str] = ()) -> float | None:
         """Return when the next scheduled job of these queues, or of all, is due."""
@@ -3365,6 +3748,16 @@ class Claim(NamedTuple):
     parents: str = ""  # ids, separated by blanks
 
 
+class Checks(NamedTuple):
+    """What a claim, or the end of a job, has to attend to besides the job itself."""
+
+    due: float | None  # when the first scheduled job is due
+    token_at: float | None  # when the first queue that its rate has closed opens
+    closed_at: float  # when the last one was closed
+    has_children: int
+    revision: str | None  # of the settings
+
+
 NOTIFICATION = {
     "priority": TOP_PRIORITY,
     "max_retries": 5,
@@ -3374,6 +3767,9 @@ NOTIFICATION = {
     "on_end": "",
 }
 REPORTED_OUTPUT = 1 << 16  # bytes of a job's output in a notification about it
+
+
+MANY_FAILURES = 3  # launches that failed in a row: then their queue is left alone for a minute
 
 
 class Ledger:
@@ -3393,10 +3789,8 @@ class Ledger:
     def prepare(self, row: dict[str, Any], now: float) -> None:
         """Complete the row of a validated job: INSERTED and its other fields."""
         when = row.get("run_at", now + row.get("delay", 0))
-        if "every" in row:
-            row["rule"] = f"every {row['every']:.15g}"
+        row["rule"] = rule_of(row)
         if "cron" in row:
-            row["rule"] = f"cron {row['cron']}"
             when = cron_next(row["cron"], now)
         if row["rule"]:
             row["scheduled_for"] = when
@@ -3474,14 +3868,18 @@ class Ledger:
 
     def claim(self, worker: str, queues: Sequence[str] = ()) -> Claim | None:
         with self.db.transaction():
-            return self._claim(worker, queues)
+            return self._claim(worker, queues, self.clock(), self.checks(None))
 
-    def _claim(self, worker: str, queues: Sequence[str]) -> Claim | None:
-        now = self.clock()
-        self.open_due(now)
-        for row in self.reader.rows_of(NEXT_READY, queues):
+    def checks(self, seq: int | None) -> Checks:
+        return Checks(*self.db.rows(CHECKS, {"seq": seq})[0])
+
+    def _claim(
+        self, worker: str, queues: Sequence[str], now: float, checks: Checks
+    ) -> Claim | None:
+        self.open_due(now, checks)
+        for has_parents, *row in self.reader.rows_of(NEXT_READY, queues):
             job = Job(*row)
-            settings = self.reader.settings(job.queue)
+            settings = self.reader.settings_as_of(checks.revision, job.queue)
             waited = max(0.0, now - job.updated_at)
             self.change(CLAIM, seq=job.seq, worker=worker, now=now, waited=waited)
             if settings["rate"]:
@@ -3497,16 +3895,16 @@ class Ledger:
                 locked_at=now,
                 updated_at=now,
             )
-            parents = " ".join(row[0] for row in self.db.rows(PARENT_IDS, {"seq": job.seq}))
-            return Claim(job, settings, self.reader.stdin(job), parents)
+            parents = self.db.rows(PARENT_IDS, {"seq": job.seq}) if has_parents else ()
+            return Claim(job, settings, self.reader.stdin(job), " ".join(row[0] for row in parents))
         return None
 
-    def open_due(self, now: float) -> None:
+    def open_due(self, now: float, checks: Checks) -> None:
         """Make the jobs ready that are due, and open the queues whose rate allows a start."""
-        due, token_at, closed_at = self.db.rows(TIMERS)[0]
-        if due is not None and due <= now:
+        if checks.due is not None and checks.due <= now:
             self.change(MAKE_READY, now=now)
-        if token_at is not None and (token_at <= now or closed_at > now):  # or a clock set back
+        is_later = checks.token_at is None or checks.token_at > now
+        if not is_later or checks.closed_at > now:  # or a clock set back
             self.change(REOPEN, now=now)
 
     def finish(
@@ -3514,48 +3912,58 @@ class Ledger:
     ) -> tuple[Job | None, Claim | None]:
         """Record how an attempt ended, and claim the next job from these queues (empty: all)."""
         with self.db.transaction():
-            after = self._finish(job, outcome)
+            now = self.clock()
+            checks = self.checks(job.seq)
+            after = self._finish(job, outcome, now, checks)
             worker = job.locked_by or ""
-            claim = None if next_from is None else self._claim(worker, next_from)
+            claim = None if next_from is None else self._claim(worker, next_from, now, checks)
             is_same = claim is not None and claim.job.queue == job.queue
             if not is_same and self.db.rows(GOT_ROOM, {"queue": job.queue}):
                 self.db.notify_when_stored()  # an idle worker may use it
             return after, claim
 
-    def _finish(self, job: Job, outcome: Outcome) -> Job | None:
+    def _finish(self, job: Job, outcome: Outcome, now: float, checks: Checks) -> Job | None:
         if outcome.error is not None or job.rule:  # a completed job completes, cancelled or not
             stored = self.reader.by_seq(job.seq) or job
             job = job._replace(cancel_requested=stored.cancel_requested)
-        now = self.clock()
-        settings = self.reader.settings(job.queue)
+        settings = self.reader.settings_as_of(checks.revision, job.queue)
         chance = int.from_bytes(os.urandom(4), "big") / (1 << 32) if settings["jitter"] else 0.0
         after = after_attempt(job, outcome, settings, now, chance)
+        if outcome.end == "not launched" and after.state == PENDING:
+            after = after._replace(run_after=after.updated_at)  # another job is tried next
+            self.hold_launches(job.queue, now)
         is_over = after.state in (COMPLETED, DEAD)
-        is_ready = after.state != PENDING or after.run_after <= now
-        after = after._replace(readiness=is_ready, rule=None if is_over else job.rule)
+        if job.rule and is_over:
+            after = after._replace(rule=None)
+        if after.state == PENDING and after.run_after > now:
+            after = after._replace(readiness=SCHEDULED)
         if not self.change(FINISH, **after._asdict()):
             return None  # its claim was lost: nothing has changed
-        if outcome.end != "unstarted":
+        if outcome.end not in ("unstarted", "not launched"):
             attempt = (job.seq, job.run, job.locked_by, outcome.word, job.waited, *outcome[1:])
             self.db.execute(ADD_ATTEMPT, attempt)
         if after.state in FINISHED:
-            stored = after._replace(locked_by=None, locked_at=None, cancel_requested=0)
-            self.end(stored, settings, now)
+            if checks.has_children:
+                self.unblock_children(after, now)
+            self.add_notifications(after, settings)
         if job.rule and is_over and not job.cancel_requested:  # cancelling ends the schedule
             self.add_next_of_schedule(job, now)
         return after
 
-    def end(self, job: Job, settings: Settings, now: float) -> None:
-        """Unblock the children of a job that has ended, and add the notifications about it."""
+    def unblock_children(self, job: Job, now: float) -> None:
         if self.change(MARK_MET, seq=job.seq, completed=job.state == COMPLETED):
             self.change(UNBLOCK, seq=job.seq, now=now)
             self.db.notify_when_stored()
+
+    def add_notifications(self, job: Job, settings: Settings) -> None:
+        """Add the notifications about a job that has ended."""
         for key, command in notification_commands(job, settings).items():
             where = job.cwd if getattr(job, key) else os.path.dirname(self.db.path)
-            self.report(job, command, where, settings["max_notifications"])
+            ended = job._replace(locked_by=None, locked_at=None, cancel_requested=0)
+            self.report(ended, command, where, settings["max_notifications"])
 
     def report(self, job: Job, command: str, cwd: str, limit: int) -> None:
-        """Add a notification about a job that has ended or, beyond the limit, sum them up in one.
+        """Add a notification about a job that has ended; beyond the limit, count it in a summary.
 
         Unless the command is the job's own, `cwd` is not the job's directory: that may be missing.
         """
@@ -3587,6 +3995,21 @@ class Ledger:
         row.update(state=PENDING, locked_by=None, stdin=self.reader.stdin(job))
         self.insert({**row, "seq": self.last_seq() + 1})
         self.db.notify_when_stored()
+
+    def note_launch(self, job: Job, facts: Facts, *, is_first: bool = False) -> bool:
+        """Record what is known about an attempt elsewhere; return whether the job is still ours."""
+        row = {**job._asdict(), "launch": json.dumps(facts), "is_first": is_first}
+        with self.db.transaction():
+            if "host" in facts:  # the engine works
+                self.change(END_LAUNCH_HOLD, queue=job.queue)
+            return self.change(NOTE_LAUNCH, **row)
+
+    def hold_launches(self, queue: str, now: float) -> None:
+        """Leave a queue alone for a time after a job could not be launched."""
+        self.change(COUNT_LAUNCH_FAILURE, queue=queue)
+        failures = self.reader.number(LAUNCH_FAILURES, queue=queue)
+        pause = 2**failures if failures < MANY_FAILURES else 60
+        self.change(HOLD_LAUNCHES, queue=queue, now=now, until=now + pause)
 
     def correct_times(self) -> bool:
         """Reschedule jobs whose times come from a clock that was more than a day ahead, if any."""
@@ -3653,7 +4076,7 @@ class Ledger:
             row["rule"] = f"cron {fields['cron']}"
             when = cron_next(fields["cron"], now)
         if row and not job.rule:
-            raise NotFound(f"job {printable(job.id)} is not the next one of a schedule")
+            raise NotFound(f"job {printable(job.id)} is not the next occurrence of a schedule")
         when = None if job.run else when
         if "delay" in fields:
             when = now + fields["delay"]
@@ -3689,7 +4112,8 @@ class Ledger:
         if not self.change(CANCEL_WAITING, seq=seq, now=now):
             self.change(CANCEL_RUNNING, seq=seq)
         elif job := self.reader.by_seq(seq):
-            self.end(job, self.reader.settings(job.queue), now)
+            self.unblock_children(job, now)
+            self.add_notifications(job, self.reader.settings(job.queue))
 
     def delete(self, seq: int) -> None:
         for sql in DELETE_JOB:
@@ -3714,7 +4138,7 @@ class Ledger:
         left = collections.deque(seqs)
         while left:
             changed = []
-            with self.db.transaction(notify=True):
+            with self.db.synced_later(), self.db.transaction(notify=True):
                 until = time.monotonic() + HOLD
                 while left:
                     job = self.reader.by_seq(left.popleft())
@@ -3777,7 +4201,7 @@ class Batch:
         self.name: str | None = None  # of its lock, if it is staged
         self.is_large = False
         self.length = 0
-        self.taken: list[str] = []  # ids of jobs that exist
+        self.taken: list[dict[str, Any]] = []  # the fields given for ids that exist
         self.ranges: list[tuple[int, int]] = []  # the numbers of the jobs, first and last
 
     def slices(self, jobs: Iterable[Mapping[str, object]]) -> Iterator[list[dict[str, Any]]]:
@@ -3791,7 +4215,10 @@ class Batch:
         rows = []
         size = 0
         for fields in jobs:
-            rows.append({**blank, **validate_fields(fields)})
+            given = validate_fields(fields)
+            rows.append({**blank, **given})
+            if self.if_absent:
+                rows[-1]["given"] = given
             if not rows[-1]["cwd"]:
                 raise BadInput("the current directory no longer exists; set cwd")
             size += len(rows[-1]["command"]) + len(rows[-1]["stdin"] or b"")
@@ -3833,7 +4260,7 @@ class Batch:
         except BadInput as error:
             error.index = self.length
             raise
-        self.taken.append(row["id"])
+        self.taken.append(row["given"])
         return seq
 
     def ids(self) -> Iterator[str]:
@@ -3850,12 +4277,13 @@ class Batch:
         ids = self.ids()
         if self.is_large and not self.db.connection.in_block:
             self.stage(chain([first], slices))
-            return chain(ids, self.taken)
-        with self.db.transaction(notify=True):
-            for rows in chain([first], slices):
-                self.add(rows)
-            head = list(islice(ids, 1000))  # before they can be pruned
-        return chain(head, ids, self.taken)
+            head = []
+        else:
+            with self.db.transaction(notify=True):
+                for rows in chain([first], slices):
+                    self.add(rows)
+                head = list(islice(ids, 1000))  # before they can be pruned
+        return chain(head, ids, (given["id"] for given in self.taken))
 
     def stage(self, slices: Iterable[list[dict[str, Any]]]) -> None:
         """Add slices in transactions of their own."""
@@ -3938,9 +4366,11 @@ class JobWatch:
 class Queue:
     """A durable queue of shell commands in one SQLite file. Safe to use from threads.
 
-    Times are Unix seconds, durations are seconds. All changes by a method are on disk when it
-    returns. Raises QueueError: BadInput, NotFound, TimedOut, or Fault (the database or the
-    machine).
+    Times are Unix seconds, a datetime (local time if it has no time zone) or ISO 8601. Durations
+    are seconds, a timedelta, or as on the command line ("1h30m"). Paths are strings or PathLike.
+    Where several ids, states or queues may be given, a string is one. All changes by a method are
+    on disk when it returns. Raises QueueError: BadInput, NotFound, TimedOut, or Fault (the
+    database or the machine).
     """
 
     def __init__(
@@ -3960,10 +4390,10 @@ class Queue:
         QUEUECTL_INSECURE=1 in the environment, a queue to which other users could add commands is
         not refused.
         """
-        path = os.fspath(path)
+        file = validate("path", valid_queue_path, path)
         if not insecure and os.environ.get("QUEUECTL_INSECURE") != "1":
-            require_trust(path)
-        self._db = Database(path, create=create and not readonly, readonly=readonly, guest=guest)
+            require_trust(file)
+        self._db = Database(file, create=create and not readonly, readonly=readonly, guest=guest)
         self._reader = Reader(self._db, clock)
         self._ledger = Ledger(self._reader)
 
@@ -3998,7 +4428,7 @@ class Queue:
         Fields: id, queue, priority (higher first), delay or run_at, timeout (0: none),
         max_retries, retry_delays ("10s,1m" or a list), cwd (default: the current directory), env
         (a mapping), stdin (text), after (ids of jobs that must complete first), after_end (ids of
-        jobs that must end first, in any way), every (seconds) or cron (five fields), on_dead and
+        jobs that must end first, in any way), every (a duration) or cron (five fields), on_dead and
         on_end (commands; empty: none). With `if_absent`, an id that is taken is not an error.
         """
         return next(self.enqueue_many([{"command": command, **fields}], if_absent=if_absent))
@@ -4033,7 +4463,7 @@ class Queue:
         kinds of pending jobs: ready, scheduled, blocked.
         """
         queues = [queue] if queue else []
-        wanted = as_list(states) or STATES
+        wanted = validate("states", valid_states, states) or STATES
         chosen = Selection(queues=queues, states=wanted, notifications=notifications)
         if limit is not None:
             return iter(self._reader.latest_selected(chosen, limit)[0])
@@ -4043,33 +4473,53 @@ class Queue:
         """Return the attempts of a job that have ended, oldest first."""
         return list(self._reader.attempts(job if isinstance(job, Job) else self.get(job)))
 
+    def output(self, job: Job | str, run: int | None = None) -> bytes:
+        """Return the output of an attempt, by default of the one that runs or ran last.
+
+        It is what the job has written to stdout and stderr so far, or the last `output_limit` bytes
+        of it; before the first attempt, nothing. A schedule's name means its latest attempt. Raises
+        NotFound.
+        """
+        found = job if isinstance(job, Job) else self.get(job)
+        if not found.run and found.id != job:
+            found = self._reader.first(LAST_RUN_OF_SCHEDULE, id=found.schedule_id) or found
+        if run is not None and not 1 <= run <= found.run:
+            raise NotFound(f"job {printable(found.id)} has no run {run}")
+        limit = self._reader.settings(found.queue)["output_limit"]
+        return self._reader.output(found, run or found.run, limit)
+
     def counts(self, queues: Sequence[str] = ()) -> dict[str, int]:
         """Return the number of jobs in each state, in these queues or in all."""
         return self._reader.counts(queues)
 
-    def wait(self, ids: Iterable[str], timeout: float | None = None) -> list[Job]:
+    def wait(self, ids: Iterable[str], timeout: Duration | None = None) -> list[Job]:
         """Wait until jobs have ended; return them as they are then.
 
         Returns earlier when no remaining job can run by itself, because another job that it waits
-        for is dead or cancelled. Raises TimedOut after `timeout` seconds.
+        for is dead or cancelled. Raises TimedOut after `timeout`.
         """
+        limit = None if timeout is None else validate("timeout", parse_duration, timeout)
         watch = JobWatch(self._reader, self._reader.named(ids))
-        for _ in self._reader.changes(timeout):
+        for _ in self._reader.changes(limit):
             if watch.is_over():
                 return watch.jobs()
-        raise TimedOut(f"jobs have not ended within {format_duration(timeout or 0)}")
+        raise TimedOut(f"jobs have not ended within {format_duration(limit or 0)}")
 
-    def cancel(self, ids: Iterable[str], *, cascade: bool = False) -> list[Job]:
+    def cancel(self, ids: Iterable[str], *, cascade: bool = False, gone: bool = False) -> list[Job]:
         """Cancel jobs and, with `cascade`, those that wait for them; return them as they are now.
 
         A waiting job is cancelled at once. A running one has `cancel_requested` until its worker
         has ended it. A job that has ended is left as it is. A schedule ends with its active job.
+        With `gone`, jobs that a launcher runs elsewhere are believed to be over there, although
+        `launcher_cancel` fails.
         """
         with self._db.transaction(notify=True):
             jobs = {job.seq: job for job in self._reader.named(ids)}
             for seq in list(jobs) if cascade else []:
                 jobs.update((job.seq, job) for job in self._reader.select(DESCENDANTS, seq=seq))
             for seq in jobs:
+                if gone:
+                    self._ledger.change(FORGET_LAUNCH, seq=seq)
                 self._ledger.cancel(seq)
         return [self.get(job.id) for job in jobs.values()]
 
@@ -4079,7 +4529,8 @@ class Queue:
         A job that runs or has ended is left as it is. If a value is bad, no job is changed. Takes
         the fields of `enqueue` but the id. `env` is added to the variables, and None removes one;
         `after` replaces the jobs to wait for, and an empty one removes them. "default" as
-        max_retries or timeout leaves it to the settings again. A schedule, by its name, is changed
+        max_retries, timeout, retry_delays, on_dead or on_end leaves it to the settings again. A
+        schedule, by its name, is changed
         from its next job on; only one that waits can be given another `every` or `cron`.
         """
         changes = validate_changes(fields)
@@ -4117,16 +4568,17 @@ class Queue:
                 self._ledger.delete(job.seq)
         return jobs
 
-    def prune(self, older_than: float = 0, states: Sequence[str] = PRUNED_BY_DEFAULT) -> int:
-        """Delete jobs that ended `older_than` seconds ago or earlier; return how many.
+    def prune(self, older_than: Duration = 0, states: Sequence[str] = PRUNED_BY_DEFAULT) -> int:
+        """Delete jobs that ended `older_than` or longer ago; return how many.
 
         A job that a blocked job waits for is kept. The work is done in slices, so that nobody else
         waits for long.
         """
-        wanted = as_list(states)
+        wanted = validate("states", valid_states, states)
         if not set(wanted) <= set(FINISHED):
             raise BadInput(f"only jobs in the states {', '.join(FINISHED)} can be pruned")
-        chosen = Selection(states=wanted, older_than=older_than)
+        age = validate("older_than", parse_duration, older_than)
+        chosen = Selection(states=wanted, older_than=age)
         seqs = [job.seq for job in self._reader.selected(chosen)]
         check = partial(self._ledger.check_delete, states=wanted)
         slices = self._ledger.in_slices(seqs, check, lambda job: self._ledger.delete(job.seq))
@@ -4146,32 +4598,29 @@ class Queue:
         """Return the value of every setting, as it applies to the jobs of a queue."""
         return self._reader.settings(queue)
 
-    def configure(self, key: str, value: str | None, queue: str = "") -> None:
-        """Store a setting, written as on the command line; None restores the default.
+    def configure(self, key: str, value: Duration | None, queue: str = "") -> None:
+        """Store a setting, a number or text as on the command line; None restores the default.
 
         It is the default of all queues or, given a queue, applies to that one only.
         """
-        key = validate_setting(key, value, queue)
+        text = None if value is None else validate(key, setting_input, value)
+        key = validate_setting(key, text, queue)
         if queue:
             validate("queue", valid_name, queue)
         with self._db.transaction(notify=True):
             sql = UNSET if value is None else SET
-            self._db.execute(sql, {"queue": queue, "key": key, "value": value})
-            if key in ("limit", "rate"):
-                self._db.execute(APPLY_SETTINGS, {"queue": queue})
+            self._db.execute(sql, {"queue": queue, "key": key, "value": text})
+            revision = os.urandom(8).hex()  # a count would come to the same value after a rollback
+            self._db.execute(SET, {"queue": "", "key": REVISION_KEY, "value": revision})
+            if key == "limit":
+                self._db.execute(APPLY_LIMIT, {"queue": queue})
+            if key == "rate":
+                rate = self._reader.settings(queue)["rate"]
+                gap = rate_gap(rate) if rate else 0
+                self._db.execute(APPLY_RATE, {"queue": queue, "gap": gap})
 
 
 # --- attempt: launching a job, watching it, ending it, keeping its output and its result ----------
-
-
-def last_bytes(fd: int, limit: int) -> tuple[int, bytes]:
-    """Return how many bytes of a file precede its last ones, and at most `limit` last bytes."""
-    size = os.fstat(fd).st_size
-    if not size:
-        return 0, b""
-    kept = min(limit, size)
-    os.lseek(fd, size - kept, os.SEEK_SET)
-    return size - kept, os.read(fd, kept)
 
 
 class Output(LockFile):
@@ -4314,7 +4763,7 @@ class Supervisor(Protocol):
     notices: Notices
     stopping: bool  # it is time to leave
 
-    def wait(self, until: float, child: Any = None) -> None: ...
+    def wait(self, until: float, child: Any = None, streams: Iterable[Any] = ()) -> None: ...
 
 
 class Execution:
@@ -4348,13 +4797,11 @@ class Execution:
                 with open(stdin, "wb", opener=open_own) as file:
                     file.write(self.claim.stdin)
             self.output = Output(self.run_dir.file(self.job.seq, self.job.run, "out"))
-            argv = (*self.settings["shell"], self.job.command)
-            given = stdin if self.claim.stdin else os.devnull
-            return SYSTEM.launch(argv, self.job.cwd, env, self.output.fd, self.run_dir.path, given)
+            return self.start(env, self.output, stdin if self.claim.stdin else os.devnull)
         except OSError as error:
             reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
             blameless = self.output is None or error.errno in EXHAUSTED
-        except Locked as error:
+        except Fault as error:
             reason = str(error)
             blameless = True
         finally:
@@ -4365,6 +4812,10 @@ class Execution:
         self.outcome = Outcome(end, self.started, self.clock(), None, f"cannot start: {reason}")
         return None
 
+    def start(self, env: Environ, output: Output, stdin: str) -> Any:
+        argv = (*self.settings["shell"], self.job.command)
+        return SYSTEM.launch(argv, self.job.cwd, env, output.fd, self.run_dir.path, stdin)
+
     def finish(self, child: Any) -> None:
         end, error = self.watch(child)
         if error or child.returncode:  # another attempt may follow
@@ -4372,36 +4823,431 @@ class Execution:
         if self.is_over:
             SYSTEM.release(child)
         code = child.returncode
-        error = error or explain_exit(code)
+        self.conclude(end, code, error or explain_exit(code))
+
+    def conclude(self, end: End, code: int | None, error: str | None) -> None:
         finished = max(self.started, self.clock())
         tail = self.output.tail(self.settings["output_limit"]) if self.output else (0, b"")
         self.outcome = Outcome(end, self.started, finished, code, error, *tail)
 
-    def watch(self, child: Any) -> tuple[End, str | None]:
+    def limit_time(self) -> None:
+        """Begin the time that the attempt may take."""
         timeout = self.settings["timeout"] if self.job.timeout is None else self.job.timeout
-        deadline = time.monotonic() + timeout if timeout else NEVER
+        self.deadline = time.monotonic() + timeout if timeout else NEVER
+        self.late: tuple[End, str] = "timed out", f"timed out after {format_duration(timeout)}"
+
+    def is_running(self, child: Any) -> bool:
+        return child.poll() is None
+
+    def wait(self, until: float, child: Any) -> None:
+        self.link.wait(until, child)
+
+    def watch(self, child: Any) -> tuple[End, str | None]:
+        self.limit_time()
         pause = 0.01
-        while child.poll() is None:
+        while self.is_running(child):
             now = time.monotonic()
             if end := self.wanted_end(self.job):
                 return end, f"{'stopped' if end == 'released' else end} by the operator"
-            if now >= deadline:
-                return "timed out", f"timed out after {format_duration(timeout)}"
-            self.link.wait(min(deadline, now + pause), child)
+            if now >= self.deadline:
+                return self.late
+            self.wait(min(self.deadline, now + pause), child)
             if self.output and time.monotonic() > now + pause:
                 trimmed = self.output.trim(self.settings["output_limit"])
                 pause = 0.01 if trimmed else min(pause * 2, 0.1)
         return "exited", None
 
+    def termination(self, _child: Any) -> Termination:
+        grace = self.settings["kill_grace"]
+        return Termination(self.job, self.run_dir, grace, self.link.notices, self.output)
+
     def end_processes(self, child: Any) -> bool:
         """End the remaining processes; return False where some remain and it is time to leave."""
-        grace = self.settings["kill_grace"]
-        ending = Termination(self.job, self.run_dir, grace, self.link.notices, self.output)
+        ending = self.termination(child)
         while not ending.step() or child.poll() is None:
             if ending.is_overdue and self.link.stopping:
                 return False
-            self.link.wait(time.monotonic() + ending.pause, child)
+            self.wait(time.monotonic() + ending.pause, child)
         return True
+
+
+# Launchers. Another engine, such as Slurm or ssh, runs the job in a wrapper, which needs only a sh
+# there. The exit code of the engine's client proves nothing, so the wrapper reports the start and
+# the exit code of the job on stderr, beside a nonce. The wrapper's stdin is its lifeline: first the
+# size of the job's own stdin, then that, and at last the word TERM or the end of file, which end
+# the process group of the job. A wrapper that the engine ends reports no exit code.
+
+WRAPPER = r"""
+_nonce=$1 _grace=$2 _cwd=$3 _command=$4
+shift 4
+_tell() { printf '@%s %s\n' "$_nonce" "$*" >&2; }
+_send() { kill "-$1" "-$_child" 2>/dev/null || kill "-$1" "$_child" 2>/dev/null; }
+_nap() { sleep 0.1 2>/dev/null && _left=$((_left - 1)) || { sleep 1; _left=$((_left - 10)); }; }
+_end() {
+  trap '' TERM HUP INT USR1
+  _left=${_grace}0
+  _send TERM
+  _send CONT
+  while [ "$_left" -gt 0 ] && _send 0; do _nap; done
+  _send KILL
+}
+_become() {
+  exec 3<&- 4<&-
+  for _pair; do
+    case ${_pair%%=*} in
+    '' | [0-9]* | *[!A-Za-z0-9_]*) ;; # no shell passes it on
+    *) command export "$_pair" 2>/dev/null ;;
+    esac
+  done
+  exec $_session sh -c "$_command"
+}
+_watch() {
+  while IFS= read -r _line <&3 && [ "$_line" != TERM ]; do :; done
+  _end
+  exit 0
+}
+_main() {
+  exec 4<&0
+  (set -m) 2>/dev/null && set -m 2>/dev/null # each child in a process group of its own
+  _session=
+  case $- in *m*) ;; *) command -v setsid >/dev/null && _session=setsid ;; esac
+  _lost=
+  trap '_lost=1; _end &' TERM HUP INT
+  (trap - TERM HUP INT; _become "$@") <&4 &
+  _child=$!
+  _watch </dev/null &
+  _watcher=$!
+  while wait "$_child"; _code=$?; kill -0 "$_child"; do _left=0; _nap; done 2>/dev/null
+  [ "$_code" -lt 256 ] || _code=$((_code - 128)) # ksh
+  kill -USR1 "$_watcher" 2>/dev/null # ignored while it ends the job
+  wait "$_watcher" 2>/dev/null || [ "$_code" = 0 ] || _end
+  [ -n "$_lost" ] || _tell exit "$_code"
+  exit "$_code"
+}
+IFS= read -r _size && [ "$_size" != TERM ] || exit 1
+exec 3<&0
+_tell start "$(uname -n 2>/dev/null || echo unknown)" $$
+cd -- "$_cwd" 2>/dev/null || { _tell nodir; exit 1; }
+if [ "$_size" -gt 0 ]; then
+  _input=$(dd ibs=1 count="$_size" 2>/dev/null; printf .)
+  printf %s "${_input%.}" | _main "$@"
+else
+  _main "$@" </dev/null
+fi
+"""
+
+
+def is_for_launcher(claim: Claim) -> bool:
+    """Tell whether a job runs elsewhere. A notification does not: the engine may be down."""
+    return bool(claim.settings["launcher"]) and not claim.job.notifies
+
+
+def client_directory(job: Job) -> str:
+    """Return where the programs of a launcher run: the directory of the job, if it exists here."""
+    return job.cwd if os.path.isdir(job.cwd) else os.sep
+
+
+class ReportStream:
+    """An output stream of a client, without the reports of the wrapper in it."""
+
+    LONGEST = 400  # bytes of a report
+
+    def __init__(self, fd: int, nonce: str) -> None:
+        os.set_blocking(fd, False)
+        self.file = open(fd, "rb", buffering=0)  # noqa: SIM115
+        self.start = f"@{nonce} ".encode()
+        forms = rb"(?:(start) ([^\s@]{1,255}) \d+|(exit) (\d{1,3})|(nodir))\r?\n"
+        self.report = re.compile(self.start + forms)
+        self.part = b""  # the beginning of a report, unless more output disproves that
+
+    def read(self) -> tuple[bytes, list[list[bytes]]] | None:
+        """Return output and reports, None where nothing has arrived; close it at its end."""
+        chunk = self.file.read(1 << 16)
+        if chunk is None:
+            return None
+        if not chunk:
+            self.file.close()
+            return self.part, []
+        data = self.part + chunk
+        reports = [list(filter(None, found.groups())) for found in self.report.finditer(data)]
+        data = self.report.sub(b"", data)
+        tail = data[data.rfind(b"@") :] if b"@" in data[-self.LONGEST :] else b""
+        is_begun = tail.startswith(self.start) and b"\n" not in tail
+        self.part = tail if is_begun or self.start.startswith(tail) else b""
+        return data[: len(data) - len(self.part)], reports
+
+
+# Runs a command and prints its exit code last, since that of a child may be lost: where SIGCHLD is
+# ignored, the system forgets it.
+PRINT_CODE = ("sh", "-c", '"$@"; printf "\\n%s" "$?"', "sh")
+
+
+class FarEnd:
+    """Makes sure that an attempt is over elsewhere, once its client is gone: by launcher_cancel.
+
+    Without that command, the wrapper has ended the job when the grace period is over.
+    """
+
+    LIMIT = 10.0  # seconds that the command may take
+    MARGIN = 1.0  # seconds more than the grace period
+
+    def __init__(self, job: Job, ledger: Ledger, notices: Notices) -> None:
+        self.job = job
+        self.ledger = ledger
+        self.notices = notices
+        self.facts = job.launched
+        self.process: Any = None
+        self.due = 0.0  # when it is sure, or must have ended, or is tried again
+        self.pause = 1.0  # seconds before the next try
+        self.has_failed = False
+
+    def step(self) -> bool:
+        """Return whether the attempt is over for sure."""
+        now = time.monotonic()
+        if not self.facts.get("cancel"):
+            self.due = self.due or now + self.facts.get("grace", 0) + self.MARGIN
+            return now >= self.due
+        if self.has_failed and self.is_forgotten():
+            if self.process:
+                kill_helper(self.process)
+            return True
+        if self.process:
+            return self.check(now)
+        if now >= self.due:
+            self.start(now)
+        return False
+
+    def start(self, now: float) -> None:
+        import tempfile
+
+        self.due = now + self.LIMIT
+        argv = (*PRINT_CODE, *self.facts["cancel"])
+        try:
+            self.said = tempfile.TemporaryFile()  # noqa: SIM115
+            self.process = start_helper(argv, client_directory(self.job), self.said)
+        except OSError as error:
+            self.fail(str(error))
+
+    def check(self, now: float) -> bool:
+        """Return whether the command has succeeded."""
+        is_running = self.process.poll() is None
+        if is_running and now < self.due:
+            return False
+        if is_running:
+            kill_helper(self.process)
+        self.process = None
+        with self.said:
+            text = last_bytes(self.said.fileno(), 1 << 12)[1].decode(errors="replace")
+        said, _, code = text.rpartition("\n")
+        if code == "0" and not is_running:
+            return True
+        reason = f"did not end within {format_duration(self.LIMIT)}"
+        if not is_running:
+            reason = explain_exit(int(code)) or "" if code.isdecimal() else "it was killed"
+        self.fail(": ".join(filter(None, (reason, last_line(said)))))
+        return False
+
+    def fail(self, reason: str) -> None:
+        """Report a failure, record it for `status`, and try again after a growing pause."""
+        command = quoted(join_words(self.facts["cancel"]))
+        trouble = f"launcher_cancel ({command}) failed: {reason}"
+        self.has_failed = True
+        self.due = time.monotonic() + self.pause
+        self.pause = min(self.pause * 2, 60.0)
+        with contextlib.suppress(Fault):
+            self.ledger.note_launch(self.job, {**self.facts, "trouble": trouble})
+        text = f"job {printable(self.job.id)} may still run {self.job.whereabouts}: {trouble}"
+        self.notices.report(f"{text}; trying again", key=f"{self.job.key} launcher_cancel")
+
+    def is_forgotten(self) -> bool:
+        """Tell whether the operator knows that it is over (`cancel --gone`), or another pool."""
+        with contextlib.suppress(Fault):
+            stored = self.ledger.reader.by_seq(self.job.seq)
+            return stored is None or stored.key != self.job.key or not stored.launch
+        return False
+
+
+class RemoteTermination(Termination):
+    """The end of an attempt's client here, and then of its job elsewhere."""
+
+    def __init__(self, *args: Any, ledger: Ledger) -> None:
+        super().__init__(*args)
+        self.far_end = FarEnd(self.job, ledger, self.notices)
+        self.is_client_gone = False
+
+    def step(self, snapshot: Callable[[], Any] = SYSTEM.snapshot) -> bool:
+        """End the client, and then the job; return whether both are gone."""
+        self.is_client_gone = self.is_client_gone or super().step(snapshot)
+        if not self.is_client_gone:
+            return False
+        self.pause = 1.0 if self.far_end.has_failed else 0.05
+        return self.far_end.step()
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether the job or its client cannot be ended at once: they must delay no stop."""
+        return self.far_end.has_failed or (not self.is_client_gone and super().is_overdue)
+
+
+class RemoteExecution(Execution):
+    """One attempt of a job that a launcher's client runs elsewhere."""
+
+    PATIENCE = 1.0  # seconds in which a client exits after its job; then it is ended
+
+    def __init__(self, claim: Claim, ledger: Ledger, *args: Any) -> None:
+        super().__init__(claim, ledger, *args)
+        self.ledger = ledger
+        self.nonce = os.urandom(16).hex()
+        cancel = fill_in(self.settings["launcher_cancel"], self.job)
+        self.grace = math.ceil(self.settings["kill_grace"])
+        self.facts: dict[str, Any] = {"cancel": cancel, "grace": self.grace}
+        self.to_send = b"%d\n%b" % (len(claim.stdin), claim.stdin)
+        self.lifeline: IO[bytes] | None = None
+        self.streams: list[ReportStream] = []
+        self.code: int | None = None  # as reported by the wrapper
+        self.has_directory = True
+
+    def words(self, env: Environ) -> list[bytes]:
+        """Return the command line of the client, as UTF-8 whatever the locale here."""
+        command = self.job.command
+        if self.settings["shell"] != DEFAULT_SHELL:
+            command = "exec " + shlex.join([*self.settings["shell"], command])
+        words = ["sh", "-c", WRAPPER, "queuectl", self.nonce, str(self.grace), self.job.cwd]
+        words.append(command)
+        words += (f"{name}={value}" for name, value in env.items())
+        if self.settings["launcher_quote"] == "yes":
+            words = [shlex.join(words)]
+        words = [*fill_in(self.settings["launcher"], self.job), *words]
+        return [word.encode(errors="surrogateescape") for word in words]
+
+    def start(self, env: Environ, output: Output, _stdin: str) -> Any:
+        self.ledger.db.set_synchronous("full")  # after a power cut here, it may still run there
+        if not self.ledger.note_launch(self.job, self.facts, is_first=True):
+            raise Fault("its claim was lost")
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            ours.callback(self.close)
+            given, lifeline = os.pipe()
+            theirs.callback(os.close, given)
+            os.set_blocking(lifeline, False)
+            self.lifeline = open(lifeline, "wb", buffering=0)  # noqa: SIM115
+            ends = [given]
+            for _ in range(2):
+                reader, writer = os.pipe()
+                theirs.callback(os.close, writer)
+                self.streams.append(ReportStream(reader, self.nonce))
+                ends.append(writer)
+            args = (client_directory(self.job), env, output.fd, self.run_dir.path, ends)
+            child = SYSTEM.launch(self.words(env), *args)
+            ours.pop_all()
+            return child
+
+    def close(self) -> None:
+        for stream in self.streams:
+            stream.file.close()
+        if self.lifeline:
+            self.lifeline.close()
+
+    def limit_time(self) -> None:
+        """Limit the time to wait for a place and, after the start, that of the attempt."""
+        if "host" in self.facts:
+            super().limit_time()
+            return
+        limit = self.settings["launch_timeout"]
+        self.deadline = time.monotonic() + limit if limit else NEVER
+        self.late = "not launched", f"not launched: no place within {format_duration(limit)}"
+
+    def is_known(self) -> bool:
+        """Tell whether the wrapper has reported an end."""
+        return self.code is not None or not self.has_directory
+
+    def is_running(self, child: Any) -> bool:
+        return child.poll() is None and not self.is_known()
+
+    def wait(self, until: float, child: Any) -> None:
+        self.link.wait(until, child, [stream.file for stream in self.streams])
+        self.pump()
+
+    def wait_for(self, fact: Callable[[], Any], child: Any, limit: float) -> None:
+        deadline = time.monotonic() + limit
+        while not fact() and child.poll() is None and time.monotonic() < deadline:
+            self.wait(min(deadline, time.monotonic() + 0.1), child)
+
+    def pump(self) -> None:
+        """Pass on input and output, and note the reports in it."""
+        if self.to_send and self.lifeline and not self.lifeline.closed:
+            with contextlib.suppress(OSError):  # the client has ended
+                self.to_send = self.to_send[self.lifeline.write(self.to_send) or 0 :]
+        for stream in list(self.streams):
+            for _ in range(16):  # at most 1 MiB: nothing else must have to wait
+                found = None if stream.file.closed else stream.read()
+                if found is None:
+                    break
+                self.keep(found[0])
+                for report in found[1]:
+                    self.note(*report)
+        self.streams = [stream for stream in self.streams if not stream.file.closed]
+
+    def keep(self, text: bytes) -> None:
+        if not self.output:
+            return
+        with contextlib.suppress(OSError):  # a full disk
+            while text:
+                text = text[os.write(self.output.fd, text) :]
+        self.output.bytes_dropped += len(text)
+        self.output.trim(self.settings["output_limit"])
+
+    def note(self, kind: bytes, value: bytes = b"") -> None:
+        if kind == b"start" and "host" not in self.facts:
+            self.facts["host"] = printable(value.decode(errors="replace"))
+            self.started = self.clock()
+            self.limit_time()
+            with contextlib.suppress(Fault):
+                self.ledger.note_launch(self.job, self.facts)
+        elif kind == b"exit" and self.code is None:
+            self.code = int(value)
+        elif kind == b"nodir":
+            self.has_directory = False
+
+    def finish(self, child: Any) -> None:
+        end, error = self.watch(child)
+        self.pump()
+        if error and "host" in self.facts:
+            self.to_send += b"TERM\n"
+            self.wait_for(self.is_known, child, self.grace + 2)
+        if self.is_known():
+            self.wait_for(lambda: False, child, self.PATIENCE)
+        if self.lifeline:
+            self.lifeline.close()
+        if error or self.code != 0 or child.poll() is None:
+            self.is_over = self.end_processes(child)
+        self.pump()
+        self.close()
+        self.conclude(*((end, self.code, error) if error else self.judge(child.poll())))
+
+    def termination(self, child: Any) -> Termination:
+        code = child.poll()
+        exited = "host" not in self.facts and code is not None and code >= 0
+        if self.is_known() or exited:  # nothing runs elsewhere
+            return super().termination(child)
+        job = self.job._replace(launch=json.dumps(self.facts))
+        args = (job, self.run_dir, self.settings["kill_grace"], self.link.notices, self.output)
+        return RemoteTermination(*args, ledger=self.ledger)
+
+    def judge(self, code: int | None) -> tuple[End, int | None, str | None]:
+        """Return how the attempt ended, from the reports; the client's exit code is a hint."""
+        host = self.facts.get("host")
+        if not self.has_directory:
+            return "exited", None, f"cannot start: no directory {quoted(self.job.cwd)} on {host}"
+        if self.code is not None:
+            return "exited", self.code, explain_exit(self.code)
+        client = (
+            f"{self.settings['launcher'][0]} ended ({explain_exit(code or 0) or 'exit code 0'})"
+        )
+        if host:
+            return "crashed", None, f"lost on {host}: {client} without a result"
+        output = self.output.tail(1 << 12)[1] if self.output else b""
+        said = last_line(output.decode(errors="replace"))
+        return "not launched", None, ": ".join(filter(None, ("not launched", client, said)))
 
 
 def keep_result(run_dir: RunDirectory, job: Job, outcome: Outcome, output: Output) -> None:
@@ -4441,6 +5287,7 @@ class News(NamedTuple):
     text: str = ""  # a line for people
     state: str = ""  # of the job that an event is about
     when: float = 0.0  # on the monotonic clock
+    seq: int = 0  # of the job whose attempt has ended
 
 
 # Pool and worker send each other JSON lists, one a line. The pool's end of the pipe never blocks:
@@ -4523,15 +5370,15 @@ class PoolLink:
         self.orphaned = True
         self.stopping = True
 
-    def wait(self, until: float = NEVER, child: Any = None) -> None:
-        """Wait for a child's end, the pool, or a time on the monotonic clock."""
+    def wait(self, until: float = NEVER, child: Any = None, streams: Iterable[Any] = ()) -> None:
+        """Wait for a child's end, the pool, a stream, or a time on the monotonic clock."""
         self.flush()
         until = min(until, self.flush_at)
         limit = None if until == NEVER else max(0.0, until - time.monotonic())
         if self.orphaned and limit is None:
             return  # it is time to leave
         pipe = None if self.orphaned else self.pipe
-        if self.pipe in SYSTEM.wait((self.wakeup, pipe), child, limit):
+        if self.pipe in SYSTEM.wait((self.wakeup, pipe, *streams), child, limit):
             self.receive()
 
 
@@ -4606,7 +5453,8 @@ class Worker:
 
     def run(self, claim: Claim) -> Execution:
         job = claim.job
-        execution = Execution(claim, self.ledger, self.link, self.wanted_end)
+        kind = RemoteExecution if is_for_launcher(claim) else Execution
+        execution = kind(claim, self.ledger, self.link, self.wanted_end)
         if child := execution.launch(self.environment(claim)):
             self.note_success()
             note = {"key": job.key, "leader": child.pid, "namespace": pid_namespace()}
@@ -4655,7 +5503,9 @@ class Worker:
         state = state_to_report(after)
         if not (unstarted and state == PENDING):  # else it was reported when it happened
             text = describe_end(ended.job, after, outcome)
-            self.link.send(News("event", text, state, when), within=BATCH)
+            if outcome.end == "not launched":
+                text += "; " + self.ledger.reader.hold(ended.job.queue)
+            self.link.send(News("event", text, state, when, ended.job.seq), within=BATCH)
         return claim
 
 
@@ -4697,6 +5547,7 @@ class PoolOptions(NamedTuple):
     say: Callable[[str], None] = ignore
     tick: Callable[[], None] = ignore
     name: str = ""
+    ended: Callable[[int, str], None] = ignore
 
 
 class Agenda:
@@ -4785,7 +5636,7 @@ class WorkerHandle:
         self.state: WorkerState = "busy"  # a new worker looks for a job by itself
         self.answer_by = NEVER  # when an answer is overdue, on the monotonic clock
         self.cancelled = ""  # the key of the attempt that it was asked to cancel
-        if not WINDOWS:
+        if sys.platform != "win32":
             os.set_blocking(pipe.fileno(), False)
 
     def send(self, *request: str) -> None:
@@ -4953,7 +5804,7 @@ class Recovery:
         self.ledger = ledger
         self.run_dir = ledger.db.run_dir
         self.notices = notices
-        self.report = report  # is called with a job's state and an event line
+        self.report = report  # is called with a job's state, an event line, and the job's number
         self.orphans: dict[str, tuple[Termination, Outcome | None]] = {}  # by key of the attempt
         self.has_strangers = False  # some jobs belong to workers that are not, or no longer, ours
 
@@ -4981,7 +5832,10 @@ class Recovery:
             self.requeue(job, kept)
             return
         grace = self.ledger.reader.settings(job.queue)["kill_grace"]
-        ending = Termination(job, self.run_dir, grace, self.notices, None)
+        args = (job, self.run_dir, grace, self.notices, None)
+        ending = Termination(*args)
+        if job.launch and not (kept and kept.exit_code is not None):  # else it is known to be over
+            ending = RemoteTermination(*args, ledger=self.ledger)
         self.orphans[job.key] = (ending, kept)
 
     def step(self, key: str, snapshot: Callable[[], Any]) -> None:
@@ -4996,7 +5850,8 @@ class Recovery:
         limit = self.ledger.reader.settings(job.queue)["output_limit"]
         then = job.locked_at or 0.0
         now = max(then, self.ledger.clock())
-        outcome = kept or Outcome("crashed", then, now, None, "its worker died")
+        error = "its worker died" + (f" (lost on {job.host})" if job.launched.get("host") else "")
+        outcome = kept or Outcome("crashed", then, now, None, error)
         files = [self.run_dir.file(name) for name in self.run_dir.attempt_files(job)]
         for path in files:
             with contextlib.suppress(FileNotFoundError):  # another pool was faster
@@ -5009,7 +5864,7 @@ class Recovery:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         if after:
-            self.report(state_to_report(after), describe_end(job, after, outcome))
+            self.report(state_to_report(after), describe_end(job, after, outcome), job.seq)
 
     def is_ending(self) -> bool:
         return any(it.is_waiting and not it.is_overdue for it, _ in self.orphans.values())
@@ -5041,7 +5896,7 @@ class Pool:
         self.ledger = ledger
         self.files = files
         self.options = options
-        self.events: list[tuple[float, str]] = []  # lines held back, as news come late
+        self.events: list[tuple[float, str, int, str]] = []  # held back, as news come late
         self.notices = Notices(self.say)
         self.crew = Crew(files, options, self.notices, self.fail)
         self.recovery = Recovery(ledger, self.notices, self.report_recovered)
@@ -5098,7 +5953,10 @@ class Pool:
         """Print the lines about events before a time, in the order in which things happened."""
         self.events.sort()
         while self.events and self.events[0][0] < before:
-            self.options.say(self.events.pop(0)[1])
+            _, text, seq, state = self.events.pop(0)
+            self.options.say(text)
+            if state in FINISHED:
+                self.options.ended(seq, state)
 
     def turn(self) -> None:
         self.options.tick()
@@ -5147,7 +6005,7 @@ class Pool:
             if news.kind == "damaged":
                 self.fail(Fault(news.text))
             elif news.kind == "event":
-                self.report(news.state, news.text, news.when)
+                self.report(news.state, news.text, news.seq, news.when)
             else:
                 worker.state = news.kind
             if news.kind == "idle":  # when does the rate of a queue allow the next start?
@@ -5156,8 +6014,8 @@ class Pool:
                 self.crew.maybe_work = True
                 self.agenda.within(self.sync, BATCH)
 
-    def report(self, state: str, text: str, when: float = 0.0) -> None:
-        self.events.append((when or time.monotonic(), text))
+    def report(self, state: str, text: str, seq: int = 0, when: float = 0.0) -> None:
+        self.events.append((when or time.monotonic(), text, seq, state))
         self.agenda.within(self.print_events, 1.5 * BATCH)
         self.agenda.within(self.sync, BATCH)
         if state == DEAD and self.options.drain:
@@ -5167,9 +6025,9 @@ class Pool:
         if state == PENDING:
             self.agenda.within(self.poll, BATCH)  # when is it due?
 
-    def report_recovered(self, state: str, text: str) -> None:
+    def report_recovered(self, state: str, text: str, seq: int) -> None:
         self.seen = None  # changes of our own do not show in the data_version
-        self.report(state, text)
+        self.report(state, text, seq)
         if not self.crew.mode:  # there may be many to recover: the first must not wait for all
             self.crew.maybe_work = True
             self.crew.dispatch()
@@ -5310,24 +6168,25 @@ def work(  # noqa: PLR0913
     *,
     queues: Sequence[str] = (),
     drain: bool = False,
-    horizon: float = LONGEST,
+    horizon: Duration = LONGEST,
     insecure: bool = False,
     signals: bool = False,
     say: Callable[[str], None] = ignore,
     tick: Callable[[], None] = ignore,
     name: str = "",
+    ended: Callable[[int, str], None] = ignore,
 ) -> int:
     """Run jobs with `count` workers until stopped or, with `drain`, until nothing is left to run.
 
-    A drain does not wait for jobs that are due later than `horizon` seconds from now. Returns the
-    exit code: 0; 1 if a job died during a drain or is left blocked; 128+n if signal n ended the
-    jobs. `signals` lets INT, TERM and HUP stop it, which only a main thread may ask for;
-    `queuectl worker stop` always can. `say` gets a line for each event, `tick` is called at least
-    once a second. `insecure` is as in Queue. `name` names the pool in the run directory.
+    A drain does not wait for jobs that are due later than `horizon` from now. Returns the exit
+    code: 0; 1 if a job died during a drain or is left blocked; 128+n if signal n ended the jobs.
+    `signals` lets INT, TERM and HUP stop it, in a main thread; `queuectl worker stop` always can.
+    `say` gets each event line, `ended` the `seq` and state of each ended job; `tick` is called
+    every second. `insecure` is as in Queue. `name` names the pool in the run directory.
     """
     validate("count", integer(1, 1000), count)
-    hooks = (say, tick, name)
-    options = PoolOptions(count, as_list(queues), drain, horizon, insecure, signals, *hooks)
+    limits = (drain, validate("horizon", parse_duration, horizon), insecure, signals)
+    options = PoolOptions(count, as_list(queues), *limits, say, tick, name, ended)
     end_a_thread()
     with Queue(path, insecure=insecure) as queue:
         queue.config()  # with damaged settings no worker could begin
@@ -5342,7 +6201,8 @@ def work(  # noqa: PLR0913
 
 # --- words: jobs, workers and counts as text and as JSON ------------------------------------------
 
-WORKER_HEADINGS = ("WORKER", "PID", "QUEUES", "STARTED", "JOB", "SINCE", "COMMAND")
+RUNNING_HEADINGS = ("RUNNING", "FOR", "QUEUE", "TRY", "WORKER", "COMMAND")
+WORKER_HEADINGS = ("WORKER", "PID", "QUEUES", "STARTED", "JOB", "SINCE", "HOST", "COMMAND")
 
 
 def display_width(text: str) -> int:
@@ -5408,27 +6268,23 @@ def unserved(run_dir: RunDirectory, queue: str) -> str:
     return "" if is_served else f"no worker serves queue {queue}"
 
 
-def hold(reader: Reader, queue: str) -> str:
-    """Return which setting lets a queue start no job now; empty if none does."""
-    for capacity, running, token_at in reader.db.rows(HELD, {"queue": queue}):
-        if 0 < capacity <= running:
-            return f"queue {queue} is at its limit of {capacity}"
-        if token_at and token_at > reader.clock():
-            rate = reader.settings(queue)["rate"]
-            when = format_distance(token_at, reader.clock())
-            return f"queue {queue} is at its rate of {rate}; next {when}"
+def obstacle_of_running(run_dir: RunDirectory, job: Job) -> str:
+    """Return the reason that a claimed job makes no progress, in one phrase; empty if it does."""
+    if trouble := job.launched.get("trouble"):
+        hint = f"once it is gone there, queuectl cancel --gone {printable(job.id)} ends the wait"
+        return f"it may still run {job.whereabouts}: {trouble}; {hint}"
+    if job.state == PROCESSING and run_dir.is_unlocked(job.locked_by):
+        pools = run_dir.alive("pool")
+        hint = "a pool is recovering it" if pools else "recover it with: queuectl worker start"
+        return f"its worker died; {hint}"
     return ""
 
 
 def obstacle(reader: Reader, job: Job) -> str:
     """Return the reason that a job cannot run now, in one phrase; empty if there is none."""
     run_dir = reader.db.run_dir
-    if job.state == PROCESSING and run_dir.is_unlocked(job.locked_by):
-        pools = run_dir.alive("pool")
-        hint = "a pool is recovering it" if pools else "recover it with: queuectl worker start"
-        return f"its worker died; {hint}"
     if job.state != PENDING:
-        return ""
+        return obstacle_of_running(run_dir, job)
     if job.readiness == BLOCKED:
         return describe_blockers(reader.parents(job))
     if job.run_after > reader.clock():
@@ -5438,7 +6294,7 @@ def obstacle(reader: Reader, job: Job) -> str:
         return "all queues are paused (queuectl resume)"
     if job.queue in paused:
         return f"queue {job.queue} is paused (queuectl resume --queue {job.queue})"
-    return unserved(run_dir, job.queue) or hold(reader, job.queue)
+    return unserved(run_dir, job.queue) or reader.hold(job.queue)
 
 
 def reason_to_wait(reader: Reader, job: Job) -> str:
@@ -5462,12 +6318,19 @@ def setting_text(value: object) -> str:
     return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
+def setting_words(key: str, value: object) -> str:
+    """Return the value of a setting for people: a duration with its units."""
+    if SETTINGS[key].read in (parse_duration, parse_age):
+        return exact_duration(float(str(value)))
+    return setting_text(value)
+
+
 def stored_settings(reader: Reader, queue: str) -> Iterator[str]:
     """Yield each setting that applies to a queue and is not built in, with its source."""
     settings = reader.settings(queue)
     for key, source in reader.sources(queue).items():
         where = f"queue {source}" if source else "all queues"
-        yield f"{key} {setting_text(settings[key])} ({where})"
+        yield f"{key} {setting_words(key, settings[key])} ({where})"
 
 
 def job_row(reader: Reader, job: Job, settings: Settings) -> tuple[object, ...]:
@@ -5481,6 +6344,32 @@ def job_row(reader: Reader, job: Job, settings: Settings) -> tuple[object, ...]:
     return job.id, job.state, queue, tries, distance, reason or "", job.command
 
 
+def run_facts(reader: Reader, job: Job) -> dict[str, Any]:
+    """Return when the last attempt started and ended, and how many seconds it took."""
+    facts: dict[str, Any] = {"started": None, "finished": None, "seconds": None}
+    if job.state == PROCESSING:
+        facts["started"] = format_time(job.locked_at)
+    elif run := reader.last_run(job):
+        facts.update(started=format_time(run.started), finished=format_time(run.finished))
+        facts["seconds"] = round(run.finished - run.started, 3)
+    return facts
+
+
+def result_text(reader: Reader, job: Job) -> str:
+    """Return the last result of a job's schedule, and when it was."""
+    result = reader.last_result(job)
+    if not result:
+        return ""
+    when = format_distance(parse_time(result["finished"]), reader.clock())
+    return f"{result['error'] or COMPLETED} {when}"
+
+
+def time_text(when: float, now: float) -> str:
+    """Return a time as people read it: local, and how far away it is."""
+    local = datetime.fromtimestamp(when, timezone.utc).astimezone()
+    return f"{local:%Y-%m-%d %H:%M:%S} ({format_distance(when, now)})"
+
+
 def job_details(reader: Reader, job: Job) -> Iterator[tuple[str, object]]:
     """Yield the facts about a job that people want to see, by name."""
     hidden = "seq run cancel_requested blocked rule scheduled_for snoozes waited".split()
@@ -5490,6 +6379,14 @@ def job_details(reader: Reader, job: Job) -> Iterator[tuple[str, object]]:
     facts.update(why=reason_to_wait(reader, job), schedule=rule_text(job), snoozes=job.snoozes)
     facts["stdin"] = plural(job.stdin_size, "byte") if job.stdin_size else ""
     facts["settings"] = ", ".join(stored_settings(reader, job.queue))
+    facts["timeout"] = exact_duration(facts["timeout"]) + " (no limit)" * (not facts["timeout"])
+    if job.retry_delays:
+        delays = map(float, job.retry_delays.split(","))
+        facts["retry_delays"] = ",".join(map(exact_duration, delays))
+    for key in ("created_at", "updated_at", "run_after", "locked_at"):
+        when = getattr(job, key)
+        facts[key] = when and time_text(when, reader.clock())
+    facts["last_result"] = result_text(reader, job)
     if job.cancel_requested:
         facts["state"] += " (being cancelled)"
     for key, value in facts.items():
@@ -5503,7 +6400,8 @@ def job_text(reader: Reader, job: Job) -> Iterator[str]:
     rows = []
     for run in reader.attempts(job, SUMMARIES):
         took = format_duration(run.finished - run.started)
-        rows.append((run.run, format_time(run.started), took, run.error or COMPLETED, run.worker))
+        started = time_text(run.started, reader.clock())
+        rows.append((run.run, started, took, run.error or COMPLETED, run.worker))
     yield from section(("RUN", "STARTED", "TOOK", "ENDED", "WORKER"), rows)
 
 
@@ -5520,6 +6418,7 @@ def worker_facts(reader: Reader, only: str | None = None) -> Iterator[dict[str, 
             facts.update(slot=note.get("slot"), queues=queues)
             facts["started"] = format_time(pool.get("started"))
             facts.update(job=job and job.id, since=job and format_time(job.locked_at))
+            facts["host"] = job and job.host
             yield {**facts, "command": job and job.command}
 
 
@@ -5530,8 +6429,16 @@ def worker_rows(workers: Iterable[Facts], now: float) -> Iterator[tuple[object, 
     for worker in workers:
         queues = ",".join(worker["queues"])
         started, since = ago(worker["started"]), ago(worker["since"])
-        about = (worker["job"] or "idle", since, worker["command"] or "")
+        about = (worker["job"] or "idle", since, worker["host"] or "", worker["command"] or "")
         yield (worker["worker"], worker["pid"] or "?", queues, started, *about)
+
+
+def running_rows(jobs: Iterable[Job], now: float) -> Iterator[tuple[object, ...]]:
+    """Yield the running jobs, each with its elapsed time, the longest first."""
+    for job in sorted(jobs, key=lambda job: job.locked_at or now):
+        elapsed = format_duration(round(max(0.0, now - (job.locked_at or now))))
+        queue = "" if job.queue == "default" else job.queue
+        yield job.id, elapsed, queue, job.attempts, job.locked_by, job.command
 
 
 def tally(counts: Iterable[tuple[State, int, int]]) -> dict[str, int]:
@@ -5552,8 +6459,10 @@ def status_facts(reader: Reader, only: str | None = None) -> dict[str, Any]:
         queues.setdefault(name, dict.fromkeys(STATES, 0))[state] += number
     facts["queues"] = queues
     facts["paused"] = [name for name in reader.paused() if only in (None, name) or not name]
-    held = {name: hold(reader, name) for name in reader.held() if only in (None, name)}
+    held = {name: reader.hold(name) for name in reader.held() if only in (None, name)}
     facts["held"] = {name: reason for name, reason in held.items() if reason}
+    notifications = partial(reader.number, COUNT_NOTIFICATIONS, queue=only)
+    facts["notifications"] = {state: notifications(state=state) for state in (PENDING, DEAD)}
     now = reader.clock()
     pools = reader.db.run_dir.alive("pool").values()
     age = now - min((note.get("started", now) for note in pools), default=0)
@@ -5566,16 +6475,22 @@ def status_facts(reader: Reader, only: str | None = None) -> dict[str, Any]:
 
 def status_counts(reader: Reader, facts: Facts, only: str | None, *, full: bool) -> Iterator[str]:
     kinds = ", ".join(f"{facts[kind]} {kind}" for kind in READINESS_WORDS.values())
+    yield f"queue      {reader.db.path}"
     for state in STATES:
         note = f"  ({kinds})" if state == PENDING and facts["ready"] < facts[PENDING] else ""
         yield f"{state:<10} {facts[state]:>8}{note}"
-    yield f"{'workers':<10} {len(facts['workers']):>8}"
+    idle = sum(not worker["job"] for worker in facts["workers"])
+    note = f"  ({idle} idle)" if full and idle else ""
+    yield f"{'workers':<10} {len(facts['workers']):>8}{note}"
     if full:
         yield f"{'rate':<10} {facts['rate']:>8.1f}  jobs/s recently"
     if facts["scheduled"] and (when := reader.next_due_time([only] if only else ())):
         yield f"next       due {format_distance(when, reader.clock())}"
     if facts["paused"]:
         yield "paused     " + ", ".join(name or "all queues" for name in facts["paused"])
+    waiting, dead = facts["notifications"].values()
+    if waiting or dead:
+        yield f"notifications {waiting} waiting" + (f", {dead} dead" if dead else "")
     for reason in islice(facts["held"].values(), 5):
         yield f"waiting    {reason}"
     if len(facts["held"]) > 5:
@@ -5599,7 +6514,11 @@ def status_text(reader: Reader, only: str | None = None, *, full: bool = False) 
     if set(facts["queues"]) - {"default"}:
         rows = ((name, *states.values()) for name, states in facts["queues"].items())
         yield from section(("QUEUE", *map(str.upper, STATES)), rows)
-    yield from section(WORKER_HEADINGS, worker_rows(facts["workers"], now))
+    if full:
+        claimed_jobs = [job for job in reader.claimed() if only in (None, job.queue)]
+        yield from section(RUNNING_HEADINGS, running_rows(claimed_jobs, now))
+    else:
+        yield from section(WORKER_HEADINGS, worker_rows(facts["workers"], now))
     chosen = Selection(queues=[only] if only else [], states=[DEAD])
     failed = reader.latest_selected(chosen, 5)[0] if full else []
     reasons = ((job.id, format_distance(job.updated_at, now), job.last_error) for job in failed)
@@ -5656,14 +6575,12 @@ TAIL = 4096  # bytes of an attempt's output that a report shows
 SHORT_TAIL = 1500  # where it shows one for each reason of failures
 LISTED = 10  # entries of a list of the slowest jobs, for instance
 DEAD_LISTED = 1000  # of all dead jobs
-GROUPS = 20  # reasons of failures that are shown, of at most 1000 that are told apart
+GROUPS = 20  # reasons of failures that are shown
 BARS = 8000  # of a Gantt chart
 LANES = 64
 BLAMELESS = (COMPLETED, "released", CANCELLED)  # outcomes of attempts that did not fail
-SHORT_BUCKETS = (1, 5, 10, 50, 150, 300, 600, 3000, 9000, 18000)  # widths in tenths of a second
-BUCKETS = (*SHORT_BUCKETS, 36000, 108000, 216000, 432000, 864000, 6048000)  # 1 h to a week
-
-
+SHORT_BUCKETS = (0.1, 0.5, 1, 5, 15, 30, 60, 300, 900, 1800)  # widths in seconds
+BUCKETS = (*SHORT_BUCKETS, 3600, 10800, 21600, 43200, 86400, 604800, 2419200, 31536000)  # a year
 REPORTED = Selection(notifications=False)
 
 
@@ -5676,11 +6593,6 @@ class History(NamedTuple):
     job: Job
     runs: list[Attempt]
     failures: list[Attempt]
-
-    @property
-    def took(self) -> float:
-        """The seconds that the last attempt took."""
-        return sum(run.finished - run.started for run in self.runs[-1:])
 
 
 def history(job: Job, runs: list[Attempt]) -> History:
@@ -5695,18 +6607,18 @@ def changed_jobs(reader: Reader, chosen: Selection, since: float) -> Iterator[Jo
 
     Those that have ended come first, so that a job that ends meanwhile is not read twice.
     """
+    if chosen.ids or not since:
+        yield from (job for job in reader.selected(chosen) if job.updated_at >= since)
+        return
     now = reader.clock()
-    kinds = [(state, READY) for state in (*FINISHED, PROCESSING)]
-    kinds += [(PENDING, readiness) for readiness in READINESS_WORDS]
-    for kind in kinds if since and not chosen.ids else ():
+    kinds: list[tuple[State, int]] = [(state, READY) for state in (*FINISHED, PROCESSING)]
+    kinds.extend((PENDING, readiness) for readiness in READINESS_WORDS)
+    for kind in kinds:
         seqs = reader.seqs_in_state(*kind, since)
         while numbers := list(islice(seqs, SLICE)):
             jobs = reader.by_seqs(numbers)
-            yield from (
-                job for job in jobs if kind == (job.state, job.readiness) and chosen.takes(job, now)
-            )
-    if chosen.ids or not since:
-        yield from (job for job in reader.selected(chosen) if job.updated_at >= since)
+            still = (job for job in jobs if kind == (job.state, job.readiness))
+            yield from (job for job in still if chosen.takes(job, now))
 
 
 def histories(reader: Reader, jobs: Iterable[Job], since: float = 0) -> Iterator[History]:
@@ -5728,85 +6640,24 @@ def drain_histories(
     yield from histories(reader, reader.selected(waiting), since)
 
 
-class Distribution:
-    """Durations in logarithmic buckets: quantiles are exact to 2 %, whatever their number."""
+def numbers_array() -> Any:
+    """Return an array of floats: 8 bytes each, where a list of a million would take 32 MB."""
+    from array import array
 
-    STEP = math.log(1.02)
-
-    def __init__(self, parts: Iterable[Distribution] = ()) -> None:
-        self.number = 0
-        self.max = 0.0
-        self.buckets: dict[int, tuple[int, float]] = {}  # the number of durations, and the longest
-        for part in parts:
-            for bucket, (number, longest) in part.buckets.items():
-                self.put(bucket, number, longest)
-
-    def put(self, bucket: int, number: int, longest: float) -> None:
-        before = self.buckets.get(bucket, (0, 0.0))
-        self.buckets[bucket] = (before[0] + number, max(before[1], longest))
-        self.number += number
-        self.max = max(self.max, longest)
-
-    def add(self, seconds: float) -> None:
-        seconds = max(0.0, seconds)
-        self.put(round(math.log(max(seconds, 0.001)) / self.STEP), 1, seconds)
-
-    def quantile(self, part: float) -> float:
-        rest = math.ceil(self.number * part)
-        for _, (number, longest) in sorted(self.buckets.items()):
-            rest -= number
-            if rest <= 0:
-                return longest
-        return 0.0
-
-    def facts(self, name: str) -> dict[str, float]:
-        facts = {"p50": self.quantile(0.5), "p95": self.quantile(0.95), "max": self.max}
-        return {f"{name}_{key}": round(value, 3) for key, value in facts.items()}
-
-    def histogram(self) -> list[tuple[float, float, int]]:
-        """Return the lower and upper end of eighths of decades, and the number of durations."""
-        bins: collections.Counter[int] = collections.Counter()
-        for bucket, (number, _) in self.buckets.items():
-            bins[max(-24, math.floor(bucket * self.STEP / math.log(10) * 8))] += number
-        return [(10 ** (n / 8), 10 ** ((n + 1) / 8), number) for n, number in sorted(bins.items())]
+    return array("d")
 
 
-class Timeline:
-    """Numbers by time and key, in at most `limit` buckets, which widen as the time span grows."""
+def time_facts(name: str, seconds: Iterable[float]) -> dict[str, float]:
+    values = sorted(seconds) or [0.0]
+    found = {f"p{part}": values[math.ceil(len(values) * part / 100) - 1] for part in (50, 95)}
+    found["max"] = values[-1]
+    return {f"{name}_{key}": round(value, 3) for key, value in found.items()}
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.width = BUCKETS[0]  # in tenths of a second
-        self.numbers: collections.Counter[tuple[int, str]] = collections.Counter()
-        self.first = self.last = 0
 
-    def add(self, when: float, key: str, number: int = 1) -> None:
-        slot = int(when * 10) // self.width
-        self.first = min(self.first, slot) if self.numbers else slot
-        self.last = max(self.last, slot) if self.numbers else slot
-        self.numbers[slot, key] += number
-        while self.last - self.first >= self.limit:
-            self.widen()
-
-    def widen(self) -> None:
-        wider = next((width for width in BUCKETS if width > self.width), self.width * 2)
-        factor = wider // self.width
-        numbers = self.numbers
-        self.width = wider
-        self.numbers = collections.Counter()
-        for (slot, key), number in numbers.items():
-            self.numbers[slot // factor, key] += number
-        self.first //= factor
-        self.last //= factor
-
-    def facts(self, keys: Sequence[str], *, running_sum: bool = False) -> dict[str, Any]:
-        """Return where it starts, the width of a bucket, and of each key the numbers in order."""
-        facts: dict[str, Any] = {"start": self.first * self.width / 10, "width": self.width / 10}
-        slots = range(self.first, self.last + 1) if self.numbers else ()
-        for key in keys:
-            values = [self.numbers[slot, key] for slot in slots]
-            facts[key] = list(accumulate(values)) if running_sum else values
-        return facts
+def histogram(seconds: Iterable[float]) -> list[tuple[float, float, int]]:
+    """Return the lower and upper end of eighths of decades, and the number of durations in each."""
+    bins = collections.Counter(math.floor(math.log10(max(s, 0.001)) * 8) for s in seconds)
+    return [(10 ** (n / 8), 10 ** ((n + 1) / 8), number) for n, number in sorted(bins.items())]
 
 
 class Counts:
@@ -5814,8 +6665,8 @@ class Counts:
 
     def __init__(self) -> None:
         self.jobs: collections.Counter[tuple[str, State, int]] = collections.Counter()
-        self.seconds: dict[str, Distribution] = collections.defaultdict(Distribution)
-        self.waits: dict[str, Distribution] = collections.defaultdict(Distribution)
+        self.seconds: dict[str, Any] = collections.defaultdict(numbers_array)
+        self.waits: dict[str, Any] = collections.defaultdict(numbers_array)
         self.outcomes: collections.Counter[str] = collections.Counter()
 
     def add(self, history: History) -> None:
@@ -5823,16 +6674,15 @@ class Counts:
         self.jobs[job.queue, job.state, job.readiness] += 1
         for run in history.runs:
             self.outcomes[run.outcome] += 1
-            self.seconds[job.queue].add(run.finished - run.started)
-            self.waits[job.queue].add(run.waited)
+            self.seconds[job.queue].append(max(0.0, run.finished - run.started))
+            self.waits[job.queue].append(run.waited)
 
     def facts_of(self, queues: Sequence[str]) -> dict[str, Any]:
-        jobs = ((key[1:], number) for key, number in self.jobs.items() if key[0] in queues)
-        took = Distribution(self.seconds[queue] for queue in queues)
-        waited = Distribution(self.waits[queue] for queue in queues)
-        counts = tally((*kind, number) for kind, number in jobs)
-        facts = {**counts, "attempts": took.number, **took.facts("took"), **waited.facts("waited")}
-        return {**facts, "histogram": took.histogram()}
+        counts = tally((*key[1:], number) for key, number in self.jobs.items() if key[0] in queues)
+        seconds = [second for queue in queues for second in self.seconds[queue]]
+        waits = chain.from_iterable(self.waits[queue] for queue in queues)
+        facts = {**counts, "attempts": len(seconds), **time_facts("took", seconds)}
+        return {**facts, **time_facts("waited", waits), "histogram": histogram(seconds)}
 
     def facts(self) -> dict[str, Any]:
         queues = sorted({key[0] for key in self.jobs})
@@ -5845,45 +6695,71 @@ class Counts:
         }
 
 
+class Timeline:
+    """The times at which the numbers of several keys changed."""
+
+    def __init__(self) -> None:
+        self.times: dict[tuple[str, int], Any] = collections.defaultdict(numbers_array)
+
+    def add(self, when: float, key: str, number: int = 1) -> None:
+        self.times[key, number].append(when)
+
+    def facts(self, keys: Sequence[str], limit: int) -> dict[str, Any]:
+        """Return where the time begins, the width of its buckets, and of each key the sums."""
+        ends = [end for times in self.times.values() for end in (min(times), max(times))]
+        first, last = min(ends, default=0.0), max(ends, default=0.0)
+        fitting = (width for width in BUCKETS if last // width - first // width < limit)
+        width = next(fitting, BUCKETS[-1])
+        start = int(first // width)
+        size = int(last // width) - start + 1 if ends else 0
+        sums = {key: [0] * size for key in keys}
+        for (key, number), times in self.times.items():
+            for when in times:
+                sums[key][int(when // width) - start] += number
+        return {"start": round(start * width, 1), "width": width, **sums}
+
+
 class Course:
     """How many jobs were in each state over time, and how many finished in each bucket of it."""
 
     def __init__(self, since: float) -> None:
         self.since = since
-        self.depth = Timeline(240)
-        self.finished = Timeline(100)
+        self.depth = Timeline()
+        self.finished = Timeline()
         self.first = NEVER  # the first start and the last end of an attempt
         self.last = 0.0
 
-    def move(self, when: float, before: str, after: str) -> None:
-        if before:
-            self.depth.add(max(when, self.since), before, -1)
-        self.depth.add(max(when, self.since), after)
-
     def add(self, history: History) -> None:
         job = history.job
-        state: str = PENDING
-        self.move(job.created_at, "", PENDING)
+        moves: list[tuple[float, str]] = [(job.created_at, PENDING)]
         for run in history.runs:
+            moves += [(run.started, PROCESSING), (run.finished, PENDING)]
             self.first = min(self.first, run.started)
             self.last = max(self.last, run.finished)
-            state = job.state if run is history.runs[-1] and job.state in FINISHED else PENDING
-            self.move(run.started, PENDING, PROCESSING)
-            self.move(run.finished, PROCESSING, state)
-        if job.state != state:  # it runs, or was cancelled while it waited
-            self.move(job.updated_at, state, job.state)
+        if job.state in FINISHED and history.runs:
+            moves[-1] = (moves[-1][0], job.state)
+        elif job.state != PENDING:  # it runs, or was cancelled before it ran
+            moves.append((job.updated_at, job.state))
+        before = ""
+        for when, state in moves:
+            if before:
+                self.depth.add(max(when, self.since), before, -1)
+            self.depth.add(max(when, self.since), state)
+            before = state
         if job.state in FINISHED:
             self.finished.add(job.updated_at, job.state)
 
     def facts(self) -> dict[str, Any]:
-        finished = self.finished.facts(FINISHED)
-        number = sum(map(sum, (finished[COMPLETED], finished[DEAD])))
-        span = max(0.0, self.last - self.first)
+        depth = self.depth.facts(STATES, 240)
+        depth.update((state, list(accumulate(depth[state]))) for state in STATES)
+        finished = self.finished.facts(FINISHED, 100)
+        number = sum(finished[COMPLETED]) + sum(finished[DEAD])
+        span = max(0.001, self.last - self.first)
         return {
             "first_start": format_time(self.first) if self.last else None,
             "last_end": format_time(self.last) if self.last else None,
-            "rate": round(number / max(span, 0.001), 3) if self.last else 0.0,
-            "depth": self.depth.facts(STATES, running_sum=True),
+            "rate": round(number / span, 3) if self.last else 0.0,
+            "depth": depth,
             "finished": finished,
         }
 
@@ -5896,10 +6772,10 @@ class Bar(NamedTuple):
     finished: float
     waited: float
     outcome: str
-    number: int
-    failures: int
     id: str
-    reason: str
+    number: int = 1
+    failures: int = 0
+    reason: str = ""
 
     def merged(self, other: Bar) -> Bar:
         """Return a bar for both; it shows a failure if there is one."""
@@ -5924,14 +6800,13 @@ class Gantt:
     def add(self, history: History) -> None:
         job = history.job
         for run in history.runs:
-            times = (run.started, run.finished, run.waited)
+            bar = Bar(run.worker, run.started, run.finished, run.waited, run.outcome, job.id)
             failed = int(run in history.failures)
-            reason = quoted(run.error or "")
-            self.bars.append(Bar(run.worker, *times, run.outcome, 1, failed, job.id, reason))
+            self.bars.append(bar._replace(failures=failed, reason=quoted(run.error or "")))
         if job.state == PROCESSING:
             began = job.locked_at or self.now
-            times = (began, max(began, self.now), job.waited)
-            self.bars.append(Bar(job.locked_by or "", *times, "running", 1, 0, job.id, ""))
+            end = max(began, self.now)
+            self.bars.append(Bar(job.locked_by or "", began, end, job.waited, "running", job.id))
         while len(self.bars) > 2 * BARS:
             self.merge(self.width * 2)
 
@@ -5973,28 +6848,6 @@ class Gantt:
         return {"start": start, "end": end, "lanes": shown, "hidden": len(lanes) - len(shown)}
 
 
-class Ranking:
-    """The largest of many items."""
-
-    def __init__(self) -> None:
-        self.heap: list[tuple[float, int, dict[str, Any]]] = []
-        self.number = 0
-
-    def add(self, size: float, item: dict[str, Any]) -> None:
-        import heapq
-
-        self.number += 1
-        push = heapq.heappush if len(self.heap) < LISTED else heapq.heappushpop
-        push(self.heap, (size, self.number, item))
-
-    def facts(self) -> list[dict[str, Any]]:
-        return [item for _, _, item in sorted(self.heap, reverse=True)]
-
-
-def last_line(output: str) -> str:
-    return quoted(next(filter(str.strip, reversed(output.split("\n"))), "").strip())
-
-
 class Failures:
     """The attempts that failed, by reason."""
 
@@ -6006,17 +6859,15 @@ class Failures:
         job = history.job
         for run in history.failures:
             reason = quoted(run.error or run.outcome)
-            if reason not in self.groups and len(self.groups) >= 1000:
-                reason = "other reasons"
-            group = self.groups.setdefault(
-                reason, {"reason": reason, "attempts": 0, "dead": 0, "when": 0.0, "jobs": []}
-            )
+            new = {"reason": reason, "attempts": 0, "dead": 0, "when": 0.0, "jobs": []}
+            group = self.groups.setdefault(reason, new)
             group["attempts"] += 1
             if job.state == DEAD and run is history.runs[-1]:
                 group["dead"] += 1
-                facts = {"id": job.id, "queue": job.queue, "run": run.run, "reason": reason}
-                self.dead += [{**facts, "seq": job.seq}] * (len(self.dead) < DEAD_LISTED)
-            if not group["jobs"] or group["jobs"][-1] != job.id:
+                if len(self.dead) < DEAD_LISTED:
+                    facts = {"id": job.id, "queue": job.queue, "run": run.run, "reason": reason}
+                    self.dead.append({**facts, "seq": job.seq})
+            if job.id not in group["jobs"]:
                 group["jobs"] = [*group["jobs"], job.id][-LISTED:]
             if run.finished >= group["when"]:
                 group.update(when=run.finished, seq=job.seq, id=job.id, run=run.run)
@@ -6036,28 +6887,33 @@ class Notable:
     """The slowest attempts, the jobs with the most attempts, and those that failed before."""
 
     def __init__(self) -> None:
-        self.slowest = Ranking()
-        self.retried = Ranking()
-        self.flaky = Ranking()
+        self.ranked: dict[str, list[Any]] = {"slowest": [], "retried": [], "flaky": []}
+        self.flaky_number = 0
+
+    def put(self, name: str, size: float, facts: Facts) -> None:
+        """Put the facts about a job into a list of the largest."""
+        ranked = self.ranked[name]
+        ranked.append((size, facts))
+        ranked.sort(key=lambda entry: -entry[0])
+        del ranked[LISTED:]
 
     def add(self, history: History) -> None:
-        job = history.job
+        job, runs, failures = history
         facts: dict[str, Any] = {"id": job.id, "queue": job.queue, "state": job.state}
-        for run in history.runs:
+        for run in runs:
             seconds = round(run.finished - run.started, 3)
-            self.slowest.add(seconds, {**facts, "run": run.run, "took": seconds})
-        failures = history.failures
-        facts.update(
-            failures=len(failures), reason=quoted(failures[-1].error or "") if failures else ""
-        )
-        if len(history.runs) > 1:
-            self.retried.add(len(history.runs), {**facts, "attempts": len(history.runs)})
+            self.put("slowest", seconds, {**facts, "run": run.run, "took": seconds})
+        facts["failures"] = len(failures)
+        facts["reason"] = quoted(failures[-1].error or "") if failures else ""
+        if len(runs) > 1:
+            self.put("retried", len(runs), {**facts, "attempts": len(runs)})
         if failures and job.state == COMPLETED:
-            self.flaky.add(job.updated_at, facts)
+            self.flaky_number += 1
+            self.put("flaky", job.updated_at, facts)
 
     def facts(self) -> dict[str, Any]:
-        lists = {key: ranking.facts() for key, ranking in vars(self).items()}
-        return {**lists, "flaky_number": self.flaky.number}
+        lists = {name: [facts for _, facts in ranked] for name, ranked in self.ranked.items()}
+        return {**lists, "flaky_number": self.flaky_number}
 
 
 def schedule_facts(reader: Reader, queues: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -6065,13 +6921,14 @@ def schedule_facts(reader: Reader, queues: Sequence[str]) -> Iterator[dict[str, 
     for job in reader.schedules():
         if queues and job.queue not in queues:
             continue
-        facts = {"schedule": job.schedule_id, "queue": job.queue, "rule": rule_text(job)}
         last = reader.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id)
         runs = reader.runs(last) if last else []
         started = runs[0].started if runs else last and last.locked_at
         late = started and last and max(0.0, started - (last.scheduled_for or started))
         yield {
-            **facts,
+            "schedule": job.schedule_id,
+            "queue": job.queue,
+            "rule": rule_text(job),
             "next": format_time(job.scheduled_for),
             "id": last and last.id,
             "state": last and last.state,
@@ -6081,7 +6938,7 @@ def schedule_facts(reader: Reader, queues: Sequence[str]) -> Iterator[dict[str, 
 
 
 class Report(NamedTuple):
-    """What a report is about: each renderer takes one and yields text."""
+    """The subject of a report: each renderer takes one and yields text."""
 
     reader: Reader
     histories: Callable[[], Iterable[History]]  # is called once by a renderer that needs them
@@ -6089,7 +6946,7 @@ class Report(NamedTuple):
     since: float = 0.0
 
     def facts(self) -> dict[str, Any]:
-        """Return all facts, as JSON has them; the histories are read once, in bounded memory."""
+        """Return all facts, as JSON has them; the histories are read once."""
         reader = self.reader
         now = reader.clock()
         counts, course, gantt = Counts(), Course(self.since), Gantt(now)
@@ -6123,77 +6980,80 @@ COLUMNS = {
     "flaky": ("id", "queue", "failures", "reason"),
     "schedules": ("schedule", "rule", "next", "id", "state", "started", "started_late"),
 }
-HEADINGS = {"slowest": "Slowest attempts", "retried": "Most attempts"}
-HEADINGS.update(flaky="Completed after failures", queues="Queues", schedules="Schedules")
+TITLES = {"slowest": "Slowest attempts", "retried": "Most attempts", "queues": "Queues"}
+TITLES.update(flaky="Completed after failures", schedules="Schedules")
 
 
-def cell_text(value: object) -> str:
-    """Return a fact for people: a float is a duration in seconds."""
-    if value is None:
-        return ""
-    return format_duration(value) if isinstance(value, float) else str(value)
+def headings_of(name: str) -> list[str]:
+    return ["job" if key == "id" else key.replace("_", " ") for key in COLUMNS[name]]
 
 
-def heading_text(key: str) -> str:
-    return "job" if key == "id" else key.replace("_", " ")
+def cells_of(name: str, item: Facts) -> list[str]:
+    """Return a row of one of COLUMNS for people: a float is a duration in seconds."""
+    values = [item[key] for key in COLUMNS[name]]
+    texts = (format_duration(v) if isinstance(v, float) else v for v in values)
+    return ["" if text is None else str(text) for text in texts]
+
+
+def headline(facts: Facts) -> str:
+    counts = ", ".join(f"{facts[state]} {state}" for state in STATES)
+    return f"{counts}; {facts['rate']:,.3g} jobs/s, {facts['attempts']} attempts\n"
 
 
 # HTML. The page needs no script; everything that a job supplied goes through `safe`.
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b1f24; --dim: #59636e;
-  --line: #d8dee4; --completed: #2f9e60; --dead: #d1353f; --late: #d9822b; --running: #2f7fd1;
-  --pending: #8593a3; --cancelled: #8a6fc0; --crashed: #b43c96; }
+  --line: #d8dee4; }
 @media (prefers-color-scheme: dark) { :root { --page: #0f1216; --card: #181c22; --ink: #e3e7ec;
-  --dim: #97a1ad; --line: #2c333c; --completed: #3fb272; --dead: #f0606a; --late: #e79a4a;
-  --running: #5aa2ee; --pending: #7d8a99; --cancelled: #a993dd; --crashed: #e07cc6; } }
+  --dim: #97a1ad; --line: #2c333c; } }
+.completed { --hue: #2f9e60; } .dead, .failed { --hue: #e5484d; } .timed { --hue: #d9822b; }
+.crashed { --hue: #c2489f; } .processing, .running { --hue: #3b82d6; }
+.pending { --hue: #8593a3; } .cancelled, .released { --hue: #9376d3; }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--page); color: var(--ink);
   font: 15px/1.45 system-ui, sans-serif; }
 h1 { font-size: 1.2rem; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1rem; margin: 0 0 .6rem; }
-p { margin: .2rem 0 .4rem; }
-h3 { font-size: .9rem; margin: .8rem 0 .3rem; }
-h3:first-child { margin-top: 0; }
+h2, h3 { font-size: 1rem; margin: .5rem 0; }
+p, form { margin: .3rem 0; }
+a { color: #3b82d6; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
-  margin: .8rem 0; padding: .8rem 1rem; }
-.dim, figcaption { color: var(--dim); font-size: .85rem; }
+  margin: .8rem 0; padding: .4rem 1rem .8rem; }
+.dim, figcaption, th { color: var(--dim); font-size: .85rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(6.5rem, 1fr)); gap: .6rem; }
-.tile { border-left: 3px solid var(--line); padding: 0 .6rem; }
-.tile b { display: block; font-size: 1.35rem; font-weight: 600; white-space: nowrap; }
+.tile { border-left: 3px solid var(--hue, var(--line)); padding: 0 .6rem; }
+.tile b { display: block; font-size: 1.35rem; white-space: nowrap; }
 figure { margin: 0 0 .7rem; }
-figure:last-child { margin-bottom: 0; }
 svg { display: block; }
-.lane { display: grid; grid-template-columns: 1.8rem 1fr; align-items: center; font-size: .75rem; }
+rect, path { fill: var(--hue, var(--dim)); }
+.grid, .mark, .wait { fill: none; stroke: var(--line); vector-effect: non-scaling-stroke; }
+.mark { stroke: var(--ink); stroke-dasharray: 3 3; }
+.wait { stroke: var(--dim); }
+.lane { display: grid; grid-template-columns: 1.8rem 1fr; align-items: center; }
 .axis { display: flex; justify-content: space-between; color: var(--dim); font-size: .75rem;
   border-top: 1px solid var(--line); }
 .lane + .axis { margin-left: 1.8rem; }
-.legend span { margin-right: .9rem; white-space: nowrap; }
-.legend i { display: inline-block; width: .7rem; height: .7rem; margin-right: .3rem;
-  background: currentColor; }
-rect, path { fill: var(--dead); }
-.completed { fill: var(--completed); color: var(--completed); border-color: var(--completed); }
-.dead, .failed { fill: var(--dead); color: var(--dead); border-color: var(--dead); }
-.timed-out { fill: var(--late); color: var(--late); }
-.crashed { fill: var(--crashed); color: var(--crashed); }
-.processing, .running { fill: var(--running); color: var(--running); border-color: var(--running); }
-.pending { fill: var(--pending); color: var(--pending); border-color: var(--pending); }
-.cancelled, .released { fill: var(--cancelled); color: var(--cancelled);
-  border-color: var(--cancelled); }
-.legend span, .tile { fill: none; color: inherit; }
-.grid { stroke: var(--line); fill: none; vector-effect: non-scaling-stroke; }
-.wait { fill: var(--pending); }
-.mark { stroke: var(--ink); stroke-dasharray: 3 3; vector-effect: non-scaling-stroke; }
+@media (max-width: 30rem) { .axis span:nth-child(even) { display: none; } }
+i { display: inline-block; width: .7rem; height: .7rem; margin: 0 .3rem 0 .9rem;
+  background: var(--hue, var(--dim)); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .87rem; }
-th { text-align: left; color: var(--dim); font-weight: 500; }
-th, td { padding: .22rem .7rem .22rem 0; border-bottom: 1px solid var(--line); }
-.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+th, td { padding: .22rem .7rem .22rem 0; border-bottom: 1px solid var(--line); text-align: left;
+  vertical-align: top; font-weight: 400; }
+td span { color: var(--hue); }
+td:last-child, td code { overflow-wrap: anywhere; min-width: 12rem; }
+td.number, th.number { text-align: right; white-space: nowrap; min-width: 0; }
 summary { cursor: pointer; overflow-wrap: anywhere; }
 pre { margin: .4rem 0; padding: .6rem; background: var(--page); font-size: .8rem;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
+  white-space: pre-wrap; overflow: auto; overflow-wrap: anywhere; }
+.output { max-height: 60vh; }
+nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; align-items: baseline; }
+nav h1 { flex: 1 1 18rem; }
+[aria-current] { color: inherit; font-weight: 600; text-decoration: none; }
+label { margin-right: .8rem; }
+button, input { font: inherit; }
 @media print { :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --dim: #444;
-  --line: #bbb; } body { padding: 0; max-width: none; } figure, details, tr { break-inside: avoid; }
+  --line: #bbb; } figure, details, tr { break-inside: avoid; }
   rect, path, i { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 ESCAPED = {ord(c): f"&#{ord(c)};" for c in "&<>\"'`="}
@@ -6208,48 +7068,81 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.expandtabs().replace("\r\n", "\n").split("\n")))
 
 
+def element(tag: str, content: str = "", /, **attributes: object) -> str:
+    """Return an HTML element; its content is HTML, the values of its attributes are text."""
+    words = (f' {key.strip("_").replace("_", "-")}="{safe(v)}"' for key, v in attributes.items())
+    end = "" if tag == "input" else f"</{tag}>"
+    return f"<{tag}{''.join(words)}>{content}{end}"
+
+
+def preformatted(text: str, **attributes: object) -> str:
+    return element("pre", printable_lines(text).translate(ESCAPED), **attributes)
+
+
+def card(content: str, heading: str = "", **attributes: object) -> str:
+    title = element("h2", heading) if heading else ""
+    return element("section", title + content, **attributes) + "\n" if content else ""
+
+
 def html_page(title: str, body: str, *, nonce: str = "", head: str = "") -> str:
     """Return a complete page; with a nonce, its style obeys a Content-Security-Policy."""
-    allowed = f' nonce="{safe(nonce)}"' if nonce else ""
+    style = element("style", STYLE, nonce=nonce) if nonce else element("style", STYLE)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{safe(title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style{allowed}>{STYLE}</style>{head}</head>
+{style}{head}</head>
 <body>{body}</body></html>
 """
 
 
+def html_grid(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of HTML cells; columns whose headings end with # are numbers."""
+    classes = [' class="number"' if heading[-1:] == "#" else "" for heading in headings]
+    lines = ["".join(f"<td{css}>{cell}</td>" for css, cell in zip(classes, row)) for row in rows]
+    head = "".join(f"<th{css}>{safe(h.rstrip('#'))}</th>" for css, h in zip(classes, headings))
+    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>' if lines else ""
+
+
 def html_table(facts: Facts, name: str, link: Link) -> str:
-    """Return one of COLUMNS with a heading; empty if it has no rows."""
+    """Return one of COLUMNS below its title; empty if it has no rows."""
     items = facts[name][:100]
     if not items:
         return ""
-    lines = ""
-    for number, item in enumerate((COLUMNS[name], *items)):
-        tag = "td" if number else "th"
-        for key in COLUMNS[name]:
-            css = ' class="number"' if isinstance(items[0][key], (int, float)) else ""
-            text = cell_text(item[key]) if number else heading_text(key)
-            lines += f"<{tag}{css}>{link(text) if key == 'id' and number else safe(text)}</{tag}>"
-        lines += "</tr>\n<tr>"
-    heading = f"<h3>{HEADINGS[name]}</h3>" if name in HEADINGS else ""
-    return f'{heading}<div class="wide"><table><tr>{lines}</tr></table></div>'
+    keys = COLUMNS[name]
+    numeric = [isinstance(items[0][key], (int, float)) for key in keys]
+    headings = [text + "#" * is_number for text, is_number in zip(headings_of(name), numeric)]
+    rows = []
+    for item in items:
+        cells = zip(keys, cells_of(name, item))
+        rows.append([link(text) if key == "id" and text else safe(text) for key, text in cells])
+    return element("h3", TITLES[name]) + html_grid(headings, rows)
 
 
-def rect(css: str, x: float, y: float, width: float, height: float, title: str = "") -> str:
-    name = css.replace(" ", "-")
-    box = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
-    return f'<rect class="{safe(name)}" {box}><title>{safe(title)}</title></rect>'
+def rect(css: str, x: float, y: float, width: float, height: float, title: str) -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+    return f'<rect class="{safe(css)}" {place}><title>{safe(title)}</title></rect>'
 
 
 def svg(shapes: str, height: int, label: str, parts: int = 4) -> str:
     """Return a picture 1000 units wide that fills its column; lines divide it into parts."""
     grid = "".join(f"M{1000 * n / parts:.1f} 0v{height}" for n in range(1, parts))
-    return (
-        f'<svg viewBox="0 0 1000 {height}" width="100%" height="{height}" role="img" '
-        f'aria-label="{safe(label)}" preserveAspectRatio="none">'
-        f'<path class="grid" d="{grid}"/>{shapes}</svg>'
-    )
+    size = {"viewBox": f"0 0 1000 {height}", "width": "100%", "height": height}
+    content = element("path", class_="grid", d=grid) + shapes
+    about = {"role": "img", "aria_label": label}
+    return element("svg", content, **size, **about, preserveAspectRatio="none")
+
+
+def stacked_bars(bars: Iterable[tuple[float, float, str, dict[str, int]]], most: int) -> str:
+    """Return bars of a chart 80 high: of each its place, width, title, and numbers by class."""
+    shapes = ""
+    for x, width, title, numbers in bars:
+        top = 80.0
+        for css, number in numbers.items():
+            height = 78 * number / most
+            top -= height
+            shapes += rect(css, x, top, width * 0.92, height, title) if number else ""
+    return shapes
 
 
 def time_label(when: float, span: float) -> str:
@@ -6259,7 +7152,7 @@ def time_label(when: float, span: float) -> str:
 
 
 def axis(labels: Iterable[str]) -> str:
-    return f'<div class="axis">{"".join(f"<span>{safe(label)}</span>" for label in labels)}</div>'
+    return element("div", "".join(element("span", safe(label)) for label in labels), class_="axis")
 
 
 def time_axis(start: float, span: float) -> str:
@@ -6267,27 +7160,30 @@ def time_axis(start: float, span: float) -> str:
 
 
 def legend(outcomes: Iterable[str]) -> str:
-    items = (
-        f'<span><i class="{safe(word.replace(" ", "-"))}"></i>{safe(word)}</span>'
-        for word in outcomes
-    )
-    return f'<p class="legend dim">{"".join(items)}</p>'
+    items = (element("i", class_=word) + safe(word) for word in outcomes)
+    return element("p", "".join(items), class_="dim")
+
+
+def figure(caption: str, content: str) -> str:
+    return element("figure", element("figcaption", caption) + content)
 
 
 def html_tiles(facts: Facts, _link: Link) -> str:
-    tiles: list[tuple[str, ...]] = [(state, f"{facts[state]:,}", state) for state in STATES]
     busy = sum(worker["job"] is not None for worker in facts["workers"])
-    times = {"took_p50": "p50 duration", "took_p95": "p95 duration", "took_max": "longest"}
-    workers = f"{busy}/{len(facts['workers'])}"
-    tiles += [("", f"{facts['rate']:,.3g}", "jobs/s"), ("", workers, "workers busy")]
-    tiles += [("", format_duration(facts[key]), words) for key, words in times.items()]
-    boxes = (
-        f'<div class="tile {css}"><b>{safe(value)}</b><span class="dim">{safe(name)}</span></div>'
-        for css, value, name in tiles
-    )
+    tiles: dict[str, str] = {state: f"{facts[state]:,}" for state in STATES}
+    tiles["jobs/s"] = f"{facts['rate']:,.3g}"
+    tiles["workers busy"] = f"{busy}/{len(facts['workers'])}"
+    tiles["p50 duration"] = format_duration(facts["took_p50"])
+    tiles["p95 duration"] = format_duration(facts["took_p95"])
+    tiles["longest"] = format_duration(facts["took_max"])
+    boxes = ""
+    for name, value in tiles.items():
+        label = element("span", name, class_="dim")
+        css = f"tile {name}" if name in STATES else "tile"
+        boxes += element("div", element("b", value) + label, class_=css)
     paused = ", ".join(name or "all queues" for name in facts["paused"])
-    note = f'<p class="dim">paused: {safe(paused)}</p>' if paused else ""
-    return f'<div class="tiles">{"".join(boxes)}</div>{note}'
+    note = element("p", f"paused: {safe(paused)}", class_="dim") if paused else ""
+    return element("div", boxes, class_="tiles") + note
 
 
 def describe_bar(bar: Facts, span: float) -> str:
@@ -6295,33 +7191,27 @@ def describe_bar(bar: Facts, span: float) -> str:
     took = format_duration(bar["finished"] - bar["started"])
     wait = f", after waiting {format_duration(bar['waited'])}" if bar["waited"] >= 0.001 else ""
     reason = f": {bar['reason']}" if bar["reason"] else ""
+    about = f"job {bar['id']} {bar['outcome']}{reason}"
     if bar["number"] > 1:
-        many = f"{bar['number']} attempts, {bar['failures']} failed, {times}"
-        return f"{many}; job {bar['id']} {bar['outcome']}{reason}"
-    return f"job {bar['id']} {bar['outcome']}{reason}; {times} ({took}){wait}"
+        return f"{bar['number']} attempts, {bar['failures']} failed, {times}; {about}"
+    return f"{about}; {times} ({took}){wait}"
 
 
-def bar_shapes(bar: Facts, start: float, span: float) -> str:
-    """Return an attempt as a rectangle; of merged ones, the part that failed is in its colour."""
-    left = min((bar["started"] - start) / span * 1000, 999.2)
-    width = max((bar["finished"] - bar["started"]) / span * 1000, 0.8)
-    title = describe_bar(bar, span)
-    if bar["number"] == 1 or not bar["failures"]:
-        return rect(bar["outcome"], left, 2, width, 12, title)
-    part = max(2.0, 12 * bar["failures"] / bar["number"])
-    completed = rect(COMPLETED, left, 2, width, 12, title)
-    return completed + rect(bar["outcome"], left, 2, width, part, title)
-
-
-def waits_of(lane: Iterable[Facts]) -> list[list[float]]:
-    """Return the times in which jobs of a lane waited, joined where they overlap."""
-    found: list[list[float]] = []
-    for start, end in sorted((bar["started"] - bar["waited"], bar["started"]) for bar in lane):
-        if found and start <= found[-1][1]:
-            found[-1][1] = max(end, found[-1][1])
-        else:
-            found.append([start, end])
-    return found
+def html_lane(lane: Sequence[Facts], start: float, span: float) -> str:
+    """Return attempts as bars; of merged ones, the part that failed is in its colour."""
+    waits = bars = ""
+    for bar in lane:
+        began = max(start, bar["started"] - bar["waited"])
+        left = min((bar["started"] - start) / span * 1000, 999.2)
+        width = max((bar["finished"] - bar["started"]) / span * 1000, 0.8)
+        title = describe_bar(bar, span)
+        height = 12.0
+        if 0 < bar["failures"] < bar["number"]:
+            bars += rect(COMPLETED, left, 2, width, height, title)
+            height = max(2.0, height * bar["failures"] / bar["number"])
+        bars += rect(bar["outcome"], left, 2, width, height, title)
+        waits += f"M{(began - start) / span * 1000:.1f} 8H{left:.1f}"
+    return element("path", class_="wait", d=waits) + bars
 
 
 def html_gantt(facts: Facts, _link: Link) -> str:
@@ -6329,20 +7219,14 @@ def html_gantt(facts: Facts, _link: Link) -> str:
     gantt = facts["gantt"]
     start = gantt["start"]
     span = max(gantt["end"] - start, 0.001)
-    rows = []
+    rows = ""
     for number, lane in enumerate(gantt["lanes"], 1):
-        shapes = ""
-        for begin, end in waits_of(lane):
-            left = max(0.0, begin - start) / span * 1000
-            shapes += rect("wait", left, 7.5, (end - start) / span * 1000 - left, 1)
-        shapes += "".join(bar_shapes(bar, start, span) for bar in lane)
-        picture = svg(shapes, 16, f"the attempts of worker slot {number}")
-        rows.append(f'<div class="lane"><span class="dim">{number}</span>{picture}</div>')
-    if not rows:
-        return '<p class="dim">No attempts yet.</p>'
-    hidden = f'<p class="dim">and {gantt["hidden"]} more slots</p>' if gantt["hidden"] else ""
-    outcomes = {bar["outcome"]: 1 for lane in gantt["lanes"] for bar in lane}
-    return "".join(rows) + time_axis(start, span) + hidden + legend(sorted(outcomes))
+        picture = svg(html_lane(lane, start, span), 16, f"the attempts of worker slot {number}")
+        rows += element("div", element("span", str(number), class_="dim") + picture, class_="lane")
+    hidden = element("p", f"and {gantt['hidden']} more slots", class_="dim")
+    outcomes = {bar["outcome"] for lane in gantt["lanes"] for bar in lane}
+    below = hidden * (gantt["hidden"] > 0) + legend(sorted(outcomes))
+    return rows and rows + time_axis(start, span) + below
 
 
 def html_depth(facts: Facts, _link: Link) -> str:
@@ -6351,15 +7235,13 @@ def html_depth(facts: Facts, _link: Link) -> str:
     found = ""
     for state in STATES:
         values = depth[state]
-        most = max(values, default=0)
-        if most:
+        if most := max(values, default=0):
             step = 1000 / len(values)
             line = "".join(f"V{40 - 38 * v / most:.1f}h{step:.2f}" for v in values)
-            picture = svg(f'<path class="{state}" d="M0 40{line}V40z"/>', 40, f"jobs {state}")
-            caption = f"<figcaption>{state}: {values[-1]:,}, at most {most:,}</figcaption>"
-            found += f"<figure>{caption}{picture}</figure>"
-    span = depth["width"] * len(depth[PENDING])
-    return found + time_axis(depth["start"], span) if found else '<p class="dim">No jobs yet.</p>'
+            area = element("path", class_=state, d=f"M0 40{line}V40z")
+            caption = f"{state}: {values[-1]:,}, at most {most:,}"
+            found += figure(caption, svg(area, 40, f"jobs {state}"))
+    return found and found + time_axis(depth["start"], depth["width"] * len(depth[PENDING]))
 
 
 def html_finished(facts: Facts, _link: Link) -> str:
@@ -6368,28 +7250,23 @@ def html_finished(facts: Facts, _link: Link) -> str:
     start, width = finished["start"], finished["width"]
     pairs = list(zip(finished[COMPLETED], finished[DEAD]))
     most = max(map(sum, pairs), default=0)
-    if not most:
-        return '<p class="dim">No job has finished yet.</p>'
-    step = 1000 / len(pairs)
+    step = 1000 / max(1, len(pairs))
     span = width * len(pairs)
-    shapes = ""
+    bars: list[tuple[float, float, str, dict[str, int]]] = []
     for n, (completed, dead) in enumerate(pairs):
-        low, high = 78 * completed / most, 78 * dead / most
         title = f"{time_label(start + n * width, span)}: {completed} completed, {dead} dead"
-        for state, base, size in ((COMPLETED, 0.0, low), (DEAD, low, high)):
-            if size:
-                shapes += rect(state, n * step, 80 - base - size, step * 0.9, size, title)
-    caption = f"<figcaption>in {format_duration(width)} each, at most {most:,}</figcaption>"
-    picture = svg(shapes, 80, "jobs finished over time")
-    both = legend((COMPLETED, DEAD))
-    return f"<figure>{caption}{picture}</figure>{time_axis(start, span)}{both}"
+        bars.append((n * step, step, title, {COMPLETED: completed, DEAD: dead}))
+    picture = svg(stacked_bars(bars, most), 80, "jobs finished over time") if most else ""
+    caption = f"in {format_duration(width)} each, at most {most:,}"
+    below = time_axis(start, span) + legend((COMPLETED, DEAD))
+    return picture and figure(caption, picture + below)
 
 
 def html_durations(facts: Facts, link: Link) -> str:
     """Return how long attempts took, on a logarithmic scale, and a table of the queues."""
     bins = facts["histogram"]
     if not bins:
-        return '<p class="dim">No attempt has ended yet.</p>'
+        return ""
     low = math.floor(math.log10(bins[0][0] * 1.01))
     high = math.ceil(math.log10(bins[-1][1] * 0.99))
     most = max(number for *_, number in bins)
@@ -6397,69 +7274,56 @@ def html_durations(facts: Facts, link: Link) -> str:
     def place(seconds: float) -> float:
         return (math.log10(max(seconds, 1e-3)) - low) / (high - low) * 1000
 
-    shapes = ""
+    bars = []
     for begin, end, number in bins:
         title = f"{format_duration(begin)} to {format_duration(end)}: {plural(number, 'attempt')}"
-        size = max(78 * number / most, 1)
-        width = (place(end) - place(begin)) * 0.94
-        shapes += rect("running", place(begin), 80 - size, width, size, title)
+        bars.append((place(begin), place(end) - place(begin), title, {"running": number}))
+    shapes = stacked_bars(bars, most)
     for key in ("took_p50", "took_p95"):
-        shapes += f'<path class="mark" d="M{place(facts[key]):.1f} 0v80"/>'
+        shapes += element("path", class_="mark", d=f"M{place(facts[key]):.1f} 0v80")
     half, most_of = (format_duration(facts[key]) for key in ("took_p50", "took_p95"))
-    caption = f"<figcaption>p50 {half}, p95 {most_of} (dashed), at most {most:,} in a bar"
-    labels = (format_duration(10.0**n) for n in range(low, high + 1))
-    picture = svg(shapes, 80, "durations of attempts", high - low)
-    chart = f"<figure>{caption}</figcaption>{picture}{axis(labels)}</figure>"
+    caption = f"p50 {half}, p95 {most_of} (dashed), at most {most:,} in a bar"
+    labels = axis(format_duration(10.0**n) for n in range(low, high + 1))
+    chart = figure(caption, svg(shapes, 80, "durations of attempts", high - low) + labels)
     return chart + html_table(facts, "queues", link)
 
 
 def html_failures(facts: Facts, link: Link) -> str:
-    """Return the failed attempts by reason, with the end of one output each; then flaky jobs."""
+    """Return the failed attempts by reason, with the end of one output each."""
     found = ""
     for place, group in enumerate(facts["failures"]):
         numbers = f"{plural(group['attempts'], 'attempt')}, {plural(group['dead'], 'dead job')}"
-        ids = ", ".join(map(link, group["jobs"]))
-        output = (
-            f"<pre>{printable_lines(group['output']).translate(ESCAPED)}</pre>"
-            if group["output"].strip()
-            else ""
+        title = f"{element('b', safe(group['reason']))} {element('span', numbers, class_='dim')}"
+        last = f"last by job {link(group['id'])} in run {group['run']}, {safe(group['when'])}"
+        content = element("summary", title)
+        content += element(
+            "p", f"{last}; jobs: {', '.join(map(link, group['jobs']))}", class_="dim"
         )
-        when = safe(group["when"])
-        last = f"last by job {link(group['id'])} in run {group['run']}, {when}"
-        found += (
-            f"<details{' open' * (place < 3)}><summary><b>{safe(group['reason'])}</b> "
-            f'<span class="dim">{numbers}</span></summary><p class="dim">{last}; jobs: {ids}</p>'
-            f"{output}</details>"
-        )
-    return found or '<p class="dim">Nothing has failed.</p>'
+        content += preformatted(group["output"]) if group["output"].strip() else ""
+        found += element("details", content, **({"open": ""} if place < 3 else {}))
+    return found
 
 
-def html_notable(facts: Facts, link: Link) -> str:
-    return "".join(html_table(facts, name, link) for name in ("flaky", "slowest", "retried"))
+def html_tables(names: Iterable[str], facts: Facts, link: Link) -> str:
+    return "".join(html_table(facts, name, link) for name in names)
 
 
-def html_schedules(facts: Facts, link: Link) -> str:
-    return html_table(facts, "schedules", link)
-
-
-PARTS: dict[str, tuple[str, Callable[[Facts, Link], str]]] = {  # by the id of its element
-    "tiles": ("", html_tiles),
-    "failures": ("Failures by reason", html_failures),
-    "gantt": ("Attempts by worker slot, waits as a thin line", html_gantt),
-    "finished": ("Jobs finished", html_finished),
-    "depth": ("Jobs by state", html_depth),
-    "durations": ("How long attempts took", html_durations),
-    "notable": ("", html_notable),
-    "schedules": ("", html_schedules),
+PARTS: dict[str, tuple[str, str, Callable[[Facts, Link], str]]] = {  # heading; text if empty
+    "tiles": ("", "", html_tiles),
+    "failures": ("Failures by reason", "Nothing has failed.", html_failures),
+    "gantt": ("Attempts by worker slot, waits as a thin line", "No attempts yet.", html_gantt),
+    "finished": ("Jobs finished", "No job has finished yet.", html_finished),
+    "depth": ("Jobs by state", "No jobs yet.", html_depth),
+    "durations": ("How long attempts took", "No attempt has ended yet.", html_durations),
+    "notable": ("", "", partial(html_tables, ("flaky", "slowest", "retried"))),
+    "schedules": ("", "", partial(html_tables, ("schedules",))),
 }
 
 
 def html_part(name: str, facts: Facts, link: Link = safe) -> str:
-    """Return a part of the overview as a section whose id is the name; hidden if it is empty."""
-    heading, render = PARTS[name]
-    body = render(facts, link)
-    title = f"<h2>{heading}</h2>" if heading else ""
-    return f'<section id="{name}"{"" if body else " hidden"}>{title}{body}</section>\n'
+    """Return a part of the overview as a section whose id is the name; empty without content."""
+    heading, empty, render = PARTS[name]
+    return card(render(facts, link) or empty, heading, id=name)
 
 
 def html_report(report: Report) -> Iterator[str]:
@@ -6467,8 +7331,8 @@ def html_report(report: Report) -> Iterator[str]:
     about = f"{plural(facts['jobs'], 'job')}, {plural(facts['attempts'], 'attempt')}"
     since = f" since {facts['since']}" if facts["since"] else ""
     note = safe(f"{about}{since}; made at {facts['time']} by queuectl {__version__}")
+    header = element("h1", safe(facts["path"])) + element("p", note, class_="dim")
     body = "".join(html_part(name, facts) for name in PARTS)
-    header = f'<header><h1>{safe(facts["path"])}</h1><p class="dim">{note}</p></header>'
     yield html_page(f"queuectl: {facts['path']}", f"{header}\n{body}")
 
 
@@ -6479,12 +7343,11 @@ INERT = {ord(c): f"&#{ord(c)};" for c in "&<>\"'`\\*_[]|~#@:"}
 
 
 def markdown_table(facts: Facts, name: str) -> str:
-    keys = COLUMNS[name]
-    lines = [[heading_text(key) for key in keys], ["---"] * len(keys)]
+    lines = [headings_of(name), ["---"] * len(COLUMNS[name])]
     for item in facts[name][:LISTED]:
-        lines.append([printable(cell_text(item[key])).translate(INERT) for key in keys])
+        lines.append([printable(cell).translate(INERT) for cell in cells_of(name, item)])
     rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"\n#### {HEADINGS[name]}\n\n{rows}" if facts[name] else ""
+    return f"\n#### {TITLES[name]}\n\n{rows}" if facts[name] else ""
 
 
 def fenced(text: str) -> str:
@@ -6496,8 +7359,7 @@ def fenced(text: str) -> str:
 
 def markdown_blocks(report: Report) -> Iterator[str]:
     facts = report.facts()
-    counts = ", ".join(f"{facts[state]} {state}" for state in STATES)
-    yield f"### queuectl: {counts}\n\n{facts['rate']:,.3g} jobs/s, {facts['attempts']} attempts\n"
+    yield f"### queuectl: {headline(facts)}"
     yield from (markdown_table(facts, name) for name in ("queues", "flaky", "slowest"))
     for job in facts["dead_jobs"]:
         output = report.reader.output_tail(job["seq"], job["run"], TAIL).strip()
@@ -6524,18 +7386,12 @@ def markdown_report(report: Report) -> Iterator[str]:
 def text_report(report: Report) -> Iterator[str]:
     """Yield one screen: counts, times by queue, reasons of failures, and notable jobs."""
     facts = report.facts()
-    counts = ", ".join(f"{facts[state]} {state}" for state in STATES)
-    yield f"{counts}; {facts['rate']:,.3g} jobs/s, {facts['attempts']} attempts\n"
-    for name, number in (
-        ("queues", 5),
-        ("failures", 5),
-        ("slowest", 3),
-        ("retried", 3),
-        ("flaky", 3),
-    ):
-        rows = [[cell_text(item[key]) for key in COLUMNS[name]] for item in facts[name][:number]]
-        headings = [name.upper(), *(heading_text(key).upper() for key in COLUMNS[name][1:])]
-        yield from (line + "\n" for line in section(headings, rows))
+    yield headline(facts)
+    limits = {"queues": 5, "failures": 5, "slowest": 3, "retried": 3, "flaky": 3}
+    for name, limit in limits.items():
+        headings = [name, *headings_of(name)[1:]]
+        rows = [cells_of(name, item) for item in facts[name][:limit]]
+        yield from (f"{line}\n" for line in section([h.upper() for h in headings], rows))
 
 
 def json_report(report: Report) -> Iterator[str]:
@@ -6544,156 +7400,152 @@ def json_report(report: Report) -> Iterator[str]:
 
 # JUnit. The elements are in the order of Maven Surefire's schema.
 
-XML_BLANKS = {ord(c): f"&#{ord(c)};" for c in "\t\n"}  # an attribute would lose them
-
-
-@lru_cache(maxsize=None)
-def xml_escapes() -> dict[int, str]:
-    refused = {*range(32), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF} - {*b"\t\n\r"}
-    escapes = {number: f"#x{number:X}" for number in refused}
-    return {**escapes, **{ord(c): f"&#{ord(c)};" for c in "&<>\"'\r"}}
+JUNIT_OUTPUT = 10_000_000  # characters of output in a report; GitLab refuses files above 30 MB
+XML_REFUSED = "[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 
 def xml_text(text: str) -> str:
     """Return any text for an element; a character that XML cannot hold is written as #x1B."""
-    return text.translate(xml_escapes())
+    held = re.sub(XML_REFUSED, lambda found: f"#x{ord(found[0]):X}", text)
+    return held.translate(ESCAPED).replace("\r", "&#13;")
 
 
 def xml_tag(name: str, /, **attributes: str) -> str:
-    pairs = (f' {k}="{xml_text(v).translate(XML_BLANKS)}"' for k, v in attributes.items())
-    return f"<{name}{''.join(pairs)}>"
+    texts = {key: xml_text(value) for key, value in attributes.items()}
+    blanks = {ord(c): f"&#{ord(c)};" for c in "\t\n"}  # an attribute would lose them
+    words = "".join(f' {key}="{text.translate(blanks)}"' for key, text in texts.items())
+    return f"<{name}{words}>"
 
 
-def junit_failure(reader: Reader, job: Job, run: Attempt, name: str) -> str:
-    reason = run.error or run.outcome
-    text = xml_text(f"{reason}\n{reader.output_tail(job.seq, run.run, TAIL)}")
-    if name in ("rerunFailure", "flakyFailure"):
-        text = f"<stackTrace>{text}</stackTrace>"
-    return f"{xml_tag(name, message=reason, type=run.outcome)}{text}</{name}>\n"
+class JUnitCases:
+    """The results of jobs as test cases, which show a limited amount of output together."""
 
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.room = JUNIT_OUTPUT
 
-def junit_elements(reader: Reader, history: History) -> tuple[str, list[str]]:
-    """Return how a job counts in its suite, and the elements of its case."""
-    job = history.job
-    failures = history.failures
-    if job.state == COMPLETED:
-        return "", [junit_failure(reader, job, run, "flakyFailure") for run in failures]
-    if job.state == DEAD and failures:
-        *earlier, last = failures
-        found = [junit_failure(reader, job, run, "rerunFailure") for run in earlier]
-        if last.outcome == "failed" and last.exit_code is None:  # it could not start
-            return "errors", [*found, junit_failure(reader, job, last, "error")]
-        return "failures", [junit_failure(reader, job, last, "failure"), *found]
-    reason = job.last_error or job.state
-    if job.readiness == BLOCKED:
-        reason = describe_blockers(reader.parents(job))
-    return "skipped", [xml_tag("skipped", message=reason) + "</skipped>\n"]
+    def failure(self, job: Job, run: Attempt, name: str) -> str:
+        reason = run.error or run.outcome
+        text = xml_text(f"{reason}\n")
+        if self.room > 0:
+            text += xml_text(self.reader.output_tail(job.seq, run.run, TAIL))
+            self.room -= len(text)
+        else:
+            text += "its output is left out: the report would be too large\n"
+        if name in ("rerunFailure", "flakyFailure"):
+            text = f"<stackTrace>{text}</stackTrace>"
+        return f"{xml_tag(name, message=reason, type=run.outcome)}{text}</{name}>\n"
 
-
-def junit_case(reader: Reader, history: History) -> tuple[str, str]:
-    job = history.job
-    result, elements = junit_elements(reader, history)
-    names = {"name": job.id, "classname": job.queue, "time": f"{history.took:.3f}"}
-    return result, f"{xml_tag('testcase', **names)}{''.join(elements)}</testcase>\n"
+    def elements(self, history: History) -> tuple[str, list[str]]:
+        """Return how a job counts in its suite, and the elements of its case."""
+        job, _, failures = history
+        if job.state == COMPLETED:
+            return "", [self.failure(job, run, "flakyFailure") for run in failures]
+        if job.state == DEAD and failures:
+            *earlier, last = failures
+            could_start = last.outcome != "failed" or last.exit_code is not None
+            name = "failure" if could_start else "error"
+            final = self.failure(job, last, name)
+            reruns = [self.failure(job, run, "rerunFailure") for run in earlier]
+            return f"{name}s", [final, *reruns] if could_start else [*reruns, final]
+        reason = job.last_error or job.state
+        if job.readiness == BLOCKED:
+            reason = describe_blockers(self.reader.parents(job))
+        return "skipped", [xml_tag("skipped", message=reason) + "</skipped>\n"]
 
 
 def junit_report(report: Report) -> Iterator[str]:
-    """Yield a suite for each queue, with a case for each job; the cases are kept in files."""
-    import tempfile
-
-    suites: dict[str, collections.Counter[str]] = {}
-    with tempfile.TemporaryDirectory() as where:
-        files: dict[str, str] = {}
-        for history in report.histories():
-            queue = history.job.queue
-            suite = suites.setdefault(queue, collections.Counter())
-            path = files.setdefault(queue, os.path.join(where, str(len(files))))
-            result, case = junit_case(report.reader, history)
-            suite.update(("tests", result))
-            suite["ms"] += round(1000 * history.took)
-            with open(path, "a", encoding="utf-8", newline="") as file:
-                file.write(case)
-        yield '<?xml version="1.0" encoding="UTF-8"?>\n<testsuites>\n'
-        for queue, suite in sorted(suites.items()):
-            counts = {key: str(suite[key]) for key in ("tests", "errors", "skipped", "failures")}
-            yield xml_tag("testsuite", name=queue, time=f"{suite['ms'] / 1000:.3f}", **counts)
-            with open(files[queue], encoding="utf-8", newline="") as file:
-                yield from iter(partial(file.read, 1 << 16), "")
-            yield "</testsuite>\n"
-        yield "</testsuites>\n"
+    """Yield a suite for each queue, with a case for each job."""
+    found = JUnitCases(report.reader)
+    suites: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    cases: dict[str, list[str]] = collections.defaultdict(list)
+    for history in report.histories():
+        job = history.job
+        seconds = sum(run.finished - run.started for run in history.runs[-1:])
+        result, elements = found.elements(history)
+        suites[job.queue].update({"tests": 1, result: 1, "ms": round(1000 * seconds)})
+        case = xml_tag("testcase", name=job.id, classname=job.queue, time=f"{seconds:.3f}")
+        cases[job.queue].append(f"{case}{''.join(elements)}</testcase>\n")
+    yield '<?xml version="1.0" encoding="UTF-8"?>\n<testsuites>\n'
+    for queue, suite in sorted(suites.items()):
+        counts = {key: str(suite[key]) for key in ("tests", "errors", "skipped", "failures")}
+        yield xml_tag("testsuite", name=queue, time=f"{suite['ms'] / 1000:.3f}", **counts)
+        yield from cases[queue]
+        yield "</testsuite>\n"
+    yield "</testsuites>\n"
 
 
 # Prometheus: the text format 0.0.4.
 
+METRICS = {  # by name: the type and the meaning
+    "jobs": ("gauge", "Jobs by queue and state."),
+    "oldest_ready_seconds": ("gauge", "How long the ready job that was due first has been due."),
+    "paused": ("gauge", "1 where no jobs are started."),
+    "limit": ("gauge", "Jobs that may run at once; 0: any number."),
+    "workers": ("gauge", "Living workers."),
+    "attempts_total": ("counter", "Attempts that have ended."),
+    "attempt_seconds": ("summary", "How long attempts took."),
+    "wait_seconds": ("summary", "How long jobs were ready before it."),
+    "last_completed_timestamp_seconds": ("gauge", "When a job last completed."),
+    "build_info": ("gauge", "The version of queuectl."),
+}
 
-def family(name: str, kind: str, meaning: str, samples: Iterable[tuple[Any, ...]]) -> Iterator[str]:
-    """Yield a family of metrics; a sample is its value, a suffix of the name, and labels."""
-    yield f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n"
+
+def sample(name: str, value: float, **labels: str) -> str:
     escapes = {ord("\\"): r"\\", ord('"'): r"\"", ord("\n"): r"\n"}
-    for value, suffix, labels in samples:
-        pairs = ",".join(f'{key}="{text.translate(escapes)}"' for key, text in labels.items())
-        yield f"{name}{suffix}{{{pairs}}} {value:.15g}\n"
+    pairs = ",".join(f'{key}="{text.translate(escapes)}"' for key, text in labels.items())
+    return f"queuectl_{name}{{{pairs}}} {value:.15g}\n"
 
 
-def summary(name: str, meaning: str, totals: Iterable[tuple[str, int, float]]) -> Iterator[str]:
-    """Yield a family of sums and counts by queue, given numbers and seconds to add up."""
-    numbers: collections.Counter[str] = collections.Counter()
-    seconds: dict[str, float] = collections.defaultdict(float)
-    for queue, number, sum_of_them in totals:
-        numbers[queue] += number
-        seconds[queue] += sum_of_them
-    samples = [(seconds[queue], "_sum", {"queue": queue}) for queue in numbers]
-    samples += [(number, "_count", {"queue": queue}) for queue, number in numbers.items()]
-    yield from family(name, "summary", meaning, samples)
-
-
-def gauges(reader: Reader, queues: Sequence[str]) -> Iterator[str]:
-    """Yield the metrics of the present state of each queue."""
+def present_samples(reader: Reader, queues: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the metrics of the present state of each queue: their names and samples."""
     counts = collections.Counter({(queue, state): 0 for queue in queues for state in STATES})
     for queue, state, _, number in reader.counts_by_queue(queues):
         counts[queue, state] += number
-    samples: list[tuple[float, str, dict[str, str]]] = [
-        (number, "", {"queue": queue, "state": state}) for (queue, state), number in counts.items()
-    ]
-    yield from family("queuectl_jobs", "gauge", "Jobs by queue and state.", samples)
+    for (queue, state), number in counts.items():
+        yield "jobs", sample("jobs", number, queue=queue, state=state)
     now = reader.clock()
-    ages = [(reader.oldest_due(queue), queue) for queue in queues]
-    samples = [(max(0.0, now - due), "", {"queue": name}) for due, name in ages if due is not None]
-    meaning = "How long the ready job that was due first has been due."
-    yield from family("queuectl_oldest_ready_seconds", "gauge", meaning, samples)
     paused = reader.paused()
-    samples = [("" in paused or name in paused, "", {"queue": name}) for name in queues]
-    yield from family("queuectl_paused", "gauge", "1 where no jobs are started.", samples)
-    if "limit" in SETTINGS:
-        samples = [(reader.settings(name)["limit"], "", {"queue": name}) for name in queues]
-        meaning = "Jobs that may run at once; 0: any number."
-        yield from family("queuectl_limit", "gauge", meaning, samples)
+    for queue in queues:
+        values: dict[str, float] = {"paused": "" in paused or queue in paused}
+        values["limit"] = reader.settings(queue)["limit"]
+        if (due := reader.oldest_due(queue)) is not None:
+            values["oldest_ready_seconds"] = max(0.0, now - due)
+        yield from ((name, sample(name, value, queue=queue)) for name, value in values.items())
+    workers = list(worker_facts(reader))
+    busy = sum(worker["job"] is not None for worker in workers)
+    yield "workers", sample("workers", len(workers) - busy, state="idle")
+    yield "workers", sample("workers", busy, state="busy")
+
+
+def total_samples(totals: Sequence[Totals]) -> Iterator[tuple[str, str]]:
+    """Yield the metrics of attempts, which count also the jobs that were deleted meanwhile."""
+    sums: dict[str, Sequence[float]] = {}
+    for row in totals:
+        name = "attempts_total"
+        yield name, sample(name, row.number, queue=row.queue, outcome=row.outcome)
+        if row.outcome == COMPLETED:
+            name = "last_completed_timestamp_seconds"
+            yield name, sample(name, row.last, queue=row.queue)
+        number, running, waiting = sums.get(row.queue, (0, 0.0, 0.0))
+        sums[row.queue] = (number + row.number, running + row.running, waiting + row.waiting)
+    for queue, (number, *seconds) in sums.items():
+        for name, total in zip(("attempt_seconds", "wait_seconds"), seconds):
+            yield name, sample(f"{name}_sum", total, queue=queue)
+            yield name, sample(f"{name}_count", number, queue=queue)
 
 
 def prometheus_report(report: Report) -> Iterator[str]:
-    """Yield the metrics; those of attempts count also the jobs that were deleted meanwhile."""
     reader = report.reader
     totals = [row for row in reader.totals() if not report.queues or row.queue in report.queues]
-    known = {row[0] for row in reader.counts_by_queue(report.queues)} | {
-        row.queue for row in totals
-    }
-    yield from gauges(reader, sorted(known))
-    busy = collections.Counter({"idle": 0, "busy": 0})
-    busy.update("busy" if worker["job"] else "idle" for worker in worker_facts(reader))
-    samples = [(number, "", {"state": state}) for state, number in busy.items()]
-    yield from family("queuectl_workers", "gauge", "Living workers.", samples)
-    ended = [(row.number, "", {"queue": row.queue, "outcome": row.outcome}) for row in totals]
-    meaning = "Attempts that have ended."
-    yield from family("queuectl_attempts_total", "counter", meaning, ended)
-    running = ((row.queue, row.number, row.running) for row in totals)
-    yield from summary("queuectl_attempt_seconds", "How long attempts took.", running)
-    waiting = ((row.queue, row.number, row.waiting) for row in totals)
-    yield from summary("queuectl_wait_seconds", "How long jobs were ready before it.", waiting)
-    last = [(row.last, "", {"queue": row.queue}) for row in totals if row.outcome == COMPLETED]
-    name = "queuectl_last_completed_timestamp_seconds"
-    yield from family(name, "gauge", "When a job last completed.", last)
-    version = [(1, "", {"version": __version__})]
-    yield from family("queuectl_build_info", "gauge", "The version of queuectl.", version)
+    counted = {row[0] for row in reader.counts_by_queue(report.queues)}
+    queues = sorted(counted.union(row.queue for row in totals))
+    families: dict[str, str] = dict.fromkeys(METRICS, "")
+    for name, line in chain(present_samples(reader, queues), total_samples(totals)):
+        families[name] += line
+    families["build_info"] = sample("build_info", 1, version=__version__)
+    for name, (kind, meaning) in METRICS.items():
+        yield f"# HELP queuectl_{name} {meaning}\n# TYPE queuectl_{name} {kind}\n{families[name]}"
 
 
 # Files.
@@ -6728,11 +7580,10 @@ def write_report(path: str, chunks: Iterable[str]) -> None:
             file.writelines(chunk.encode(errors="backslashreplace").decode() for chunk in chunks)
         if is_file:
             os.replace(aside, path)
-    except BaseException:
+    finally:
         if is_file:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # once it is renamed, there is none
                 os.unlink(aside)
-        raise
 
 
 # --- web: the report as a live page, for a browser on this machine --------------------------------
@@ -6896,9 +7747,6 @@ class Connections:
         self.lock = threading.Lock()
         self.opened: dict[Any, float] = {}  # when, on the monotonic clock
 
-    def has_room(self) -> bool:
-        return len(self.opened) < 2 * MAX_CONNECTIONS  # threads that are about to end included
-
     def add(self, connection: Any) -> None:
         with self.lock:
             self.opened[connection] = time.monotonic()
@@ -6918,38 +7766,37 @@ class Connections:
                         connection.shutdown(2)  # SHUT_RDWR
 
 
-def security_headers(nonce: str) -> dict[str, str]:
-    own = f"'nonce-{nonce}'" if nonce else "'none'"
-    allowed = f"style-src {own}; script-src {own}; connect-src 'self'; img-src 'self'"
-    denied = "base-uri 'none'; frame-ancestors 'none'"
-    return {
-        "Content-Security-Policy": f"default-src 'none'; {allowed}; form-action 'self'; {denied}",
-        "X-Content-Type-Options": "nosniff",
-        "X-Frame-Options": "DENY",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-store",
-        "Cross-Origin-Opener-Policy": "same-origin",
-        "Cross-Origin-Resource-Policy": "same-origin",
-        "Connection": "close",
-    }
+POLICY = "default-src 'none'; style-src {0}; script-src {0}; connect-src 'self'; img-src 'self'"
+POLICY += "; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Connection": "close",
+}
 
 
-def encode_response(response: Response, *, head_only: bool) -> bytes:
+def encode_response(response: Response, *, head_only: bool = False) -> bytes:
     from http import HTTPStatus
 
     body = response.body.encode() if isinstance(response.body, str) else response.body
-    headers = {**security_headers(response.nonce), **response.headers}
-    headers.update({"Content-Type": f"{response.kind}; charset=utf-8"})
-    headers.update({"Content-Length": str(len(body))})
+    headers = {**SECURITY_HEADERS, **response.headers}
+    own = f"'nonce-{response.nonce}'" if response.nonce else "'none'"
+    headers["Content-Security-Policy"] = POLICY.format(own)
+    headers["Content-Type"] = f"{response.kind}; charset=utf-8"
+    headers["Content-Length"] = str(len(body))
     lines = [f"HTTP/1.0 {response.status} {HTTPStatus(response.status).phrase}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     head = "\r\n".join(lines).encode("ascii") + b"\r\n\r\n"
     return head if head_only else head + body
 
 
-def refusal(error: Refused) -> Response:
+def refusal(status: int, reason: object) -> Response:
     more = {401: {"WWW-Authenticate": "Bearer"}, 405: {"Allow": "GET, HEAD, POST"}}
-    return Response(error.status, f"{error}\n", "text/plain", headers=more.get(error.status, {}))
+    return Response(status, f"{reason}\n", "text/plain", headers=more.get(status, {}))
 
 
 def read_form(headers: Any, file: Any) -> str:
@@ -6990,17 +7837,16 @@ def handler_class(respond: Callable[[Request], Response]) -> Any:
                 request = Request(self.command, path, parse_fields(text), self.headers)
                 response = respond(request)
             except Refused as error:
-                response = refusal(error)
-            head_only = self.command == "HEAD"
-            self.wfile.write(encode_response(response, head_only=head_only))
+                response = refusal(error.status, error)
+            self.wfile.write(encode_response(response, head_only=self.command == "HEAD"))
 
         do_HEAD = do_POST = do_GET  # noqa: N815
 
-        def send_error(self, code: int, *_: Any) -> None:
-            error = Refused(405 if code == 501 else code, "this request is not understood")
-            self.wfile.write(encode_response(refusal(error), head_only=False))
+        def send_error(self, code: int, *_: Any, **_more: Any) -> None:
+            response = refusal(405 if code == 501 else code, "this request is not understood")
+            self.wfile.write(encode_response(response))
 
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, *_: Any, **_more: Any) -> None:
             """Log nothing: a request may have the token in it."""
 
     return Handler
@@ -7020,7 +7866,8 @@ def server_class() -> Any:
         request_queue_size = 1024
 
         def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002
-            return any(connections.has_room() for _ in polling(1.0))
+            most = 2 * MAX_CONNECTIONS  # with threads that are about to end
+            return any(len(connections.opened) < most for _ in polling(1.0))
 
         def process_request(self, request: Any, client_address: Any) -> None:
             connections.add(request)
@@ -7051,20 +7898,6 @@ def make_server(port: int, respond: Callable[[Request], Response]) -> Any:
 
 # The pages. Whatever a job supplied goes through `safe`, or through a function that calls it.
 
-WEB_STYLE = """
-nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; align-items: baseline; }
-nav h1 { flex: 1 1 18rem; }
-a { color: var(--running); }
-[aria-current] { color: inherit; font-weight: 600; text-decoration: none; }
-form { margin: .4rem 0; }
-td form { margin: 0; }
-label { margin-right: .8rem; }
-td { vertical-align: top; }
-td:last-child, td code { overflow-wrap: anywhere; min-width: 12rem; }
-td code { display: block; }
-button, input { font: inherit; }
-pre.output { max-height: 60vh; }
-"""
 WEB_SCRIPT = """
 "use strict";
 const button = document.getElementById("pause");
@@ -7077,10 +7910,8 @@ function isRead() {
 }
 function replace(part) {
   const old = document.getElementById(part.id);
-  const both = (kind) => {
-    const after = part.querySelectorAll(kind);
-    return [...old.querySelectorAll(kind)].slice(0, after.length).map((e, i) => [e, after[i]]);
-  };
+  const both = (kind) => [...part.querySelectorAll(kind)]
+    .map((after, i) => [old.querySelectorAll(kind)[i], after]).filter(([e]) => e);
   const outputs = both("pre").map(([e, after]) =>
     [after, e.scrollTop + e.clientHeight >= e.scrollHeight - 4 ? 1e9 : e.scrollTop]);
   for (const [e, after] of both("details")) after.open = e.open;
@@ -7090,9 +7921,8 @@ function replace(part) {
 async function update() {
   const tags = [...document.querySelectorAll("[data-tag]")].map((e) => e.dataset.tag);
   const answer = await fetch(location.href, {headers: {"X-Queuectl-Tags": tags.join(" ")}});
-  if (answer.status === 401) throw new Error("The server was started anew: open its new address");
-  if (answer.status === 404) throw new Error("It no longer exists");
-  if (!answer.ok) throw new Error("The queue cannot be read; trying again");
+  const reasons = {401: "open the address that the server printed", 404: "it no longer exists"};
+  if (!answer.ok) throw new Error(reasons[answer.status] || "no answer; trying again");
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
   if (!isRead()) page.querySelectorAll("[data-tag]").forEach(replace);
 }
@@ -7116,29 +7946,10 @@ button.onclick = () => {
 document.querySelectorAll(".output").forEach((e) => { e.scrollTop = 1e9; });
 setTimeout(turn, 1000);
 """
-ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><g fill="#2f7fd1">
-<rect width="16" height="4"/><rect y="6" width="11" height="4"/><rect y="12" width="6" height="4"/>
-</g></svg>"""
 STATE_TABS: Mapping[str, tuple[State, int]] = {
     **{word: (PENDING, readiness) for readiness, word in READINESS_WORDS.items()},
     **{state: (state, READY) for state in (PROCESSING, *FINISHED)},
 }
-
-
-def element(tag: str, content: str = "", /, **attributes: object) -> str:
-    """Return an HTML element; its content is HTML, the values of its attributes are text."""
-    words = (f' {key.strip("_").replace("_", "-")}="{safe(v)}"' for key, v in attributes.items())
-    end = "" if tag == "input" else f"</{tag}>"
-    return f"<{tag}{''.join(words)}>{content}{end}"
-
-
-def html_grid(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table of HTML cells; columns whose headings end with # are numbers."""
-    classes = [' class="number"' if heading[-1:] == "#" else "" for heading in headings]
-    lines = ["".join(f"<td{css}>{cell}</td>" for css, cell in zip(classes, row)) for row in rows]
-    head = "".join(f"<th{css}>{safe(h.rstrip('#'))}</th>" for css, h in zip(classes, headings))
-    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
-    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>' if lines else ""
 
 
 def link(text: object, path: str, **fields: object) -> str:
@@ -7161,14 +7972,17 @@ def action_form(
     content: str, actions: Iterable[str], back: str, fields: Iterable[tuple[str, str]] = ()
 ) -> str:
     """Return a form around some HTML, with a button for each action; `back` is its page."""
-    hidden = "".join(
-        element("input", type="hidden", name=name, value=value)
-        for name, value in (*fields, ("back", back))
-    )
-    buttons = " ".join(
-        element("button", action.capitalize(), name="action", value=action) for action in actions
-    )
-    return element("form", hidden + content + buttons, method="post", action="/act")
+    for name, value in (*fields, ("back", back)):
+        content += element("input", type="hidden", name=name, value=value)
+    for action in actions:
+        content += element("button", action.capitalize(), name="action", value=action) + " "
+    return element("form", content, method="post", action="/act")
+
+
+def menu_of(links: Iterable[tuple[str, str]], current: str) -> str:
+    """Return links, given as URL and text; the one to the current page is marked."""
+    marks: dict[str, Any] = {current: {"aria_current": "page"}}
+    return " ".join(element("a", text, href=url, **marks.get(url, {})) for url, text in links)
 
 
 def queues_html(reader: Reader, back: str) -> str:
@@ -7177,38 +7991,33 @@ def queues_html(reader: Reader, back: str) -> str:
     for queue, state, _, number in reader.counts_by_queue():
         counts.setdefault(queue, dict.fromkeys(STATES, 0))[state] += number
     paused = reader.paused()
+
+    def form(queue: str, text: str = "") -> str:
+        action = "resume" if queue in paused else "pause"
+        return action_form(text, (action,), back, [("queue", queue)])
+
     rows = []
     for queue in sorted({*counts, *paused} - {""})[:PAGE_SIZE]:
         numbers = [f"{n:,}" for n in counts.get(queue, dict.fromkeys(STATES, 0)).values()]
-        action = "resume" if queue in paused else "pause"
         word = "paused" if {"", queue} & {*paused} else ""
-        form = action_form("", (action,), back, [("queue", queue)])
-        rows.append((link(queue, "/jobs", queue=queue), *numbers, word, form))
-    action = "resume" if "" in paused else "pause"
-    everything = action_form("All queues: ", (action,), back, [("queue", "")])
-    return html_grid(("queue", *(f"{state}#" for state in STATES), "", ""), rows) + everything
-
-
-def card(content: str, heading: str = "") -> str:
-    title = element("h2", heading) if heading else ""
-    return element("section", title + content) if content else ""
+        rows.append((link(queue, "/jobs", queue=queue), *numbers, word, form(queue)))
+    headings = ("queue", *(f"{state}#" for state in STATES), "", "")
+    return html_grid(headings, rows) + form("", "All queues: ")
 
 
 def overview_page(reader: Reader, request: Request) -> Page:
     """Show the report about the jobs that ran last, and the counts of all jobs."""
     asked = {"readiness": READY, "updated_at": NEVER, "seq": LAST, "limit": OVERVIEW_JOBS}
-    states = (PROCESSING, *FINISHED)
-    found = [
-        job for state in states for job in reader.select(IN_STATE_BEFORE, state=state, **asked)
-    ]
+    found: list[Job] = []
+    for state in (PROCESSING, *FINISHED):
+        found += reader.select(IN_STATE_BEFORE, state=state, **asked)
     latest = sorted(found, key=lambda job: job.updated_at)[-OVERVIEW_JOBS:]
-    report = Report(reader, lambda: (history(job, reader.runs(job)) for job in latest))
+    report = Report(reader, lambda: histories(reader, latest))
     facts = {**report.facts(), **reader.counts()}
     parts = {name: html_part(name, facts, job_link) for name in PARTS}
-    queues = card(queues_html(reader, request.url), "Queues")
     note = f"Below: the {plural(len(latest), 'job')} that ran last."
-    parts = {"tiles": parts.pop("tiles"), "queues": queues + note, **parts}
-    return Page("Overview", parts)
+    queues = card(queues_html(reader, request.url), "Queues") + note
+    return Page("Overview", {"tiles": parts.pop("tiles"), "queues": queues, **parts})
 
 
 class JobFilter(NamedTuple):
@@ -7223,14 +8032,6 @@ class JobFilter(NamedTuple):
     reason: str = ""
     at: str = ""
     after: str = ""
-
-    def start(self) -> tuple[float, int]:
-        """Return the time and the number after which the page begins."""
-        try:
-            at = float(self.at or NEVER)
-        except ValueError:
-            raise BadInput("at must be a number") from None
-        return at, validate("after", integer(0, LAST), self.after or LAST)
 
     def following(self, reader: Reader, at: float, seq: int) -> list[Job]:
         """Return the jobs that follow a place in the order of the page, matching or not."""
@@ -7248,7 +8049,8 @@ def find_jobs(reader: Reader, chosen: JobFilter) -> tuple[list[Job], JobFilter |
     """
     wanted = Selection(queues=[chosen.queue] if chosen.queue else [], match=chosen.match)
     found: list[Job] = []
-    at, seq = chosen.start()
+    seq = validate("after", integer(0, LAST), chosen.after or LAST)
+    at = validate("at", number(0, LAST), chosen.at or LAST)
     deadline = time.monotonic() + SEARCH_SECONDS
     while len(found) < PAGE_SIZE and time.monotonic() < deadline:
         jobs = chosen.following(reader, at, seq)
@@ -7268,27 +8070,24 @@ def jobs_html(reader: Reader, jobs: Iterable[Job]) -> str:
     settings = {queue: reader.settings(queue) for queue in {job.queue for job in jobs}}
     rows = []
     for job in jobs:
-        row = job_row(reader, job, settings[job.queue])
-        _, state, _, tries, distance, reason, command = map(str, row)
+        _, state, _, tries, distance, reason, _ = job_row(reader, job, settings[job.queue])
         box = element("input", type="checkbox", name="id", value=job.id, aria_label=job.id)
-        word = element("span", state, class_=state)
-        why = safe(shorten(reason, 160))
-        cells = (box, job_link(job.id), word, safe(job.queue), tries, distance, why)
-        rows.append((*cells, code(command)))
+        word = element("span", str(state), class_=state)
+        about = (safe(job.queue), tries, distance, safe(shorten(str(reason), 160)))
+        rows.append((box, job_link(job.id), word, *map(str, about), code(job.command)))
     return html_grid(("", "id", "state", "queue", "tries", "when", "why", "command"), rows)
 
 
 def tabs_html(reader: Reader, chosen: JobFilter) -> str:
-    counts = tally(
-        row[1:] for row in reader.counts_by_queue([chosen.queue] if chosen.queue else [])
-    )
-    links = []
-    for tab in ("", *STATE_TABS):
-        number = counts[tab] if tab else sum(counts[state] for state in STATES)
-        url = address("/jobs", state=tab, queue=chosen.queue, match=chosen.match)
-        current = {"aria_current": "page"} if tab == chosen.state else {}
-        links.append(element("a", f"{tab or 'all'} {number:,}", href=url, **current))
-    return element("nav", " ".join(links))
+    queues = [chosen.queue] if chosen.queue else []
+    counts = tally(row[1:] for row in reader.counts_by_queue(queues))
+    counts[""] = sum(counts[state] for state in STATES)
+    tabs = {
+        tab: address("/jobs", state=tab, queue=chosen.queue, match=chosen.match)
+        for tab in ("", *STATE_TABS)
+    }
+    links = [(url, f"{tab or 'all'} {counts[tab]:,}") for tab, url in tabs.items()]
+    return element("nav", menu_of(links, tabs[chosen.state]))
 
 
 def filter_form(chosen: JobFilter) -> str:
@@ -7302,8 +8101,9 @@ def filter_form(chosen: JobFilter) -> str:
 def jobs_page(reader: Reader, request: Request) -> Page:
     chosen = JobFilter(*map(request.text, JobFilter._fields))
     if chosen.state and chosen.state not in STATE_TABS:
-        hint = suggestion(chosen.state, STATE_TABS)
-        raise BadInput(f"unknown state {quoted(chosen.state)}{hint}")
+        raise BadInput(
+            f"unknown state {quoted(chosen.state)}{suggestion(chosen.state, STATE_TABS)}"
+        )
     jobs, rest = find_jobs(reader, chosen)
     table = action_form(jobs_html(reader, jobs), ("retry", "cancel"), request.url) if jobs else ""
     end = element("p", "no more jobs" if jobs or chosen.after else "no jobs", class_="dim")
@@ -7313,48 +8113,30 @@ def jobs_page(reader: Reader, request: Request) -> Page:
     return Page("Jobs", parts, filter_form(chosen))
 
 
-def time_line(job: Job, runs: list[Attempt], now: float) -> str:
+def runs_html(job: Job, runs: Sequence[Attempt], now: float) -> str:
+    """Return a time line and a table of the attempts of a job, newest first."""
+    rows = []
+    for run in runs:
+        seconds = (format_duration(run.finished - run.started), format_duration(run.waited))
+        end = element("span", safe(run.error or COMPLETED), class_=run.outcome)
+        number = link(run.run, "/job", id=job.id, run=run.run)
+        rows.append((number, time_cell(run.started, now), *seconds, end, safe(run.worker)))
     gantt = Gantt(now)
-    gantt.add(history(job, runs))
-    return html_gantt({"gantt": gantt.facts()}, job_link) if job.run else ""
-
-
-def runs_html(job: Job, runs: Iterable[Attempt], now: float) -> str:
-    rows = (
-        (
-            link(run.run, "/job", id=job.id, run=run.run),
-            time_cell(run.started, now),
-            format_duration(run.finished - run.started),
-            format_duration(run.waited),
-            element("span", safe(run.error or COMPLETED), class_=run.outcome.replace(" ", "-")),
-            safe(run.worker),
-        )
-        for run in runs
-    )
-    return html_grid(("run", "started", "took#", "waited#", "ended", "worker"), rows)
-
-
-def read_output(reader: Reader, job: Job, run: int, limit: int) -> bytes:
-    """Return the end of the output of an attempt, which may still run."""
-    path = reader.db.run_dir.output_file(job._replace(run=run))
-    with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=open_own) as file:
-        return last_bytes(file.fileno(), limit)[1]
-    asked = {"seq": job.seq, "run": run, "start": -limit}
-    return b"".join(bytes(row[0]) for row in reader.db.rows(OUTPUT_TAIL, asked))
+    gantt.add(history(job, [*reversed(runs)]))
+    chart = html_gantt({"gantt": gantt.facts()}, job_link)
+    return chart + html_grid(("run", "started", "took#", "waited#", "ended", "worker"), rows)
 
 
 def output_html(reader: Reader, job: Job, run: int) -> str:
-    output = read_output(reader, job, run, SHOWN_OUTPUT)
+    output = reader.output(job, run, SHOWN_OUTPUT)
     note = f", its last {SHOWN_OUTPUT} bytes" if len(output) == SHOWN_OUTPUT else ""
     raw = link("as text", "/output", id=job.id, run=run)
-    text = printable_lines(output.decode(errors="backslashreplace")).translate(ESCAPED)
-    pre = element("pre", text, class_="output", tabindex=0)
+    pre = preformatted(output.decode(errors="backslashreplace"), class_="output", tabindex=0)
     return card(pre, f"Output of run {run}{note} ({raw})")
 
 
 def job_page(reader: Reader, request: Request) -> Page:
     job = reader.get(request.text("id"))
-    now = reader.clock()
     run = request.number("run") or job.run
     rows = reader.db.rows(LAST_RUNS, {"seq": job.seq, "limit": PAGE_SIZE})
     runs = [Attempt(*row) for row in rows]
@@ -7363,7 +8145,7 @@ def job_page(reader: Reader, request: Request) -> Page:
     form = action_form("", (action,), request.url, [("id", job.id)]) if action else ""
     parts = {
         "facts": card(form + html_grid(("", ""), facts)),
-        "runs": card(time_line(job, runs[::-1], now) + runs_html(job, runs, now)),
+        "runs": card(runs_html(job, runs, reader.clock())),
         "output": output_html(reader, job, run) if run else "",
     }
     return Page(f"Job {job.id}", parts)
@@ -7401,11 +8183,13 @@ def schedules_page(reader: Reader, request: Request) -> Page:
 
 def workers_page(reader: Reader, _request: Request) -> Page:
     rows = []
-    for name, pid, job, since, command in worker_rows(worker_facts(reader), reader.clock()):
+    for *about, job, since, host, command in worker_rows(worker_facts(reader), reader.clock()):
         claimed = job_link(str(job)) if since else "idle"
-        rows.append((safe(name), safe(pid), claimed, safe(since), code(str(command))))
-    headings = [heading.lower() for heading in WORKER_HEADINGS]
-    table = html_grid(headings, rows) or "No worker is running (queuectl worker start)."
+        rows.append((*map(safe, about), claimed, safe(since), safe(host), code(str(command))))
+    table = (
+        html_grid([heading.lower() for heading in WORKER_HEADINGS], rows)
+        or "No worker is running (queuectl worker start)."
+    )
     return Page("Workers", {"workers": card(table)})
 
 
@@ -7423,34 +8207,33 @@ MENU.update({"/schedules": "Schedules", "/workers": "Workers"})
 
 # Actions. A POST shows what would be done; another one, from that page, does it.
 
-ACTIONS: Mapping[str, Callable[[Queue, Any], object]] = {
-    "retry": Queue.retry,
-    "cancel": Queue.cancel,
-    "pause": Queue.pause,
-    "resume": Queue.resume,
+ACTIONS: Mapping[str, tuple[str, Callable[[Queue, Any], object]]] = {  # each about jobs or queues
+    "retry": ("id", Queue.retry),
+    "cancel": ("id", Queue.cancel),
+    "pause": ("queue", Queue.pause),
+    "resume": ("queue", Queue.resume),
 }
 
 
-def subjects(reader: Reader, request: Request) -> list[str]:
+def subjects(reader: Reader, request: Request, key: str) -> list[str]:
     """Return the ids of the jobs or the names of the queues that an action is about."""
-    if request.text("action") in ("pause", "resume"):
-        queues = request.fields.get("queue", [])
-        return [queue and validate("queue", valid_name, queue) for queue in queues]
+    names = list(request.fields.get(key, []))
+    if key == "queue":
+        return [name and validate("queue", valid_name, name) for name in names]
     if like := request.text("like"):
         return [row[0] for row in reader.db.rows(DEAD_LIKE, {"id": like, "limit": EXAMINED})]
-    return list(request.fields.get("id", []))
+    return names
 
 
-def confirmation(action: str, names: Sequence[str], back: str) -> Page:
-    noun = "queue" if action in ("pause", "resume") else "job"
-    which = f"{noun} {names[0] or 'all'}" if len(names) == 1 else plural(len(names), noun)
+def confirmation(action: str, key: str, names: Sequence[str], back: str) -> Page:
+    noun = "queue" if key == "queue" else "job"
+    which = f"{noun} {names[0]}" if len(names) == 1 else plural(len(names), noun)
     title = f"{action.capitalize()} {'all queues' if '' in names else which}?"
     items = "".join(element("li", safe(name)) for name in names[:PAGE_SIZE] if name)
     more = len(names) - PAGE_SIZE
     rest = element("p", f"and {more} more") if more > 0 else ""
-    key = "queue" if noun == "queue" else "id"
-    fields = [(key, name) for name in names]
-    form = action_form("", (action,), back, [*fields, ("confirmed", "yes")])
+    fields = [*((key, name) for name in names), ("confirmed", "yes")]
+    form = action_form("", (action,), back, fields)
     leave = element("a", "Change nothing", href=back)
     return Page(title, {}, card(element("ul", items) + rest + form + leave, safe(title)))
 
@@ -7466,14 +8249,15 @@ def act(queue: Queue, request: Request) -> Page | str:
     action = request.text("action")
     if action not in ACTIONS:
         raise BadInput(f"unknown action {quoted(action)}{suggestion(action, ACTIONS)}")
-    names = subjects(queue._reader, request)
+    key, change = ACTIONS[action]
+    names = subjects(queue._reader, request, key)
     if not names:
         raise BadInput(f"nothing is selected; select what to {action}")
     back = way_back(request.text("back"))
     if request.text("confirmed") != "yes":
-        return confirmation(action, names, back)
-    for subject in names if action in ("pause", "resume") else [names]:
-        ACTIONS[action](queue, subject)
+        return confirmation(action, key, names, back)
+    for subject in names if key == "queue" else [names]:
+        change(queue, subject)
     return back
 
 
@@ -7488,16 +8272,12 @@ def frame(page: Page, parts: str, path: str, db: str) -> Response:
     import secrets
 
     nonce = secrets.token_urlsafe(16)
-    links = []
-    for url, name in MENU.items():
-        current = {"aria_current": "page"} if url == path else {}
-        links.append(element("a", name, href=url, **current))
     state = element("span", "", id="live", class_="dim", role="status")
     pause = element("button", "Pause updates", id="pause", type="button", hidden="")
-    menu = element("nav", element("h1", safe(db)) + " ".join((*links, pause, state)))
+    links = menu_of(MENU.items(), path)
+    menu = element("nav", f"{element('h1', safe(db))} {links} {pause} {state}")
     script = element("script", WEB_SCRIPT, nonce=nonce) if page.parts else ""
     head = '<meta name="referrer" content="same-origin">'
-    head += element("style", WEB_STYLE, nonce=nonce)
     body = f"{menu}<main>{page.top}{parts}</main>{script}"
     html = html_page(f"{page.title} - queuectl", body, nonce=nonce, head=head)
     return Response(200, html, nonce=nonce)
@@ -7536,6 +8316,11 @@ class Site:
             status = next(n for kind, n in HTTP_STATUS.items() if isinstance(error, kind))
             page = Page("Not possible", {}, card(safe(error), "This is not possible"))
             return self.show(page, request)._replace(status=status)
+        except Exception as error:
+            if isinstance(error, Refused):
+                raise
+            sys.excepthook(*sys.exc_info())
+            return refusal(500, "this page failed; `queuectl web` has printed the error")
 
     def limit_time(self, db: Database) -> None:
         """Let no request take long, whatever the queue contains and whoever has locked it."""
@@ -7551,14 +8336,14 @@ class Site:
                 return Response(303, headers={"Location": done})
             return self.show(done, request)
         if request.path == "/favicon.ico":
-            return Response(200, ICON, "image/svg+xml")
+            return Response(204)  # there is none; a 404 would be an error in the console
         if request.path == "/metrics":
             metrics = "".join(prometheus_report(Report(reader, tuple)))
             return Response(200, metrics, "text/plain; version=0.0.4")
         if request.path == "/output":
             job = reader.get(request.text("id"))
             run = request.number("run") or job.run
-            return Response(200, read_output(reader, job, run, LARGEST_RAW), "text/plain")
+            return Response(200, reader.output(job, run, LARGEST_RAW), "text/plain")
         if request.path not in PAGES:
             raise NotFound("there is no such page")
         return self.show(PAGES[request.path](reader, request), request)
@@ -7585,9 +8370,8 @@ def open_browser(url: str, file: str) -> None:
 
     with open(open_own(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as page:
         page.write(f'<meta http-equiv="refresh" content="0;url={safe(url)}">')
-    threading.Thread(
-        target=webbrowser.open, args=[pathlib.Path(file).as_uri()], daemon=True
-    ).start()
+    leads_there = pathlib.Path(file).as_uri()
+    threading.Thread(target=webbrowser.open, args=[leads_there], daemon=True).start()
 
 
 # --- doctor: whether this machine and this directory can carry a queue ----------------------------
@@ -7678,10 +8462,10 @@ class Doctor:
         lock = LockFile(path)
         command = [SYSTEM.PYTHON, "-c", "input()"]
         inherited: Any = {} if WINDOWS else {"pass_fds": [lock.fd]}
-        with subprocess.Popen(command, stdin=subprocess.PIPE, **inherited) as heir:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, **inherited) as heir:
             os.close(lock.fd)
             held = WINDOWS or not SYSTEM.is_unlocked(path)
-            heir.communicate(b"\n")
+            heir.communicate("\n")
         if not held or not SYSTEM.is_unlocked(path):
             raise Fault("a lock is not kept by a child that inherits it; queuectl needs flock()")
         return "a lock is held as long as a process that inherited it lives"
@@ -7811,16 +8595,16 @@ def parse_edit(check: Validator, text: str) -> Any:
 
 
 def edit_option(names: tuple[str, ...], options: dict[str, Any]) -> Argument:
-    """Return an option of `enqueue` as one of `edit`, by which a value can also be taken back."""
+    """Return an option of `enqueue` as one of `edit`, which can also reset the field."""
     key = options["dest"]
     meaning = re.sub(r"; default: [^)]*| \(default: [^)]*\)", "", options["help"])
     if options["type"].args[1] is FIELDS[key]:
         check = partial(parse_edit, EDITABLE[key])
         options = {**options, "type": partial(validate, names[-1], check)}
     if key in BY_SETTINGS:
-        meaning += "; default: as the queue's setting says"
+        meaning += "; 'default' restores the setting"
     if FIELDS[key] is valid_names:
-        meaning += "; instead of those before, '' for none"
+        meaning += "; replaces the earlier ones ('': none)"
     return names, {**options, "help": meaning}
 
 
@@ -7899,6 +8683,16 @@ def show_list(args: Any, facts: Iterable[Facts], headings: Sequence[str], rows: 
             print(json.dumps(item))
     else:
         show(table(headings, rows))
+
+
+def say_unused(reader: Reader, queues: Iterable[str], report: Callable[[str], None] = say) -> None:
+    """Report the queues that never had a job, which may be mistyped."""
+    known = reader.used_queues()
+    for name in queues:
+        if name not in known:
+            close = nearest(name, known)
+            hint = f": did you mean {close}?" if close else ""
+            report(f"queue {name} never had a job{hint}")
 
 
 JSON_START = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""  # unlike a shell line
@@ -8094,7 +8888,7 @@ def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: array[int]) -
         if len(words) > 1:
             raise BadInput("- must be the only argument; the jobs are read from stdin")
         if not sys.stdin or sys.stdin.closed:
-            raise BadInput("stdin is closed: there are no lines to read")
+            raise BadInput("stdin is closed, or was read already: there are no lines to read")
         stdin.seek(0)
         yield from shell_lines(stdin, at) if args.lines else json_jobs(args, stdin, at)
     elif args.lines:
@@ -8141,6 +8935,14 @@ def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict
             argument = next(each)
             fields.update({key: fill(fields[key], argument) for key in FILLED if key in fields})
         yield fields
+
+
+def report_kept(queue: Queue, fields: Mapping[str, Any]) -> None:
+    """Report where the job that has an id already is not the one that was to be added."""
+    job = queue.get(fields["id"])
+    if differing := differing_fields(job, fields):
+        hint = f"; queuectl edit {quoted(fields['id'])} changes it" if job.state == PENDING else ""
+        say(f"job {job.id} exists with another {', '.join(differing)}, and stays as it is{hint}")
 
 
 def copy_stdin(args: argparse.Namespace, copy: IO[bytes]) -> None:
@@ -8337,9 +9139,8 @@ def say_event(text: str) -> None:
 
 def cpu_count() -> int:
     """Return the number of CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    usable = getattr(os, "sched_getaffinity", None)
+    return len(usable(0)) if usable else os.cpu_count() or 1
 
 
 def check_reports(args: argparse.Namespace) -> None:
@@ -8350,6 +9151,63 @@ def check_reports(args: argparse.Namespace) -> None:
         format_of(path)
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise BadInput(f"{quoted(path)}: there is no such directory")
+
+
+def write_output(chunks: Iterable[bytes]) -> None:
+    """Write a job's output: as it is or, on a terminal, with control characters escaped."""
+    import codecs
+
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    for chunk in chain(chunks, [b""]):  # the empty one, at the end, shows half a character
+        if sys.stdout.isatty():
+            text = decoder.decode(chunk, not chunk)
+            print(re.sub(r"[^\n\t]+", lambda m: printable(m[0]), text), end="")
+        else:
+            sys.stdout.buffer.write(chunk)
+        sys.stdout.flush()
+
+
+def write_heading(job: Job, *, first: bool) -> None:
+    """Write the line above a job's output, as tail does."""
+    write_output([f"{'' if first else chr(10)}==> {job.id} <==\n".encode()])
+
+
+def last_lines(output: bytes, number: int) -> bytes:
+    """Return the last lines of an output."""
+    at = len(output) - output.endswith(b"\n")
+    for _ in range(number):
+        at = output.rfind(b"\n", 0, at)
+        if at < 0:
+            return output
+    return output[at + 1 :]
+
+
+def stored_output(queue: Queue, job: Job, run: int | None) -> tuple[int, bytes]:
+    """Return the dropped bytes and the output of an attempt that has ended: one, or the last."""
+    attempt = queue._reader.last_attempt(job, run or job.run)
+    if run and (not attempt or attempt.run != run):
+        last = queue._reader.last_attempt(job, job.run)
+        has = f"1 to {last.run}" if last else "none yet"
+        raise NotFound(f"job {job.id} has no run {run}; its runs: {has}")
+    if not attempt:
+        return 0, b""
+    if attempt.error and not attempt.output and not attempt.bytes_dropped:
+        say(f"job {job.id} wrote nothing: {attempt.error}")
+    return attempt.bytes_dropped, attempt.output
+
+
+def print_ended(args: argparse.Namespace, queue: Queue, seq: int, state: str) -> None:
+    """Print the output of a job that has ended, if it is wanted."""
+    if args.output == "failed" and state == COMPLETED:
+        return
+    SCREEN.clear()
+    try:
+        if job := queue._reader.by_seq(seq):
+            output = stored_output(queue, job, None)[1]
+            write_heading(job, first=True)
+            write_output([output, b"" if output.endswith(b"\n") or not output else b"\n"])
+    except (QueueError, OSError) as error:  # the jobs matter more
+        say_event(f"cannot print the output of a job: {error}")
 
 
 def write_drain_reports(args: argparse.Namespace, pool: str, began: float) -> None:
@@ -8363,9 +9221,12 @@ def write_drain_reports(args: argparse.Namespace, pool: str, began: float) -> No
 def cmd_worker_start(args: argparse.Namespace) -> int:
     if args.horizon < LONGEST and not args.drain:
         raise BadInput("--horizon requires --drain")
+    check_reports(args)
+    if args.queues:
+        with Queue(args.db, insecure=args.insecure) as queue:
+            say_unused(queue._reader, args.queues, say if args.detach else say_event)
     if args.detach:
         return detach(args)
-    check_reports(args)
     keys = ("drain", "horizon", "insecure", "queues")
     options: dict[str, Any] = {key: getattr(args, key) for key in keys}
     if not args.quiet:
@@ -8374,8 +9235,12 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
         if args.reports:
             options["name"] = new_pool_name()
             stack.callback(write_drain_reports, args, options["name"], time.time())
-        if terminal_width(sys.stderr) and not args.quiet:
+        has_progress = terminal_width(sys.stderr) and not args.quiet
+        if args.output or has_progress:
             queue = stack.enter_context(Queue(args.db, insecure=args.insecure))
+        if args.output:
+            options["ended"] = partial(print_ended, args, queue)
+        if has_progress:
             reader = queue._reader
             progress = Progress(partial(survey_queues, reader, args.queues), reader.clock)
             options["tick"] = lambda: SCREEN.draw(progress.line)
@@ -8411,7 +9276,7 @@ def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
         if waited > 1:
             busy = [job.id for job in queue._reader.claimed() if job.locked_by in workers]
             notices.report(f"waiting for {', '.join(busy) or 'the workers to exit'}", key="waiting")
-    say(f"workers are still running after {format_duration(args.timeout)}")
+    say(f"workers are still running after {format_duration(args.timeout or 0)}")
     return Exit.TIMED_OUT
 
 
@@ -8420,19 +9285,50 @@ def cmd_worker_list(args: argparse.Namespace, queue: Queue) -> None:
     show_list(args, workers, WORKER_HEADINGS, worker_rows(workers, queue._reader.clock()))
 
 
-def cmd_status(args: argparse.Namespace, queue: Queue) -> None:
-    for _ in polling(first=1.0, longest=1.0):
-        if args.json:
-            print(json.dumps(status_facts(queue._reader, args.queue)))
-        else:
-            lines = list(status_text(queue._reader, args.queue, full=args.watch))
-            if args.watch and terminal_width(sys.stdout):
-                sys.stdout.write("\x1b[H\x1b[J")
-                del lines[os.get_terminal_size(sys.stdout.fileno()).lines - 1 :]
-            show(lines)
+def draw_status(args: argparse.Namespace, queue: Queue) -> None:
+    if args.json:
+        print(json.dumps(status_facts(queue._reader, args.queue)))
+    else:
+        lines = list(status_text(queue._reader, args.queue, full=args.watch))
+        if args.watch and terminal_width(sys.stdout):
+            sys.stdout.write("\x1b[H\x1b[J")
+            del lines[os.get_terminal_size(sys.stdout.fileno()).lines - 1 :]
+        show(lines)
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def alternate_screen(numbers: list[int]) -> Iterator[None]:
+    """Show another screen of the terminal until the block ends, by a stop signal too.
+
+    A signal's number is added to the list, and the block is left.
+    """
+
+    def stop(number: int, _frame: object) -> None:
+        numbers.append(number)
+        raise KeyboardInterrupt
+
+    sys.stdout.write("\x1b[?1049h")
+    try:
+        with handle_signals(stop, None), contextlib.suppress(KeyboardInterrupt):
+            yield
+    finally:
+        sys.stdout.write("\x1b[?1049l")
         sys.stdout.flush()
-        if not args.watch:
-            return
+
+
+def cmd_status(args: argparse.Namespace, queue: Queue) -> int:
+    say_unused(queue._reader, [args.queue] if args.queue else [])
+    if not args.watch:
+        draw_status(args, queue)
+        return Exit.OK
+    numbers: list[int] = []
+    with contextlib.ExitStack() as stack:
+        if terminal_width(sys.stdout) and not args.json:
+            stack.enter_context(alternate_screen(numbers))
+        for _ in polling(first=1.0, longest=1.0):
+            draw_status(args, queue)
+    return -numbers[0]
 
 
 def selection_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -8466,7 +9362,7 @@ def targets(
     known = (*states, *READINESS_WORDS.values()) if PENDING in states else states
     for word in args.states:
         if word not in known:
-            raise BadInput(f"--state must be of {', '.join(known)} here, not {word}")
+            raise BadInput(f"--state must be one of {', '.join(known)}, not {word}")
     if not (everything or all_given or selection_options(args)):
         raise BadInput("name the jobs, or select them by --queue, --state, --match, --older-than")
     return selection(args, usual)
@@ -8515,6 +9411,7 @@ def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str] = ()
     settings = lru_cache(maxsize=None)(queue.config)
     reader = queue._reader
     chosen = selection(args, states)
+    say_unused(reader, chosen.queues)
     if not chosen.ids:
         chosen = chosen._replace(notifications=getattr(args, "notifications", True))
     is_program = args.json or args.ids_only or chosen.ids
@@ -8526,7 +9423,7 @@ def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str] = ()
     if args.ids_only:
         show_ids(jobs)
         return
-    facts = (job_facts(job, settings(job.queue)) for job in jobs)
+    facts = ({**job_facts(job, settings(job.queue)), **run_facts(reader, job)} for job in jobs)
     headings = ("ID", "STATE", "QUEUE", "TRIES", "WHEN", "WHY", "COMMAND")
     rows = (job_row(reader, job, settings(job.queue)) for job in jobs)
     show_list(args, facts, headings, rows)
@@ -8543,10 +9440,12 @@ def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
     rows = []
     for job in queue._reader.schedules():
         if selection(args).takes(job, now):
-            facts.append(job_facts(job, queue.config(job.queue)))
+            result = queue._reader.last_result(job)
+            facts.append({**job_facts(job, queue.config(job.queue)), "last_result": result})
             due = format_distance(job.run_after, now)
-            rows.append((job.schedule_id, rule_text(job), due, job.id, job.command))
-    show_list(args, facts, ("ID", "SCHEDULE", "NEXT", "JOB", "COMMAND"), rows)
+            last = result_text(queue._reader, job)
+            rows.append((job.schedule_id, rule_text(job), due, last, job.id, job.command))
+    show_list(args, facts, ("ID", "SCHEDULE", "NEXT", "LAST RESULT", "JOB", "COMMAND"), rows)
 
 
 def cmd_web(args: argparse.Namespace, queue: Queue) -> None:
@@ -8562,7 +9461,7 @@ def cmd_web(args: argparse.Namespace, queue: Queue) -> None:
 
 
 def cmd_show(args: argparse.Namespace, queue: Queue) -> None:
-    job = queue.get(args.id)
+    job = queue.get(args.id) if args.id else queue._reader.last_job()
     reader = queue._reader
     if not args.json:
         show(job_text(reader, job), whole=True)
@@ -8591,11 +9490,18 @@ def cmd_report(args: argparse.Namespace, queue: Queue) -> None:
         sys.stdout.writelines(FORMATS[style](report))
 
 
-def require_ids(args: argparse.Namespace) -> list[str]:
-    """Return the ids that a command names; none where --all is given."""
-    if bool(args.ids) == args.all:
+def last_id(queue: Queue) -> str:
+    """Return the id of the job that was added last, and report which one it is."""
+    job = queue._reader.last_job()
+    say(f"job {job.id}: {quoted(job.command)}")
+    return job.id
+
+
+def require_ids(args: argparse.Namespace, queue: Queue) -> list[str]:
+    """Return the ids that a command names, or the last one; none where --all is given."""
+    if args.ids and args.all:
         raise BadInput("either name the jobs or use --all")
-    return list(args.ids)
+    return list(args.ids) or ([] if args.all else [last_id(queue)])
 
 
 def wait_result(reader: Reader, jobs: Sequence[Job]) -> int:
@@ -8609,7 +9515,7 @@ def wait_result(reader: Reader, jobs: Sequence[Job]) -> int:
 
 
 def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
-    ids = require_ids(args)
+    ids = require_ids(args, queue)
     reader = queue._reader
     watch = JobWatch(reader, reader.named(ids))
     old = () if ids else set(reader.dead())
@@ -8635,20 +9541,6 @@ def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
         SCREEN.draw(progress.line)
     say(f"timed out after {format_duration(args.timeout)}: {progress.line()}")
     return Exit.TIMED_OUT
-
-
-def write_output(chunks: Iterable[bytes]) -> None:
-    """Write a job's output: as it is or, on a terminal, with control characters escaped."""
-    import codecs
-
-    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
-    for chunk in chain(chunks, [b""]):  # the empty one, at the end, shows half a character
-        if sys.stdout.isatty():
-            text = decoder.decode(chunk, not chunk)
-            print(re.sub(r"[^\n\t]+", lambda m: printable(m[0]), text), end="")
-        else:
-            sys.stdout.buffer.write(chunk)
-        sys.stdout.flush()
 
 
 def read_from(fd: int, at: int) -> tuple[int, bytes]:
@@ -8691,30 +9583,13 @@ def await_attempt(queue: Queue, job: Job) -> Job:
     return job
 
 
-def stored_output(queue: Queue, job: Job, run: int | None) -> tuple[int, bytes]:
-    """Return the dropped bytes and the output of an attempt that has ended: one, or the last."""
-    attempt = queue._reader.last_attempt(job, run or job.run)
-    if run and (not attempt or attempt.run != run):
-        last = queue._reader.last_attempt(job, job.run)
-        has = f"1 to {last.run}" if last else "none yet"
-        raise NotFound(f"job {job.id} has no run {run}; its runs: {has}")
-    if not attempt:
-        return 0, b""
-    if attempt.error and not attempt.output and not attempt.bytes_dropped:
-        say(f"job {job.id} wrote nothing: {attempt.error}")
-    return attempt.bytes_dropped, attempt.output
-
-
 def report_dropped(number: int) -> None:
     if number:
         say(f"{number} bytes of earlier output were not kept")
 
 
-def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
-    """Write the output of one attempt: the named one, or the one that runs or ran last."""
-    job = queue.get(args.id)
-    if not (args.follow or job.run or job.id == args.id):
-        job = queue._reader.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id) or job
+def write_log(args: argparse.Namespace, queue: Queue, job: Job) -> None:
+    """Write the output of one attempt: the one with --run, or the one that runs or ran last."""
     if job.state == PENDING and not args.run:
         say(f"job {job.id} is waiting: {reason_to_wait(queue._reader, job)}")
     if args.follow and not args.run:
@@ -8722,17 +9597,48 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
     limit = queue._reader.settings(job.queue)["output_limit"]
     path = queue._db.run_dir.output_file(job._replace(run=args.run or job.run))
     with contextlib.ExitStack() as stack:
+        fd = -1
         try:
             fd = open_own(path, os.O_RDONLY)
         except FileNotFoundError:
             dropped, output = stored_output(queue, job, args.run)
-            chunks: Iterable[bytes] = [output]
         else:
             stack.callback(os.close, fd)
             dropped, output = last_bytes(fd, limit)
-            chunks = follow(queue, job, fd, dropped) if args.follow else [output]
-        report_dropped(dropped)
+        shown = output if args.tail is None else last_lines(output, args.tail)
+        at = dropped + len(output) - len(shown)
+        chunks = follow(queue, job, fd, at) if args.follow and fd >= 0 else [shown]
+        if dropped and shown is output:
+            report_dropped(dropped)
         write_output(chunks)
+
+
+def named_attempt(args: argparse.Namespace, queue: Queue, name: str) -> Job:
+    """Return a job by its id or, for the name of a schedule, the one that ran last."""
+    job = queue.get(name)
+    if not (args.follow or job.run or job.id == name):
+        return queue._reader.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id) or job
+    return job
+
+
+def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
+    """Write the output of the named jobs, of the last job or, with --failed, of all dead jobs."""
+    if args.failed and (args.ids or args.run):
+        raise BadInput("--failed is about the last attempts of all dead jobs; use it alone")
+    if args.follow and (args.failed or len(args.ids) > 1):
+        raise BadInput("-f follows one job")
+    if args.failed:
+        seqs = [row[1] for row in queue._reader.dead()]
+        jobs: Iterable[Job] = (job for job in map(queue._reader.by_seq, seqs) if job)
+        if not seqs:
+            say("no job is dead")
+    else:
+        names = args.ids or [last_id(queue)]
+        jobs = [named_attempt(args, queue, name) for name in names]
+    for number, job in enumerate(jobs):
+        if args.failed or len(args.ids) > 1:
+            write_heading(job, first=not number)
+        write_log(args, queue, job)
 
 
 def report_first_contact(queue: Queue, ids: Iterable[str], *, is_new: bool) -> None:
@@ -8781,9 +9687,9 @@ def follow_jobs(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> i
     reader = queue._reader
     end = NEVER if args.timeout is None else time.monotonic() + args.timeout
     jobs = reader.named(ids)
-    for job in jobs:
+    for number, job in enumerate(jobs):
         if len(jobs) > 1:
-            SCREEN.line(f"==> {job.id} <==")
+            write_heading(job, first=not number)
         write_output(output_of_attempts(queue, job, end))
     if time.monotonic() < end:
         return cmd_wait(args, queue)
@@ -8824,12 +9730,15 @@ def cmd_enqueue(args: argparse.Namespace) -> int:
             jobs = with_options(args, described_jobs(args, stdin, at))
             with Queue(args.db, insecure=args.insecure) as queue:
                 ids: list[str] = []
-                stored = queue.enqueue_many(jobs, if_absent=args.if_absent)
+                batch = Batch(queue._ledger, if_absent=args.if_absent)
+                stored = batch.store(jobs)
                 SCREEN.clear()
                 for job_id in stored:
                     write(job_id)
                     if is_waiting or not ids:
                         ids.append(job_id)
+                for fields in batch.taken:
+                    report_kept(queue, fields)
                 if is_waiting:
                     return wait_for_end(args, queue, ids)
                 report_first_contact(queue, ids, is_new=is_new)
@@ -8882,7 +9791,7 @@ def cancel_waiting(args: argparse.Namespace, queue: Queue, chosen: Selection) ->
 
 
 def cancel_named(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> int:
-    jobs = queue.cancel(ids, cascade=args.cascade)
+    jobs = queue.cancel(ids, cascade=args.cascade, gone=args.gone)
     run_dir = queue._db.run_dir
     notices = Notices(say, NEVER)
     report_at = time.monotonic() + 1
@@ -8928,6 +9837,8 @@ def cmd_edit(args: argparse.Namespace, queue: Queue) -> int:
     if "env" in fields:
         fields["env"] = dict(chain(*fields["env"]))
     if args.ids and args.queues:  # without ids, it selects
+        if "queue" in fields:
+            raise BadInput("name the new queue by --queue or --to-queue, not both")
         fields["queue"] = args.queues.pop()
     if not fields:
         raise BadInput("give a new field, such as --priority 5; --to-queue moves selected jobs")
@@ -8951,13 +9862,16 @@ def cmd_edit(args: argparse.Namespace, queue: Queue) -> int:
 
 
 def cmd_pause(args: argparse.Namespace, queue: Queue) -> None:
+    say_unused(queue._reader, args.queues)
     for name in args.queues or [""]:
         queue.pause(name)
+        say(f"{f'queue {name} is' if name else 'all queues are'} paused; running jobs continue")
 
 
 def cmd_resume(args: argparse.Namespace, queue: Queue) -> None:
     for name in args.queues or [""]:
         queue.resume(name)
+        say(f"{f'queue {name} is' if name else 'all queues are'} no longer paused")
     if "" in queue._reader.paused():
         say("all queues are still paused; resume without --queue resumes them")
 
@@ -8982,7 +9896,7 @@ def cmd_dlq_retry(args: argparse.Namespace, queue: Queue) -> int:
 def delete_jobs(
     args: argparse.Namespace, queue: Queue, chosen: Selection, states: Sequence[str], done: str
 ) -> int:
-    """Delete jobs in some states, the named ones all or none; print their number or their ids."""
+    """Delete jobs in some states, the named ones all or none; report how many."""
     ledger = queue._ledger
     check = partial(ledger.check_delete, states=states)
     if args.dry_run:
@@ -9001,8 +9915,7 @@ def delete_jobs(
     else:
         seqs = [job.seq for job in queue._reader.selected(chosen)]
         code = change_jobs(queue, seqs, check, lambda job: ledger.delete(job.seq), report)
-    if not args.ids_only:
-        print(deleted, done)
+    say(f"{plural(deleted, 'job')} {done}")
     return code
 
 
@@ -9016,29 +9929,55 @@ def cmd_prune(args: argparse.Namespace, queue: Queue) -> int:
     return delete_jobs(args, queue, chosen, FINISHED, "pruned")
 
 
-def cmd_config_get(args: argparse.Namespace, queue: Queue) -> None:
+def read_settings(args: argparse.Namespace) -> tuple[Settings, Mapping[str, str]]:
+    """Return the settings and where they are stored; the defaults where there is no queue."""
+    if not os.path.lexists(args.db):
+        return DEFAULTS, {}
+    with Queue(args.db, readonly=True, insecure=args.insecure) as queue:
+        return queue.config(args.queue or ""), queue._reader.sources(args.queue or "")
+
+
+def cmd_config_get(args: argparse.Namespace) -> None:
     key = validate_setting(args.key, queue=args.queue or "")
-    show([setting_text(queue.config(args.queue or "")[key])], whole=True)
+    show([setting_text(read_settings(args)[0][key])], whole=True)
+
+
+def report_setting(args: argparse.Namespace, queue: Queue) -> None:
+    """Report the value that a setting has now."""
+    import shutil
+
+    key = validate_setting(args.key)
+    value = queue.config(args.queue or "")[key]
+    where = f"queue {args.queue}" if args.queue else "all queues"
+    say(f"{key} is {setting_words(key, value) or 'empty'} for {where}")
+    program = value[0] if isinstance(value, tuple) and value else None
+    if isinstance(program, str) and not shutil.which(program):
+        say(f"warning: there is no program {quoted(program)} here; jobs need it")
 
 
 def cmd_config_set(args: argparse.Namespace) -> None:
     validate_setting(args.key, args.value, args.queue or "")  # before a queue is created for it
     with Queue(args.db, insecure=args.insecure) as queue:
         queue.configure(args.key, args.value, args.queue or "")
+        report_setting(args, queue)
 
 
-def cmd_config_list(args: argparse.Namespace, queue: Queue) -> None:
-    name = args.queue or ""
-    sources = queue._reader.sources(name)
+def cmd_config_unset(args: argparse.Namespace, queue: Queue) -> None:
+    queue.configure(args.key, None, args.queue or "")
+    report_setting(args, queue)
+
+
+def cmd_config_list(args: argparse.Namespace) -> None:
+    settings, sources = read_settings(args)
     facts = []
     rows = []
-    for key, value in queue.config(name).items():
+    for key, value in settings.items():
         setting = SETTINGS[key]
-        if setting.per_queue or not name:
+        if setting.per_queue or not args.queue:
             source = sources.get(key)
             facts.append({"key": key, "value": value, "default": setting.default, "queue": source})
             where = source or ("" if source is None else "(all)")
-            rows.append((key, setting_text(value), where, setting.meaning))
+            rows.append((key, setting_words(key, value), where, setting.meaning))
     show_list(args, facts, ("KEY", "VALUE", "QUEUE", "MEANING"), rows)
 
 
@@ -9062,22 +10001,26 @@ TIMEOUT = arg("--timeout", "DURATION", "stop waiting after this time, and exit w
 QUEUE = arg("-q --queue", "QUEUE", "only this queue", valid_name)
 QUEUES = arg("-q --queue", "QUEUE", "only this queue; repeatable", valid_name, dest="queues",
              action="append", default=[])
-ID = arg("id", "ID")
+ID = arg("id", "ID", "the default is the job that was added last", nargs="?")
 IDS = arg("ids", "ID", nargs="*")
+IDS_OR_LAST = arg("ids", "ID", "the default is the job that was added last", nargs="*")
 # A selection of jobs: named ones, or those that match all of these options.
 STATE = arg("-s --state", "STATE,...", "only jobs in these states: " + ", ".join(STATE_WORDS),
             valid_states, dest="states", action="extend", default=[])
-MATCH = arg("--match", "TEXT", "only jobs with this text in the id or the command, in upper or "
+MATCH = arg("--match", "TEXT", "only jobs whose id or command contains this text, in upper or "
             "lower case", valid_command)
 OLDER_THAN = arg("--older-than", "DURATION", "only jobs that have been in their state for at "
-                 "least this time", parse_duration)
-IDS_ONLY = flag("--ids", "print the ids alone", dest="ids_only")
+                 "least this long", parse_duration)
+IDS_ONLY = flag("--ids", "print only the ids", dest="ids_only")
 SELECT = (IDS, *group("which jobs", QUEUES, STATE, MATCH, OLDER_THAN), IDS_ONLY)
-CHANGE = (*SELECT, flag("-n --dry-run", "print the ids of the jobs, and change nothing"))
+AGE = arg("--older-than", "DURATION", "only jobs that have been in their state for at least this "
+          "time, with a unit: 7d", parse_age)
+CHANGE = (*SELECT, flag("-n --dry-run", "print the ids, and change nothing"))
+DELETE = (IDS, *group("which jobs", QUEUES, STATE, MATCH, AGE), *CHANGE[5:])
 ALL_DEAD = flag("--all", "all dead jobs")
 KEY = arg("key", "KEY", "one of: " + ", ".join(SETTINGS), validate_setting)
-OF_QUEUE = arg("--queue", "QUEUE", "the value for this queue (default: for all queues that have "
-               "none of their own)", valid_name)
+OF_QUEUE = arg("--queue", "QUEUE", "apply to this queue only (default: all queues without a "
+               "value of their own)", valid_name)
 
 COMMANDS = {
     "enqueue": Command(cmd_enqueue, "none", "add a job and print its id", "enqueue 'make all'", (
@@ -9116,7 +10059,7 @@ COMMANDS = {
             field("retry_delays", "DURATION,...",
                   "wait this long before each retry; the last repeats (default: 2s,4s,8s ...)")),
         *group("notifications (default: as the settings say)",
-            field("on_dead", "COMMAND", "run this when it has died ('': nothing)"),
+            field("on_dead", "COMMAND", "run this when it is dead ('': nothing)"),
             field("on_end", "COMMAND", "run this when it has ended in any way ('': nothing)")),
         *group("waiting",
             flag("--wait", "wait for the job's end, and exit with its code; ids go to stderr"),
@@ -9136,6 +10079,8 @@ COMMANDS = {
                 "follows the ending, as in: report -o FILE; repeatable", valid_file,
                 dest="reports", action="append", default=[]),
             flag("--detach", "run in the background; the log is in the queue's .run directory"),
+            arg("--output", None, "print the output of each job that ends, or of each that fails",
+                choices=("failed", "all")),
             flag("--quiet", "print no event lines"))),
     "worker stop": Command(
         cmd_worker_stop, "read", "let workers finish their jobs and exit", "worker stop --now",
@@ -9159,16 +10104,19 @@ COMMANDS = {
         flag("--notifications", "also show notifications that have completed"), LIMIT, JSON)),
     "show": Command(cmd_show, "read", "show everything about a job", "show 7", (ID, JSON)),
     "logs": Command(cmd_logs, "read", "print the output of a job", "logs 7 -f", (
-        ID, flag("-f --follow", "continue until the attempt ends"),
+        IDS_OR_LAST, flag("-f --follow", "continue until the attempt ends"),
+        arg("-n --tail", "N", "only the last N lines", integer(0, 10**9)),
+        flag("--failed", "the last attempts of all dead jobs"),
         arg("--run", "N", "print attempt N instead of the last", integer(1, 10**9)))),
     "web": Command(cmd_web, "read", "show the jobs in a browser on this machine", "web --open", (
         arg("--port", "N", f"the port (default: {WEB_PORT}; 0: any that is free)",
             integer(0, 65535), default=WEB_PORT),
         flag("--open", "open the page in the browser"))),
     "wait": Command(cmd_wait, "read", "wait for jobs; exit with the code of the first that failed",
-        "wait 7 8", (IDS, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
+        "wait 7 8", (IDS_OR_LAST, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
     "cancel": Command(cmd_cancel, "write", "cancel waiting or running jobs", "cancel 7", (
-        *CHANGE, flag("--cascade", "also cancel the jobs that wait for them"))),
+        *CHANGE, flag("--cascade", "also cancel the jobs that wait for them"),
+        flag("--gone", "they are gone elsewhere, although launcher_cancel fails"))),
     "edit": Command(cmd_edit, "write", "change jobs that wait", "edit 7 --priority 5"),
     "pause": Command(cmd_pause, "create", "start no new jobs until resume",
         "pause --queue gpu", (QUEUES,)),
@@ -9178,18 +10126,18 @@ COMMANDS = {
     "dlq retry": Command(cmd_dlq_retry, "write", "return dead or cancelled jobs to the queue",
         "dlq retry 7", (*CHANGE, ALL_DEAD)),
     "dlq purge": Command(cmd_dlq_purge, "write", "delete dead or cancelled jobs",
-        "dlq purge --older-than 30d", (*CHANGE, ALL_DEAD)),
+        "dlq purge --older-than 30d", (*DELETE, ALL_DEAD)),
     "prune": Command(cmd_prune, "write", "delete completed and cancelled jobs",
-        "prune --older-than 7d", CHANGE),
+        "prune --older-than 7d", DELETE),
     "doctor": Command(cmd_doctor, "none", "test this machine and this directory", "doctor",
         (JSON,)),
-    "config get": Command(cmd_config_get, "read", "print a setting", "config get timeout",
+    "config get": Command(cmd_config_get, "none", "print a setting", "config get timeout",
         (KEY, OF_QUEUE)),
     "config set": Command(cmd_config_set, "none", "change a setting",
         "config set limit 1 --queue gpu", (KEY, arg("value", "VALUE"), OF_QUEUE)),
-    "config unset": Command(lambda args, queue: queue.configure(args.key, None, args.queue or ""),
+    "config unset": Command(cmd_config_unset,
         "write", "restore the default of a setting", "config unset timeout", (KEY, OF_QUEUE)),
-    "config list": Command(cmd_config_list, "read", "list the settings", "config list",
+    "config list": Command(cmd_config_list, "none", "list the settings", "config list",
         (OF_QUEUE, JSON)),
 }
 # The fields that can be changed are the options of `enqueue`, except where selections have others.
@@ -9242,10 +10190,82 @@ complete -o default -F _queuectl queuectl queuectl.py""",
 }
 compdef _queuectl queuectl queuectl.py""",
     "fish": """function __queuectl
-  PROGRAM completion fish (commandline -opc) (commandline -ct) 2>/dev/null
+  set -l found (PROGRAM completion fish (commandline -opc) (commandline -ct) 2>/dev/null)
+  if set -q found[1]
+    printf '%s\\n' $found
+  else
+    __fish_complete_path (commandline -ct)
+  end
 end
-complete -c queuectl -c queuectl.py -a '(__queuectl)'""",
+complete -c queuectl -c queuectl.py -f -a '(__queuectl)'""",
 }
+
+
+COMPLETED_IDS = 50
+ID_STATES: Mapping[str, Sequence[str]] = {  # of the jobs whose ids complete a command; else all
+    "dlq list": (DEAD,),
+    "dlq retry": (DEAD,),
+    "dlq purge": (DEAD,),
+    "cancel": (PENDING, PROCESSING),
+    "wait": (PENDING, PROCESSING),
+    "edit": (PENDING,),
+    "prune": FINISHED,
+}
+
+
+def values_of(args: argparse.Namespace, name: str, options: Any, start: str) -> Iterable[str]:
+    """Return the known values of an argument of a command; an id that is to be new has none."""
+    if "choices" in options:
+        return options["choices"]  # type: ignore[no-any-return]
+    kind = str(options["metavar"]).partition(",")[0]
+    known = {"STATE": STATE_WORDS, "KEY": tuple(SETTINGS)}.get(kind, ())
+    if kind not in ("QUEUE", "ID", "POOL") or options.get("dest") == "id":
+        return known
+    with Queue(args.db, readonly=True, insecure=args.insecure) as queue:
+        if kind == "QUEUE":
+            return queue._reader.used_queues()
+        if kind == "POOL":
+            return queue._db.run_dir.alive("pool")
+        return queue._reader.ids_like(start, ID_STATES.get(name, STATES), COMPLETED_IDS)
+
+
+def argument_at(command: Command, words: Sequence[str]) -> dict[str, Any]:
+    """Return the options of the argument that comes after a command's words; empty if none does."""
+    named = {name: more for names, more in command.arguments for name in names if name[0] == "-"}
+    takes = [name for name, more in named.items() if more.get("action") != "store_true"]
+    if words and words[-1] in takes:
+        return named[words[-1]]
+    pairs = zip(["", *words], words)
+    given = [word for before, word in pairs if word[:1] != "-" and before not in takes]
+    others = [more for names, more in command.arguments if names[0][0] != "-"]
+    if others and others[-1].get("nargs") in ("*", "+"):
+        return others[min(len(given), len(others) - 1)]
+    return others[len(given)] if len(given) < len(others) else {}
+
+
+def completions(args: argparse.Namespace, typed: Sequence[str], last: str) -> Iterable[str]:
+    """Return the words that may come after those that were typed, and begin with the last one."""
+    words = []
+    for before, word in zip(["", *typed], typed):
+        if before == "--db":
+            args.db = os.path.expanduser(word)
+        elif word not in ("--db", "--insecure"):
+            words.append(word)
+    if typed[-1:] == ["--db"]:
+        return ()
+    size = next((size for size in (2, 1) if " ".join(words[:size]) in COMMANDS), 0)
+    if not size:
+        return menu(" ".join(words))
+    name, rest = " ".join(words[:size]), words[size:]
+    if name == "help":
+        return menu(" ".join(rest))
+    command = COMMANDS[name]
+    argument = argument_at(command, rest)
+    if last[:1] == "-":
+        return (option for names, _ in command.arguments for option in names if option[0] == "-")
+    values = values_of(args, name, argument, last.rpartition(",")[2]) if argument else ()
+    head = last[: last.rfind(",") + 1] if argument and ",..." in str(argument["metavar"]) else ""
+    return (head + value for value in values)
 
 
 def cmd_completion(args: argparse.Namespace) -> None:
@@ -9253,16 +10273,18 @@ def cmd_completion(args: argparse.Namespace) -> None:
         program = " ".join(map(shlex.quote, own_command()))
         print(COMPLETIONS[args.shell].replace("PROGRAM", program))
         return
-    *typed, last = args.typed
-    pairs = zip(typed, typed[1:])  # the first word is the program
-    given = [word for before, word in pairs if before != "--db" and not word.startswith("-")]
-    command = COMMANDS.get(" ".join(given[:2])) or COMMANDS.get(" ".join(given[:1]))
-    words: Iterable[str] = menu(" ".join(given))
-    if command:
-        words = (name for names, _ in command.arguments for name in names if name[0] == "-")
-    for word in words:
-        if word.startswith(last):
-            print(word)
+    words = [word for word in args.typed[1:] if word != "="]  # bash splits --state=dead
+    if args.typed[-1] == "=":
+        words.append("")
+    name, equals, value = words[-1].partition("=") if words[-1][:2] == "--" else ("", "", "")
+    if equals:
+        words[-1:] = [name, value]
+    *typed, last = words
+    with contextlib.suppress(QueueError, OSError):  # a shell has no place for messages
+        for word in completions(args, typed, last):
+            if word.startswith(last):
+                text = name + equals + word if equals else word
+                print(shlex.quote(text) if args.shell == "bash" else text)
 
 
 SHELL = arg("shell", "SHELL", "bash, zsh or fish", choices=tuple(COMPLETIONS))

@@ -271,10 +271,6 @@ class Job(NamedTuple):
         return self.launched.get("host", "waiting for a place") if self.launch else None
 
     @property
-    def whereabouts(self) -> str:
-        return "on " + self.launched["host"] if "host" in self.launched else "elsewhere"
-
-    @property
     def key(self) -> str:
         """The name of the current attempt: one run of the job by one worker."""
         return f"{self.seq}.{self.run}.{self.locked_by}"
@@ -815,18 +811,8 @@ def valid_switch(value: object) -> str:
     return str(value)
 
 
-PLACEHOLDER = r"\{(seq|run|queue|id)\}"
-
-
 def valid_launcher(value: Any) -> tuple[str, ...]:
-    words = valid_prefix(value) if valid_text(value).strip() else ()
-    for word in words:
-        unknown = re.search(r"(?<!\{)\{[a-z]+\}(?!\})", re.sub(PLACEHOLDER, "", word))
-        require(
-            not unknown,
-            f"not contain {unknown and unknown[0]}: use {{seq}} {{run}} {{queue}} {{id}}",
-        )
-    return words
+    return valid_prefix(value) if valid_text(value).strip() else ()
 
 
 def fill_in(words: Iterable[str], job: Job) -> list[str]:
@@ -836,7 +822,7 @@ def fill_in(words: Iterable[str], job: Job) -> list[str]:
         text = str(getattr(job, match[1])).lower()
         return re.sub("[^a-z0-9]+", "-", text).strip("-")[:40].rstrip("-") or "x"
 
-    return [re.sub(PLACEHOLDER, value, word) for word in words]
+    return [re.sub(r"\{(seq|run|queue|id)\}", value, word) for word in words]
 
 
 def require_program(name: str) -> None:
@@ -848,16 +834,12 @@ def require_program(name: str) -> None:
 
 
 class Setting(NamedTuple):
-    """A setting: its default, the validator that reads its text, and its meaning.
-
-    `program` is called with the first of its words, if any, when it is set.
-    """
+    """A setting: its default, the validator that reads its text, and its meaning."""
 
     default: Any
     read: Validator
     meaning: str
     per_queue: bool = True  # a queue may have a value of its own
-    program: Callable[[str], None] | None = None
 
 
 SETTINGS = {
@@ -881,18 +863,9 @@ SETTINGS = {
     "no_retry_exit_codes": Setting((), valid_exit_codes, "final exit codes, such as 2,126,127"),
     "limit": Setting(0, integer(0, 10**6), "how many jobs of a queue run at once (0: any number)"),
     "rate": Setting("", valid_rate, "how many jobs of a queue start in a time, such as 10/1m"),
-    "launcher": Setting(
-        (),
-        valid_launcher,
-        "the program and options that run a command elsewhere",
-        program=require_program,
-    ),
-    "launcher_cancel": Setting(
-        (), valid_launcher, "the command that ends a job elsewhere", program=require_program
-    ),
-    "launch_timeout": Setting(
-        1800.0, parse_duration, "how long a job may wait for a place (0: any)"
-    ),
+    "launcher": Setting((), valid_launcher, "the program and options that run a command elsewhere"),
+    "launcher_cancel": Setting((), valid_launcher, "the command that ends a job elsewhere"),
+    "launch_timeout": Setting(1800.0, parse_duration, "the time to wait for a place (0: any)"),
     "launcher_quote": Setting("no", valid_switch, "yes: the launcher joins words, as ssh does"),
     "retention": Setting(
         0.0,
@@ -946,8 +919,8 @@ def validate_setting(key: str, value: str | None = None, queue: str = "") -> str
         raise BadInput(f"{key} applies to all queues; use it without --queue")
     if value is not None:
         words = validate(key, SETTINGS[key].read, value)
-        if words and (program := SETTINGS[key].program):
-            validate(key, program, words[0])
+        if words and SETTINGS[key].read is valid_launcher:
+            validate(key, require_program, words[0])
     return key
 
 
@@ -1059,10 +1032,10 @@ def summary_facts(earlier: bytes, job: Job) -> dict[str, Any]:
 
 
 def describe_hold(queue: str, until: float, failures: int, now: float) -> str:
-    """Return the reason that a queue is left alone after failed launches, in one phrase."""
+    """Return the reason that a queue is on hold after failed launches, in one phrase."""
     failed = f"{plural(failures, 'job')}{' in a row' * (failures > 1)} could not be launched"
-    hint = f"queuectl resume --queue {queue}: now"
-    return f"queue {queue} is left alone: {failed}; next try {format_distance(until, now)} ({hint})"
+    when = f"next try {format_distance(until, now)}"
+    return f"queue {queue} is on hold: {failed}; {when} (now: queuectl resume --queue {queue})"
 
 
 # The end of an attempt, and the state of its job after it.
@@ -1685,7 +1658,7 @@ COUNT_LAUNCH_FAILURE = (
 LAUNCH_FAILURES = "SELECT launch_failures FROM queues WHERE queue = :queue"
 HOLD_LAUNCHES = "UPDATE queues SET closed_at = :now, token_at = :until WHERE queue = :queue"
 END_LAUNCH_HOLD = """
-UPDATE queues SET launch_failures = 0, closed_at = NULL
+UPDATE queues SET launch_failures = 0, closed_at = CASE WHEN :has_rate THEN closed_at END
 WHERE queue = :queue AND launch_failures > 0"""
 NOTE_LAUNCH = """
 UPDATE jobs SET launch = :launch
@@ -2472,7 +2445,6 @@ def kill_helper(process: Any) -> None:
     with contextlib.suppress(OSError):
         if sys.platform != "win32":
             os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
     process.wait()
 
 
@@ -3435,15 +3407,15 @@ class Reader:
         """Return the reason that a queue starts no job now; empty if there is none."""
         now = self.clock()
         for capacity, running, failures, token_at in self.db.rows(HELD, {"queue": queue}):
-            if token_at and token_at > now and failures:
+            is_closed = token_at and token_at > now
+            if is_closed and failures:
                 return describe_hold(queue, token_at, failures, now)
             if 0 < capacity <= running:
                 return f"queue {queue} is at its limit of {capacity}"
-            if token_at and token_at > now:
+            if is_closed:
                 rate = self.settings(queue)["rate"]
-                return (
-                    f"queue {queue} is at its rate of {rate}; next {format_distance(token_at, now)}"
-                )
+                when = format_distance(token_at, now)
+                return f"queue {queue} is at its rate of {rate}; next {when}"
         return ""
 
     def next_due_time(self, queues: Sequence[str] = ()) -> float | None:
@@ -3755,8 +3727,9 @@ class Ledger:
         """Record what is known about an attempt elsewhere; return whether the job is still ours."""
         row = {**job._asdict(), "launch": json.dumps(facts), "is_first": is_first}
         with self.db.transaction():
-            if "host" in facts:  # the engine works
-                self.change(END_LAUNCH_HOLD, queue=job.queue)
+            if "host" in facts and "trouble" not in facts:  # the engine works
+                has_rate = bool(self.reader.settings(job.queue)["rate"])
+                self.change(END_LAUNCH_HOLD, queue=job.queue, has_rate=has_rate)
             return self.change(NOTE_LAUNCH, **row)
 
     def hold_launches(self, queue: str, now: float) -> None:
@@ -4502,6 +4475,7 @@ class Supervisor(Protocol):
 class Execution:
     """One attempt of a job. `wanted_end` returns how the operator wants it to end, if so."""
 
+    MISSING: End = "exited"  # the end of an attempt whose program is not there
     outcome: Outcome  # once it has ended
     is_over = True  # False where the worker had to leave before all processes had ended
 
@@ -4532,16 +4506,18 @@ class Execution:
             self.output = Output(self.run_dir.file(self.job.seq, self.job.run, "out"))
             return self.start(env, self.output, stdin if self.claim.stdin else os.devnull)
         except OSError as error:
-            reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-            blameless = self.output is None or error.errno in EXHAUSTED
+            name = os.fsdecode(error.filename or "")
+            reason = f"{error.strerror}: {name}" if name else error.strerror
+            end = self.MISSING if error.errno in (errno.ENOENT, errno.EACCES) else "exited"
+            if self.output is None or error.errno in EXHAUSTED:
+                end = "unstarted"
         except Fault as error:
             reason = str(error)
-            blameless = True
+            end = "unstarted"
         finally:
             if self.claim.stdin:
                 with contextlib.suppress(OSError):  # Windows removes it when the job closes it
                     os.unlink(stdin)
-        end: End = "unstarted" if blameless else "exited"
         self.outcome = Outcome(end, self.started, self.clock(), None, f"cannot start: {reason}")
         return None
 
@@ -4624,15 +4600,16 @@ _end() {
   while [ "$_left" -gt 0 ] && _send 0; do _nap; done
   _send KILL
 }
-_become() {
+_become() { # the last two words are the session's program, if any, and the command
   exec 3<&- 4<&-
-  for _pair; do
-    case ${_pair%%=*} in
+  while [ $# -gt 2 ]; do
+    case ${1%%=*} in
     '' | [0-9]* | *[!A-Za-z0-9_]*) ;; # no shell passes it on
-    *) command export "$_pair" 2>/dev/null ;;
+    *) command export "$1" 2>/dev/null ;;
     esac
+    shift
   done
-  exec $_session sh -c "$_command"
+  exec ${1:+"$1"} sh -c "$2"
 }
 _watch() {
   while IFS= read -r _line <&3 && [ "$_line" != TERM ]; do :; done
@@ -4646,7 +4623,7 @@ _main() {
   case $- in *m*) ;; *) command -v setsid >/dev/null && _session=setsid ;; esac
   _lost=
   trap '_lost=1; _end &' TERM HUP INT
-  (trap - TERM HUP INT; _become "$@") <&4 &
+  (trap - TERM HUP INT; _become "$@" "$_session" "$_command") <&4 &
   _child=$!
   _watch </dev/null &
   _watcher=$!
@@ -4657,9 +4634,9 @@ _main() {
   [ -n "$_lost" ] || _tell exit "$_code"
   exit "$_code"
 }
-IFS= read -r _size && [ "$_size" != TERM ] || exit 1
 exec 3<&0
 _tell start "$(uname -n 2>/dev/null || echo unknown)" $$
+IFS= read -r _size && [ "$_size" != TERM ] || exit 1
 cd -- "$_cwd" 2>/dev/null || { _tell nodir; exit 1; }
 if [ "$_size" -gt 0 ]; then
   _input=$(dd ibs=1 count="$_size" 2>/dev/null; printf .)
@@ -4668,11 +4645,6 @@ else
   _main "$@" </dev/null
 fi
 """
-
-
-def is_for_launcher(claim: Claim) -> bool:
-    """Tell whether a job runs elsewhere. A notification does not: the engine may be down."""
-    return bool(claim.settings["launcher"]) and not claim.job.notifies
 
 
 def client_directory(job: Job) -> str:
@@ -4783,14 +4755,15 @@ class FarEnd:
     def fail(self, reason: str) -> None:
         """Report a failure, record it for `status`, and try again after a growing pause."""
         command = quoted(join_words(self.facts["cancel"]))
-        trouble = f"launcher_cancel ({command}) failed: {reason}"
+        where = "on " + self.facts["host"] if "host" in self.facts else "elsewhere"
+        trouble = f"may still run {where}: launcher_cancel ({command}) failed: {reason}"
         self.has_failed = True
         self.due = time.monotonic() + self.pause
         self.pause = min(self.pause * 2, 60.0)
         with contextlib.suppress(Fault):
             self.ledger.note_launch(self.job, {**self.facts, "trouble": trouble})
-        text = f"job {printable(self.job.id)} may still run {self.job.whereabouts}: {trouble}"
-        self.notices.report(f"{text}; trying again", key=f"{self.job.key} launcher_cancel")
+        text = f"job {printable(self.job.id)} {trouble}; trying again"
+        self.notices.report(text, key=f"{self.job.key} launcher_cancel")
 
     def is_forgotten(self) -> bool:
         """Tell whether the operator knows that it is over (`cancel --gone`), or another pool."""
@@ -4825,6 +4798,7 @@ class RemoteTermination(Termination):
 class RemoteExecution(Execution):
     """One attempt of a job that a launcher's client runs elsewhere."""
 
+    MISSING: End = "not launched"
     PATIENCE = 1.0  # seconds in which a client exits after its job; then it is ended
 
     def __init__(self, claim: Claim, ledger: Ledger, *args: Any) -> None:
@@ -4834,7 +4808,8 @@ class RemoteExecution(Execution):
         cancel = fill_in(self.settings["launcher_cancel"], self.job)
         self.grace = math.ceil(self.settings["kill_grace"])
         self.facts: dict[str, Any] = {"cancel": cancel, "grace": self.grace}
-        self.to_send = b"%d\n%b" % (len(claim.stdin), claim.stdin)
+        self.is_recorded = False  # where the job starts; before that, it may not
+        self.to_send = b""
         self.lifeline: IO[bytes] | None = None
         self.streams: list[ReportStream] = []
         self.code: int | None = None  # as reported by the wrapper
@@ -4907,9 +4882,6 @@ class RemoteExecution(Execution):
 
     def pump(self) -> None:
         """Pass on input and output, and note the reports in it."""
-        if self.to_send and self.lifeline and not self.lifeline.closed:
-            with contextlib.suppress(OSError):  # the client has ended
-                self.to_send = self.to_send[self.lifeline.write(self.to_send) or 0 :]
         for stream in list(self.streams):
             for _ in range(16):  # at most 1 MiB: nothing else must have to wait
                 found = None if stream.file.closed else stream.read()
@@ -4919,6 +4891,18 @@ class RemoteExecution(Execution):
                 for report in found[1]:
                     self.note(*report)
         self.streams = [stream for stream in self.streams if not stream.file.closed]
+        if "host" in self.facts and not self.is_recorded:
+            self.let_start()
+        if self.to_send and self.lifeline and not self.lifeline.closed:
+            with contextlib.suppress(OSError):  # the client has ended
+                self.to_send = self.to_send[self.lifeline.write(self.to_send) or 0 :]
+
+    def let_start(self) -> None:
+        """Record where the job starts, and then let it: what was not recorded did not run."""
+        with contextlib.suppress(Fault):  # the next call tries again
+            self.is_recorded = self.ledger.note_launch(self.job, self.facts)
+        if self.is_recorded:
+            self.to_send = b"%d\n%b" % (len(self.claim.stdin), self.claim.stdin)
 
     def keep(self, text: bytes) -> None:
         if not self.output:
@@ -4934,8 +4918,6 @@ class RemoteExecution(Execution):
             self.facts["host"] = printable(value.decode(errors="replace"))
             self.started = self.clock()
             self.limit_time()
-            with contextlib.suppress(Fault):
-                self.ledger.note_launch(self.job, self.facts)
         elif kind == b"exit" and self.code is None:
             self.code = int(value)
         elif kind == b"nodir":
@@ -5185,7 +5167,8 @@ class Worker:
 
     def run(self, claim: Claim) -> Execution:
         job = claim.job
-        kind = RemoteExecution if is_for_launcher(claim) else Execution
+        is_here = job.notifies or not claim.settings["launcher"]  # the engine may be down
+        kind = Execution if is_here else RemoteExecution
         execution = kind(claim, self.ledger, self.link, self.wanted_end)
         if child := execution.launch(self.environment(claim)):
             self.note_success()
@@ -5581,8 +5564,14 @@ class Recovery:
         limit = self.ledger.reader.settings(job.queue)["output_limit"]
         then = job.locked_at or 0.0
         now = max(then, self.ledger.clock())
-        error = "its worker died" + (f" (lost on {job.host})" if job.launched.get("host") else "")
-        outcome = kept or Outcome("crashed", then, now, None, error)
+        end: End = "crashed"
+        error = "its worker died"
+        if job.launch and "host" not in job.launched:
+            end = "released"
+            error += " before the job started"
+        elif job.launch:
+            error += f" (lost on {job.host})"
+        outcome = kept or Outcome(end, then, now, None, error)
         files = [self.run_dir.file(name) for name in self.run_dir.attempt_files(job)]
         for path in files:
             with contextlib.suppress(FileNotFoundError):  # another pool was faster
@@ -5998,7 +5987,7 @@ def obstacle_of_running(run_dir: RunDirectory, job: Job) -> str:
     """Return the reason that a claimed job makes no progress, in one phrase; empty if it does."""
     if trouble := job.launched.get("trouble"):
         hint = f"once it is gone there, queuectl cancel --gone {printable(job.id)} ends the wait"
-        return f"it may still run {job.whereabouts}: {trouble}; {hint}"
+        return f"it {trouble}; {hint}"
     if job.state == PROCESSING and run_dir.is_unlocked(job.locked_by):
         pools = run_dir.alive("pool")
         hint = "a pool is recovering it" if pools else "recover it with: queuectl worker start"

@@ -829,7 +829,7 @@ def require_program(name: str) -> None:
     """Raise ValueError where there is no program of that name, as a shell would look for it."""
     import shutil
 
-    require(not WINDOWS, "not be set on Windows, where launchers are not supported")
+    require(not WINDOWS, "not be set on Windows, which has no launchers")
     require(shutil.which(name), f"begin with a program; {quoted(name)} was not found")
 
 
@@ -4710,22 +4710,22 @@ class FarEnd:
 
     def check(self, now: float) -> bool:
         """Return whether the command has succeeded."""
-        is_running = self.process.poll() is None
-        if is_running and now < self.due:
+        is_late = self.process.poll() is None
+        if is_late and now < self.due:
             return False
-        if is_running:
+        if is_late:
             kill_session(self.process)
         self.process = None
         with self.said:
             text = last_bytes(self.said.fileno(), 1 << 12)[1].decode(errors="replace")
         said, _, code = text.rpartition("\n")
-        if code == "0" and not is_running:
-            return True
-        reason = f"did not end within {format_duration(self.LIMIT)}"
-        if not is_running:
-            reason = explain_exit(int(code)) or "" if code.isdecimal() else "it was killed"
-        self.fail(": ".join(filter(None, (reason, last_line(said)))))
-        return False
+        if is_late:
+            reason = f"did not end within {format_duration(self.LIMIT)}"
+        else:
+            reason = explain_exit(int(code)) if code.isdecimal() else "it was killed"
+        if reason:
+            self.fail(": ".join(filter(None, (reason, last_line(said)))))
+        return not reason
 
     def fail(self, reason: str) -> None:
         """Report a failure, record it for `status`, and try again after a growing pause."""
@@ -4766,7 +4766,6 @@ class RemoteTermination(Termination):
 
     @property
     def is_overdue(self) -> bool:
-        """Whether the job or its client cannot be ended at once: they must delay no stop."""
         return self.far_end.has_failed or (not self.is_client_gone and super().is_overdue)
 
 
@@ -4830,10 +4829,7 @@ class RemoteExecution(Execution):
             self.lifeline.close()
 
     def limit_time(self) -> None:
-        """Limit the time to wait for a place and, after the start, that of the attempt."""
-        if "host" in self.facts:
-            super().limit_time()
-            return
+        """Begin the time to wait for a place; the attempt's begins when the wrapper starts."""
         limit = self.settings["launch_timeout"]
         self.deadline = time.monotonic() + limit if limit else NEVER
         self.late = "not launched", f"not launched: no place within {format_duration(limit)}"
@@ -4888,7 +4884,7 @@ class RemoteExecution(Execution):
         if kind == b"start" and "host" not in self.facts:
             self.facts["host"] = printable(value.decode(errors="replace"))
             self.started = self.clock()
-            self.limit_time()
+            super().limit_time()
         elif kind == b"exit":
             self.result = self.result or value
 
@@ -7939,9 +7935,9 @@ def schedules_page(reader: Reader, request: Request) -> Page:
 
 def workers_page(reader: Reader, _request: Request) -> Page:
     rows = []
-    for name, pid, job, since, command in worker_rows(worker_facts(reader), reader.clock()):
+    for *about, job, since, host, command in worker_rows(worker_facts(reader), reader.clock()):
         claimed = job_link(str(job)) if since else "idle"
-        rows.append((safe(name), safe(pid), claimed, safe(since), code(str(command))))
+        rows.append((*map(safe, about), claimed, safe(since), safe(host), code(str(command))))
     headings = [heading.lower() for heading in WORKER_HEADINGS]
     table = html_grid(headings, rows) or "No worker is running (queuectl worker start)."
     return Page("Workers", {"workers": card(table)})

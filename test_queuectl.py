@@ -7972,6 +7972,14 @@ class WebPages(Web):
         self.assertNotIn("bad", PageParser(self.ask("/jobs?queue=gpu&match=DON").page).text)
         self.assertIn("did you mean worse", self.ask("/job?id=worsee").page)
 
+    def test_living_workers_are_shown(self) -> None:
+        with Queue(self.path) as queue:
+            lock = queuectl.LockFile(queue._db.run_dir.file("worker-1-1"))
+        self.addCleanup(lock.close)
+        lock.write_note(pid=17, slot=1)
+        text = PageParser(self.ask("/workers").page).text
+        self.assertIn("worker-1-117idle", text)
+
     def test_script_is_sent_only_the_parts_that_changed(self) -> None:
         tags = re.findall(r'data-tag="(\w+)"', self.ask("/schedules").page)
         more = {"X-Queuectl-Tags": " ".join(tags)}

@@ -4719,10 +4719,9 @@ class FarEnd:
         with self.said:
             text = last_bytes(self.said.fileno(), 1 << 12)[1].decode(errors="replace")
         said, _, code = text.rpartition("\n")
+        reason = explain_exit(int(code)) if code.isdecimal() else "it was killed"
         if is_late:
             reason = f"did not end within {format_duration(self.LIMIT)}"
-        else:
-            reason = explain_exit(int(code)) if code.isdecimal() else "it was killed"
         if reason:
             self.fail(": ".join(filter(None, (reason, last_line(said)))))
         return not reason

@@ -5784,7 +5784,7 @@ class AttemptInSlurm(Engine):
 
     CONF = """ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort=16827
+SlurmctldPort={port}
 SlurmUser=root
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 ProctrackType=proctrack/linuxproc
@@ -5812,12 +5812,14 @@ PartitionName=main Nodes=ALL Default=YES State=UP
             if not shutil.which(tool):
                 raise unittest.SkipTest(f"there is no {tool}")
         cls.slurm = tempfile.mkdtemp(prefix="queuectl-slurm-")
-        conf = cls.CONF.format(host=os.uname().nodename, dir=cls.slurm)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        conf = cls.CONF.format(host=os.uname().nodename, dir=cls.slurm, port=port)
         hosts = "127.0.0.1 localhost " + os.uname().nodename + "\n"
         os.mkdir(cls.slurm + "/state")
         for number, node in enumerate(cls.NODES, 1):
             os.mkdir(f"{cls.slurm}/{node}")
-            place = f"NodeAddr=127.0.0.1{number} Port={17100 + number} CPUs=2 State=UNKNOWN"
+            place = f"NodeAddr=127.0.0.1{number} Port={port} CPUs=2 State=UNKNOWN"
             conf += f"NodeName={node} NodeHostname={node} {place}\n"
             hosts += f"127.0.0.1{number} {node}\n"
         for name, text in (("slurm.conf", conf), ("hosts", hosts)):

@@ -5540,6 +5540,12 @@ esac
 """
 
 
+def cancel_in_slurm() -> str:
+    """Return the launcher_cancel of the README."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        return re.search(r"'(sh -c \"scancel .*)'\n", file.read())[1]
+
+
 class AttemptElsewhere(Live):
     """A launcher's client runs a job elsewhere; here, clients that are small scripts do."""
 
@@ -5758,6 +5764,16 @@ class AttemptElsewhere(Live):
         wait_until(lambda: self.job(job).run == 2)
         self.assertEqual(self.job(job).attempts, 1)
         self.assertEqual(self.attempts(job)[0].error, "its worker died before the job started")
+
+    def test_cancel_of_the_readme_fails_where_slurm_does_not_answer(self) -> None:
+        path = {**os.environ, "PATH": self.dir + ":" + os.environ["PATH"]}
+        self.write("scancel", "#!/bin/sh\n")
+        for code in (0, 1):
+            self.write("squeue", f"#!/bin/sh\nexit {code}\n")
+            for name in ("scancel", "squeue"):
+                os.chmod(self.file(name), 0o755)
+            done = self.process(*shlex.split(cancel_in_slurm()), env=path)
+            self.assertEqual(done.returncode, code)
 
     def test_job_whose_launcher_is_gone_has_used_no_attempt(self) -> None:
         os.unlink(self.file("client"))
@@ -6108,8 +6124,7 @@ PartitionName=main Nodes=ALL Default=YES State=UP
         super().setUp()
         self.addCleanup(self.process, "scancel", "-p", "main", cwd="/")
         name = "q-{seq}-{run}"
-        gone = f"scancel -n {name}; while squeue -h -n {name} | grep -q .; do sleep 0.2; done"
-        self.use_engine(launcher=f"srun -n1 -Q -J {name}", launcher_cancel=f"sh -c '{gone}'")
+        self.use_engine(launcher=f"srun -n1 -Q -J {name}", launcher_cancel=cancel_in_slurm())
 
     def test_exit_codes_output_and_input(self) -> None:
         self.check_exit_codes()

@@ -2395,6 +2395,8 @@ else:
             from multiprocessing.connection import Connection
             from multiprocessing.reduction import recv_handle
 
+            with contextlib.suppress(ImportError):  # else each worker loads it
+                import ctypes  # noqa: F401
             os.chdir("/")  # no directory is kept busy
             while os.open(os.devnull, os.O_RDWR) < 3:  # the standard streams may be closed
                 pass

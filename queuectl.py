@@ -8578,6 +8578,11 @@ def field(key: str, metavar: str, meaning: str, name: str = "", **options: Any) 
     return arg(name or "--" + key.replace("_", "-"), metavar, meaning, dest=key, **options)
 
 
+def group(title: str, *arguments: Argument) -> Iterator[Argument]:
+    """Yield arguments that stand together in the help of a command, below a title."""
+    return ((names, {**options, "group": title}) for names, options in arguments)
+
+
 def parse_change(text: str) -> Iterable[tuple[str, str | None]]:
     name, equals, value = text.partition("=")
     return valid_variables({name: value if equals else None}).items()
@@ -8592,7 +8597,7 @@ def parse_edit(check: Validator, text: str) -> Any:
 def edit_option(names: tuple[str, ...], options: dict[str, Any]) -> Argument:
     """Return an option of `enqueue` as one of `edit`, which can also reset the field."""
     key = options["dest"]
-    meaning = options["help"].replace(" (default: this one)", "")
+    meaning = re.sub(r"; default: [^)]*| \(default: [^)]*\)", "", options["help"])
     if options["type"].args[1] is FIELDS[key]:
         check = partial(parse_edit, EDITABLE[key])
         options = {**options, "type": partial(validate, names[-1], check)}
@@ -8693,47 +8698,222 @@ def say_unused(reader: Reader, queues: Iterable[str], report: Callable[[str], No
 JSON_START = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""  # unlike a shell line
 
 
-def parse_json_jobs(source: str) -> list[dict[str, object]]:
-    try:
-        value = json.loads(source.lstrip("\ufeff"))  # PowerShell puts it before the text of a file
-    except (ValueError, RecursionError) as error:
-        hint = "; lost its quotes, in PowerShell? Try: enqueue COMMAND, or JSON on stdin: enqueue -"
-        lost_quotes = re.match(r"\s*\{\s*\w+\s*:", source)
-        raise BadInput(f"bad JSON: {error}{hint if lost_quotes else ''}") from None
-    jobs = value if isinstance(value, list) else [value]
-    if not jobs or not all(isinstance(job, dict) for job in jobs):
-        raise BadInput('a job is a JSON object such as {"command": "echo hello"}')
-    return jobs
+EXAMPLE = 'a job is a JSON object such as {"command": "echo hello"}'
+LOST_QUOTES = (
+    "lost its quotes, in bash or PowerShell? Try: enqueue COMMAND, or JSON on stdin: enqueue -"
+)
+
+
+class JsonJobs:
+    """JSON objects in a file: alone, one after the other or in arrays, in any layout.
+
+    Only a part of the file is in memory. `at` holds the number of the line that is read.
+    """
+
+    CHUNK = 1 << 16
+    CUT = 16  # so near to the end of the text, a wrong character may belong to a word that goes on
+    BLANKS = re.compile("[ \t\r\n\ufeff]*")  # PowerShell puts a byte order mark before a text
+
+    def __init__(self, file: IO[bytes], at: array[int]) -> None:
+        import codecs
+
+        self.file = file
+        self.lines = at
+        self.decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+        self.parse = json.JSONDecoder().raw_decode
+        self.text = ""
+        self.at = 0  # the place in the text
+        self.line = 1
+        self.offset = 0  # of the text in that line
+
+    def jobs(self) -> Iterator[dict[str, object]]:
+        while first := self.next_character():
+            if first == "[":
+                yield from self.array()
+            else:
+                yield self.job()
+
+    def array(self) -> Iterator[dict[str, object]]:
+        last = ","
+        while last != "]":
+            self.move(self.at + 1)
+            self.next_character()
+            yield self.job()
+            last = self.next_character()
+            if last not in (",", "]"):
+                raise self.error("expecting ',' or ']' after a job in an array")
+        self.move(self.at + 1)
+
+    def next_character(self) -> str:
+        """Move to the next character that is not blank and return it; return "" at the end."""
+        is_more = True
+        while is_more:
+            self.move(self.BLANKS.match(self.text, self.at).end())  # type: ignore[union-attr]
+            if self.at < len(self.text):
+                return self.text[self.at]
+            is_more = self.read()
+        return ""
+
+    def job(self) -> dict[str, object]:
+        """Return the object that begins here."""
+        self.lines[0] = self.line
+        is_more = True
+        while True:
+            start = self.at
+            try:
+                value, end = self.parse(self.text, self.at)
+                break
+            except json.JSONDecodeError as error:
+                is_cut = error.pos > len(self.text) - self.CUT or error.msg[:12] == "Unterminated"
+                is_more = is_more and is_cut and self.read()
+                if not is_more:
+                    raise self.syntax_error(error.msg, error.pos + self.at - start) from None
+            except (ValueError, RecursionError) as error:
+                raise self.error(str(error)) from None
+        if not isinstance(value, dict):
+            raise self.error(EXAMPLE)
+        self.move(end)
+        return value
+
+    def move(self, to: int) -> None:
+        if count := self.text.count("\n", self.at, to):
+            self.line += count
+            self.offset = -1 - self.text.rindex("\n", self.at, to)
+        self.at = to
+
+    def read(self) -> bool:
+        """Read as much as is left of the text, or a chunk; return whether there was more."""
+        left = self.text[self.at :]
+        chunk = self.file.read(max(self.CHUNK, len(left)))
+        self.offset += self.at
+        self.text = left + self.decode(chunk, not chunk)
+        self.at = 0
+        if self.line > 1000:
+            SCREEN.draw(lambda: f"{self.line} lines")
+        return bool(chunk)
+
+    def error(self, reason: str) -> BadInput:
+        self.lines[0] = self.line
+        return BadInput(f"bad JSON in column {self.offset + self.at + 1}: {reason}")
+
+    def syntax_error(self, reason: str, at: int) -> BadInput:
+        start = self.text[self.at : self.at + 200]
+        hint = EXAMPLE
+        if re.match(r"\{\s*\w+\s*:", start):
+            hint = LOST_QUOTES
+        elif start[:1].isalpha():
+            hint = f"{EXAMPLE}; for a command a line: enqueue --lines -"
+        if self.text[at:].strip():
+            self.move(at)
+        else:
+            reason = "the object that begins here does not end"
+        return self.error(f"{reason[0].lower()}{reason[1:]}; {hint}")
+
+
+def listed_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Return a job to enqueue, given one that `list --json` or `show --json` has printed."""
+    fields = {key: value for key, value in job.items() if key in FIELDS and value is not None}
+    for size, key in (("blocked", "after"), ("stdin_size", "stdin")):
+        if job.get(size) and key not in job:
+            raise BadInput(f"list --json does not show {key} of this job; use show --json")
+    kind, _, rule = str(job.get("rule") or "").partition(" ")
+    if kind:
+        fields.update({kind: rule, "id": job.get("schedule_id")})
+    if fields.get("id") == str(job["seq"]):
+        del fields["id"]
+    is_waiting = kind != "cron" and job.get("state") == PENDING
+    if is_waiting and validate("run_after", parse_time, job.get("run_after")) > time.time():
+        fields["run_at"] = job["run_after"]
+    return fields
+
+
+def json_jobs(args: argparse.Namespace, file: IO[bytes], at: array[int]) -> Iterator[Any]:
+    """Yield the jobs in JSON; of those that `list --json` printed, no notifications."""
+    for job in JsonJobs(file, at).jobs():
+        if "seq" in job and job.get("notifies"):
+            continue
+        at.append(at[0])
+        fields = listed_job(job) if "seq" in job else job
+        if args.new_ids:
+            fields.pop("id", None)
+        yield fields
+
+
+def shell_lines(file: IO[bytes], at: array[int]) -> Iterator[Any]:
+    for at[0], line in enumerate(file, 1):
+        if at[0] % 1000 == 0:
+            SCREEN.draw(lambda: f"{at[0]} lines")
+        if command := line.decode(errors="surrogateescape").strip("\ufeff\r\n\t "):
+            at.append(at[0])
+            yield {"command": command}
+
+
+def one_each(words: Sequence[str], arguments: Sequence[str], *, exact: bool) -> Iterator[Any]:
+    """Yield a job for each argument, which replaces {} in a shell line or words, or follows it."""
+    if not arguments:
+        raise BadInput("there are no arguments after :::")
+    template = list(words)
+    if not any("{}" in word for word in words):
+        template[len(words) if exact else 0 :] = ["{}"] if exact else [words[0] + " {}"]
+    quotations = re.findall(r"""\\.|'[^']*'|"(?:\\.|[^"\\])*\"""", template[0], re.DOTALL)
+    if not exact and any("{}" in part for part in quotations):
+        raise BadInput("{} is quoted by itself; write it outside of quotes")
+    for argument in arguments:
+        if exact:
+            yield {"command": join_words([word.replace("{}", argument) for word in template])}
+        else:
+            yield {"command": template[0].replace("{}", join_words([argument]))}
+
+
+def is_stdin(args: argparse.Namespace) -> bool:
+    return args.words == ["-"] and "--" not in args.rest
 
 
 def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: array[int]) -> Iterator[Any]:
-    """Yield the jobs of JSON lines, JSON, a shell line or words.
+    """Yield the jobs of JSON, lines, a shell line or words.
 
     `at` holds the number of the line that is read, and then the lines of all jobs so far.
     """
     del at[1:]
     words: list[str] = args.words
     exact = args.rest[-len(words) - 1 :] == ["--", *words]
+    is_json = bool(re.match(JSON_START, words[0])) and not exact
+    if args.each is not None and (is_json or is_stdin(args)):
+        raise BadInput("::: must follow a command, not JSON or -")
     if "--" in args.rest and not exact:
         raise BadInput("all words of the command go after --, as in: enqueue -- git log -- README")
+    if len(words) > 1 and all(word.partition(":")[0] in FIELDS and ":" in word for word in words):
+        raise BadInput(f"this is no command; JSON that {LOST_QUOTES}")
     if words[0] == "-" and not exact:
         if len(words) > 1:
             raise BadInput("- must be the only argument; the jobs are read from stdin")
         if not sys.stdin or sys.stdin.closed:
             raise BadInput("stdin is closed, or was read already: there are no lines to read")
         stdin.seek(0)
-        for at[0], line in enumerate(stdin, 1):
-            if at[0] % 1000 == 0:
-                SCREEN.draw(lambda: f"{at[0]} lines")
-            jobs = parse_json_jobs(line.decode(errors="surrogateescape")) if line.strip() else []
-            for job in jobs:
-                at.append(at[0])
-                yield job
-    elif re.match(JSON_START, words[0]) and not exact:
-        yield from parse_json_jobs(" ".join(words))
+        yield from shell_lines(stdin, at) if args.lines else json_jobs(args, stdin, at)
+    elif args.lines:
+        raise BadInput("--lines reads commands from stdin: enqueue --lines -")
+    elif args.each is not None:
+        yield from one_each(words, args.each, exact=exact)
+    elif is_json:
+        source = " ".join(words)
+        where = at if "\n" in source else at[:]
+        yield from json_jobs(args, io.BytesIO(source.encode(errors="surrogateescape")), where)
     else:
         is_line = len(words) == 1 and not exact
         yield {"command": words[0] if is_line else join_words(words)}
+
+
+def fill(value: Any, argument: str) -> Any:
+    """Return a value in which {} is replaced by an argument."""
+    if isinstance(value, str):
+        return value.replace("{}", argument)
+    if isinstance(value, list):
+        return [fill(item, argument) for item in value]
+    return {key: fill(item, argument) for key, item in value.items()}
+
+
+FILLED = ("id", "after", "after_end", "env")  # the options in which {} is the argument after :::
 
 
 def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict[str, Any]]:
@@ -8744,12 +8924,17 @@ def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict
         yield from jobs
         return
     replaced = {key for pair in CONFLICTS if given.keys() & set(pair) for key in pair}
+    each = iter(args.each or ())
     for job in jobs:
         fields = {key: value for key, value in job.items() if key not in replaced}
         env = fields.get("env", {})
         if added and isinstance(env, dict):  # a bad one is refused later
             fields["env"] = {**env, **added}
-        yield {**fields, **given}
+        fields.update(given)
+        if args.each:
+            argument = next(each)
+            fields.update({key: fill(fields[key], argument) for key in FILLED if key in fields})
+        yield fields
 
 
 def report_kept(queue: Queue, fields: Mapping[str, Any]) -> None:
@@ -8760,29 +8945,13 @@ def report_kept(queue: Queue, fields: Mapping[str, Any]) -> None:
         say(f"job {job.id} exists with another {', '.join(differing)}, and stays as it is{hint}")
 
 
-def cmd_enqueue(args: argparse.Namespace) -> None:
-    import shutil
-    import tempfile
-    from array import array
-
-    at = array("L", [0])
-    with tempfile.SpooledTemporaryFile(1 << 20) as stdin:
-        if args.words == ["-"] and "--" not in args.rest and sys.stdin and not sys.stdin.closed:
-            shutil.copyfileobj(sys.stdin.buffer, stdin)  # a slow writer must not hold up workers
-        try:
-            if not os.path.lexists(args.db):  # bad input must not create a queue
-                for job in with_options(args, described_jobs(args, stdin, at)):
-                    validate_fields(job)
-            jobs = with_options(args, described_jobs(args, stdin, at))
-            with Queue(args.db, insecure=args.insecure) as queue:
-                batch = Batch(queue._ledger, if_absent=args.if_absent)
-                for job_id in batch.store(jobs):
-                    print(job_id)
-                for fields in batch.taken:
-                    report_kept(queue, fields)
-        except BadInput as error:
-            line = at[0] if error.index is None else at[at[0] and error.index + 1]
-            raise BadInput(f"line {line}: {error}" if line else str(error)) from None
+def copy_stdin(args: argparse.Namespace, copy: IO[bytes]) -> None:
+    """Copy stdin, since a slow writer must not hold up workers."""
+    if sys.stdin.isatty():
+        kind = "commands, one a line" if args.lines else "jobs as JSON"
+        say(f"reading {kind}; {'Ctrl-Z and Enter end' if WINDOWS else 'Ctrl-D ends'} them")
+    while chunk := sys.stdin.buffer.read1(1 << 16):  # type: ignore[union-attr]
+        copy.write(chunk)
 
 
 # The first two lines of a starter depend on the system; the second one tells whose it is.
@@ -9383,11 +9552,11 @@ def read_from(fd: int, at: int) -> tuple[int, bytes]:
     return at, os.read(fd, 1 << 16)
 
 
-def follow(queue: Queue, job: Job, fd: int, at: int) -> Iterator[bytes]:
+def follow(queue: Queue, job: Job, fd: int, at: int, end: float = NEVER) -> Iterator[bytes]:
     """Yield the output of an attempt from a place on, as it comes, until the attempt has ended."""
     ended = False
     version = -1
-    for _ in polling(first=0.03, longest=0.03):
+    for _ in polling(end - time.monotonic(), first=0.03, longest=0.03):
         chunk = b"more"
         while chunk:
             at, chunk = read_from(fd, 0 if os.fstat(fd).st_size < at else at)  # 0: truncated
@@ -9414,6 +9583,11 @@ def await_attempt(queue: Queue, job: Job) -> Job:
     return job
 
 
+def report_dropped(number: int) -> None:
+    if number:
+        say(f"{number} bytes of earlier output were not kept")
+
+
 def write_log(args: argparse.Namespace, queue: Queue, job: Job) -> None:
     """Write the output of one attempt: the one with --run, or the one that runs or ran last."""
     if job.state == PENDING and not args.run:
@@ -9435,7 +9609,7 @@ def write_log(args: argparse.Namespace, queue: Queue, job: Job) -> None:
         at = dropped + len(output) - len(shown)
         chunks = follow(queue, job, fd, at) if args.follow and fd >= 0 else [shown]
         if dropped and shown is output:
-            say(f"{dropped} bytes of earlier output were not kept")
+            report_dropped(dropped)
         write_output(chunks)
 
 
@@ -9465,6 +9639,113 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
         if args.failed or len(args.ids) > 1:
             write_heading(job, first=not number)
         write_log(args, queue, job)
+
+
+def report_first_contact(queue: Queue, ids: Iterable[str], *, is_new: bool) -> None:
+    """Tell a person that a queue was made, and how to start workers where none runs."""
+    if not terminal_width(sys.stderr):
+        return
+    if is_new:
+        say(f"made a new queue: {queue.path}")
+    with contextlib.suppress(NotFound):  # it has run, and was pruned
+        for job in map(queue.get, ids):
+            if reason := unserved(queue._db.run_dir, job.queue):
+                say(f"{reason}; start one: queuectl worker start")
+
+
+def output_of_attempts(queue: Queue, job: Job, end: float) -> Iterator[bytes]:
+    """Yield the output of a job's attempts, as it comes, until it can run no more or the end."""
+    reader = queue._reader
+    notices = Notices(say, NEVER)
+    shown = max(0, job.run - 1)
+    for _ in polling(end - time.monotonic(), first=0.002):
+        job = reader.by_seq(job.seq) or job._replace(state=COMPLETED)
+        for run in range(shown + 1, job.run + 1):
+            try:
+                fd = open_own(queue._db.run_dir.output_file(job._replace(run=run)), os.O_RDONLY)
+            except FileNotFoundError:
+                if job.state == PROCESSING and run == job.run:
+                    break  # it is made a moment after the claim
+                attempt = reader.last_attempt(job, run)
+                if attempt and attempt.run == run:
+                    report_dropped(attempt.bytes_dropped)
+                    yield attempt.output
+            else:
+                with open(fd, "rb", 0):
+                    yield from follow(queue, job._replace(run=run), fd, 0, end)
+            shown = run
+        if job.state in FINISHED or reader.failed_ancestor(job):
+            return
+        if reason := obstacle(reader, job):
+            cause = f", after {job.last_error}" if job.last_error else ""
+            key = f"{job.run} {reason.partition(' ')[0]}"
+            notices.report(f"job {job.id} is waiting: {reason}{cause}", key=key)
+
+
+def follow_jobs(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> int:
+    """Show the output of jobs, one after the other, until they have ended; return as `wait`."""
+    reader = queue._reader
+    end = NEVER if args.timeout is None else time.monotonic() + args.timeout
+    jobs = reader.named(ids)
+    for number, job in enumerate(jobs):
+        if len(jobs) > 1:
+            write_heading(job, first=not number)
+        write_output(output_of_attempts(queue, job, end))
+    if time.monotonic() < end:
+        return cmd_wait(args, queue)
+    say(f"timed out after {format_duration(args.timeout)}")
+    return Exit.TIMED_OUT
+
+
+def wait_for_end(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> int:
+    """Wait for jobs that were enqueued; return as `wait` does."""
+    args.ids = ids
+    args.all = False
+    args.timeout = args.wait_timeout
+    try:
+        return follow_jobs(args, queue, ids) if args.follow else cmd_wait(args, queue)
+    except KeyboardInterrupt:
+        SCREEN.clear()
+        SCREEN.write("\n" if terminal_width(sys.stderr) else "")
+        names = " ".join(ids[:3]) + " ..." * (len(ids) > 3)
+        stay = "stays" if len(ids) == 1 else "stay"
+        say(f"{plural(len(ids), 'job')} {stay} in the queue (queuectl cancel {names})")
+        raise
+
+
+def cmd_enqueue(args: argparse.Namespace) -> int:
+    import tempfile
+    from array import array
+
+    at = array("L", [0])
+    is_new = not os.path.lexists(args.db)
+    is_waiting = args.wait or args.follow or args.wait_timeout is not None
+    write = SCREEN.line if is_waiting else print
+    with tempfile.SpooledTemporaryFile(1 << 20) as stdin:
+        if is_stdin(args) and sys.stdin and not sys.stdin.closed:
+            copy_stdin(args, stdin)
+        try:
+            for job in with_options(args, described_jobs(args, stdin, at)) if is_new else ():
+                validate_fields(job)  # bad input must not create a queue
+            jobs = with_options(args, described_jobs(args, stdin, at))
+            with Queue(args.db, insecure=args.insecure) as queue:
+                ids: list[str] = []
+                batch = Batch(queue._ledger, if_absent=args.if_absent)
+                stored = batch.store(jobs)
+                SCREEN.clear()
+                for job_id in stored:
+                    write(job_id)
+                    if is_waiting or not ids:
+                        ids.append(job_id)
+                for fields in batch.taken:
+                    report_kept(queue, fields)
+                if is_waiting:
+                    return wait_for_end(args, queue, ids)
+                report_first_contact(queue, ids, is_new=is_new)
+        except BadInput as error:
+            line = at[0] if error.index is None else at[at[0] and error.index + 1]
+            raise BadInput(f"line {line}: {error}" if line else str(error)) from None
+    return Exit.OK
 
 
 def report_cancelled(args: argparse.Namespace, queue: Queue, job: Job) -> int:
@@ -9731,11 +10012,11 @@ MATCH = arg("--match", "TEXT", "only jobs whose id or command contains this text
 OLDER_THAN = arg("--older-than", "DURATION", "only jobs that have been in their state for at "
                  "least this long", parse_duration)
 IDS_ONLY = flag("--ids", "print only the ids", dest="ids_only")
-SELECT = (IDS, QUEUES, STATE, MATCH, OLDER_THAN, IDS_ONLY)
+SELECT = (IDS, *group("which jobs", QUEUES, STATE, MATCH, OLDER_THAN), IDS_ONLY)
 AGE = arg("--older-than", "DURATION", "only jobs that have been in their state for at least this "
           "time, with a unit: 7d", parse_age)
 CHANGE = (*SELECT, flag("-n --dry-run", "print the ids, and change nothing"))
-DELETE = tuple(AGE if option is OLDER_THAN else option for option in CHANGE)
+DELETE = (IDS, *group("which jobs", QUEUES, STATE, MATCH, AGE), *CHANGE[5:])
 ALL_DEAD = flag("--all", "all dead jobs")
 KEY = arg("key", "KEY", "one of: " + ", ".join(SETTINGS), validate_setting)
 OF_QUEUE = arg("--queue", "QUEUE", "apply to this queue only (default: all queues without a "
@@ -9743,31 +10024,49 @@ OF_QUEUE = arg("--queue", "QUEUE", "apply to this queue only (default: all queue
 
 COMMANDS = {
     "enqueue": Command(cmd_enqueue, "none", "add a job and print its id", "enqueue 'make all'", (
-        arg("words", "JOB", "a quoted shell line; JSON (an object or an array); - for JSON lines "
-            "on stdin; or -- followed by the words of a command", nargs="+"),
-        field("id", "ID", "the name of the job (default: a number)"),
-        field("queue", "QUEUE", "the queue it waits in (default: default)", "-q --queue"),
-        field("priority", "N", "higher numbers run first (default: 0)", "-p --priority"),
-        field("delay", "DURATION", "start it after this time"),
-        field("run_at", "TIME", "start it at this time: 2030-01-31T08:00", "--at"),
-        field("timeout", "DURATION", "end an attempt that takes longer (0: never; default: 300s)"),
-        field("max_retries", "N", "the number of attempts, including the first (default: 3)"),
-        field("retry_delays", "DURATION,...", "wait this long before each retry; the last repeats"),
-        field("after", "ID,...", "start it once these jobs have completed; repeatable",
-              action="extend"),
-        field("after_end", "ID,...", "start it once these have ended in any way; repeatable",
-              action="extend"),
-        field("every", "DURATION", "repeat it at this interval"),
-        field("cron", "RULE", "repeat it by a rule: '0 3 * * mon-fri', @daily"),
-        field("cwd", "DIR", "the directory it runs in (default: this one)"),
-        field("env", "NAME=VALUE", "set a variable in its environment; repeatable",
-              action="append", check=parse_variable),
-        field("stdin", "TEXT", "the text that it reads from stdin"),
-        field("stdin", "FILE", "the same, from a file (-: from stdin)", "--stdin-file",
-              check=read_input),
-        field("on_dead", "COMMAND", "run this when it is dead ('': nothing)"),
-        field("on_end", "COMMAND", "run this when it has ended in any way ('': nothing)"),
-        flag("--if-absent", "do nothing if a job with that id exists"))),
+        arg("words", "JOB", "a quoted shell line; JSON (objects or arrays); - for JSON on stdin; "
+            "or -- followed by the words of a command. After it, ::: ARG... makes one job for each "
+            "ARG, which replaces {} in the command, in --id, --after, --after-end and --env, or "
+            "else follows the command", nargs="+"),
+        flag("--lines", "with -: stdin has a command a line instead of JSON"),
+        flag("--if-absent", "do nothing if a job with that id exists"),
+        flag("--new-ids", "ignore the ids in JSON, as of jobs that list --json printed"),
+        *group("the job",
+            field("id", "ID", "the name of the job (default: a number)"),
+            field("queue", "QUEUE", "the queue it waits in (default: default)", "-q --queue"),
+            field("priority", "N", "higher numbers run first (default: 0)", "-p --priority")),
+        *group("when it runs",
+            field("delay", "DURATION", "start it after this time (default: at once)"),
+            field("run_at", "TIME", "start it at this time: 2030-01-31T08:00", "--at"),
+            field("after", "ID,...", "start it once these jobs have completed; repeatable",
+                  action="extend"),
+            field("after_end", "ID,...", "start it once these have ended in any way; repeatable",
+                  action="extend"),
+            field("every", "DURATION", "repeat it at this interval"),
+            field("cron", "RULE", "repeat it by a rule: '0 3 * * mon-fri', @daily")),
+        *group("where it runs",
+            field("cwd", "DIR", "the directory it runs in (default: this one)"),
+            field("env", "NAME=VALUE", "set a variable in its environment; repeatable",
+                  action="append", check=parse_variable),
+            field("stdin", "TEXT", "the text that it reads from stdin (default: none)"),
+            field("stdin", "FILE", "the same, from a file (-: from stdin)", "--stdin-file",
+                  check=read_input)),
+        *group("timeout and retries",
+            field("timeout", "DURATION",
+                  "end an attempt that takes longer (0: never; default: 300s)"),
+            field("max_retries", "N",
+                  "the number of attempts, including the first (default: 3)"),
+            field("retry_delays", "DURATION,...",
+                  "wait this long before each retry; the last repeats (default: 2s,4s,8s ...)")),
+        *group("notifications (default: as the settings say)",
+            field("on_dead", "COMMAND", "run this when it is dead ('': nothing)"),
+            field("on_end", "COMMAND", "run this when it has ended in any way ('': nothing)")),
+        *group("waiting",
+            flag("--wait", "wait for the job's end, and exit with its code; ids go to stderr"),
+            flag("-f --follow", "the same, and print its output as it comes"),
+            arg("--wait-timeout", "DURATION",
+                "the same as --wait, but stop after this time, and exit with 124; the job stays",
+                parse_duration)))),
     "worker start": Command(
         cmd_worker_start, "none", "run jobs until stopped", "worker start --count 4", (
             arg("-c --count", "N", "how many jobs to run at a time (default: 1; 0: one per CPU)",
@@ -10118,8 +10417,13 @@ def command_parser(name: str, command: Command) -> argparse.ArgumentParser:
     example = f"example: queuectl {command.example}"
     epilog = "".join([*notes, example, f"\nqueuectl {__version__}, {HOME_PAGE}"])
     parser = new_parser(f"queuectl {name}", description=about, epilog=epilog)
+    groups: dict[str, Any] = {"": parser}
     for names, options in command.arguments:
-        parser.add_argument(*names, **options)
+        title = options.get("group", "")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        plain = {key: value for key, value in options.items() if key != "group"}
+        groups[title].add_argument(*names, **plain)
     add_global_options(parser)
     return parser
 
@@ -10161,6 +10465,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     args.chosen = COMMANDS[name]
     parser = command_parser(name, args.chosen)
     if args.chosen.act is cmd_enqueue:
+        args.each = None
+        if ":::" in args.rest:
+            at = args.rest.index(":::")
+            args.rest, args.each = args.rest[:at], args.rest[at + 1 :]
         args.rest = mark_command(args.rest, parser._option_string_actions)
     parser.parse_args(args.rest, args)
     if not args.db:

@@ -29,7 +29,8 @@ The classes mirror the sections of queuectl.py, in the same order:
     web              Web WebGate WebServer WebCommand WebPages WebActions WebCost
                      WebHostile
     doctor           DoctorTrials
-    command line     CliEnqueue CliEnqueueLive CliBadInput CliWorkers CliStatus CliStatusLive
+    command line     CliEnqueue CliEnqueueLive CliEnqueueWaitLive CliBadInput CliWorkers CliStatus
+                     CliStatusLive
                      CliList CliListLive CliShow CliLogs CliLogsLive CliWait CliWaitLive CliCancel
                      CliCancelLive CliSelectionLive CliDlq CliConfig CliHelp CliCompletion
                      CliInstall CliSignals CliTerminal
@@ -91,6 +92,7 @@ import unittest
 import urllib.parse
 import urllib.request
 import xml.etree.ElementTree
+from array import array
 from concurrent import futures
 from functools import partial
 from itertools import filterfalse, product
@@ -5957,7 +5959,10 @@ class AttemptOverSsh(Engine):
         options += f"{self.file('known')} -o BatchMode=yes -o LogLevel=ERROR -p {port}"
         self.ssh = f"ssh {options} 127.0.0.1"
         self.use_engine(launcher=self.ssh, launcher_quote="yes")
-        wait_until(lambda: not self.process(*self.ssh.split(), "true").returncode)
+        try:
+            wait_until(lambda: not self.process(*self.ssh.split(), "true").returncode)
+        except AssertionError:
+            self.skipTest(f"sshd does not work here: {self.read('sshd.log')}")
 
     def test_exit_codes_output_and_input(self) -> None:
         self.check_exit_codes()
@@ -6020,6 +6025,14 @@ PartitionName=main Nodes=ALL Default=YES State=UP
             if not shutil.which(tool):
                 raise unittest.SkipTest(f"there is no {tool}")
         cls.slurm = tempfile.mkdtemp(prefix="queuectl-slurm-")
+        cls.addClassCleanup(cls.stop_slurm)
+        try:
+            cls.start_slurm()
+        except (OSError, subprocess.SubprocessError, AssertionError) as error:
+            raise unittest.SkipTest(f"Slurm does not start here: {error}") from None
+
+    @classmethod
+    def start_slurm(cls) -> None:
         conf = cls.CONF.format(host=os.uname().nodename, dir=cls.slurm)
         hosts = "127.0.0.1 localhost " + os.uname().nodename + "\n"
         os.mkdir(cls.slurm + "/state")
@@ -6044,7 +6057,7 @@ PartitionName=main Nodes=ALL Default=YES State=UP
         wait_until(lambda: subprocess.check_output(idle) == b"3\n", 30)
 
     @classmethod
-    def tearDownClass(cls) -> None:
+    def stop_slurm(cls) -> None:
         for path in glob.glob(cls.slurm + "/*.pid"):
             with open(path) as file, contextlib.suppress(ProcessLookupError, ValueError):
                 os.kill(int(file.read()), signal.SIGKILL)
@@ -8635,6 +8648,144 @@ class CliEnqueueLive(Live):
                     self.assertEqual(overridden[name], value)
                     self.assertNotEqual(plain[name], value)
 
+    def commands(self, *args: str, stdin: Any = "") -> list[str]:
+        """Enqueue; return the commands of the new jobs, in order."""
+        ids = self.stdout("enqueue", *args, stdin=stdin).split()
+        return [self.job(job_id).command for job_id in ids]
+
+    def test_json_on_stdin_may_have_any_layout(self) -> None:
+        chunk = queuectl.JsonJobs.CHUNK
+        jobs = [{"command": f"é{n}", "env": {"A": '\\"\u20ac\n'}} for n in range(3)]
+        long = [{"command": "true", "stdin": "\\😀\n" * chunk}, *jobs]
+        texts = {
+            "lines": "\r\n\n".join(map(json.dumps, jobs)),
+            "one array": json.dumps(jobs),
+            "over lines": "\n".join(json.dumps(job, indent=1) for job in jobs),
+            "no blanks": "".join(map(json.dumps, jobs)),
+            "mixed": json.dumps(jobs[:1], indent=2) + json.dumps(jobs[1]) + json.dumps(jobs[2:]),
+        }
+        for name, text in texts.items():
+            with self.subTest(name):
+                self.assertEqual(self.commands("-", stdin=text), ["é0", "é1", "é2"])
+        for size in range(1, 40):  # so that each kind of token is cut off at the end of a chunk
+            with mock.patch("queuectl.JsonJobs.CHUNK", size), self.subTest(size):
+                found = queuectl.JsonJobs(io.BytesIO(texts["mixed"].encode()), array("L", [0]))
+                self.assertEqual(list(found.jobs()), jobs)
+        found = queuectl.JsonJobs(io.BytesIO(json.dumps(long).encode()), array("L", [0]))
+        self.assertEqual(list(found.jobs()), long)
+
+    def test_bad_json_is_reported_with_line_and_column(self) -> None:
+        good = '{"command":\n "a"}'
+        cases = {
+            good + "\n  echo hello": (3, "column 3: expecting value; .* enqueue --lines -"),
+            f"[{good},\n{good},\n]": (5, 'column 1: expecting value; .*{"command": "echo hello"}'),
+            f'{good} {{"command": "b" x}}': (2, "column 23: expecting ',' delimiter"),
+            f'{good}\n{{"command":\n"x': (4, "column 1: unterminated string"),
+            f"{good}\n {{": (3, "column 2: the object that begins here does not end"),
+            f"{good}\n[{good}": (4, "column 6: expecting ',' or ']'"),
+            f"{good}\n{{'command': 1}}": (3, "column 2: expecting property name"),
+            f'{good}\n{{"command": "b",\n"delay": "x"}}': (3, "delay must be a duration"),
+            good * 20_000 + "7": (20_001, "column 6: a job is a JSON object"),
+        }
+        for text, (line, reason) in cases.items():
+            with self.subTest(text[-40:]):
+                error = self.assert_refused("enqueue", "-", stdin=text)
+                self.assertRegex(error, f"^queuectl: line {line}: (bad JSON in )?{reason}")
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_memory_for_json_does_not_grow_with_it(self) -> None:
+        code = """if True:
+            import array, io, itertools, queuectl, tracemalloc
+            class File:
+                pieces = itertools.chain([b"["], itertools.repeat(b'{"command": "a"},' * 4000, 15))
+                def read(self, size):
+                    return next(self.pieces, b"")
+            jobs = queuectl.JsonJobs(File(), array.array("L", [0])).jobs()
+            tracemalloc.start()
+            print(sum(1 for _ in itertools.islice(jobs, 59_999)))
+            print(tracemalloc.get_traced_memory()[1] < 5e5)
+            """
+        self.assertEqual(self.script(code)[1:], ("59999\nTrue\n", ""))
+
+    def test_lines_are_commands_and_options_apply_to_each(self) -> None:
+        text = "\ufeffecho a\r\n\n  b | c \n[ -e x ]\n"
+        ids = self.stdout("enqueue", "--lines", "-", "-p", "3", stdin=text).split()
+        found = [(self.job(i).command, self.job(i).priority) for i in ids]
+        self.assertEqual(found, [("echo a", 3), ("b | c", 3), ("[ -e x ]", 3)])
+        self.assertIn("line 2: ", self.assert_refused("enqueue", "--lines", "-", stdin="a\nb\0"))
+        self.assertIn("enqueue --lines -", self.assert_refused("enqueue", "--lines", "true"))
+
+    EACH = {  # words, and the command for the argument "it's"
+        "gzip -9 {}": """gzip -9 'it'"'"'s'""",
+        "a {} > {}.gz": """a 'it'"'"'s' > 'it'"'"'s'.gz""",
+        "gzip -9": """gzip -9 'it'"'"'s'""",
+        "gzip": """gzip 'it'"'"'s'""",
+    }
+
+    @NEEDS_SHELL
+    def test_each_argument_makes_a_job_and_is_quoted_exactly(self) -> None:
+        for line, command in self.EACH.items():
+            self.assertEqual(self.commands(line, ":::", "it's"), [command])
+        words = ("-p", "5", "printf", "%s|", "a{}", "{}", ":::")
+        self.assertEqual(
+            shlex.split(self.commands(*words, "$x *")[0])[1:], ["%s|", "a$x *", "$x *"]
+        )
+        self.assertEqual(self.commands("--", "rm", ":::", "-f", "a b"), ["rm -f", "rm 'a b'"])
+        options = ("--id", "b-{}", "--after", "a-{}", "--env", "X=<{}>")
+        self.stdout("enqueue", "--id", "a-{}", "true", ":::", "1", "2")
+        self.assertEqual(self.stdout("enqueue", *options, "x", ":::", "1", "2"), "b-1\nb-2\n")
+        shown = self.json_object("show", "b-2")
+        self.assertEqual((shown["after"], shown["env"]), (["a-2"], {"X": "<2>"}))
+        refused = {
+            "echo x :::": "no arguments after :::",
+            "- ::: a": "must follow a command",
+            '{"command":"a"} ::: a': "must follow a command",
+        }
+        for line, reason in refused.items():
+            self.assertIn(reason, self.assert_refused("enqueue", *line.split(" ")))
+        self.assertIn("outside of quotes", self.assert_refused("enqueue", "a '{}'", ":::", "b"))
+
+    def test_jobs_that_list_prints_can_be_enqueued_again(self) -> None:
+        self.enqueue("true", env={"A": "b"}, priority=3, timeout=7, retry_delays="5,6")
+        self.enqueue("true", id="named", run_at="2030-01-31T08:00Z")
+        self.enqueue("true", id="hourly", every=3600)
+        self.enqueue("true", id="daily", cron="@daily")
+        listed = self.stdout("list", "--json")
+        copy = ("enqueue", "-", "--queue", "other")
+        line = self.assert_refused(*copy, stdin=listed)
+        self.assertIn("job named already exists", line)
+        fresh = self.stdout(*copy, "--new-ids", stdin=listed).split()
+        self.assertTrue(all(job_id.isdigit() for job_id in fresh), fresh)
+        self.use_queue("elsewhere")
+        self.stdout("pause")
+        self.assertEqual(self.stdout(*copy, stdin=listed).split()[:2], ["1", "named"])
+        ignored = {"seq", "id", "queue", "created_at", "updated_at", "scheduled_for", "run_after"}
+        self.assertEqual(self.job("named").run_after, queuectl.parse_time("2030-01-31T08:00Z"))
+        pairs = zip(map(json.loads, listed.splitlines()), self.json_lines("list"))
+        for old, new in pairs:
+            kept = {key: old[key] for key in old.keys() - ignored}
+            self.assertEqual({key: new[key] for key in kept}, kept)
+
+    def test_job_with_facts_that_list_does_not_print_is_copied_from_show(self) -> None:
+        self.enqueue("true", id="first")
+        self.enqueue("cat", id="second", stdin="text")
+        self.enqueue("true", id="third", after=["first"])
+        for job_id, key in (("second", "stdin"), ("third", "after")):
+            line = self.stdout("list", "--json", job_id)
+            error = self.assert_refused("enqueue", "-", stdin=line)
+            self.assertIn(f"list --json does not show {key} of this job; use show --json", error)
+            shown = self.stdout("show", "--json", job_id)
+            new = self.stdout("enqueue", "-", "--new-ids", stdin=shown).strip()
+            self.assertEqual(self.json_object("show", new)[key], json.loads(shown)[key])
+
+    def test_object_that_lost_its_quotes_is_refused(self) -> None:
+        cases = ("{id:x command:true}", "id:x command:true", "{id: x, command: true}", "{id:x}")
+        for words in cases:
+            with self.subTest(words):
+                error = self.assert_refused("enqueue", *words.split())
+                self.assertIn("lost its quotes, in bash or PowerShell?", error)
+        self.assertEqual(self.commands("id:x"), ["id:x"])
+
     SHELL_SCRIPT = r"""
         set -eu
         q() { $QUEUECTL "$@"; }
@@ -8663,6 +8814,92 @@ class CliEnqueueLive(Live):
         os.environ["QUEUECTL"] = " ".join([*PYTHON, PROGRAM])
         result = self.process("sh", "-c", self.SHELL_SCRIPT)
         self.assertEqual(result.returncode, 0, result.stderr)
+
+
+class CliEnqueueWaitLive(Live):
+    """`enqueue --wait` and `--follow`."""
+
+    def test_wait_returns_the_code_of_the_first_job_that_failed(self) -> None:
+        self.configure(backoff_base="1")
+        self.pool()
+        self.wait_for_workers(1)
+        waiting = ("enqueue", "--wait")
+        self.assertEqual(self.result(*waiting, "echo hi", real=True), (0, "", "1\n"))
+        self.assertEqual(self.result(*waiting, "exit 7", "--max-retries", "1"), (7, "", "2\n"))
+        once = ("--max-retries", "1")
+        self.assertEqual(self.result(*waiting, *once, "exit", ":::", "0", "3", "5").returncode, 3)
+        followed = self.result("enqueue", "-f", *once, "echo {}; exit {}", ":::", "0", "3", "5")
+        shown = "==> 6 <==\n0\n\n==> 7 <==\n3\n\n==> 8 <==\n5\n"
+        self.assertEqual(followed, (3, shown, "6\n7\n8\n"))
+
+    def test_followed_job_is_shown_as_it_comes_until_its_last_attempt(self) -> None:
+        self.pool()
+        self.wait_for_workers(1)
+        line = "echo try $QUEUECTL_ATTEMPT; until test -e go; do sleep 0.01; done; rm go; exit 3"
+        options = ("--max-retries", "2", "--retry-delays", "0.3")
+        follower = self.start("enqueue", "-f", *options, line, stderr=subprocess.PIPE)
+        for number in (1, 2):
+            self.wait_for_output(follower, f"try {number}\n")
+            self.write("go")
+        self.assertEqual(follower.wait(10), 3)
+        error = follower.stderr.read()
+        self.assertRegex(error, r"^1\nqueuectl: job 1 is waiting: due .*, after exit code 3\n$")
+
+    @internal
+    def test_output_of_an_attempt_that_was_too_short_to_follow_is_shown(self) -> None:
+        self.configure(output_limit="10")
+        self.enqueue("seq 1000", id="x", max_retries=1)
+        self.drain()
+        result = self.result("enqueue", "-f", "--id", "x", "--if-absent", "true")
+        self.assertEqual(result[:2], (0, "\n999\n1000\n"))
+        self.assertIn("bytes of earlier output were not kept", result.stderr)
+
+    def test_wait_timeout_ends_the_waiting_and_not_the_job(self) -> None:
+        for options in (("--wait",), ("-f",), ()):
+            result = self.result("enqueue", *options, "--wait-timeout", "0.05", "true")
+            self.assertEqual(result[:2], (124, ""))
+            for part in ("is waiting: no worker is running", "timed out after 0.05 s"):
+                self.assertEqual(result.stderr.count(part), 1, result.stderr)
+        self.assertEqual(set(self.states().values()), {"pending"})
+        self.stdout("pause")
+        self.assertIn("queues are paused", self.result("enqueue", "--wait-timeout=0", "a").stderr)
+
+    def test_job_that_depends_on_a_dead_one_ends_the_waiting(self) -> None:
+        self.enqueue("false", id="bad", max_retries=1)
+        self.drain(code=1)
+        for option in ("--wait", "--follow"):
+            result = self.result("enqueue", option, "--after", "bad", "true")
+            self.assertEqual(result.returncode, 1)
+            self.assertIn("cannot run: job bad is dead", result.stderr)
+
+    def test_ctrl_c_leaves_the_job_in_the_queue_and_says_so(self) -> None:
+        for number, option in enumerate(("--wait", "-f"), 1):
+            waiting = self.start("enqueue", option, "true", stderr=subprocess.STDOUT)
+            self.wait_for_output(waiting, "no worker is running")
+            waiting.send_signal(signal.SIGINT)
+            shown = waiting.communicate(timeout=10)[0]
+            stays = f"queuectl: 1 job stays in the queue (queuectl cancel {number})\n"
+            self.assertEqual((waiting.returncode, shown), (-signal.SIGINT, stays))
+        self.assertEqual(set(self.states().values()), {"pending"})
+
+    def test_person_at_a_terminal_is_told_of_the_new_queue_and_of_missing_workers(self) -> None:
+        hint = "queuectl: no worker is running; start one: queuectl worker start\n"
+        shown = Terminal(self, "enqueue", "true", columns=200).end()
+        self.assertEqual(shown, f"1\nqueuectl: made a new queue: {self.path}\n{hint}")
+        self.assertEqual(self.result("enqueue", "true"), (0, "2\n", ""))
+        self.pool()
+        self.wait_for_workers(1)
+        self.assertEqual(Terminal(self, "enqueue", "true").end(), "3\n")
+
+    def test_person_who_types_jobs_is_told_how_to_end_them(self) -> None:
+        shell = Terminal.shell(self)
+        for words, text in {"-": '{"command": "a"}', "--lines -": "b"}.items():
+            shell.type(f"q enqueue {words}")
+            shell.wait_for("Ctrl-D ends")
+            shell.type(text)
+            shell.type("\x04")
+            shell.wait_for(r"\n\d\r\n")
+        self.assertEqual([job["command"] for job in self.json_lines("list")], ["a", "b"])
 
 
 class CliBadInput(Case):
@@ -8723,7 +8960,9 @@ class CliBadInput(Case):
         ("[1]", "a job is a JSON object"),
         ('[{"command": "true"}, null]', "a job is a JSON object"),
         ("{", "bad JSON"),
-        ('{"command": "true"} {"command": "true"}', "bad JSON"),
+        ('{"command": "true"} x', "bad JSON in column 21: expecting value"),
+        ('[{"command": "true"} {"command": "true"}]', "expecting ',' or ']'"),
+        ('{"command": "true",', "in column 1: the object that begins here does not end"),
         ("{command:true}", "lost its quotes"),
         ("{'command': 'true'}", "bad JSON"),
         ('[{"env": [' * 10_000, "bad JSON"),
@@ -8839,7 +9078,7 @@ class CliBadInput(Case):
         "--queue ": "--queue must be",
         "--id a\tb": "--id must be",
         "- ": "- must be the only argument",
-        "{}": "bad JSON",
+        "{}": "a job needs a command",
     }
 
     def test_invalid_option_is_rejected_by_name(self) -> None:
@@ -9835,6 +10074,31 @@ class CliHelp(Case):
         self.assertIn("\nDURATION: seconds, or a number with a unit", shown)
         self.assertIn(f"\nqueuectl {queuectl.__version__}, {queuectl.HOME_PAGE}", shown)
 
+    GROUPS = {  # of the help of enqueue, and options in each
+        "": "--lines --if-absent --new-ids",
+        "the job": "--id --queue --priority",
+        "when it runs": "--delay --at --after --after-end --every --cron",
+        "where it runs": "--cwd --env --stdin --stdin-file",
+        "timeout and retries": "--timeout --max-retries --retry-delays",
+        "notifications (default: as the settings say)": "--on-dead --on-end",
+        "waiting": "--wait --follow --wait-timeout",
+    }
+
+    def test_options_that_belong_together_stand_together_in_help(self) -> None:
+        parts = re.split(r"(?m)^(\S.*):$", self.stdout("help", "enqueue").split("\nDURATION:")[0])
+        found = dict(zip(parts[1::2], parts[2::2]))
+        del found["positional arguments"]
+        found[""] = found.pop("optional arguments", "") or found.pop("options")  # before 3.10
+        options = re.compile(r"(?m)^  (?:-h.*|(?:-\w(?: \S+)?, )?(--[\w-]+))")
+        named = {key: " ".join(filter(None, options.findall(text))) for key, text in found.items()}
+        self.assertEqual(named, self.GROUPS)
+        for default in ("300s", "3", "2s,4s,8s ...", "0", "a number", "at once", "this one"):
+            self.assertIn(
+                f"default: {default})", re.sub(r"\s+", " ", self.stdout("help", "enqueue"))
+            )
+        self.assertIn("\nwhich jobs:\n  -q", self.stdout("help", "list"))
+        self.assertNotIn("(default: ", self.stdout("help", "edit").replace("(default: as", ""))
+
     @internal
     def test_help_of_every_subcommand_has_a_valid_example(self) -> None:
         for words in queuectl.COMMANDS:
@@ -10256,7 +10520,7 @@ class CliTerminal(Live):
         self.write("lines", "".join(f'{{"command":"{n}"}}\n' for n in range(1000)))
         with open(self.file("lines")) as lines, open(os.devnull, "w") as null:
             enqueue = Terminal(self, "enqueue", "-", columns=9, stdin=lines, stdout=null)
-            self.assertEqual(enqueue.end(), "\r\x1b[K1000 li…\r\x1b[K")
+            self.assertTrue(enqueue.end().startswith("\r\x1b[K1001 li…\r\x1b[Kqueuectl: no w"))
 
     def test_output_is_plain_lines_without_a_terminal(self) -> None:
         lines = "".join(f'{{"command":"{n}","queue":"q"}}\n' for n in range(1000))

@@ -11108,6 +11108,22 @@ class Readme(Case):
         self.assertEqual(self.example("Commands"), made, "run .ci/reference --write")
 
     @internal
+    def test_commands_in_examples_and_prose_are_accepted(self) -> None:
+        blocks = "\n".join(re.findall(r"(?s)```(?:sh|console)\n(.*?)```", readme()))
+        found = 0
+        for line in blocks.replace("\\\n", "").splitlines():
+            lexer = shlex.shlex(line.replace("$?", ""), posix=True, punctuation_chars=";|&<>")
+            lexer.wordchars += ":,"
+            for part in re.split(r"\0[;|&<>]+\0", "\0" + "\0\0".join(lexer) + "\0"):
+                words = [word for word in part.split("\0") if word][:]
+                start = [i for i, word in enumerate(words) if word in ("queuectl", "queuectl.py")]
+                if start:
+                    with self.subTest(line):
+                        queuectl.parse(words[start[0] + 1 :])
+                    found += 1
+        self.assertGreater(found, 40)
+
+    @internal
     def test_fields_are_those_of_the_program(self) -> None:
         options: dict[str, list[str]] = {key: [] for key in queuectl.FIELDS}
         parser = queuectl.command_parser("enqueue", queuectl.COMMANDS["enqueue"])

@@ -35,8 +35,8 @@ its last holder dies, so liveness is a fact: there are no heartbeats, leases or 
     SEQ.RUN.kept.X  the same, with a result X that the worker could not store
 
 A launcher, such as ssh or srun, runs a job elsewhere, in a wrapper that reports its start and its
-exit code. The job's row has what ends it there (`launch`), on disk before the launch. Where no exit
-code was reported, that is done before the job returns to the queue.
+exit code. The job begins once the start has been recorded. The command that ends it there is on
+disk before the launch (`launch`), and runs before a job without an exit code is queued again.
 
 A job in `processing` whose worker's lock is free has crashed, unless the worker kept its result.
 The remaining processes of the attempt are found by its lock or, on Linux, by their environment.
@@ -248,7 +248,7 @@ class Job(NamedTuple):
     `on_end` are None where the settings decide, and empty for no command. `stdin_size` is in bytes.
     A notification has the number of the job that it reports on in `notifies`, and in `event` the
     state in which that job ended, or "summary". While a launcher runs the job elsewhere, `launch`
-    is a JSON object of what is known about that.
+    is a JSON object with the facts about that.
     """
 
     seq: int
@@ -287,17 +287,13 @@ class Job(NamedTuple):
 
     @property
     def launched(self) -> dict[str, Any]:
-        """What is known about an attempt elsewhere: cancel, host, trouble; empty if it is here."""
+        """The facts about an attempt elsewhere: cancel, grace, host, trouble; empty if none."""
         return dict(json.loads(self.launch or "{}"))
 
     @property
     def host(self) -> str | None:
-        """Where a launcher runs the job; None if it runs here, or does not run."""
+        """The host where a launcher runs the job; None if it runs here or does not run."""
         return self.launched.get("host", "waiting for a place") if self.launch else None
-
-    @property
-    def whereabouts(self) -> str:
-        return "on " + self.launched["host"] if "host" in self.launched else "elsewhere"
 
     @property
     def key(self) -> str:
@@ -869,49 +865,35 @@ def valid_switch(value: object) -> str:
     return str(value)
 
 
-PLACEHOLDER = r"\{(seq|run|queue|id)\}"
-
-
 def valid_launcher(value: Any) -> tuple[str, ...]:
-    words = valid_prefix(value) if valid_text(value).strip() else ()
-    for word in words:
-        unknown = re.search(r"(?<!\{)\{[a-z]+\}(?!\})", re.sub(PLACEHOLDER, "", word))
-        require(
-            not unknown,
-            f"not contain {unknown and unknown[0]}: use {{seq}} {{run}} {{queue}} {{id}}",
-        )
-    return words
+    return valid_prefix(value) if valid_text(value).strip() else ()
 
 
 def fill_in(words: Iterable[str], job: Job) -> list[str]:
-    """Replace the placeholders of a launcher; names have letters, digits and dashes only."""
+    """Replace the placeholders of a launcher by names of letters, digits and dashes."""
 
     def value(match: re.Match[str]) -> str:
         text = str(getattr(job, match[1])).lower()
         return re.sub("[^a-z0-9]+", "-", text).strip("-")[:40].rstrip("-") or "x"
 
-    return [re.sub(PLACEHOLDER, value, word) for word in words]
+    return [re.sub(r"\{(seq|run|queue|id)\}", value, word) for word in words]
 
 
 def require_program(name: str) -> None:
     """Raise ValueError where there is no program of that name, as a shell would look for it."""
     import shutil
 
-    require(not WINDOWS, "not be set on Windows, where launchers are not supported")
+    require(not WINDOWS, "not be set on Windows, which has no launchers")
     require(shutil.which(name), f"begin with a program; {quoted(name)} was not found")
 
 
 class Setting(NamedTuple):
-    """A setting: its default, the validator that reads its text, and its meaning.
-
-    `program` is called with the first of its words, if any, when it is set.
-    """
+    """A setting: its default, the validator that reads its text, and its meaning."""
 
     default: Any
     read: Validator
     meaning: str
     per_queue: bool = True  # a queue may have a value of its own
-    program: Callable[[str], None] | None = None
 
 
 SETTINGS = {
@@ -939,18 +921,11 @@ SETTINGS = {
         0, integer(0, 10**6), "number of jobs of a queue that run at once (0: no limit)"
     ),
     "rate": Setting("", valid_rate, "number of jobs of a queue that start in a period: 10/1m"),
-    "launcher": Setting(
-        (),
-        valid_launcher,
-        "the program and options that run a command elsewhere",
-        program=require_program,
-    ),
+    "launcher": Setting((), valid_launcher, "the program and options that run a command elsewhere"),
     "launcher_cancel": Setting(
-        (), valid_launcher, "the command that ends a job elsewhere", program=require_program
+        (), valid_launcher, "the command that makes sure a job has ended elsewhere"
     ),
-    "launch_timeout": Setting(
-        1800.0, parse_duration, "how long a job may wait for a place (0: any)"
-    ),
+    "launch_timeout": Setting(1800.0, parse_duration, "the time to wait for a place (0: any)"),
     "launcher_quote": Setting("no", valid_switch, "yes: the launcher joins words, as ssh does"),
     "retention": Setting(
         0.0,
@@ -1025,8 +1000,8 @@ def validate_setting(key: str, value: str | None = None, queue: str = "") -> str
         raise BadInput(f"{key} applies to all queues; use it without --queue")
     if value is not None:
         words = validate(key, SETTINGS[key].read, value)
-        if words and (program := SETTINGS[key].program):
-            validate(key, program, words[0])
+        if words and SETTINGS[key].read is valid_launcher:
+            validate(key, require_program, words[0])
     return key
 
 
@@ -1122,8 +1097,7 @@ def job_facts(job: Job, settings: Settings) -> dict[str, Any]:
     facts["cancel_requested"] = bool(job.cancel_requested)
     facts["waited"] = round(job.waited, 3)
     facts["blocked"] = facts.pop("readiness") == BLOCKED
-    facts["host"] = job.host
-    del facts["launch"]
+    facts["host"] = facts.pop("launch") and job.host
     return facts
 
 
@@ -1150,20 +1124,13 @@ def summary_facts(earlier: bytes, job: Job) -> dict[str, Any]:
     return {"event": SUMMARY, "queue": job.queue, **counts, "first": first, "last": job.id}
 
 
-def describe_hold(queue: str, until: float, failures: int, now: float) -> str:
-    """Return the reason that a queue is left alone after failed launches, in one phrase."""
-    failed = f"{plural(failures, 'job')}{' in a row' * (failures > 1)} could not be launched"
-    hint = f"queuectl resume --queue {queue}: now"
-    return f"queue {queue} is left alone: {failed}; next try {format_distance(until, now)} ({hint})"
-
-
 # The end of an attempt, and the state of its job after it.
 
 
 class Outcome(NamedTuple):
     """How an attempt ended, as seen by the process that watched it.
 
-    `end` is "unstarted" where the machine could not start it, and "not launched" where an engine
+    `end` is "unstarted" where this machine could not start it, and "not launched" where its engine
     could not; `error` is None if it completed.
     """
 
@@ -1805,13 +1772,12 @@ RESUME = """
 UPDATE queues SET paused = 0, launch_failures = 0,
   closed_at = CASE WHEN launch_failures = 0 THEN closed_at END
 WHERE :queue IN ('', queue)"""
-COUNT_LAUNCH_FAILURE = (
-    "UPDATE queues SET launch_failures = launch_failures + 1 WHERE queue = :queue"
-)
-LAUNCH_FAILURES = "SELECT launch_failures FROM queues WHERE queue = :queue"
-HOLD_LAUNCHES = "UPDATE queues SET closed_at = :now, token_at = :until WHERE queue = :queue"
+HOLD_LAUNCHES = """
+UPDATE queues SET launch_failures = launch_failures + 1, closed_at = :now,
+  token_at = :now + CASE launch_failures WHEN 0 THEN 2 WHEN 1 THEN 4 ELSE 60 END
+WHERE queue = :queue"""
 END_LAUNCH_HOLD = """
-UPDATE queues SET launch_failures = 0, closed_at = NULL
+UPDATE queues SET launch_failures = 0, closed_at = CASE WHEN :has_rate THEN closed_at END
 WHERE queue = :queue AND launch_failures > 0"""
 NOTE_LAUNCH = """
 UPDATE jobs SET launch = :launch
@@ -2241,9 +2207,6 @@ else:
                 return given
         return os.getcwdb()
 
-    def utf8(word: str | bytes) -> bytes:
-        return word.encode() if isinstance(word, str) else word
-
     def standard_streams(out: int, stdin: Stdin) -> list[Any]:
         """Return the actions that give a job its streams; `Posix.launch` describes them."""
         if isinstance(stdin, str):
@@ -2494,7 +2457,8 @@ else:
             try:
                 pid = spawn_without_shell(argv, environ, **options)
                 if not pid:
-                    words = [*map(os.fsencode, argv[:-1]), utf8(argv[-1])]
+                    command = argv[-1].encode() if isinstance(argv[-1], str) else argv[-1]
+                    words = [*map(os.fsencode, argv[:-1]), command]
                     pid = os.posix_spawnp(argv[0], words, environ, **options)
             finally:
                 with contextlib.suppress(OSError):
@@ -2591,19 +2555,11 @@ else:
     SYSTEM = Posix()
 
 
-def start_helper(argv: Sequence[str], cwd: str, out: Any) -> Any:
-    """Start a command that `kill_helper` ends with all that it started; return a Popen."""
-    import subprocess
-
-    streams: Any = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
-    return subprocess.Popen(argv, cwd=cwd, **streams, **SYSTEM.BACKGROUND)
-
-
-def kill_helper(process: Any) -> None:
+def kill_session(process: Any) -> None:
+    """Kill a Popen that began a session, with all that it started."""
     with contextlib.suppress(OSError):
         if sys.platform != "win32":
             os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
     process.wait()
 
 
@@ -3661,15 +3617,16 @@ class Reader:
         """Return the reason that a queue starts no job now; empty if there is none."""
         now = self.clock()
         for capacity, running, failures, token_at in self.db.rows(HELD, {"queue": queue}):
-            if token_at and token_at > now and failures:
-                return describe_hold(queue, token_at, failures, now)
+            when = format_distance(token_at, now) if token_at and token_at > now else ""
+            if when and failures:
+                jobs = plural(failures, "job") + " in a row" * (failures > 1)
+                reason = f"{jobs} could not be launched; next try {when}"
+                return f"queue {queue} is on hold: {reason} (now: queuectl resume --queue {queue})"
             if 0 < capacity <= running:
                 return f"queue {queue} is at its limit of {capacity}"
-            if token_at and token_at > now:
+            if when:
                 rate = self.settings(queue)["rate"]
-                return (
-                    f"queue {queue} is at its rate of {rate}; next {format_distance(token_at, now)}"
-                )
+                return f"queue {queue} is at its rate of {rate}; next {when}"
         return ""
 
     def next_due_time(self, queues: Sequence[str] = ()) -> float | None:
@@ -3767,9 +3724,6 @@ NOTIFICATION = {
     "on_end": "",
 }
 REPORTED_OUTPUT = 1 << 16  # bytes of a job's output in a notification about it
-
-
-MANY_FAILURES = 3  # launches that failed in a row: then their queue is left alone for a minute
 
 
 class Ledger:
@@ -3931,7 +3885,7 @@ class Ledger:
         after = after_attempt(job, outcome, settings, now, chance)
         if outcome.end == "not launched" and after.state == PENDING:
             after = after._replace(run_after=after.updated_at)  # another job is tried next
-            self.hold_launches(job.queue, now)
+            self.change(HOLD_LAUNCHES, queue=job.queue, now=now)
         is_over = after.state in (COMPLETED, DEAD)
         if job.rule and is_over:
             after = after._replace(rule=None)
@@ -4000,16 +3954,10 @@ class Ledger:
         """Record what is known about an attempt elsewhere; return whether the job is still ours."""
         row = {**job._asdict(), "launch": json.dumps(facts), "is_first": is_first}
         with self.db.transaction():
-            if "host" in facts:  # the engine works
-                self.change(END_LAUNCH_HOLD, queue=job.queue)
+            if "host" in facts and "trouble" not in facts:  # the engine works
+                has_rate = bool(self.reader.settings(job.queue)["rate"])
+                self.change(END_LAUNCH_HOLD, queue=job.queue, has_rate=has_rate)
             return self.change(NOTE_LAUNCH, **row)
-
-    def hold_launches(self, queue: str, now: float) -> None:
-        """Leave a queue alone for a time after a job could not be launched."""
-        self.change(COUNT_LAUNCH_FAILURE, queue=queue)
-        failures = self.reader.number(LAUNCH_FAILURES, queue=queue)
-        pause = 2**failures if failures < MANY_FAILURES else 60
-        self.change(HOLD_LAUNCHES, queue=queue, now=now, until=now + pause)
 
     def correct_times(self) -> bool:
         """Reschedule jobs whose times come from a clock that was more than a day ahead, if any."""
@@ -4510,7 +4458,7 @@ class Queue:
 
         A waiting job is cancelled at once. A running one has `cancel_requested` until its worker
         has ended it. A job that has ended is left as it is. A schedule ends with its active job.
-        With `gone`, jobs that a launcher runs elsewhere are believed to be over there, although
+        With `gone`, jobs that a launcher runs elsewhere are believed to have ended there, even if
         `launcher_cancel` fails.
         """
         with self._db.transaction(notify=True):
@@ -4769,6 +4717,7 @@ class Supervisor(Protocol):
 class Execution:
     """One attempt of a job. `wanted_end` returns how the operator wants it to end, if so."""
 
+    MISSING: End = "exited"  # the end of an attempt whose program is not there
     outcome: Outcome  # once it has ended
     is_over = True  # False where the worker had to leave before all processes had ended
 
@@ -4799,16 +4748,18 @@ class Execution:
             self.output = Output(self.run_dir.file(self.job.seq, self.job.run, "out"))
             return self.start(env, self.output, stdin if self.claim.stdin else os.devnull)
         except OSError as error:
-            reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-            blameless = self.output is None or error.errno in EXHAUSTED
+            name = os.fsdecode(error.filename or "")
+            reason = f"{error.strerror}: {name}" if name else error.strerror
+            end = self.MISSING if error.errno in (errno.ENOENT, errno.EACCES) else "exited"
+            if self.output is None or error.errno in EXHAUSTED:
+                end = "unstarted"
         except Fault as error:
             reason = str(error)
-            blameless = True
+            end = "unstarted"
         finally:
             if self.claim.stdin:
                 with contextlib.suppress(OSError):  # Windows removes it when the job closes it
                     os.unlink(stdin)
-        end: End = "unstarted" if blameless else "exited"
         self.outcome = Outcome(end, self.started, self.clock(), None, f"cannot start: {reason}")
         return None
 
@@ -4871,11 +4822,11 @@ class Execution:
         return True
 
 
-# Launchers. Another engine, such as Slurm or ssh, runs the job in a wrapper, which needs only a sh
-# there. The exit code of the engine's client proves nothing, so the wrapper reports the start and
-# the exit code of the job on stderr, beside a nonce. The wrapper's stdin is its lifeline: first the
-# size of the job's own stdin, then that, and at last the word TERM or the end of file, which end
-# the process group of the job. A wrapper that the engine ends reports no exit code.
+# Launchers. An engine such as Slurm or ssh runs the job in a wrapper, which needs only sh at the
+# far end. The exit code of the engine's client proves nothing, so the wrapper reports on stderr,
+# marked with a nonce, that it has started, and the exit code of the job. Its stdin is a lifeline.
+# The size of the job's stdin, followed by the job's stdin, lets the job begin; TERM or the end of
+# file ends the process group of the job. A wrapper that the engine ends reports no exit code.
 
 WRAPPER = r"""
 _nonce=$1 _grace=$2 _cwd=$3 _command=$4
@@ -4891,15 +4842,16 @@ _end() {
   while [ "$_left" -gt 0 ] && _send 0; do _nap; done
   _send KILL
 }
-_become() {
+_become() { # the last two words are the session's program, if any, and the command
   exec 3<&- 4<&-
-  for _pair; do
-    case ${_pair%%=*} in
+  while [ $# -gt 2 ]; do
+    case ${1%%=*} in
     '' | [0-9]* | *[!A-Za-z0-9_]*) ;; # no shell passes it on
-    *) command export "$_pair" 2>/dev/null ;;
+    *) command export "$1" 2>/dev/null ;;
     esac
+    shift
   done
-  exec $_session sh -c "$_command"
+  exec ${1:+"$1"} sh -c "$2"
 }
 _watch() {
   while IFS= read -r _line <&3 && [ "$_line" != TERM ]; do :; done
@@ -4913,7 +4865,7 @@ _main() {
   case $- in *m*) ;; *) command -v setsid >/dev/null && _session=setsid ;; esac
   _lost=
   trap '_lost=1; _end &' TERM HUP INT
-  (trap - TERM HUP INT; _become "$@") <&4 &
+  (trap - TERM HUP INT; _become "$@" "$_session" "$_command") <&4 &
   _child=$!
   _watch </dev/null &
   _watcher=$!
@@ -4924,10 +4876,10 @@ _main() {
   [ -n "$_lost" ] || _tell exit "$_code"
   exit "$_code"
 }
-IFS= read -r _size && [ "$_size" != TERM ] || exit 1
 exec 3<&0
 _tell start "$(uname -n 2>/dev/null || echo unknown)" $$
-cd -- "$_cwd" 2>/dev/null || { _tell nodir; exit 1; }
+IFS= read -r _size && [ "$_size" != TERM ] || exit 1
+cd -- "$_cwd" 2>/dev/null || { _tell exit nodir; exit 1; }
 if [ "$_size" -gt 0 ]; then
   _input=$(dd ibs=1 count="$_size" 2>/dev/null; printf .)
   printf %s "${_input%.}" | _main "$@"
@@ -4937,26 +4889,19 @@ fi
 """
 
 
-def is_for_launcher(claim: Claim) -> bool:
-    """Tell whether a job runs elsewhere. A notification does not: the engine may be down."""
-    return bool(claim.settings["launcher"]) and not claim.job.notifies
-
-
 def client_directory(job: Job) -> str:
-    """Return where the programs of a launcher run: the directory of the job, if it exists here."""
+    """Return the directory for a launcher's programs: the job's, if it exists here."""
     return job.cwd if os.path.isdir(job.cwd) else os.sep
 
 
 class ReportStream:
     """An output stream of a client, without the reports of the wrapper in it."""
 
-    LONGEST = 400  # bytes of a report
-
     def __init__(self, fd: int, nonce: str) -> None:
         os.set_blocking(fd, False)
         self.file = open(fd, "rb", buffering=0)  # noqa: SIM115
         self.start = f"@{nonce} ".encode()
-        forms = rb"(?:(start) ([^\s@]{1,255}) \d+|(exit) (\d{1,3})|(nodir))\r?\n"
+        forms = rb"(?:(start) ([^\s@]{1,255}) \d+|(exit) (\d{1,3}|nodir))\r?\n"
         self.report = re.compile(self.start + forms)
         self.part = b""  # the beginning of a report, unless more output disproves that
 
@@ -4970,8 +4915,8 @@ class ReportStream:
             return self.part, []
         data = self.part + chunk
         reports = [list(filter(None, found.groups())) for found in self.report.finditer(data)]
-        data = self.report.sub(b"", data)
-        tail = data[data.rfind(b"@") :] if b"@" in data[-self.LONGEST :] else b""
+        data = self.report.sub(b"", data)  # a report has less than 400 bytes
+        tail = data[data.rfind(b"@") :] if b"@" in data[-400:] else b""
         is_begun = tail.startswith(self.start) and b"\n" not in tail
         self.part = tail if is_begun or self.start.startswith(tail) else b""
         return data[: len(data) - len(self.part)], reports
@@ -4983,13 +4928,12 @@ PRINT_CODE = ("sh", "-c", '"$@"; printf "\\n%s" "$?"', "sh")
 
 
 class FarEnd:
-    """Makes sure that an attempt is over elsewhere, once its client is gone: by launcher_cancel.
+    """Runs launcher_cancel, to make sure that an attempt whose client is gone is over elsewhere.
 
-    Without that command, the wrapper has ended the job when the grace period is over.
+    Without that command, the wrapper is trusted to end the job within the grace period.
     """
 
     LIMIT = 10.0  # seconds that the command may take
-    MARGIN = 1.0  # seconds more than the grace period
 
     def __init__(self, job: Job, ledger: Ledger, notices: Notices) -> None:
         self.job = job
@@ -4997,7 +4941,7 @@ class FarEnd:
         self.notices = notices
         self.facts = job.launched
         self.process: Any = None
-        self.due = 0.0  # when it is sure, or must have ended, or is tried again
+        self.due = 0.0  # when the job is over, the command must have ended, or it is tried again
         self.pause = 1.0  # seconds before the next try
         self.has_failed = False
 
@@ -5005,11 +4949,11 @@ class FarEnd:
         """Return whether the attempt is over for sure."""
         now = time.monotonic()
         if not self.facts.get("cancel"):
-            self.due = self.due or now + self.facts.get("grace", 0) + self.MARGIN
+            self.due = self.due or now + self.facts["grace"] + 1
             return now >= self.due
         if self.has_failed and self.is_forgotten():
             if self.process:
-                kill_helper(self.process)
+                kill_session(self.process)
             return True
         if self.process:
             return self.check(now)
@@ -5018,49 +4962,52 @@ class FarEnd:
         return False
 
     def start(self, now: float) -> None:
+        import subprocess
         import tempfile
 
         self.due = now + self.LIMIT
         argv = (*PRINT_CODE, *self.facts["cancel"])
+        cwd = client_directory(self.job)
         try:
             self.said = tempfile.TemporaryFile()  # noqa: SIM115
-            self.process = start_helper(argv, client_directory(self.job), self.said)
+            streams: Any = {"stdin": subprocess.DEVNULL, "stdout": self.said, "stderr": self.said}
+            self.process = subprocess.Popen(argv, cwd=cwd, **streams, **SYSTEM.BACKGROUND)
         except OSError as error:
             self.fail(str(error))
 
     def check(self, now: float) -> bool:
         """Return whether the command has succeeded."""
-        is_running = self.process.poll() is None
-        if is_running and now < self.due:
+        is_late = self.process.poll() is None
+        if is_late and now < self.due:
             return False
-        if is_running:
-            kill_helper(self.process)
+        if is_late:
+            kill_session(self.process)
         self.process = None
         with self.said:
             text = last_bytes(self.said.fileno(), 1 << 12)[1].decode(errors="replace")
         said, _, code = text.rpartition("\n")
-        if code == "0" and not is_running:
-            return True
-        reason = f"did not end within {format_duration(self.LIMIT)}"
-        if not is_running:
-            reason = explain_exit(int(code)) or "" if code.isdecimal() else "it was killed"
-        self.fail(": ".join(filter(None, (reason, last_line(said)))))
-        return False
+        reason = explain_exit(int(code)) if code.isdecimal() else "it was killed"
+        if is_late:
+            reason = f"did not end within {format_duration(self.LIMIT)}"
+        if reason:
+            self.fail(": ".join(filter(None, (reason, last_line(said)))))
+        return not reason
 
     def fail(self, reason: str) -> None:
         """Report a failure, record it for `status`, and try again after a growing pause."""
         command = quoted(join_words(self.facts["cancel"]))
-        trouble = f"launcher_cancel ({command}) failed: {reason}"
+        where = "on " + self.facts["host"] if "host" in self.facts else "elsewhere"
+        trouble = f"may still run {where}: launcher_cancel ({command}) failed: {reason}"
         self.has_failed = True
         self.due = time.monotonic() + self.pause
         self.pause = min(self.pause * 2, 60.0)
         with contextlib.suppress(Fault):
             self.ledger.note_launch(self.job, {**self.facts, "trouble": trouble})
-        text = f"job {printable(self.job.id)} may still run {self.job.whereabouts}: {trouble}"
-        self.notices.report(f"{text}; trying again", key=f"{self.job.key} launcher_cancel")
+        text = f"job {printable(self.job.id)} {trouble}; trying again"
+        self.notices.report(text, key=f"{self.job.key} launcher_cancel")
 
     def is_forgotten(self) -> bool:
-        """Tell whether the operator knows that it is over (`cancel --gone`), or another pool."""
+        """Tell whether the operator (`cancel --gone`) or another pool has settled the attempt."""
         with contextlib.suppress(Fault):
             stored = self.ledger.reader.by_seq(self.job.seq)
             return stored is None or stored.key != self.job.key or not stored.launch
@@ -5085,14 +5032,13 @@ class RemoteTermination(Termination):
 
     @property
     def is_overdue(self) -> bool:
-        """Whether the job or its client cannot be ended at once: they must delay no stop."""
         return self.far_end.has_failed or (not self.is_client_gone and super().is_overdue)
 
 
 class RemoteExecution(Execution):
     """One attempt of a job that a launcher's client runs elsewhere."""
 
-    PATIENCE = 1.0  # seconds in which a client exits after its job; then it is ended
+    MISSING: End = "not launched"
 
     def __init__(self, claim: Claim, ledger: Ledger, *args: Any) -> None:
         super().__init__(claim, ledger, *args)
@@ -5101,11 +5047,12 @@ class RemoteExecution(Execution):
         cancel = fill_in(self.settings["launcher_cancel"], self.job)
         self.grace = math.ceil(self.settings["kill_grace"])
         self.facts: dict[str, Any] = {"cancel": cancel, "grace": self.grace}
-        self.to_send = b"%d\n%b" % (len(claim.stdin), claim.stdin)
+        self.has_begun = False  # the job, when the place of its start has been recorded
+        self.may_begin = True
+        self.to_send = b""
         self.lifeline: IO[bytes] | None = None
         self.streams: list[ReportStream] = []
-        self.code: int | None = None  # as reported by the wrapper
-        self.has_directory = True
+        self.result = b""  # an exit code, or "nodir", as reported by the wrapper
 
     def words(self, env: Environ) -> list[bytes]:
         """Return the command line of the client, as UTF-8 whatever the locale here."""
@@ -5148,35 +5095,25 @@ class RemoteExecution(Execution):
             self.lifeline.close()
 
     def limit_time(self) -> None:
-        """Limit the time to wait for a place and, after the start, that of the attempt."""
-        if "host" in self.facts:
-            super().limit_time()
-            return
+        """Begin the time to wait for a place; the attempt's begins when the wrapper starts."""
         limit = self.settings["launch_timeout"]
         self.deadline = time.monotonic() + limit if limit else NEVER
         self.late = "not launched", f"not launched: no place within {format_duration(limit)}"
 
-    def is_known(self) -> bool:
-        """Tell whether the wrapper has reported an end."""
-        return self.code is not None or not self.has_directory
-
     def is_running(self, child: Any) -> bool:
-        return child.poll() is None and not self.is_known()
+        return child.poll() is None and not self.result
 
     def wait(self, until: float, child: Any) -> None:
         self.link.wait(until, child, [stream.file for stream in self.streams])
         self.pump()
 
-    def wait_for(self, fact: Callable[[], Any], child: Any, limit: float) -> None:
+    def wait_while(self, fact: Callable[[Any], bool], child: Any, limit: float) -> None:
         deadline = time.monotonic() + limit
-        while not fact() and child.poll() is None and time.monotonic() < deadline:
+        while fact(child) and time.monotonic() < deadline:
             self.wait(min(deadline, time.monotonic() + 0.1), child)
 
     def pump(self) -> None:
         """Pass on input and output, and note the reports in it."""
-        if self.to_send and self.lifeline and not self.lifeline.closed:
-            with contextlib.suppress(OSError):  # the client has ended
-                self.to_send = self.to_send[self.lifeline.write(self.to_send) or 0 :]
         for stream in list(self.streams):
             for _ in range(16):  # at most 1 MiB: nothing else must have to wait
                 found = None if stream.file.closed else stream.read()
@@ -5186,6 +5123,19 @@ class RemoteExecution(Execution):
                 for report in found[1]:
                     self.note(*report)
         self.streams = [stream for stream in self.streams if not stream.file.closed]
+        if "host" in self.facts and self.may_begin:
+            self.begin()
+        if self.to_send and self.lifeline and not self.lifeline.closed:
+            with contextlib.suppress(OSError):  # the client has ended
+                self.to_send = self.to_send[self.lifeline.write(self.to_send) or 0 :]
+
+    def begin(self) -> None:
+        """Record where the job starts, and then let it: without a record, it has not run."""
+        with contextlib.suppress(Fault):  # the next call tries again
+            self.has_begun = self.ledger.note_launch(self.job, self.facts)
+            self.may_begin = False
+        if self.has_begun:
+            self.to_send = b"%d\n%b" % (len(self.claim.stdin), self.claim.stdin)
 
     def keep(self, text: bytes) -> None:
         if not self.output:
@@ -5200,54 +5150,51 @@ class RemoteExecution(Execution):
         if kind == b"start" and "host" not in self.facts:
             self.facts["host"] = printable(value.decode(errors="replace"))
             self.started = self.clock()
-            self.limit_time()
-            with contextlib.suppress(Fault):
-                self.ledger.note_launch(self.job, self.facts)
-        elif kind == b"exit" and self.code is None:
-            self.code = int(value)
-        elif kind == b"nodir":
-            self.has_directory = False
+            super().limit_time()
+        elif kind == b"exit":
+            self.result = self.result or value
 
     def finish(self, child: Any) -> None:
         end, error = self.watch(child)
+        self.may_begin = False
         self.pump()
-        if error and "host" in self.facts:
+        if error and self.has_begun:
             self.to_send += b"TERM\n"
-            self.wait_for(self.is_known, child, self.grace + 2)
-        if self.is_known():
-            self.wait_for(lambda: False, child, self.PATIENCE)
+            self.wait_while(self.is_running, child, self.grace + 2)
+        if self.result:
+            self.wait_while(super().is_running, child, 1.0)  # then it is ended
         if self.lifeline:
             self.lifeline.close()
-        if error or self.code != 0 or child.poll() is None:
+        if error or self.result != b"0" or child.poll() is None:
             self.is_over = self.end_processes(child)
         self.pump()
         self.close()
-        self.conclude(*((end, self.code, error) if error else self.judge(child.poll())))
+        code = int(self.result) if self.result.isdigit() else None
+        self.conclude(*((end, code, error) if error else self.judge(code, child.poll())))
 
     def termination(self, child: Any) -> Termination:
         code = child.poll()
-        exited = "host" not in self.facts and code is not None and code >= 0
-        if self.is_known() or exited:  # nothing runs elsewhere
+        has_exited = code is not None and code >= 0  # so it left nothing behind in its engine
+        if self.result or (has_exited and not self.has_begun):
             return super().termination(child)
         job = self.job._replace(launch=json.dumps(self.facts))
         args = (job, self.run_dir, self.settings["kill_grace"], self.link.notices, self.output)
         return RemoteTermination(*args, ledger=self.ledger)
 
-    def judge(self, code: int | None) -> tuple[End, int | None, str | None]:
+    def judge(self, code: int | None, client: int | None) -> tuple[End, int | None, str | None]:
         """Return how the attempt ended, from the reports; the client's exit code is a hint."""
         host = self.facts.get("host")
-        if not self.has_directory:
+        if code is not None:
+            return "exited", code, explain_exit(code)
+        if self.result:
             return "exited", None, f"cannot start: no directory {quoted(self.job.cwd)} on {host}"
-        if self.code is not None:
-            return "exited", self.code, explain_exit(self.code)
-        client = (
-            f"{self.settings['launcher'][0]} ended ({explain_exit(code or 0) or 'exit code 0'})"
-        )
-        if host:
-            return "crashed", None, f"lost on {host}: {client} without a result"
+        how = explain_exit(client or 0) or "exit code 0"
+        reason = f"{self.settings['launcher'][0]} ended ({how})"
+        if self.has_begun:
+            return "crashed", None, f"lost on {host}: {reason} without a result"
         output = self.output.tail(1 << 12)[1] if self.output else b""
         said = last_line(output.decode(errors="replace"))
-        return "not launched", None, ": ".join(filter(None, ("not launched", client, said)))
+        return "not launched", None, ": ".join(filter(None, ("not launched", reason, said)))
 
 
 def keep_result(run_dir: RunDirectory, job: Job, outcome: Outcome, output: Output) -> None:
@@ -5453,7 +5400,8 @@ class Worker:
 
     def run(self, claim: Claim) -> Execution:
         job = claim.job
-        kind = RemoteExecution if is_for_launcher(claim) else Execution
+        is_here = job.notifies or not claim.settings["launcher"]  # the engine may be down
+        kind = Execution if is_here else RemoteExecution
         execution = kind(claim, self.ledger, self.link, self.wanted_end)
         if child := execution.launch(self.environment(claim)):
             self.note_success()
@@ -5850,8 +5798,14 @@ class Recovery:
         limit = self.ledger.reader.settings(job.queue)["output_limit"]
         then = job.locked_at or 0.0
         now = max(then, self.ledger.clock())
-        error = "its worker died" + (f" (lost on {job.host})" if job.launched.get("host") else "")
-        outcome = kept or Outcome("crashed", then, now, None, error)
+        end: End = "crashed"
+        error = "its worker died"
+        if job.launch and "host" not in job.launched:
+            end = "released"
+            error += " before the job started"
+        elif job.launch:
+            error += f" (lost on {job.host})"
+        outcome = kept or Outcome(end, then, now, None, error)
         files = [self.run_dir.file(name) for name in self.run_dir.attempt_files(job)]
         for path in files:
             with contextlib.suppress(FileNotFoundError):  # another pool was faster
@@ -6271,8 +6225,8 @@ def unserved(run_dir: RunDirectory, queue: str) -> str:
 def obstacle_of_running(run_dir: RunDirectory, job: Job) -> str:
     """Return the reason that a claimed job makes no progress, in one phrase; empty if it does."""
     if trouble := job.launched.get("trouble"):
-        hint = f"once it is gone there, queuectl cancel --gone {printable(job.id)} ends the wait"
-        return f"it may still run {job.whereabouts}: {trouble}; {hint}"
+        hint = f"if it has ended there: queuectl cancel --gone {printable(job.id)}"
+        return f"it {trouble}; {hint}"
     if job.state == PROCESSING and run_dir.is_unlocked(job.locked_by):
         pools = run_dir.alive("pool")
         hint = "a pool is recovering it" if pools else "recover it with: queuectl worker start"
@@ -8186,10 +8140,8 @@ def workers_page(reader: Reader, _request: Request) -> Page:
     for *about, job, since, host, command in worker_rows(worker_facts(reader), reader.clock()):
         claimed = job_link(str(job)) if since else "idle"
         rows.append((*map(safe, about), claimed, safe(since), safe(host), code(str(command))))
-    table = (
-        html_grid([heading.lower() for heading in WORKER_HEADINGS], rows)
-        or "No worker is running (queuectl worker start)."
-    )
+    headings = [heading.lower() for heading in WORKER_HEADINGS]
+    table = html_grid(headings, rows) or "No worker is running (queuectl worker start)."
     return Page("Workers", {"workers": card(table)})
 
 
@@ -10117,7 +10069,7 @@ COMMANDS = {
         "wait 7 8", (IDS_OR_LAST, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
     "cancel": Command(cmd_cancel, "write", "cancel waiting or running jobs", "cancel 7", (
         *CHANGE, flag("--cascade", "also cancel the jobs that depend on them"),
-        flag("--gone", "they are gone elsewhere, although launcher_cancel fails"))),
+        flag("--gone", "believe that they have ended elsewhere, even if launcher_cancel fails"))),
     "edit": Command(cmd_edit, "write", "change jobs that wait", "edit 7 --priority 5"),
     "pause": Command(cmd_pause, "create", "start no new jobs until resume",
         "pause --queue gpu", (QUEUES,)),

@@ -5535,9 +5535,16 @@ zero) exit 0 ;;
 middle) "$@" <&3 & until [ -e started ]; do sleep 0.02; done; exit 0 ;;
 hangs) "$@"; exec sleep 300 ;;
 mute) exec "$@" 2>/dev/null ;;
+deaf) "$@" 2>/dev/null <&3 & sleep 0.5; exit 0 ;;
 half) "$@" 2>&1 >/dev/null | head -c 30 >&2; exit 1 ;;
 esac
 """
+
+
+def cancel_in_slurm() -> str:
+    """Return the launcher_cancel of the README."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        return re.search(r"'(sh -c \"scancel .*)'\n", file.read())[1]
 
 
 class AttemptElsewhere(Live):
@@ -5576,12 +5583,13 @@ class AttemptElsewhere(Live):
 
     def test_command_environment_and_input_arrive_unchanged(self) -> None:
         expected = self.process("sh", "-c", self.QUOTED).stdout
+        env = {"A": "'\n$é", "a.b": "", "_command": "echo no", "_session": "no"}
         for kind, quote in (("faithful", "no"), ("joins", "yes")):
             with self.subTest(kind):
                 self.configure(launcher_quote=quote, shell="sh -ec")
                 text = "x\\ \n" * 25_000 + "é"
                 command = f'{self.QUOTED}; printf %s "$A"; cksum; echo $_nonce; false; echo no'
-                job = self.enqueue_for(kind, command, env={"A": "'\n$é", "a.b": ""}, stdin=text)
+                job = self.enqueue_for(kind, command, env=env, stdin=text)
                 self.drain(code=1)
                 given = self.process("cksum", input=text).stdout
                 output = self.attempts(job)[0].output.decode()
@@ -5597,9 +5605,9 @@ class AttemptElsewhere(Live):
         self.enqueue_for("late", timeout=0.5)
         self.enqueue_for("hangs", "echo done")
         self.enqueue_for("middle", "touch started; sleep 300")
-        for kind in ("nowhere", "refused", "zero", "mute", "half"):
-            self.enqueue_for(kind, "echo done")
-        pool = self.pool("--count", "8")
+        for kind in ("nowhere", "refused", "zero", "mute", "deaf", "half"):
+            self.enqueue_for(kind, "echo $QUEUECTL_JOB_ID >> ran")
+        pool = self.pool("--count", "9")
         client = f"{self.file('client')} ended (exit code"
         lost = f"lost on {os.uname().nodename}: {client} 0) without a result"
         ends = {
@@ -5609,12 +5617,14 @@ class AttemptElsewhere(Live):
             "nowhere0": ("pending", 0, "not launched: no place within 1.5 s"),
             "refused0": ("pending", 0, f"not launched: {client} 255): no such host"),
             "zero0": ("pending", 0, f"not launched: {client} 0)"),
-            "mute0": ("pending", 0, f"not launched: {client} 0): done"),
+            "mute0": ("pending", 0, "not launched: no place within 1.5 s"),
+            "deaf0": ("pending", 0, f"not launched: {client} 0)"),
+            "half0": ("pending", 0, "not launched: no place within 1.5 s"),
         }
         for name, end in ends.items():
             with self.subTest(name):
                 wait_until(lambda name=name, end=end: self.end_of(name) == end)
-        self.assertRegex(self.job("half0").last_error, r"not launched: .* 1\): @[0-9a-f]{29}")
+        self.assertFalse(os.path.exists(self.file("ran")))  # a start that was not seen is none
         self.wait_for_output(pool, "job zero0 is back in the queue: not launched")
         self.assertEqual(self.attempts("hangs0")[0].output, b"done\n")
 
@@ -5707,7 +5717,7 @@ class AttemptElsewhere(Live):
                 status = self.stdout("status")
                 where = f"it may still run on {os.uname().nodename}: launcher_cancel (sh"
                 self.assertIn(where, status)
-                hint = f"once it is gone there, queuectl cancel --gone {victim} ends the wait"
+                hint = f"if it has ended there: queuectl cancel --gone {victim}"
                 self.assertIn(f"failed: exit code 3: oh; {hint}", status)
                 wait_until(lambda: self.lines("log").count("cancel ") > 1)
                 self.assertEqual(self.job(victim).state, "processing")
@@ -5746,6 +5756,33 @@ class AttemptElsewhere(Live):
         self.assert_exits(pool, 0)
         self.assertIsNone(self.job(job).host)
 
+    def test_job_whose_worker_dies_before_its_start_has_used_no_attempt(self) -> None:
+        self.configure(launcher_cancel="true")
+        job = self.enqueue_for("nowhere")
+        pool = self.pool()
+        wait_until(lambda: any(note.get("key") for note in self.workers().values()))
+        self.kill("worker", pool)
+        wait_until(lambda: self.job(job).run == 2)
+        self.assertEqual(self.job(job).attempts, 1)
+        self.assertEqual(self.attempts(job)[0].error, "its worker died before the job started")
+
+    def test_cancel_of_the_readme_fails_where_slurm_does_not_answer(self) -> None:
+        path = {**os.environ, "PATH": self.dir + ":" + os.environ["PATH"]}
+        self.write("scancel", "#!/bin/sh\n")
+        for code in (0, 1):
+            self.write("squeue", f"#!/bin/sh\nexit {code}\n")
+            for name in ("scancel", "squeue"):
+                os.chmod(self.file(name), 0o755)
+            done = self.process(*shlex.split(cancel_in_slurm()), env=path)
+            self.assertEqual(done.returncode, code)
+
+    def test_job_whose_launcher_is_gone_has_used_no_attempt(self) -> None:
+        os.unlink(self.file("client"))
+        job = self.enqueue("true")
+        reason = f"cannot start: No such file or directory: {self.file('client')}; queue default is"
+        self.wait_for_output(self.pool(), reason)
+        self.assertEqual(self.end_of(job)[:2], ("pending", 0))
+
     def test_background_process_does_not_hold_the_worker(self) -> None:
         self.enqueue_for("hangs", "sleep 300 & exit 0")
         began = time.monotonic()
@@ -5763,21 +5800,19 @@ class AttemptElsewhere(Live):
         for key in ("launcher", "launcher_cancel"):
             for value, reason in {
                 "no-such-program -x": "'no-such-program'|no-such-program was not found",
-                "sh {job}": "must not contain {job}: use {seq} {run} {queue} {id}",
                 "sh '": "No closing quotation",
             }.items():
                 self.assertRegex(self.assert_refused("config", "set", key, value), reason)
-        self.run_cli("config", "set", "launcher", "sh '{seq} {run}' {queue} {id} {{.ID}}")
+        self.run_cli("config", "set", "launcher", "sh '{seq} {run}' {queue} {id} {{.ID}} {print}")
         self.run_cli("config", "set", "launcher", "")
         self.assertEqual(self.stdout("config", "get", "launcher"), "\n")
 
     @internal
     def test_reports_are_found_in_whatever_pieces_they_arrive(self) -> None:
-        text = (
-            b"a@b@7 start x\n@7 start n1 12\n\n@7 exit 1234\nb@7 exit 3\n@7 exit 0@7 nodir\n@7 exit"
-        )
+        text = b"a@b@7 start x\n@7 start n1 12\n\n@7 exit 1234\nb@7 exit 3\n@7 exit 0"
+        text += b"@7 exit nodir\n@7 exit"
         kept = b"a@b@7 start x\n\n@7 exit 1234\nb@7 exit 0@7 exit"
-        reports = [[b"start", b"n1"], [b"exit", b"3"], [b"nodir"]]
+        reports = [[b"start", b"n1"], [b"exit", b"3"], [b"exit", b"nodir"]]
         for cuts in itertools.combinations(range(len(text)), 2):
             reader, writer = os.pipe()
             stream = queuectl.ReportStream(reader, "7")
@@ -5825,14 +5860,14 @@ class AttemptElsewhere(Live):
 
 
 class AttemptElsewhereClocked(Clocked):
-    """A queue whose jobs cannot be launched is left alone."""
+    """A queue whose jobs cannot be launched is put on hold."""
 
     def fail_to_launch(self) -> Any:
         outcome = Outcome("not launched", self.now, self.now, None, "not launched: ssh: refused")
         job = self.claim()
         return job and self.queue._ledger.finish(job, outcome)[0]
 
-    def test_queue_is_left_alone_for_longer_after_each_failed_launch(self) -> None:
+    def test_queue_is_on_hold_for_longer_after_each_failed_launch(self) -> None:
         for name in "abcd":
             self.queue.enqueue("true", id=name)
         for pause in (2, 4, 60, 60):
@@ -5843,7 +5878,7 @@ class AttemptElsewhereClocked(Clocked):
             self.now += pause
         self.assertEqual(self.attempts(job.id), [])
 
-    def test_queue_that_is_left_alone_says_why(self) -> None:
+    def test_queue_on_hold_says_why(self) -> None:
         self.queue.enqueue("true", id="a")
         for _ in range(3):
             self.fail_to_launch()
@@ -5852,7 +5887,7 @@ class AttemptElsewhereClocked(Clocked):
         text = "3 jobs in a row could not be launched; next try in 50 s"
         self.assertIn(text, self.queue._reader.hold("default"))
         status = "\n".join(queuectl.status_text(self.queue._reader))
-        self.assertIn("queue default is left alone: " + text, status)
+        self.assertIn("queue default is on hold: " + text, status)
         self.assertIn("not launched: ssh: refused", self.stdout("show", "a"))
         self.queue.resume()
         self.assertIsNotNone(self.fail_to_launch())
@@ -5870,6 +5905,26 @@ class AttemptElsewhereClocked(Clocked):
         self.finish(0, job)
         self.assertIsNotNone(self.fail_to_launch())
         self.assertEqual(self.queue._reader.next_ready_time(), self.now + 2)
+
+    def start_after_a_failure(self, **facts: str) -> None:
+        for name in "abc":
+            self.queue.enqueue("true", id=name)
+        self.fail_to_launch()
+        self.now += 2
+        job = self.claim()
+        self.queue._ledger.note_launch(job, {}, is_first=True)
+        self.queue._ledger.note_launch(job, {"host": "n1", **facts})
+
+    def test_start_elsewhere_does_not_exceed_the_rate(self) -> None:
+        self.queue.configure("rate", "1/1h")
+        self.start_after_a_failure()
+        self.assertIsNone(self.claim())
+        self.assertIn("at its rate of 1/1h", self.queue._reader.hold("default"))
+
+    def test_failed_launcher_cancel_is_no_sign_of_a_working_engine(self) -> None:
+        self.start_after_a_failure(trouble="launcher_cancel failed")
+        self.fail_to_launch()
+        self.assertEqual(self.queue._reader.next_ready_time(), self.now + 4)
 
 
 class Engine(Live):
@@ -5984,7 +6039,7 @@ class AttemptOverSsh(Engine):
         self.processes[0].kill()
         self.enqueue("true", id="a")
         pool = self.pool()
-        self.wait_for_output(pool, "Connection refused; queue default is left alone: 1 job could")
+        self.wait_for_output(pool, "Connection refused; queue default is on hold: 1 job could")
         self.assertEqual((self.job("a").attempts, self.attempts("a")), (0, []))
 
 
@@ -5997,7 +6052,7 @@ class AttemptInSlurm(Engine):
 
     CONF = """ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort=16827
+SlurmctldPort={port}
 SlurmUser=root
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 ProctrackType=proctrack/linuxproc
@@ -6033,12 +6088,14 @@ PartitionName=main Nodes=ALL Default=YES State=UP
 
     @classmethod
     def start_slurm(cls) -> None:
-        conf = cls.CONF.format(host=os.uname().nodename, dir=cls.slurm)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        conf = cls.CONF.format(host=os.uname().nodename, dir=cls.slurm, port=port)
         hosts = "127.0.0.1 localhost " + os.uname().nodename + "\n"
         os.mkdir(cls.slurm + "/state")
         for number, node in enumerate(cls.NODES, 1):
             os.mkdir(f"{cls.slurm}/{node}")
-            place = f"NodeAddr=127.0.0.1{number} Port={17100 + number} CPUs=2 State=UNKNOWN"
+            place = f"NodeAddr=127.0.0.1{number} Port={port} CPUs=2 State=UNKNOWN"
             conf += f"NodeName={node} NodeHostname={node} {place}\n"
             hosts += f"127.0.0.1{number} {node}\n"
         for name, text in (("slurm.conf", conf), ("hosts", hosts)):
@@ -6068,8 +6125,7 @@ PartitionName=main Nodes=ALL Default=YES State=UP
         super().setUp()
         self.addCleanup(self.process, "scancel", "-p", "main", cwd="/")
         name = "q-{seq}-{run}"
-        gone = f"scancel -n {name}; while squeue -h -n {name} | grep -q .; do sleep 0.2; done"
-        self.use_engine(launcher=f"srun -n1 -Q -J {name}", launcher_cancel=f"sh -c '{gone}'")
+        self.use_engine(launcher=f"srun -n1 -Q -J {name}", launcher_cancel=cancel_in_slurm())
 
     def test_exit_codes_output_and_input(self) -> None:
         self.check_exit_codes()
@@ -8258,7 +8314,7 @@ class WebActions(Web):
                 queue._ledger.finish(claim(queue, "worker-1", ["x"]), outcome)
         page = self.act("", action="retry", like="x2").page
         self.assertIn("Retry 2 jobs?", page)
-        self.assertNotIn("y1", page)
+        self.assertNotIn(">y1<", page)
 
     def test_waiting_job_is_cancelled_and_a_queue_paused_and_resumed(self) -> None:
         self.assertEqual(self.act(action="cancel", id="next").status, 303)
@@ -11108,14 +11164,14 @@ class Readme(Case):
         self.assertEqual(self.example("Commands"), made, "run .ci/reference --write")
 
     @internal
-    def test_commands_in_examples_and_prose_are_accepted(self) -> None:
+    def test_commands_in_examples_are_accepted(self) -> None:
         blocks = "\n".join(re.findall(r"(?s)```(?:sh|console)\n(.*?)```", readme()))
         found = 0
         for line in blocks.replace("\\\n", "").splitlines():
             lexer = shlex.shlex(line.replace("$?", ""), posix=True, punctuation_chars=";|&<>")
             lexer.wordchars += ":,"
             for part in re.split(r"\0[;|&<>]+\0", "\0" + "\0\0".join(lexer) + "\0"):
-                words = [word for word in part.split("\0") if word][:]
+                words = [word for word in part.split("\0") if word]
                 start = [i for i, word in enumerate(words) if word in ("queuectl", "queuectl.py")]
                 if start:
                     with self.subTest(line):

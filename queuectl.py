@@ -9949,7 +9949,8 @@ def cmd_doctor(args: argparse.Namespace) -> int:
 
 # fmt: off
 JSON = flag("--json", "print JSON; the README documents the fields")
-LIMIT = arg("-n --limit", "N", "show the N that changed last (0: all)", integer(0, 10**9))
+LIMIT = arg("-n --limit", "N", "the N that changed last (0: all; default: 100, or all with --json "
+            "or --ids)", integer(0, 10**9))
 TIMEOUT = arg("--timeout", "DURATION", "stop waiting after this time, and exit with 124",
               parse_duration)
 QUEUE = arg("-q --queue", "QUEUE", "only this queue", valid_name)
@@ -10033,7 +10034,7 @@ COMMANDS = {
                 "follows the ending, as in: report -o FILE; repeatable", valid_file,
                 dest="reports", action="append", default=[]),
             flag("--detach", "run in the background; the log is in the queue's .run directory"),
-            arg("--output", None, "print the output of each job that ends, or of each that fails",
+            arg("--output", None, "print the output of each job that fails, or of each that ends",
                 choices=("failed", "all")),
             flag("--quiet", "print no event lines"))),
     "worker stop": Command(
@@ -10060,7 +10061,7 @@ COMMANDS = {
     "logs": Command(cmd_logs, "read", "print the output of a job", "logs 7 -f", (
         IDS_OR_LAST, flag("-f --follow", "continue until the attempt ends"),
         arg("-n --tail", "N", "only the last N lines", integer(0, 10**9)),
-        flag("--failed", "the last attempts of all dead jobs"),
+        flag("--failed", "print the output of all dead jobs"),
         arg("--run", "N", "print attempt N instead of the last", integer(1, 10**9)))),
     "web": Command(cmd_web, "read", "show the jobs in a browser on this machine", "web --open", (
         arg("--port", "N", f"the port (default: {WEB_PORT}; 0: any that is free)",
@@ -10069,7 +10070,7 @@ COMMANDS = {
     "wait": Command(cmd_wait, "read", "wait for jobs; exit with the code of the first that failed",
         "wait 7 8", (IDS_OR_LAST, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
     "cancel": Command(cmd_cancel, "write", "cancel waiting or running jobs", "cancel 7", (
-        *CHANGE, flag("--cascade", "also cancel the jobs that wait for them"),
+        *CHANGE, flag("--cascade", "also cancel the jobs that depend on them"),
         flag("--gone", "believe that they have ended elsewhere, even if launcher_cancel fails"))),
     "edit": Command(cmd_edit, "write", "change jobs that wait", "edit 7 --priority 5"),
     "pause": Command(cmd_pause, "create", "start no new jobs until resume",
@@ -10081,8 +10082,9 @@ COMMANDS = {
         "dlq retry 7", (*CHANGE, ALL_DEAD)),
     "dlq purge": Command(cmd_dlq_purge, "write", "delete dead or cancelled jobs",
         "dlq purge --older-than 30d", (*DELETE, ALL_DEAD)),
-    "prune": Command(cmd_prune, "write", "delete completed and cancelled jobs",
-        "prune --older-than 7d", DELETE),
+    "prune": Command(cmd_prune, "write",
+        "delete completed and cancelled jobs, or the selected ones", "prune --older-than 7d",
+        DELETE),
     "doctor": Command(cmd_doctor, "none", "test this machine and this directory", "doctor",
         (JSON,)),
     "config get": Command(cmd_config_get, "none", "print a setting", "config get timeout",
@@ -10247,7 +10249,7 @@ DIR = arg(
     "dir", "DIR", "the directory for queuectl (default: ~/.local/bin)", valid_directory, nargs="?"
 )
 COMMANDS["install"] = Command(
-    cmd_install, "none", "put a fast starter for this program into a directory", "install", (DIR,)
+    cmd_install, "none", "install this program as the command queuectl", "install", (DIR,)
 )
 COMMANDS["completion"] = Command(
     cmd_completion, "none", "print a shell completion script", "completion bash", (SHELL, TYPED)

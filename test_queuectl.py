@@ -55,6 +55,7 @@ The promises of queuectl. A test of one names it at the beginning of its docstri
 from __future__ import annotations
 
 import ast
+import atexit
 import contextlib
 import datetime
 import faulthandler
@@ -70,6 +71,7 @@ import multiprocessing
 import operator
 import os
 import pathlib
+import py_compile
 import pydoc
 import re
 import runpy
@@ -115,6 +117,11 @@ else:
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "queuectl.py")
+COMPILED = os.path.join(
+    tempfile.mkdtemp(prefix="queuectl-compiled-"), "queuectl.pyc"
+)  # starts faster
+py_compile.compile(PROGRAM, COMPILED, doraise=True)
+atexit.register(shutil.rmtree, os.path.dirname(COMPILED), ignore_errors=True)
 PYTHON = [sys.executable, *(["-O"] if sys.flags.optimize else [])]
 LINUX = sys.platform == "linux"
 ROOT = POSIX and os.geteuid() == 0
@@ -210,7 +217,7 @@ def readme() -> str:
 class Case(unittest.TestCase):
     """A fresh directory for each test, and the program as a person calls it."""
 
-    PROGRAM = PROGRAM
+    PROGRAM = COMPILED
     REAL = False  # commands run in this process unless a test asks for one of their own
 
     def setUp(self) -> None:
@@ -605,7 +612,7 @@ class Terminal:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")}
         env.update({"TERM": "xterm", **more.pop("env", {})})
-        line = [*(program or (*PYTHON, PROGRAM)), *args]
+        line = [*(program or (*PYTHON, COMPILED)), *args]
         where: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": slave, "stderr": slave}
         self.process = subprocess.Popen(line, cwd=case.dir, env=env, **{**where, **more})
         case.addCleanup(self.process.wait)
@@ -618,7 +625,7 @@ class Terminal:
         """Start a shell that has jobs in the foreground and background; `q` is queuectl."""
         if not shutil.which("bash"):
             raise unittest.SkipTest("there is no bash")
-        case.write("q", f'#!/bin/sh\nexec {shlex.join([*PYTHON, PROGRAM])} "$@"\n')
+        case.write("q", f'#!/bin/sh\nexec {shlex.join([*PYTHON, COMPILED])} "$@"\n')
         os.chmod(case.file("q"), 0o755)
         take = "import fcntl, os, sys, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0); os.dup2(1, 0)"
         run = f"{take}; os.execvp('bash', ['bash', '--norc', '--noprofile', '--noediting', '-i'])"
@@ -8867,7 +8874,7 @@ class CliEnqueueLive(Live):
 
     @SLOW
     def test_shell_script_can_rely_on_ids_and_exit_codes(self) -> None:
-        os.environ["QUEUECTL"] = " ".join([*PYTHON, PROGRAM])
+        os.environ["QUEUECTL"] = " ".join([*PYTHON, COMPILED])
         result = self.process("sh", "-c", self.SHELL_SCRIPT)
         self.assertEqual(result.returncode, 0, result.stderr)
 
@@ -10257,7 +10264,7 @@ class CliCompletion(Case):
     @SLOW
     def test_completion_of_an_id_works_at_the_prompt_of_each_installed_shell(self) -> None:
         os.mkdir(self.file("bin"))
-        self.write("bin/queuectl", f'#!/bin/sh\nexec {shlex.join([*PYTHON, PROGRAM])} "$@"\n')
+        self.write("bin/queuectl", f'#!/bin/sh\nexec {shlex.join([*PYTHON, COMPILED])} "$@"\n')
         os.chmod(self.file("bin/queuectl"), 0o755)
         self.enqueue("false", id="dead-one", max_retries=1)
         self.drain(code=1)
@@ -10284,7 +10291,7 @@ class CliCompletion(Case):
                 with self.subTest(shell):
                     argv = [shell, "-c", "\n".join((script, *self.COMPLETIONS))]
                     argv += ["-"] * (shell != "fish")  # the others take an argument for $0
-                    lines = self.process(*argv, *PYTHON, PROGRAM).stdout.splitlines()
+                    lines = self.process(*argv, *PYTHON, COMPILED).stdout.splitlines()
                     words = [line.split() for line in lines]
                     self.assertEqual(words, list(self.COMPLETIONS.values()))
 
@@ -10506,7 +10513,7 @@ class CliTerminal(Live):
     def test_closed_stdout_does_not_make_a_command_fail(self) -> None:
         for command in ("status", "list", "logs 1", "show 1"):
             self.stdout("enqueue", "true")
-            line = f"exec {shlex.join([*PYTHON, PROGRAM])} {command} >&-"
+            line = f"exec {shlex.join([*PYTHON, COMPILED])} {command} >&-"
             done = self.process("sh", "-c", line)
             self.assertEqual((done.returncode, done.stderr.count("Traceback")), (0, 0), done.stderr)
 
@@ -10914,6 +10921,8 @@ with Queue("jobs.db") as queue:
 )
 class AnySystem(Case):
     """The promises on any operating system: jobs and shells are Python programs."""
+
+    PROGRAM = PROGRAM
 
     BEAT = """
 import os, subprocess, sys, time

@@ -1439,6 +1439,7 @@ class SystemProcesses(Live):
         "failed": "setsid -f ./secret -c 'while :; do sleep 0.1; done' >/dev/null 2>&1; exit 1",
     }
 
+    @SLOW
     @unittest.skipUnless(LINUX, "programs can be examined")
     def test_processes_of_programs_that_may_not_be_examined_are_ended(self) -> None:
         """Promise 4: a timeout ends the whole process tree."""
@@ -1892,6 +1893,7 @@ class DatabaseDamage(Live):
                 self.assertEqual(self.enqueue("true"), str(len(ids) + 1))
                 self.assert_sound()
 
+    @SLOW
     @internal
     def test_corrupt_page_is_an_error_and_never_creates_a_new_queue(self) -> None:
         errors = 0
@@ -2166,6 +2168,7 @@ class DatabaseDurabilityLive(Live):
         )
         self.assertEqual(order, ["content", "name", "directory", "id"], calls)
 
+    @SLOW
     def test_batch_of_a_thousand_jobs_needs_few_syncs(self) -> None:
         batch = '{"command": "true"}\n' * 1000
         calls = self.system_calls(self.SYNCS, "enqueue", "-", stdin=batch)
@@ -2472,6 +2475,7 @@ class DatabaseForks(Case):
             thread.join()
             self.assertIsNot(theirs[0], ours)
 
+    @SLOW
     @NEEDS_SHELL
     @internal
     def test_jobs_of_forked_child_survive_closing_of_parent_connections(self) -> None:
@@ -2487,6 +2491,7 @@ class DatabaseForks(Case):
     def test_fork_in_transaction_is_refused_even_if_another_thread_forks_too(self) -> None:
         self.assertEqual(self.script(FORK_DURING_FORK).stdout, "4\n")
 
+    @SLOW
     @NEEDS_SHELL
     def test_pool_that_forks_in_its_tick_still_sees_changes_by_others(self) -> None:
         self.script(FORK_IN_TICK, timeout=20)
@@ -4713,6 +4718,7 @@ class QueueWait(Live):
             self.enqueue("true", id=name)
         self.assertEqual(self.wait_while("a b", complete), (0, ["completed"] * 2))
 
+    @SLOW
     @internal
     def test_job_that_was_seen_dead_stays_dead_when_it_is_purged(self) -> None:
         def die_and_purge(queue: Queue, command: Terminal) -> None:
@@ -5790,6 +5796,7 @@ class AttemptElsewhere(Live):
         self.wait_for_output(self.pool(), reason)
         self.assertEqual(self.end_of(job)[:2], ("pending", 0))
 
+    @SLOW
     def test_background_process_does_not_hold_the_worker(self) -> None:
         self.enqueue_for("hangs", "sleep 300 & exit 0")
         began = time.monotonic()
@@ -6806,6 +6813,7 @@ class PoolStop(Live):
         self.assertEqual(self.result("worker", "stop")[:2], (0, ""))  # it may be gone already
         self.assertEqual(self.job("x").state, "completed")
 
+    @SLOW
     def test_worker_without_a_pool_obeys_cancel_and_stop_now(self) -> None:
         for other_pools in (0, 1):
             with self.subTest(other_pools=other_pools):
@@ -6976,6 +6984,7 @@ class PoolDispatchLive(Live):
             self.assertLess(started - job.run_after, 0.2, job_id)
             self.assertGreaterEqual(started, job.run_after)
 
+    @SLOW
     def test_stopped_idle_worker_does_not_keep_the_others_idle(self) -> None:
         self.enqueue("true")
         pool = self.pool("--count", "3")
@@ -7136,6 +7145,7 @@ class PoolFiles(Live):
         self.assertEqual((pool.returncode, output), (4, message))
         wait_until(lambda: not self.leftover_processes())
 
+    @SLOW
     def test_pool_exits_if_the_database_is_moved(self) -> None:
         pool = self.start_busy_pool()
         os.rename(self.path, self.file("moved.db"))
@@ -7147,6 +7157,7 @@ class PoolFiles(Live):
         self.drain()
         self.assertEqual((self.job("1").state, self.job("1").attempts), ("completed", 1))
 
+    @SLOW
     def test_pool_exits_if_the_run_directory_is_removed(self) -> None:
         pool = self.start_busy_pool()
         shutil.rmtree(self.path + ".run")
@@ -7159,6 +7170,7 @@ class PoolFiles(Live):
         self.drain()
         self.assertEqual(self.job(waiting).state, "completed")
 
+    @SLOW
     def test_pool_does_not_touch_a_database_of_another_program_in_its_place(self) -> None:
         pool = self.start_busy_pool()
         with self.connect(self.file("other.db")) as db:
@@ -7242,6 +7254,7 @@ class PoolTroubleLive(Live):
         self.pool()
         wait_until(lambda: not self.states(), 5)
 
+    @SLOW
     def test_pool_denied_access_for_a_while_reports_it_and_continues(self) -> None:
         self.enqueue("true")
         pool = self.pool(prefix=obeying_modes(self))
@@ -9066,6 +9079,7 @@ class CliBadInput(Case):
         self.assertIn("stdin is closed", self.assert_refused("enqueue", "-", prefix=closed))
         self.assertEqual(os.listdir(self.dir), [])
 
+    @SLOW
     @internal
     def test_invalid_value_is_rejected_with_the_name_of_its_field(self) -> None:
         self.assertEqual(set(self.INVALID_VALUES), set(queuectl.FIELDS))
@@ -9225,6 +9239,7 @@ class CliWorkers(Live):
         self.enqueue("true")
         self.assertEqual(self.drain("--quiet"), "")
 
+    @SLOW
     def test_worker_stop_waits_until_all_workers_are_gone(self) -> None:
         """Promise 6: stopping is graceful, from another terminal too."""
         job = self.enqueue(f"touch started; {RUN_UNTIL_GO}; sleep 0.3")
@@ -9281,6 +9296,7 @@ class CliWorkers(Live):
         last = self.run_cli("worker", "start", "--drain", code=1).stderr.splitlines()[-1]
         self.assertRegex(last, r"^\S+ 2 completed, 1 dead, 1 blocked in [\d.]+ s$")
 
+    @SLOW
     def test_detached_workers_are_listed_and_stopped(self) -> None:
         self.addCleanup(lambda: self.result("worker", "stop", "--now"))
         start = Terminal(self, "worker", "start", "--detach", "--count", "2")
@@ -9309,6 +9325,7 @@ class CliWorkers(Live):
         self.assertEqual(stop.returncode, 0)
         self.assertIn("job busy completed", self.read(log))
 
+    @SLOW
     def test_program_that_calls_main_can_use_detach_and_completion(self) -> None:
         self.addCleanup(self.result, "worker", "stop", "--now")
         self.enqueue("true", id="x")
@@ -9423,6 +9440,7 @@ class CliStatusLive(Live):
         self.assertEqual((pool.wait(5), self.job("busy").state), (0, "completed"))
         self.assertIn("no workers are running", self.run_cli("worker", "stop").stderr)
 
+    @SLOW
     def test_status_watch_refreshes_until_interrupted(self) -> None:
         self.configure(max_retries="1")
         self.enqueue("exit 3", id="bad", priority=1)
@@ -9702,6 +9720,7 @@ class CliLogsLive(Live):
         self.assertEqual(logs.communicate(timeout=5)[0], "two\n")
         self.assertEqual(logs.returncode, 0)
 
+    @SLOW
     @internal
     def test_logs_follow_a_job_that_is_claimed_but_not_yet_started(self) -> None:
         with Queue(self.path) as queue:
@@ -9821,6 +9840,7 @@ class CliWaitLive(Live):
         wait.end()
         self.assertEqual(wait.process.returncode, 7)
 
+    @SLOW
     @internal
     def test_wait_returns_promptly_for_jobs_in_any_state(self) -> None:
         self.enqueue(f"touch started; {RUN_UNTIL_GO}; exit 9", id="running", max_retries=1)
@@ -9937,6 +9957,7 @@ class CliCancelLive(Live):
         self.assertEqual(self.job("x").state, "cancelled")
         self.assertEqual(self.job("orphan").state, "cancelled")
 
+    @SLOW
     @internal
     def test_cancel_does_not_wait_for_a_pool_that_dies_meanwhile(self) -> None:
         self.enqueue("true", id="x")
@@ -10285,6 +10306,7 @@ class CliCompletion(Case):
                     wait_until(lambda: self.job("dead-one").state == "pending")
                     self.drain("--horizon", "0", code=1)
 
+    @SLOW
     def test_completion_works_in_each_installed_shell(self) -> None:
         for shell, script in self.SHELLS.items():
             if shutil.which(shell):
@@ -10320,6 +10342,7 @@ class CliInstall(Live):
         os.chmod(name, 0o400)
         return name
 
+    @SLOW
     def test_installed_program_does_everything_that_the_script_does(self) -> None:
         os.environ["PATH"] += os.pathsep + self.bin
         self.assertEqual(self.stdout("install"), self.starter + "\n")
@@ -10340,6 +10363,7 @@ class CliInstall(Live):
         self.assertIn("is in your PATH: type queuectl", self.installed("install")[2])
         self.assertEqual(len(self.versions()), 1)
 
+    @SLOW
     def test_compiled_form_is_loaded_and_replaced_when_python_changes(self) -> None:
         self.stdout("install")
         (library,) = glob.glob(self.file("home/.local/share/queuectl/*"))
@@ -10381,6 +10405,7 @@ class CliInstall(Live):
         for place in ("file", "file/bin"):
             self.assertIn("file", self.assert_refused("install", place, code=4))
 
+    @SLOW
     def test_install_reports_how_to_find_the_starter(self) -> None:
         shadow = self.file("first")
         os.mkdir(shadow)
@@ -10531,6 +10556,7 @@ class CliTerminal(Live):
         # The output ends with half a character.
         self.assertTrue("red" in shown and shown.endswith("\\xe2\\x82"), shown)
 
+    @SLOW
     def test_exit_code_is_right_where_neither_stream_can_be_written(self) -> None:
         self.enqueue("true")
         self.write("file")
@@ -10565,6 +10591,7 @@ class CliTerminal(Live):
                     (process.returncode, err), (4, "queuectl: No space left on device\n")
                 )
 
+    @SLOW
     def test_progress_is_shown_below_the_events(self) -> None:
         self.configure(max_retries="1")
         self.enqueue("exit 3", id="bad")
@@ -10819,6 +10846,7 @@ with Queue("jobs.db") as queue:
         self.assertEqual((result.returncode, result.stderr), (0, ""))
         return str(result.stdout)
 
+    @SLOW
     def test_copy_in_another_package_works_and_prints_nothing(self) -> None:
         os.mkdir(self.file("vendor"))
         shutil.copy(PROGRAM, self.file("vendor"))

@@ -3221,7 +3221,7 @@ class QueueSelection(Clocked):
         ledger = self.queue._ledger
         seqs = [job.seq for job in self.queue.jobs()]
         seen = []
-        with mock.patch.multiple(queuectl, HOLD=1e-9, LET_IN=0):
+        with mock.patch.multiple(queuectl, HOLD=-1, LET_IN=0):
             for jobs in ledger.in_slices(seqs, ledger.check_retry, ledger.retry):
                 seen.append(" ".join(job.id for job in jobs))
                 if len(seen) == 2:
@@ -3257,7 +3257,7 @@ class QueueEdit(Clocked):
     """Changing jobs that wait."""
 
     EDITS = (  # the new fields, and the facts of the job that follow
-        ({"command": "false", "cwd": "/tmp"}, {"command": "false", "cwd": "/tmp"}),
+        ({"command": "false", "cwd": "/tmp"}, {"command": "false", "cwd": os.path.abspath("/tmp")}),
         ({"priority": "7", "queue": "gpu"}, {"priority": 7, "queue": "gpu"}),
         ({"delay": "1h"}, {"run_after": 1e6 + 3610, "readiness": queuectl.SCHEDULED}),
         ({"run_at": 5}, {"run_after": 5, "readiness": queuectl.READY}),
@@ -3400,7 +3400,7 @@ class QueueEdit(Clocked):
         self.assertEqual(self.queue.get("x").run_after, 1e6 + 60)
 
     OPTIONS = {  # of `edit`, and the fields that it gives
-        "--command false --cwd /": {"command": "false", "cwd": "/"},
+        "--command false --cwd /": {"command": "false", "cwd": os.path.abspath("/")},
         "--queue gpu": {"queue": "gpu"},
         "--to-queue gpu --priority -3": {"queue": "gpu", "priority": -3},
         "--timeout default --max-retries 7": {"timeout": None, "max_retries": 7},
@@ -8524,7 +8524,7 @@ class DoctorTrials(Case):
 
     def test_missing_directory_ends_the_trials(self) -> None:
         found = self.run_cli("--db", self.file("nowhere/q"), "doctor", code=1).stdout
-        self.assertRegex(found, r"(?m)^FAIL  queue  .*No such file or directory")
+        self.assertRegex(found, r"(?m)^FAIL  queue  .*(No such file|not found)")
         self.assertNotIn("recovery", found)
 
 
@@ -8560,7 +8560,8 @@ class CliEnqueue(Case):
         self.assertEqual([job["command"] for job in self.json_lines("list")], ["a", "a"])
 
     def test_stdin_is_given_as_text_or_as_a_file(self) -> None:
-        self.write("input", "from é\n")
+        with open(self.file("input"), "wb") as file:
+            file.write("from é\n".encode())
         options = {"--stdin=é $x": "é $x", "--stdin-file=input": "from é\n", "--stdin=": ""}
         for option, text in {**options, "--stdin-file=-": "ours"}.items():
             job_id = self.stdout("enqueue", option, "cat", stdin="ours").strip()
@@ -11427,6 +11428,7 @@ class Layout(unittest.TestCase):
         python = [*PYTHON, "-IS", "-c", f"import sys; sys.path.append({HERE!r}); {code}"]
         loaded = subprocess.check_output(python, stderr=subprocess.DEVNULL, text=True).split()
         slow = slow - {"argparse"} | {"tempfile"}
+        slow -= set() if POSIX else {"ctypes"}  # it lets a Windows console interpret escapes
         if sys.version_info >= (3, 11):
             slow.add("shutil")
         self.assertEqual(slow & set(loaded), set())

@@ -9185,7 +9185,7 @@ class CliBadInput(Case):
         "enqueue x --max-retries 0": "must be at least 1, which means to try once",
         "enqueue x --timeout none": "0 means no limit",
         "enqueue x --delay=-5m": "must not be negative",
-        "enqueue x --delay -5m": "must not begin with -",
+        "enqueue x --delay -5m": "must not be",  # negative, or begin with -
         "status --db=": "--db must not be empty",
         "list --state done": "--state must not be 'done': did you mean completed?",
         "list -s failed": "did you mean dead?",
@@ -11159,12 +11159,14 @@ class Readme(Case):
                 self.assertEqual(f"making {broken}\n" in result.stdout, bool(code))
                 self.assertIn("<testsuite", self.read("junit.xml"))
 
+    JQ = 'import json, sys; print(json.dumps({"text": sys.stdin.read()}, separators=",:"))'
+
     def test_notification_examples_run_and_read_the_job(self) -> None:
         told = '{ echo "$0 $*"; case "$*" in *@-*|-s*|-t*) cat; esac; } >> told\n'
         for name in ("mail", "curl", "logger"):
             self.stub(name, told)
         if not shutil.which("jq"):
-            self.stub("jq", "cat\n")
+            self.stub("jq", f"exec {sys.executable} -c '{self.JQ}'\n")
         lines = self.example("Notifications").splitlines()
         self.assertEqual(len(lines), 5)
         for line in lines:

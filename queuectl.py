@@ -4159,7 +4159,7 @@ class Batch:
         here = ""
         with contextlib.suppress(FileNotFoundError):  # then each job must have a cwd
             here = os.getcwd()
-        blank = dict.fromkeys(INSERTED, None)
+        blank: dict[str, Any] = dict.fromkeys(INSERTED)
         blank.update(queue="default", priority=0, cwd=here)
         blank.update(created_at=self.now, updated_at=self.now)
         rows = []
@@ -4900,7 +4900,7 @@ class ReportStream:
     """An output stream of a client, without the reports of the wrapper in it."""
 
     def __init__(self, fd: int, nonce: str) -> None:
-        os.set_blocking(fd, False)
+        os.set_blocking(fd, False)  # pyright: ignore[reportAttributeAccessIssue]
         self.file = open(fd, "rb", buffering=0)  # noqa: SIM115
         self.start = f"@{nonce} ".encode()
         forms = rb"(?:(start) ([^\s@]{1,255}) \d+|(exit) (\d{1,3}|nodir))\r?\n"
@@ -5069,7 +5069,7 @@ class RemoteExecution(Execution):
         words = [*fill_in(self.settings["launcher"], self.job), *words]
         return [word.encode(errors="surrogateescape") for word in words]
 
-    def start(self, env: Environ, output: Output, _stdin: str) -> Any:
+    def start(self, env: Environ, output: Output, stdin: str) -> Any:  # noqa: ARG002
         self.ledger.db.set_synchronous("full")  # after a power cut here, it may still run there
         if not self.ledger.note_launch(self.job, self.facts, is_first=True):
             raise Fault("its claim was lost")
@@ -5077,7 +5077,7 @@ class RemoteExecution(Execution):
             ours.callback(self.close)
             given, lifeline = os.pipe()
             theirs.callback(os.close, given)
-            os.set_blocking(lifeline, False)
+            os.set_blocking(lifeline, False)  # pyright: ignore[reportAttributeAccessIssue]
             self.lifeline = open(lifeline, "wb", buffering=0)  # noqa: SIM115
             ends = [given]
             for _ in range(2):
@@ -8273,7 +8273,7 @@ class Site:
         except Exception as error:
             if isinstance(error, Refused):
                 raise
-            sys.excepthook(*sys.exc_info())
+            sys.excepthook(type(error), error, error.__traceback__)
             return refusal(500, "this page failed; `queuectl web` has printed the error")
 
     def limit_time(self, db: Database) -> None:
@@ -9192,12 +9192,12 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
         has_progress = terminal_width(sys.stderr) and not args.quiet
         if args.output or has_progress:
             queue = stack.enter_context(Queue(args.db, insecure=args.insecure))
-        if args.output:
-            options["ended"] = partial(print_ended, args, queue)
-        if has_progress:
             reader = queue._reader
             progress = Progress(partial(survey_queues, reader, args.queues), reader.clock)
-            options["tick"] = lambda: SCREEN.draw(progress.line)
+            if args.output:
+                options["ended"] = partial(print_ended, args, queue)
+            if has_progress:
+                options["tick"] = lambda: SCREEN.draw(progress.line)
         code = work(args.db, args.count or cpu_count(), **options, signals=True)
     return Exit.SIGNALLED - code if code > Exit.SIGNALLED else code
 
@@ -9647,7 +9647,7 @@ def follow_jobs(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> i
         write_output(output_of_attempts(queue, job, end))
     if time.monotonic() < end:
         return cmd_wait(args, queue)
-    say(f"timed out after {format_duration(args.timeout)}")
+    say(f"timed out after {format_duration(args.timeout or 0)}")
     return Exit.TIMED_OUT
 
 

@@ -5845,6 +5845,93 @@ class WalSync:
                 self.truncate_at = now + 5 * (now - began)
 
 
+class EventLog:
+    """The event lines of a pool, in the order in which things happened, and their sum."""
+
+    def __init__(self, options: PoolOptions) -> None:
+        self.options = options
+        self.held: list[tuple[float, str, int, str]] = []  # back, as news come late
+        self.ended: collections.Counter[str] = collections.Counter()  # jobs by their final state
+
+    def add(self, when: float, text: str, seq: int, state: str) -> None:
+        self.held.append((when, text, seq, state))
+        if state in FINISHED:
+            self.ended[state] += 1
+
+    def flush(self, before: float = NEVER) -> None:
+        """Print the lines about events before a time."""
+        self.held.sort()
+        while self.held and self.held[0][0] < before:
+            _, text, seq, state = self.held.pop(0)
+            self.options.say(text)
+            if state in FINISHED:
+                self.options.ended(seq, state)
+
+    def say(self, text: str) -> None:
+        self.flush()
+        self.options.say(text)
+
+    def sum_up(self, seconds: float) -> None:
+        words = (*FINISHED, "blocked")
+        numbers = [f"{self.ended[word]} {word}" for word in words if self.ended[word]]
+        self.say(f"{', '.join(numbers) or 'no jobs ended'} in {format_duration(seconds)}")
+
+
+class Changes:
+    """What a pool has seen of the queue, and when a job becomes ready without a change."""
+
+    def __init__(self, reader: Reader, queues: Sequence[str]) -> None:
+        self.reader = reader
+        self.queues = queues
+        self.seen: object = None  # the data_version of the last poll, and its connection
+        self.polled_at = 0.0  # on the clock of the jobs, as below
+        self.ready_at = NEVER  # when a job is due or a rate allows it
+
+    def forget(self) -> None:
+        """Let the next poll find a change: those of our own do not show in the data_version."""
+        self.seen = None
+
+    def version(self) -> object:
+        """Return what differs from `seen` after a change by others or if the clock was set back."""
+        now = self.reader.clock()
+        if now < self.polled_at:
+            self.forget()
+        self.polled_at = now
+        return self.reader.data_version(), self.reader.db.connection  # a new one counts anew
+
+    def look_ahead(self) -> None:
+        """Find out when the next job will be ready by itself."""
+        when = self.reader.next_ready_time(self.queues)
+        self.ready_at = NEVER if when is None else when
+
+    def pause(self) -> float:
+        return max(0.0, self.ready_at - self.reader.clock())
+
+    def take_ready(self) -> bool:
+        """Tell, once, that the time has come."""
+        is_ready = self.reader.clock() >= self.ready_at
+        if is_ready:
+            self.ready_at = NEVER
+        return is_ready
+
+
+class Housekeeping:
+    """What a pool does for the queue as a whole, in short transactions."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.is_settling = False  # batches of dead processes
+
+    def step(self) -> bool:
+        """Settle batches of dead processes and prune; return whether there may be more to do."""
+        self.is_settling = self.ledger.settle_dead_batches()
+        deleted = []
+        if retention := self.ledger.reader.settings()["retention"]:
+            before = self.ledger.clock() - retention
+            deleted = [self.ledger.delete_slice(state, before) for state in PRUNED_BY_DEFAULT]
+        return self.is_settling or any(deleted)  # such as the jobs that the deleted ones waited for
+
+
 class Pool:
     """The process of `worker start`. It runs no jobs: it starts, wakes and replaces workers."""
 
@@ -5852,22 +5939,19 @@ class Pool:
         self.ledger = ledger
         self.files = files
         self.options = options
-        self.events: list[tuple[float, str, int, str]] = []  # held back, as news come late
-        self.notices = Notices(self.say)
+        self.events = EventLog(options)
+        self.notices = Notices(self.events.say)
         self.crew = Crew(files, options, self.notices, self.fail)
         self.recovery = Recovery(ledger, self.notices, self.report_recovered)
         self.wal = WalSync(ledger.db)
-        start = self.crew.start_missing
-        steps = (self.poll, self.look_ahead, start, self.prune, self.sync, self.print_events)
+        self.changes = Changes(ledger.reader, options.queues)
+        self.housekeeping = Housekeeping(ledger)
+        ahead, start = self.changes.look_ahead, self.crew.start_missing
+        steps = (self.poll, ahead, start, self.prune, self.sync, self.print_events)
         self.agenda = Agenda(*steps)
         self.signals: list[tuple[float, int]] = []
         self.code: int = Exit.OK
-        self.ended: collections.Counter[str] = collections.Counter()  # jobs by their final state
         self.fault: Fault | None = None
-        self.settling = False  # batches of dead processes
-        self.seen: object = None  # the data_version of the last poll, and its connection
-        self.ready_at = NEVER  # when a job is due or a rate allows it, on the clock of the jobs
-        self.polled_at = 0.0  # on the same clock
         ledger.db.keep_waiting = lambda waited: waited < 0.3 and not self.signals
 
     def on_signal(self, number: int, _: object) -> None:
@@ -5883,7 +5967,7 @@ class Pool:
             reader = self.ledger.reader
             empty = "" if any(reader.counts().values()) else ", which has no jobs yet"
             workers = plural(self.options.size, "worker")
-            self.say(f"{workers} on {printable(self.ledger.db.path)}{empty}")
+            self.events.say(f"{workers} on {printable(self.ledger.db.path)}{empty}")
             self.attempt(self.files.run_dir.clean, reader.claimed())
             for step in (self.poll, self.prune, self.crew.start_missing):
                 self.agenda.set(step, 0.0)
@@ -5891,34 +5975,15 @@ class Pool:
                 self.turn()
             with self.ledger.db.translate_errors():
                 self.sync()
-            self.summarize(time.monotonic() - began)
+            self.events.sum_up(time.monotonic() - began)
         if self.fault:
             raise self.fault
         return self.code
 
-    def summarize(self, seconds: float) -> None:
-        words = (*FINISHED, "blocked")
-        numbers = [f"{self.ended[word]} {word}" for word in words if self.ended[word]]
-        self.say(f"{', '.join(numbers) or 'no jobs ended'} in {format_duration(seconds)}")
-
-    def say(self, text: str) -> None:
-        self.flush_events()
-        self.options.say(text)
-
-    def flush_events(self, before: float = NEVER) -> None:
-        """Print the lines about events before a time, in the order in which things happened."""
-        self.events.sort()
-        while self.events and self.events[0][0] < before:
-            _, text, seq, state = self.events.pop(0)
-            self.options.say(text)
-            if state in FINISHED:
-                self.options.ended(seq, state)
-
     def turn(self) -> None:
         self.options.tick()
         sources = [self.files.wakeup, *(worker.pipe for worker in self.crew.workers)]
-        limit = min(self.agenda.pause(), max(0.0, self.ready_at - self.ledger.clock()))
-        ready = SYSTEM.wait(sources, None, limit)
+        ready = SYSTEM.wait(sources, None, min(self.agenda.pause(), self.changes.pause()))
         if self.files.wakeup in ready:  # there is work, a stop request, a new worker or a signal
             self.crew.maybe_work = True
             self.agenda.set(self.poll, 0.0)
@@ -5927,8 +5992,7 @@ class Pool:
         for worker in [worker for worker in self.crew.workers if worker.pipe in ready]:
             self.receive(worker)
         self.obey_signals()
-        if self.ledger.clock() >= self.ready_at:
-            self.ready_at = NEVER
+        if self.changes.take_ready():
             self.crew.maybe_work = True
             self.agenda.within(self.poll, BATCH)  # when is the next one due?
         for step in self.agenda.take():
@@ -5965,24 +6029,22 @@ class Pool:
             else:
                 worker.state = news.kind
             if news.kind == "idle":  # when does the rate of a queue allow the next start?
-                self.agenda.set(self.look_ahead, 0.0)
+                self.agenda.set(self.changes.look_ahead, 0.0)
             if news.kind == "busy":  # a claim must survive a power cut too; there may be more work
                 self.crew.maybe_work = True
                 self.agenda.within(self.sync, BATCH)
 
     def report(self, state: str, text: str, seq: int = 0, when: float = 0.0) -> None:
-        self.events.append((when or time.monotonic(), text, seq, state))
+        self.events.add(when or time.monotonic(), text, seq, state)
         self.agenda.within(self.print_events, 1.5 * BATCH)
         self.agenda.within(self.sync, BATCH)
         if state == DEAD and self.options.drain:
             self.code = Exit.NO
-        if state in FINISHED:
-            self.ended[state] += 1
         if state == PENDING:
             self.agenda.within(self.poll, BATCH)  # when is it due?
 
     def report_recovered(self, state: str, text: str, seq: int) -> None:
-        self.seen = None  # changes of our own do not show in the data_version
+        self.changes.forget()
         self.report(state, text, seq)
         if not self.crew.mode:  # there may be many to recover: the first must not wait for all
             self.crew.maybe_work = True
@@ -5990,15 +6052,15 @@ class Pool:
 
     def print_events(self) -> None:
         """Print the events that no late news can precede any more."""
-        self.flush_events(time.monotonic() - BATCH)
-        if self.events:
+        self.events.flush(time.monotonic() - BATCH)
+        if self.events.held:
             self.agenda.within(self.print_events, BATCH)
 
     def reap(self, worker: WorkerHandle) -> None:
         if not self.crew.reap(worker):
             return
-        self.say(f"{worker.name} died")
-        self.seen = None
+        self.events.say(f"{worker.name} died")
+        self.changes.forget()
         self.agenda.set(self.poll, 0.0)
         if self.agenda.due[self.crew.start_missing] == NEVER:
             self.agenda.set(self.crew.start_missing, 0.0)
@@ -6022,7 +6084,7 @@ class Pool:
         if mode == "now":
             effect = "ending the running jobs; they return to the queue"
         if reason:
-            self.say(f"{reason}: {effect}{hint}")
+            self.events.say(f"{reason}: {effect}{hint}")
         self.crew.stop(mode)
 
     def fail(self, fault: Fault) -> None:
@@ -6038,23 +6100,13 @@ class Pool:
         self.crew.check_answers()
         for path, info in self.files.watched.items():
             require_in_place(path, info)
-        # Read first: later changes are seen later. A new connection has a new count.
-        version = (self.ledger.reader.data_version(), self.ledger.db.connection)
-        now = self.ledger.clock()
-        if now < self.polled_at:  # the clock was set back
-            self.seen = None
-        self.polled_at = now
-        if version != self.seen or self.recovery.has_strangers:  # they may die without a change
+        version = self.changes.version()  # first: later changes are seen later
+        if version != self.changes.seen or self.recovery.has_strangers:  # they die without a change
             self.recover()
-        if version != self.seen:
-            self.seen = version
+        if version != self.changes.seen:
+            self.changes.seen = version
             self.crew.maybe_work = True
-            self.look_ahead()
-
-    def look_ahead(self) -> None:
-        """Find out when the next job will be ready by itself."""
-        when = self.ledger.reader.next_ready_time(self.options.queues)
-        self.ready_at = NEVER if when is None else when
+            self.changes.look_ahead()
 
     def recover(self) -> None:
         claimed = self.ledger.reader.claimed()
@@ -6068,15 +6120,9 @@ class Pool:
     def prune(self) -> None:
         self.agenda.set(self.prune, 60)
         if self.ledger.correct_times():
-            self.seen = None  # something may be due earlier
-        self.settling = self.ledger.settle_dead_batches()
-        if self.settling:
+            self.changes.forget()  # something may be due earlier
+        if self.housekeeping.step():
             self.agenda.set(self.prune, BATCH)
-        if retention := self.ledger.reader.settings()["retention"]:
-            before = self.ledger.clock() - retention
-            deleted = [self.ledger.delete_slice(state, before) for state in PRUNED_BY_DEFAULT]
-            if any(deleted):  # there may be more, such as the jobs that these waited for
-                self.agenda.set(self.prune, BATCH)
 
     def sync(self) -> None:
         self.agenda.set(self.sync, AGAIN)  # if it fails
@@ -6088,7 +6134,8 @@ class Pool:
             return
         self.crew.dispatch()
         is_idle = set(self.crew.states()) == {"idle"} and not self.crew.maybe_work
-        if self.options.drain and is_idle and not (self.recovery.orphans or self.settling):
+        is_settled = not (self.recovery.orphans or self.housekeeping.is_settling)
+        if self.options.drain and is_idle and is_settled:
             blockers = self.ledger.reader.drain_blockers(self.options.queues, self.options.horizon)
             if not blockers:
                 self.end_drain()
@@ -6101,12 +6148,12 @@ class Pool:
         blocked = reader.blocked(self.options.queues)
         for job in blocked:
             self.code = Exit.NO
-            self.say(f"job {printable(job.id)} is {describe_blockers(reader.parents(job))}")
+            self.events.say(f"job {printable(job.id)} is {describe_blockers(reader.parents(job))}")
         rows = reader.counts_by_queue(self.options.queues)
         number = sum(row[3] for row in rows if row[1:3] == (PENDING, BLOCKED))
         if number > len(blocked):
-            self.say(f"and {number - len(blocked)} more are blocked")
-        self.ended["blocked"] = number
+            self.events.say(f"and {number - len(blocked)} more are blocked")
+        self.events.ended["blocked"] = number
         self.stop("stop")
 
 

@@ -6266,7 +6266,9 @@ class WorkerFencing(Live):
             (run,) = queue.attempts(job)
             self.assertEqual((after.state, run.exit_code, run.output), ("pending", 1, b"why"))
             self.assertEqual(run.error, ascii(error)[1:51])
-            self.assertEqual(pool.ready_at, after.run_after)  # although the pool made the change
+            self.assertEqual(
+                pool.changes.ready_at, after.run_after
+            )  # although the pool made the change
             self.assertEqual(queue._db.run_dir.files("1."), [])
 
     @internal

@@ -10,7 +10,7 @@
     print(queue.get(job_id).state, queue.output(job_id).decode())
 
 See help(queuectl.Queue) for the methods, Queue.enqueue for the fields of a job, Job and Attempt for
-the records that are returned, work for running jobs, and QueueError for what can fail. The command
+the records that they return, work for running jobs, and QueueError for the errors. The command
 `queuectl --help` lists the commands. The rest of this text explains how queuectl works.
 
 The life of a job:
@@ -67,7 +67,7 @@ The sections of this file, in order. Each one uses only the sections above it.
     pool            the process that starts workers and recovers the jobs of dead ones
     words           jobs as text, workers and counts as text and as JSON; not the event lines
     report          jobs and attempts over time, as text, HTML, JUnit, Markdown, Prometheus, JSON
-    web             the report as a live page: who may see it, the server, pages and actions
+    web             the report as a live page: access, server, pages and actions
     doctor          trials of a machine and a directory
     command line    the commands, their arguments, and main
 
@@ -374,7 +374,7 @@ LATEST_TIME = 253402214400  # the end of the year 9999 in every time zone
 STDIN_LIMIT = 1 << 20  # bytes of a job's stdin
 DELAYS_LIMIT = 1000  # of a job: more would make its row long
 PARENTS_LIMIT = 30_000  # characters of QUEUECTL_PARENTS; Windows allows 32,767 in a variable
-TOP_PRIORITY = 1_000_001  # of notifications, above what a user can give
+TOP_PRIORITY = 1_000_001  # of notifications: above the range of FIELDS
 QUOTED_LIMIT = 100  # characters of user input that a message quotes
 
 
@@ -439,7 +439,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 
 def id_hint(word: str) -> str:
-    """Return what a word that is not an id seems to mean, or an empty string."""
+    """Return a hint for a word that is not an id; an empty string if there is none."""
     if "," in word:
         return "; ids are separated by blanks"
     state = STATE_SYNONYMS.get(word, word)
@@ -1346,7 +1346,7 @@ CREATE TABLE jobs (
   exit_code INTEGER,
   last_error TEXT,
   launch TEXT,                          -- while it runs elsewhere: a JSON object about that
-  stdin BLOB                            -- last: what precedes it is read without it
+  stdin BLOB                            -- last, so that reading other columns does not load it
 );
 CREATE INDEX jobs_ready ON jobs (queue, priority DESC, run_after, seq, notifies)
   WHERE state = 'pending' AND readiness = 1;
@@ -1646,7 +1646,7 @@ UPDATE sqlite_sequence SET seq = :before WHERE name = :table AND seq = :last
 ADD_NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :any_end, :met)"
 SET_STDIN = "UPDATE jobs SET stdin = :stdin WHERE seq = :seq AND state = 'pending'"
 # Statements with :served are about the queues that a pool serves; `for_queues` names them.
-# What a claim, or the end of the job :seq, has to attend to: the columns of Checks.
+# The columns of Checks, for a claim or for the end of the job :seq.
 CHECKS = f"""
 SELECT (
     SELECT min(run_after) FROM jobs INDEXED BY jobs_due WHERE state = 'pending' AND readiness = 0),
@@ -3175,7 +3175,7 @@ class Database:
 
     @contextlib.contextmanager
     def synced_later(self) -> Iterator[None]:
-        """Sync what the block writes at its end, when other programs can have the lock again."""
+        """Sync the writes of the block after it, when other programs can take the lock again."""
         synchronous = self.synchronous
         if synchronous == "normal" or self.connection.in_block:
             yield
@@ -3708,7 +3708,7 @@ class Claim(NamedTuple):
 
 
 class Checks(NamedTuple):
-    """What a claim, or the end of a job, has to attend to besides the job itself."""
+    """Tells a claim, or the end of a job, which further statements are needed."""
 
     due: float | None  # when the first scheduled job is due
     token_at: float | None  # when the first queue that its rate has closed opens

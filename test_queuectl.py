@@ -11169,7 +11169,7 @@ class Readme(Case):
             self.stub(name, told)
         if not shutil.which("jq"):
             self.stub("jq", f"exec {sys.executable} -c '{self.JQ}'\n")
-        lines = self.example("Notifications").splitlines()
+        lines = self.example("Notifications").replace("\\\n", "").splitlines()
         self.assertEqual(len(lines), 5)
         for line in lines:
             command = shlex.split(line)[4]

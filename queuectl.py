@@ -3887,7 +3887,6 @@ class Ledger:
         after = after_attempt(job, outcome, settings, now, chance)
         if outcome.end == "not launched" and after.state == PENDING:
             after = after._replace(run_after=after.updated_at)  # another job is tried next
-            self.change(HOLD_LAUNCHES, queue=job.queue, now=now)
         is_over = after.state in (COMPLETED, DEAD)
         if job.rule and is_over:
             after = after._replace(rule=None)
@@ -3898,13 +3897,21 @@ class Ledger:
         if outcome.end not in ("unstarted", "not launched"):
             attempt = (job.seq, job.run, job.locked_by, outcome.word, job.waited, *outcome[1:])
             self.db.execute(ADD_ATTEMPT, attempt)
-        if after.state in FINISHED:
-            if checks.has_children:
-                self.unblock_children(after, now)
-            self.add_notifications(after, settings)
+        self.follow_end(after, outcome, settings, checks, now)
         if job.rule and is_over and not job.cancel_requested:  # cancelling ends the schedule
             self.add_next_of_schedule(job, now)
         return after
+
+    def follow_end(
+        self, job: Job, outcome: Outcome, settings: Settings, checks: Checks, now: float
+    ) -> None:
+        """Do what the end of an attempt means for other jobs; the job is as it is after that."""
+        if outcome.end == "not launched" and job.state == PENDING:
+            self.change(HOLD_LAUNCHES, queue=job.queue, now=now)
+        if job.state in FINISHED:
+            if checks.has_children:
+                self.unblock_children(job, now)
+            self.add_notifications(job, settings)
 
     def unblock_children(self, job: Job, now: float) -> None:
         if self.change(MARK_MET, seq=job.seq, completed=job.state == COMPLETED):

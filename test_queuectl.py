@@ -5893,6 +5893,14 @@ class AttemptElsewhereClocked(Clocked):
             self.now += pause
         self.assertEqual(self.attempts(job.id), [])
 
+    def test_failed_launch_of_a_lost_claim_puts_nothing_on_hold(self) -> None:
+        self.queue.enqueue("true")
+        self.queue.enqueue("true")
+        lost = self.claim()._replace(run=7)
+        outcome = Outcome("not launched", self.now, self.now, None, "not launched: ssh: refused")
+        self.assertEqual(self.queue._ledger.finish(lost, outcome), (None, None))
+        self.assertIsNotNone(self.claim())
+
     def test_queue_on_hold_says_why(self) -> None:
         self.queue.enqueue("true", id="a")
         for _ in range(3):

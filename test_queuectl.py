@@ -375,8 +375,9 @@ class Case(unittest.TestCase):
         return self.job(job_id)
 
     def workers(self) -> dict[str, dict[str, Any]]:
-        """Return the living workers, each with the note in its lock file."""
-        return queuectl.RunDirectory(self.path).alive("worker")
+        """Return the living workers that have written a note into their lock files, with it."""
+        living = queuectl.RunDirectory(self.path).alive("worker")
+        return {name: note for name, note in living.items() if note}
 
 
 def claim(queue: Queue, worker: str = "worker-1", queues: Any = ()) -> Any:

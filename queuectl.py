@@ -1304,14 +1304,6 @@ def recount(*, plus: str = "", minus: str = "", kinds: Iterable[str] = JOB_KINDS
     return ", ".join(changes)
 
 
-COUNT_NEW = f"""BEGIN
-  INSERT INTO {NEW_QUEUE};
-  UPDATE queues SET {recount(plus="new", kinds=WAITING_KINDS)} WHERE queue = new.queue;
-  UPDATE queues SET {recount(plus="new", kinds=OTHER_KINDS)}, {FIND_NEXT}
-    WHERE queue = new.queue AND NOT (new.state = 'pending' AND (
-      new.readiness <> 1 OR coalesce(next_priority > new.priority OR next_priority = new.priority
-        AND (next_due, next_seq) < (new.run_after, new.seq), 0)));
-END"""
 SCHEMA = f"""
 CREATE TABLE jobs (
   seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -1421,8 +1413,14 @@ CREATE INDEX queues_closed ON queues (closed_at) WHERE closed_at IS NOT NULL;
 CREATE TRIGGER queues_insert AFTER INSERT ON queues BEGIN
   UPDATE queues SET capacity = {CAPACITY} WHERE queue = new.queue;
 END;
-CREATE TRIGGER jobs_insert AFTER INSERT ON jobs WHEN new.state <> 'staged' {COUNT_NEW};
-CREATE TRIGGER jobs_publish AFTER UPDATE OF state ON jobs WHEN old.state = 'staged' {COUNT_NEW};
+CREATE TRIGGER jobs_insert AFTER INSERT ON jobs WHEN new.state <> 'staged' BEGIN
+  INSERT INTO {NEW_QUEUE};
+  UPDATE queues SET {recount(plus="new", kinds=WAITING_KINDS)} WHERE queue = new.queue;
+  UPDATE queues SET {recount(plus="new", kinds=OTHER_KINDS)}, {FIND_NEXT}
+    WHERE queue = new.queue AND NOT (new.state = 'pending' AND (
+      new.readiness <> 1 OR coalesce(next_priority > new.priority OR next_priority = new.priority
+        AND (next_due, next_seq) < (new.run_after, new.seq), 0)));
+END;
 CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
   UPDATE queues SET {recount(minus="old")}, {FIND_NEXT} WHERE queue = old.queue;
 END;
@@ -1634,12 +1632,27 @@ IS_ACCEPTED = "SELECT 1 FROM batches WHERE name = :batch"
 FORGET_BATCH = "DELETE FROM batches WHERE name = :batch"
 OPEN_BATCH = "SELECT locked_by FROM jobs WHERE state = 'staged' LIMIT 1"
 STAGED_JOBS = f"""
-SELECT seq FROM jobs WHERE state = 'staged' AND locked_by = :batch LIMIT {BATCH_SLICE}"""
-UNSTAGE = f"""
-UPDATE jobs SET state = 'pending', locked_by = NULL, updated_at = :now, readiness = CASE
+SELECT seq FROM jobs WHERE state = 'staged' AND readiness = 1 AND locked_by = :batch
+ORDER BY updated_at, seq LIMIT {BATCH_SLICE}"""  # all of a batch have one updated_at
+IN_SLICE = "seq BETWEEN :first AND :last AND +state = 'staged' AND locked_by = :batch"
+READINESS = """CASE
   WHEN EXISTS (SELECT 1 FROM needs WHERE child = seq AND met = 0) THEN -1
-  ELSE run_after <= :now END
-WHERE seq IN ({STAGED_JOBS})"""
+  ELSE run_after <= :now END"""
+# Publishing counts a slice at once: a trigger for each job would double the cost.
+PUBLISH = (
+    f"""
+INSERT INTO queues (queue, ready, scheduled, blocked)
+  SELECT queue, sum(ready = 1), sum(ready = 0), sum(ready = -1)
+  FROM (SELECT queue, {READINESS} AS ready FROM jobs WHERE {IN_SLICE}) WHERE true GROUP BY queue
+  ON CONFLICT (queue) DO UPDATE SET ready = ready + excluded.ready,
+    scheduled = scheduled + excluded.scheduled, blocked = blocked + excluded.blocked""",
+    f"""
+UPDATE jobs SET state = 'pending', locked_by = NULL, updated_at = :now, readiness = {READINESS}
+WHERE {IN_SLICE}""",
+    f"""
+UPDATE queues SET {FIND_NEXT}
+WHERE queue IN (SELECT DISTINCT queue FROM jobs WHERE seq BETWEEN :first AND :last)""",
+)
 RESET_SEQ = """
 UPDATE sqlite_sequence SET seq = :before WHERE name = :table AND seq = :last
   AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.seq > :before)"""
@@ -3753,7 +3766,7 @@ class Ledger:
             if (row["id"] or "").isdecimal():
                 raise BadInput("a schedule's id must not be a number")
         row["env"] = json.dumps(row["env"]) if row["env"] else None
-        row.update(run_after=when, readiness=when <= now)
+        row.update(run_after=when, readiness=when <= now or row["state"] == STAGED)
 
     def add_numbered(self, rows: Sequence[dict[str, Any]], now: float, seq: int) -> int:
         """Insert jobs that have no ids and need no others, from a number on; return the next."""
@@ -3775,7 +3788,7 @@ class Ledger:
         """Insert a validated job; return its number."""
         self.prepare(row, now)
         needs = self.needs(row) if "after" in row or "after_end" in row else ()
-        if not all(need["met"] for need in needs):
+        if row["state"] != STAGED and not all(need["met"] for need in needs):
             row["readiness"] = BLOCKED
         seq = self.insert(row)
         for need in needs:
@@ -4117,16 +4130,17 @@ class Ledger:
         """
         args = {"batch": batch, "now": self.clock()}
         with self.db.transaction(notify=True):
-            if self.db.rows(IS_ACCEPTED, args):
-                more = self.change(UNSTAGE, **args)
-            else:
-                rows = self.db.rows(STAGED_JOBS, args)
-                for (seq,) in rows:
-                    self.delete(seq)
-                more = bool(rows)
-            if not more:
+            seqs = [row[0] for row in self.db.rows(STAGED_JOBS, args)]
+            if not seqs:
                 self.db.execute(FORGET_BATCH, args)
-        return more
+            elif self.db.rows(IS_ACCEPTED, args):
+                args.update(first=seqs[0], last=seqs[-1])
+                for sql in PUBLISH:
+                    self.db.execute(sql, args)
+            else:
+                for seq in seqs:
+                    self.delete(seq)
+        return bool(seqs)
 
     def settle_dead_batches(self) -> bool:
         """Settle a slice of a batch whose process has died; return False if there was none."""

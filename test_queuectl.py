@@ -375,9 +375,8 @@ class Case(unittest.TestCase):
         return self.job(job_id)
 
     def workers(self) -> dict[str, dict[str, Any]]:
-        """Return the living workers that have written a note into their lock files, with it."""
-        living = queuectl.RunDirectory(self.path).alive("worker")
-        return {name: note for name, note in living.items() if note}
+        """Return the living workers, each with the note in its lock file."""
+        return queuectl.RunDirectory(self.path).alive("worker")
 
 
 def claim(queue: Queue, worker: str = "worker-1", queues: Any = ()) -> Any:
@@ -582,8 +581,8 @@ class Live(Case):
         return max(1.0, 10 * (time.monotonic() - began))
 
     def wait_for_workers(self, count: int) -> None:
-        """Wait until a number of workers are alive."""
-        wait_until(lambda: len(self.workers()) == count)
+        """Wait until a number of workers are alive and have written their notes."""
+        wait_until(lambda: [bool(note) for note in self.workers().values()] == [True] * count)
 
     def wait_for_poll(self, pool: subprocess.Popen[str]) -> None:
         """Wait until an idle pool has polled again."""

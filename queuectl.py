@@ -5996,6 +5996,7 @@ class Pool:
                 self.turn()
             with self.ledger.db.translate_errors():
                 self.sync()
+                self.check_drain()
             self.events.sum_up(time.monotonic() - began)
         if self.fault:
             raise self.fault
@@ -6177,6 +6178,14 @@ class Pool:
         self.events.ended["blocked"] = number
         self.stop("stop")
 
+    def check_drain(self) -> None:
+        """Report a drain that was stopped while jobs were left to run."""
+        options = self.options
+        is_stopped = options.drain and "blocked" not in self.events.ended
+        if is_stopped and self.ledger.reader.drain_blockers(options.queues, options.horizon):
+            self.code = self.code or Exit.NO
+            self.events.say("stopped before all jobs had run")
+
 
 def end_a_thread() -> None:
     """Let glibc load what it ends threads with: later no descriptor may be free, and it aborts."""
@@ -6203,7 +6212,8 @@ def work(  # noqa: PLR0913
     """Run jobs with `count` workers until stopped or, with `drain`, until nothing is left to run.
 
     A drain does not wait for jobs that are due later than `horizon` from now. Returns the exit
-    code: 0; 1 if a job died during a drain or is left blocked; 128+n if signal n ended the jobs.
+    code: 0; 1 if, with `drain`, a job died, is blocked or was not run because of a stop; 128+n if
+    signal n ended the jobs.
     `signals` lets INT, TERM and HUP stop it, in a main thread; `queuectl worker stop` always can.
     `say` gets each event line, `ended` the `seq` and state of each ended job; `tick` is called
     every second. `insecure` is as in Queue. `name` names the pool in the run directory.
@@ -10095,7 +10105,8 @@ COMMANDS = {
             arg("-c --count", "N", "how many jobs to run at a time (default: 1; 0: one per CPU)",
                 integer(0, 1000), default=1),
             QUEUES,
-            flag("--drain", "exit when nothing is left to run; with 1 if a job died or is blocked"),
+            flag("--drain", "exit when nothing is left to run; with 1 if a job died, is blocked "
+            "or was not run because of a stop"),
             arg("--horizon", "DURATION", "with --drain: do not wait for jobs that are due later "
                 "than this", parse_duration, default=LONGEST),
             arg("--report", "FILE", "with --drain: write a report about it at the end; its format "

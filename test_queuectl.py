@@ -6745,6 +6745,22 @@ class PoolStop(Live):
                 waiting = self.job("waiting")
                 self.assertEqual((waiting.state, waiting.run), ("pending", 0))
 
+    def test_drain_that_is_stopped_before_all_jobs_have_run_fails(self) -> None:
+        for waiting, code in ((True, 1), (False, 0)):
+            self.use_queue(f"drain{code}")
+            self.enqueue(f"touch started{code}; {RUN_UNTIL_GO}", id="running")
+            if waiting:
+                self.enqueue("true", id="waiting", delay=3600)
+            pool = self.pool("--drain")
+            wait_until(lambda code=code: os.path.exists(self.file(f"started{code}")))
+            pool.terminate()
+            self.wait_for_output(pool, "SIGTERM")
+            self.write("go")
+            output = pool.communicate(timeout=10)[0]
+            self.assertEqual(pool.returncode, code, output)
+            self.assertEqual("stopped before all jobs had run" in output, waiting)
+            os.remove(self.file("go"))
+
     def test_second_signal_kills_running_jobs_without_counting_the_attempts(self) -> None:
         """Promise 3: an attempt that the operator stopped does not count."""
         pools = {}

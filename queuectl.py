@@ -1235,8 +1235,8 @@ def notification_commands(job: Job, settings: Settings) -> dict[str, str]:
 
 
 def state_to_report(after: Job | None) -> str:
-    """Return the state of a job to which its pool reacts; a dead notification fails no drain."""
-    return "" if after is None or (after.notifies and after.state == DEAD) else after.state
+    """Return the state of a job to which its pool reacts, "" for a notification that has ended."""
+    return "" if after is None or (after.notifies and after.state in FINISHED) else after.state
 
 
 # --- SQL -----------------------------------------------------------------------------------------
@@ -1274,6 +1274,7 @@ JOB_KINDS = {
     "processing": "state = 'processing'",
     "notifying": "state = 'processing' AND {job}.notifies IS NOT NULL",
     "completed": "state = 'completed'",
+    "delivered": "state = 'completed' AND {job}.notifies IS NOT NULL",
     "dead": "state = 'dead'",
     "cancelled": "state = 'cancelled'",
 }
@@ -1397,6 +1398,7 @@ CREATE TABLE queues (                   -- kept by triggers; queue '': paused st
   processing INTEGER NOT NULL DEFAULT 0,
   notifying INTEGER NOT NULL DEFAULT 0, -- the notifications among those in processing
   completed INTEGER NOT NULL DEFAULT 0,
+  delivered INTEGER NOT NULL DEFAULT 0, -- the notifications among those that have completed
   dead INTEGER NOT NULL DEFAULT 0,
   cancelled INTEGER NOT NULL DEFAULT 0,
   next_priority INTEGER,                -- of the ready job that is next, here and below
@@ -1532,6 +1534,7 @@ SELECT count(*), min(updated_at) FROM (
 COUNTS = """
 SELECT queue, blocked, scheduled, ready, processing, completed, dead, cancelled FROM queues
 WHERE :served ORDER BY queue"""
+COUNTS_WITHOUT_DELIVERED = COUNTS.replace("completed,", "completed - delivered,")
 USED_QUEUES = """
 SELECT queue FROM queues
 WHERE blocked + scheduled + ready + processing + completed + dead + cancelled > 0
@@ -3449,7 +3452,7 @@ class Reader:
             yield from self.named(chosen.ids)
             return
         now = self.clock()
-        counts = self.counts_by_queue()
+        counts = self.counts_by_queue(delivered=True)
         found = {row[1:3] for row in counts if not chosen.queues or row[0] in chosen.queues}
         kinds = {kind for kind in found if chosen.takes_state(*kind)}
         only = chosen.queues[0] if len(chosen.queues) == 1 else None
@@ -3466,7 +3469,7 @@ class Reader:
         if chosen.ids or chosen.match or chosen.older_than:
             seqs = sorted((job.updated_at, job.seq) for job in self.selected(chosen))
             return list(self.by_seqs(sorted(seq for _, seq in seqs[-limit:]))), len(seqs)
-        counts = self.counts_by_queue(chosen.queues)
+        counts = self.counts_by_queue(chosen.queues, delivered=chosen.notifications)
         counts = [row for row in counts if chosen.takes_state(*row[1:3])]
         found: list[Job] = []
         kinds = {(row[0] if chosen.queues else None, *row[1:3]) for row in counts}
@@ -3474,8 +3477,6 @@ class Reader:
         for queue, state, readiness in kinds:
             asked = {"state": state, "readiness": readiness, "queue": queue}
             found += self.select(LATEST, **asked, limit=limit, notifications=chosen.notifications)
-            if state == COMPLETED and not chosen.notifications:
-                total -= self.number(COUNT_NOTIFICATIONS, state=state, queue=queue)
         found.sort(key=lambda job: job.updated_at)
         return sorted(found[-limit:]), total
 
@@ -3569,9 +3570,14 @@ class Reader:
         args.update((f"q{n}", name) for n, name in enumerate(names))
         return self.db.rows(for_queues(sql, len(names)), args)
 
-    def counts_by_queue(self, queues: Sequence[str] = ()) -> list[tuple[str, State, int, int]]:
-        """Return the number of jobs by queue, state and readiness, in these queues or in all."""
-        rows = self.rows_of(COUNTS, queues)
+    def counts_by_queue(
+        self, queues: Sequence[str] = (), *, delivered: bool = False
+    ) -> list[tuple[str, State, int, int]]:
+        """Return the number of jobs by queue, state and readiness, in these queues or in all.
+
+        Notifications that have completed are counted only if `delivered`.
+        """
+        rows = self.rows_of(COUNTS if delivered else COUNTS_WITHOUT_DELIVERED, queues)
         counted = ((row[0], *kind, n) for row in rows for kind, n in zip(COUNTED, row[1:]))
         return [count for count in counted if count[-1]]
 
@@ -4460,7 +4466,10 @@ class Queue:
         return self._reader.output(found, run or found.run, limit)
 
     def counts(self, queues: Sequence[str] = ()) -> dict[str, int]:
-        """Return the number of jobs in each state, in these queues or in all."""
+        """Return the number of jobs in each state, in these queues or in all.
+
+        Notifications that have completed are not counted.
+        """
         return self._reader.counts(queues)
 
     def wait(self, ids: Iterable[str], timeout: Duration | None = None) -> list[Job]:
@@ -6212,8 +6221,7 @@ def work(  # noqa: PLR0913
     """Run jobs with `count` workers until stopped or, with `drain`, until nothing is left to run.
 
     A drain does not wait for jobs that are due later than `horizon` from now. Returns the exit
-    code: 0; 1 if, with `drain`, a job died, is blocked or was not run because of a stop; 128+n if
-    signal n ended the jobs.
+    code: 0; 1 if, in a drain, a job died, is blocked or was not run; 128+n if signal n ended jobs.
     `signals` lets INT, TERM and HUP stop it, in a main thread; `queuectl worker stop` always can.
     `say` gets each event line, `ended` the `seq` and state of each ended job; `tick` is called
     every second. `insecure` is as in Queue. `name` names the pool in the run directory.

@@ -4222,6 +4222,8 @@ class QueueNotificationsLive(Live):
         self.enqueue("echo '$(touch evil)'; exit 3", id=evil, max_retries=1, stdin="$(touch evil)")
         output = self.drain(code=1)
         self.assertRegex(output, r"\w notification 2 completed in")
+        self.assertRegex(output, r"\d 1 dead in [\d.]+ s\n\Z")
+        self.assertEqual(self.json_object("status")["completed"], 0)
         first, line = self.lines("told")
         self.assertEqual(first, f"{evil} dead")
         self.assertEqual(json.loads(line)["runs"][0]["output"], "$(touch evil)\n")
@@ -4299,10 +4301,11 @@ SELECT queue,
   sum(state = 'pending' AND readiness = 1), sum(state = 'pending' AND readiness = 0),
   sum(state = 'pending' AND readiness = -1), sum(state = 'processing'),
   sum(state = 'processing' AND notifies IS NOT NULL), sum(state = 'completed'),
-  sum(state = 'dead'), sum(state = 'cancelled')
+  sum(state = 'completed' AND notifies IS NOT NULL), sum(state = 'dead'), sum(state = 'cancelled')
 FROM jobs GROUP BY queue ORDER BY queue"""
 KEPT_FACTS = """
-SELECT queue, ready, scheduled, blocked, processing, notifying, completed, dead, cancelled
+SELECT queue, ready, scheduled, blocked, processing, notifying, completed, delivered, dead,
+  cancelled
 FROM queues WHERE ready + scheduled + blocked + processing + completed + dead + cancelled > 0
 ORDER BY queue"""
 NEXT_OF_QUEUES = """

@@ -1482,6 +1482,7 @@ SELECT 1 FROM jobs WHERE id = :id
 UNION ALL SELECT 1 FROM jobs WHERE schedule_id = :id AND rule IS NOT NULL
   AND state IN ('pending', 'processing', 'staged')"""
 LAST_RUN_OF_SCHEDULE = JOB + "WHERE schedule_id = :id AND run > 0 ORDER BY seq DESC LIMIT 1"
+LAST_DEAD_OF_SCHEDULE = JOB + "WHERE schedule_id = :id AND state = 'dead' ORDER BY seq DESC LIMIT 1"
 LAST_RESULT_OF_SCHEDULE = """
 SELECT id, outcome, error, started, finished FROM jobs JOIN attempts ON job = seq
 WHERE schedule_id = :id ORDER BY seq DESC, attempts.run DESC LIMIT 1"""
@@ -4008,7 +4009,12 @@ class Ledger:
 
     def check_retry(self, job: Job) -> None:
         """Raise NotFound where a job cannot return to the queue."""
-        self.require_state(job, (DEAD, CANCELLED))
+        try:
+            self.require_state(job, (DEAD, CANCELLED))
+        except NotFound as error:
+            if dead := self.reader.first(LAST_DEAD_OF_SCHEDULE, id=job.schedule_id):
+                raise NotFound(f"{error}; the last dead one is {printable(dead.id)}") from None
+            raise
         name = {"id": job.schedule_id, "batch": None}
         if job.rule and (self.db.rows(BY_ID, name) or self.db.rows(ACTIVE_OF_SCHEDULE, name)):
             schedule = printable(str(job.schedule_id))
@@ -6419,6 +6425,7 @@ def job_details(reader: Reader, job: Job) -> Iterator[tuple[str, object]]:
     facts = job_facts(job, reader.settings(job.queue))
     facts = {key: value for key, value in facts.items() if key not in hidden}
     facts.update(why=reason_to_wait(reader, job), schedule=rule_text(job), snoozes=job.snoozes)
+    facts["env"] = shlex.join(f"{name}={value}" for name, value in facts["env"].items())
     facts["stdin"] = plural(job.stdin_size, "byte") if job.stdin_size else ""
     facts["settings"] = ", ".join(stored_settings(reader, job.queue))
     facts["timeout"] = exact_duration(facts["timeout"]) + " (no limit)" * (not facts["timeout"])
@@ -9897,7 +9904,9 @@ def cmd_edit(args: argparse.Namespace, queue: Queue) -> int:
     show_ids(changed)
     others = {job.seq: job for job in jobs if job.seq not in {other.seq for other in changed}}
     for job in others.values():
-        say(f"job {job.id} is {job.state}; it was not changed")
+        again = f" (queuectl pause, dlq retry {job.id}, edit it, resume)"
+        hint = again if job.state in (DEAD, CANCELLED) else ""
+        say(f"job {job.id} is {job.state}; it was not changed{hint}")
     return Exit.NO if others else Exit.OK
 
 
@@ -10060,7 +10069,7 @@ CHANGE = (*SELECT, flag("-n --dry-run", "print the ids, and change nothing"))
 DELETE = (IDS, *group("which jobs", QUEUES, STATE, MATCH, AGE), *CHANGE[5:])
 ALL_DEAD = flag("--all", "all dead jobs")
 KEY = arg("key", "KEY", "one of: " + ", ".join(SETTINGS), validate_setting)
-OF_QUEUE = arg("--queue", "QUEUE", "apply to this queue only (default: all queues without a "
+OF_QUEUE = arg("-q --queue", "QUEUE", "apply to this queue only (default: all queues without a "
                "value of their own)", valid_name)
 
 COMMANDS = {
@@ -10387,8 +10396,10 @@ WORD_HINTS = {  # the option that a word stands for where a command takes no wor
 
 def usage_hint(prog: str, message: str, options: Iterable[str]) -> str:
     wrong = re.match("unrecognized arguments: ([^ =]+)", message)
+    if wrong and wrong[1] == "-":
+        return "; - takes the place of a command, as in: enqueue --lines -"
     if wrong and wrong[1][0] == "-":
-        return suggestion(wrong[1], options)
+        return did_you_mean(wrong[1], options)
     if wrong and prog in WORD_HINTS:
         return f": did you mean {WORD_HINTS[prog]} {wrong[1]}?"
     if re.match("argument .*: expected one argument", message):

@@ -4336,7 +4336,7 @@ class QueueLimit(Clocked):
         return job_id
 
     def test_full_queue_starts_no_job_and_holds_up_no_other(self) -> None:
-        self.stdout("config", "set", "limit", "2", "--queue", "gpu")
+        self.stdout("config", "set", "limit", "2", "-q", "gpu")
         for number in range(3):
             self.queue.enqueue("true", id=f"gpu{number}", queue="gpu", priority=9)
         self.queue.enqueue("true", id="cpu", queue="cpu")
@@ -9578,6 +9578,16 @@ class CliShow(Clocked):
             self.assertEqual((result["job"], result["outcome"]), ("x.1", "failed"))
             self.assertEqual(result["finished"], queuectl.format_time(began))
 
+    def test_refused_retry_of_a_schedule_names_its_last_dead_job(self) -> None:
+        self.queue.enqueue("true", id="x", every=10, max_retries=1)
+        refused = "job x.1 is pending, not dead or cancelled"
+        self.assertIn(refused + "\n", self.assert_refused("dlq", "retry", "x", code=1))
+        self.queue._ledger.finish(self.claim(), Outcome("exited", 1.0, 2.0, 3, "exit code 3"))
+        refused = "job x.2 is pending, not dead or cancelled; the last dead one is x.1\n"
+        self.assertIn(refused, self.assert_refused("dlq", "retry", "x", code=1))
+        error = self.assert_refused("edit", "x.1", "--priority", "5", code=1)
+        self.assertIn("x.1 is dead; it was not changed (queuectl pause, dlq retry x.1, ", error)
+
     @internal
     def test_list_has_times_of_the_last_attempt_as_json(self) -> None:
         keys = ("started", "finished", "seconds")
@@ -9591,13 +9601,15 @@ class CliShow(Clocked):
         self.assertEqual(rows, [[*times[:2], 2.5], [times[2], None, None], [None] * 3])
 
     def test_show_has_local_times_and_durations_that_can_be_typed(self) -> None:
-        self.enqueue("true", id="x", timeout=5400, retry_delays=[10, 60], delay="2h")
+        delays = {"retry_delays": [10, 60], "delay": "2h"}
+        self.enqueue("true", id="x", timeout=5400, env={"A": "b c", "D": "e"}, **delays)
         with time_zone("XXX-3:30"):
             shown = self.stdout("show", "x")
             due = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.job("x").run_after))
         self.assertRegex(shown, rf"\nrun_after    {due}:\d\d \(in (2h|1h59m)")
         self.assertIn("\ntimeout      1h30m\n", shown)
         self.assertIn("\nretry_delays 10s,1m\n", shown)
+        self.assertIn("\nenv          'A=b c' D=e\n", shown)
         exact = {0: "0", 0.5: "0.5s", 300: "5m", 86399.25: "23h59m59.25s", 2592000: "30d"}
         self.assert_table(exact, queuectl.exact_duration)
         for seconds, text in exact.items():

@@ -501,7 +501,7 @@ def parse_duration(value: Any) -> float:
 def parse_size(value: Any) -> int:
     """Return a number of bytes, given one or `64K`, `1M`, `10MB`, `1.5 MiB`; K is 1024."""
     if isinstance(value, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)(?:i?b)?", value.strip().lower())
+        match = re.fullmatch(r"(\d{1,12}(?:\.\d+)?)\s*([kmg]?)(?:i?b)?", value.strip().lower())
         value = match and int(float(match[1]) * 1024 ** " kmg".index(match[2] or " "))
     expectation = "be a size between 0 and 256M, such as 65536, 64K or 1M"
     return int(in_range(0, value, 1 << 28, expectation))
@@ -531,10 +531,10 @@ def parse_time(value: Any) -> float:
 
 def parse_age(value: Any) -> float:
     """Return the age of jobs to be deleted; a bare number, which may stand for days, is refused."""
-    bare = re.fullmatch(r"\s*([1-9]\d*)\s*", str(value))
-    require(
-        not bare, f"have a unit: {bare and bare[1]} would be seconds; 7d for days, 7s for seconds"
-    )
+    text = str(value).strip()
+    is_bare = re.fullmatch(r"[\d.]*[1-9][\d.]*", text)
+    hint = f"{quoted(text)} would be seconds; 7d for days, 7s for seconds"
+    require(not is_bare, f"have a unit: {hint}")
     return parse_duration(value)
 
 
@@ -661,7 +661,7 @@ def cron_field(field: str, low: int, high: int, names: str) -> set[int]:
     for value, name in enumerate(names.split(), low):
         numbers = re.sub(rf"(?<!/)\b{name}\b", str(value), numbers)
     for part in numbers.split(","):
-        match = re.fullmatch(r"(?:\*|(\d+)(?:-(\d+))?)(?:/([1-9]\d*))?", part)
+        match = re.fullmatch(r"(?:\*|(\d{1,9})(?:-(\d{1,9}))?)(?:/([1-9]\d{0,8}))?", part)
         if not match:
             raise ValueError(f"has a field '{quoted(field)}'; use a number, a range, a list or *")
         first, last, step = match.groups()
@@ -826,7 +826,9 @@ def valid_prefix(value: Any) -> tuple[str, ...]:
         words = shlex.split(line, posix=not WINDOWS)  # there, a backslash is part of a path
     except ValueError as error:
         raise ValueError(f"must be a command prefix: {error}") from None
-    return tuple(word.strip('"') if WINDOWS else word for word in words)
+    words = [word.strip('"') if WINDOWS else word for word in words]
+    require(words[0], "begin with a program")
+    return tuple(words)
 
 
 def valid_exit_codes(value: Any) -> tuple[int, ...]:
@@ -987,7 +989,7 @@ def validate_changes(fields: Mapping[str, object]) -> dict[str, Any]:
 def setting_input(value: Any) -> str:
     """Return a setting, which a program may give as a number or a timedelta, as text."""
     if isinstance(value, timedelta):
-        value = value.total_seconds()
+        value = f"{value.total_seconds():.15g}s"
     return valid_text(str(value) if isinstance(value, (int, float)) else value)
 
 

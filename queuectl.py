@@ -1602,7 +1602,7 @@ FAILED_ANCESTORS = f"""
 WITH RECURSIVE ancestors (parent) AS (
   SELECT parent FROM needs WHERE child = :seq AND met = 0
   UNION SELECT needs.parent FROM needs JOIN ancestors ON child = ancestors.parent WHERE met = 0)
-{JOB}WHERE seq IN ancestors AND state IN ('dead', 'cancelled') LIMIT 1"""
+{JOB}WHERE seq IN ancestors AND +state IN ('dead', 'cancelled') LIMIT 1"""  # +: not by an index
 COUNT_CHILDREN = """
 SELECT count(*) FROM needs JOIN jobs ON seq = child
 WHERE parent = :seq AND met = 0 AND any_end = 0 AND state = 'pending'"""

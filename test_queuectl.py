@@ -1245,6 +1245,7 @@ class SqlPlans(Clocked):
         "WAITING_SUMMARY": "jobs_notifies",
         "COUNT_UNMET": "needs_child",
         "WAITS_FOR": "needs_child",
+        "FAILED_ANCESTORS": "jobs USING INTEGER PRIMARY KEY (rowid=?)",
         "DROP_NEEDS": "needs_child",
         "BY_ID": "sqlite_autoindex_jobs_1",
         "SUMMARIES": "PRIMARY KEY",

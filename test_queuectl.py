@@ -11255,9 +11255,7 @@ class Readme(Case):
         documented = {key.strip("`"): value.strip("`") for key, value, _ in self.rows("Settings")}
         self.assertEqual(documented, defaults)
         last = [key.strip("`") for key, *_ in self.rows("Settings")][-3:]
-        self.assertEqual(
-            set(last), {key for key, each in queuectl.SETTINGS.items() if not each.per_queue}
-        )
+        self.assertEqual(set(last), set(queuectl.FOR_ALL_QUEUES))
 
     @internal
     def test_exit_codes_are_those_of_the_program(self) -> None:

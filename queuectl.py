@@ -188,7 +188,6 @@ class QueueError(Exception):
     hint: Callable[[], str] | None = None  # ends the text; costly, so not within a transaction
 
     def __str__(self) -> str:
-        """Return the text."""
         return super().__str__() + (self.hint() if self.hint else "")
 
 
@@ -405,14 +404,12 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     import difflib
     from heapq import nlargest
 
-    matcher = difflib.SequenceMatcher(b=word[:QUOTED_LIMIT])
-
     def upper_bound(other: str) -> float:
-        matcher.set_seq1(other[:QUOTED_LIMIT])
-        return matcher.quick_ratio()
+        return difflib.SequenceMatcher(None, other[:QUOTED_LIMIT], word).quick_ratio()
 
+    word = word[:QUOTED_LIMIT]
     close = nlargest(20, known, upper_bound)  # an exact ratio of long words takes a long time
-    return next(iter(difflib.get_close_matches(word[:QUOTED_LIMIT], close, 1, 0.7)), None)
+    return next(iter(difflib.get_close_matches(word, close, 1, 0.7)), None)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -35,8 +35,8 @@ its last holder dies, so liveness is a fact: there are no heartbeats, leases or 
     SEQ.RUN.kept.X  the same, with a result X that the worker could not store
 
 A launcher, such as ssh or srun, runs a job elsewhere, in a wrapper that reports its start and its
-exit code. The job begins once the start has been recorded. The command that ends it there is on
-disk before the launch (`launch`), and runs before a job without an exit code is queued again.
+exit code. The job begins once its start has been recorded. The command that ends it there is
+stored before the launch (`launch`), and runs before a job without an exit code is queued again.
 
 A job in `processing` whose worker's lock is free has crashed, unless the worker kept its result.
 The remaining processes of the attempt are found by its lock or, on Linux, by their environment.
@@ -142,12 +142,8 @@ __all__ += ["BadInput", "Damaged", "Fault", "Locked", "NotFound", "QueueError", 
 # --- vocabulary ----------------------------------------------------------------------------------
 
 State = Literal["pending", "processing", "completed", "dead", "cancelled"]
-PENDING: State = "pending"
-PROCESSING: State = "processing"
-COMPLETED: State = "completed"
-DEAD: State = "dead"
-CANCELLED: State = "cancelled"
-STATES = (PENDING, PROCESSING, COMPLETED, DEAD, CANCELLED)
+STATES: tuple[State, ...] = ("pending", "processing", "completed", "dead", "cancelled")
+PENDING, PROCESSING, COMPLETED, DEAD, CANCELLED = STATES
 FINISHED: tuple[State, ...] = (COMPLETED, DEAD, CANCELLED)
 STAGED = "staged"  # the state of jobs that nobody sees: their batch is not complete yet
 PRUNED_BY_DEFAULT = (COMPLETED, CANCELLED)  # dead letters stay until they are purged
@@ -192,7 +188,6 @@ class QueueError(Exception):
     hint: Callable[[], str] | None = None  # ends the text; costly, so not within a transaction
 
     def __str__(self) -> str:
-        """Return the text."""
         return super().__str__() + (self.hint() if self.hint else "")
 
 
@@ -233,22 +228,21 @@ class Job(NamedTuple):
     `seq` numbers the jobs in the order of their arrival. `id`, `queue`, `command`, `cwd` and
     `priority` are as in Queue.enqueue, at the time `created_at`. A job does not start before
     `run_after`. `locked_by` is the worker that runs it, since `locked_at`. `exit_code` and
-    `last_error` tell how the last attempt ended; None is for no attempt, and for no error.
+    `last_error` tell how the last attempt ended; they are None if there was none, or no error.
 
     `attempts` counts the starts since the job was enqueued or retried from the dead letter queue;
     `snoozes` counts the exits with 75. `run` counts every start and identifies one attempt.
     `max_retries` (the number of starts allowed) and `timeout` (seconds, 0 for none) are None where
-    the settings decide. `env` is a JSON object. `readiness` of a pending job
-    is 1 (ready), 0 (scheduled) or -1 (blocked).
-    `cancel_requested` is 1 while a running job is being cancelled. `updated_at` is the time of the
-    last change of state; for a ready job, the time when it became ready. `waited` is how many
-    seconds the job was ready before its latest start. A job of a schedule has the `schedule_id`,
-    the time that the schedule gave it in `scheduled_for`, and, until the next job of the schedule
-    has been made, the `rule`. `retry_delays` are seconds, separated by commas; `on_dead` and
-    `on_end` are None where the settings decide, and empty for no command. `stdin_size` is in bytes.
-    A notification has the number of the job that it reports on in `notifies`, and in `event` the
-    state in which that job ended, or "summary". While a launcher runs the job elsewhere, `launch`
-    is a JSON object with the facts about that.
+    the settings decide. `env` is a JSON object. `readiness` of a pending job is 1 (ready),
+    0 (scheduled) or -1 (blocked). `cancel_requested` is 1 while a running job is being cancelled.
+    `updated_at` is the time of the last change of state; for a ready job, the time when it became
+    ready. `waited` is how many seconds the job was ready before its latest start. A job of a
+    schedule has the `schedule_id`, the time that the schedule gave it in `scheduled_for`, and,
+    until the next job of the schedule has been made, the `rule`. `retry_delays` are seconds,
+    separated by commas; `on_dead` and `on_end` are None where the settings decide, and empty for
+    no command. `stdin_size` is in bytes. A notification has the number of the job that it reports
+    on in `notifies`, and in `event` the state in which that job ended, or "summary". While a
+    launcher runs the job elsewhere, `launch` is a JSON object with the facts about that.
     """
 
     seq: int
@@ -322,13 +316,6 @@ class Attempt(NamedTuple):
     bytes_dropped: int
     output: bytes
 
-    def cut(self, limit: int) -> Attempt:
-        """Return it with no more than the last bytes of its output."""
-        dropped = max(0, len(self.output) - limit)
-        return self._replace(
-            bytes_dropped=self.bytes_dropped + dropped, output=self.output[dropped:]
-        )
-
 
 class Selection(NamedTuple):
     """The jobs that a command is about: the named ones, or all that match every filter given.
@@ -368,7 +355,7 @@ DEFAULT_SHELL = ("cmd.exe", "/d", "/s", "/c") if WINDOWS else ("/bin/sh", "-c", 
 COMMAND_LIMIT = 8191 if WINDOWS else 131071  # bytes; Linux: MAX_ARG_STRLEN
 UNIT_SECONDS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
 UNIT = "w(?:eeks?)?|d(?:ays?)?|h(?:(?:ou)?rs?)?|m(?:in(?:ute)?s?)?|s(?:ec(?:ond)?s?)?"
-LATE = 0.1  # seconds; a start that was later than this after its token is not caught up
+LATE = 0.1  # seconds; a start that is later than its token by more is not made up for
 LONGEST = 10 * 365 * 86400.0  # no duration is longer, so that sums of times never overflow
 LATEST_TIME = 253402214400  # the end of the year 9999 in every time zone
 STDIN_LIMIT = 1 << 20  # bytes of a job's stdin
@@ -417,14 +404,12 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     import difflib
     from heapq import nlargest
 
-    matcher = difflib.SequenceMatcher(b=word[:QUOTED_LIMIT])
-
     def upper_bound(other: str) -> float:
-        matcher.set_seq1(other[:QUOTED_LIMIT])
-        return matcher.quick_ratio()
+        return difflib.SequenceMatcher(None, other[:QUOTED_LIMIT], word).quick_ratio()
 
+    word = word[:QUOTED_LIMIT]
     close = nlargest(20, known, upper_bound)  # an exact ratio of long words takes a long time
-    return next(iter(difflib.get_close_matches(word[:QUOTED_LIMIT], close, 1, 0.7)), None)
+    return next(iter(difflib.get_close_matches(word, close, 1, 0.7)), None)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -501,7 +486,7 @@ def parse_duration(value: Any) -> float:
 def parse_size(value: Any) -> int:
     """Return a number of bytes, given one or `64K`, `1M`, `10MB`, `1.5 MiB`; K is 1024."""
     if isinstance(value, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)(?:i?b)?", value.strip().lower())
+        match = re.fullmatch(r"(\d{1,12}(?:\.\d+)?)\s*([kmg]?)(?:i?b)?", value.strip().lower())
         value = match and int(float(match[1]) * 1024 ** " kmg".index(match[2] or " "))
     expectation = "be a size between 0 and 256M, such as 65536, 64K or 1M"
     return int(in_range(0, value, 1 << 28, expectation))
@@ -531,10 +516,10 @@ def parse_time(value: Any) -> float:
 
 def parse_age(value: Any) -> float:
     """Return the age of jobs to be deleted; a bare number, which may stand for days, is refused."""
-    bare = re.fullmatch(r"\s*([1-9]\d*)\s*", str(value))
-    require(
-        not bare, f"have a unit: {bare and bare[1]} would be seconds; 7d for days, 7s for seconds"
-    )
+    text = str(value).strip()
+    is_bare = re.fullmatch(r"[\d.]*[1-9][\d.]*", text)
+    hint = f"{quoted(text)} would be seconds; 7d for days, 7s for seconds"
+    require(not is_bare, f"have a unit: {hint}")
     return parse_duration(value)
 
 
@@ -566,13 +551,13 @@ def valid_hook(value: object) -> str:
 def valid_stdin(value: Any) -> bytes:
     """Return a text as it is stored, in UTF-8."""
     require(isinstance(value, (str, bytes)), "be a string")
-    data: bytes = value if isinstance(value, bytes) else value.encode(errors="surrogatepass")
-    require(len(data) <= STDIN_LIMIT, f"not be longer than {STDIN_LIMIT} bytes")
     try:
+        data = value.encode() if isinstance(value, str) else value
         data.decode()
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise ValueError("must be text in UTF-8") from None
-    return data
+    require(len(data) <= STDIN_LIMIT, f"not be longer than {STDIN_LIMIT} bytes")
+    return bytes(data)
 
 
 def valid_name(value: object) -> str:
@@ -612,13 +597,8 @@ def valid_queue_path(value: Path) -> str:
     return path
 
 
-def valid_file(value: str) -> str:
-    require(value, "not be empty")
-    return valid_text(value)
-
-
-def valid_directory(value: object) -> str:
-    """Validate a directory, which need not exist yet, and make it absolute."""
+def valid_path(value: object) -> str:
+    """Validate the path of a file or directory, which need not exist, and make it absolute."""
     path = valid_text(os.fspath(value) if isinstance(value, os.PathLike) else value)
     require(path, "not be empty")
     return os.path.abspath(path)
@@ -661,7 +641,7 @@ def cron_field(field: str, low: int, high: int, names: str) -> set[int]:
     for value, name in enumerate(names.split(), low):
         numbers = re.sub(rf"(?<!/)\b{name}\b", str(value), numbers)
     for part in numbers.split(","):
-        match = re.fullmatch(r"(?:\*|(\d+)(?:-(\d+))?)(?:/([1-9]\d*))?", part)
+        match = re.fullmatch(r"(?:\*|(\d{1,9})(?:-(\d{1,9}))?)(?:/([1-9]\d{0,8}))?", part)
         if not match:
             raise ValueError(f"has a field '{quoted(field)}'; use a number, a range, a list or *")
         first, last, step = match.groups()
@@ -672,18 +652,6 @@ def cron_field(field: str, low: int, high: int, names: str) -> set[int]:
             raise ValueError(f"has '{quoted(field)}' where {low} to {high} is allowed{order}")
         values.update(range(begin, end + 1, int(step or 1)))
     return values
-
-
-def times_of_day(
-    day: datetime, hours: Iterable[int], minutes: Iterable[int], folds: Iterable[int]
-) -> Iterator[float]:
-    """Yield the Unix seconds of clock times; each one by itself only where the clock is changed."""
-    for hour, fold in product(hours, folds):
-        begin, end = (day.replace(hour=hour, minute=m, fold=fold).timestamp() for m in (0, 59))
-        if end - begin == 59 * 60:
-            yield from (begin + 60 * m for m in minutes)
-        else:
-            yield from (day.replace(hour=hour, minute=m, fold=fold).timestamp() for m in minutes)
 
 
 @lru_cache(maxsize=64)
@@ -702,14 +670,19 @@ def cron_next(rule: str, after: float) -> float:
     matches = all if "*" in (fields[2][0], fields[4][0]) else any
     folds = (0, 1) if len(hours) == 24 else (0,)
     day = datetime.fromtimestamp(after, timezone.utc).astimezone()
-    day = day.replace(second=0, microsecond=0, tzinfo=None)
+    day = day.replace(hour=0, minute=0, second=0, microsecond=0, tzinfo=None)
     for _ in range(8 * 366 + 2):  # the 29th of February is at most 8 years away
         match = (day.day in days, bool({day.isoweekday(), day.isoweekday() % 7} & weekdays))
+        tomorrow = day + timedelta(days=1)
         if day.month in months and matches(match):
-            times = times_of_day(day, hours, minutes, folds)
+            begin = day.timestamp()
+            times = (begin + 3600 * h + 60 * m for h, m in product(hours, minutes))
+            if tomorrow.timestamp() - begin != 86400:  # the clock is changed
+                clock = product(hours, minutes, folds)
+                times = (day.replace(hour=h, minute=m, fold=f).timestamp() for h, m, f in clock)
             if later := [when for when in times if when > after]:
                 return min(later)
-        day += timedelta(days=1)
+        day = tomorrow
     raise ValueError("names a date that does not exist")
 
 
@@ -740,7 +713,7 @@ FIELDS: dict[str, Validator] = {
     "timeout": parse_duration,
     "max_retries": valid_tries,
     "retry_delays": valid_delays,
-    "cwd": valid_directory,
+    "cwd": valid_path,
     "env": valid_environment,
     "stdin": valid_stdin,
     "after": valid_names,
@@ -806,9 +779,8 @@ def plain_words(command: str) -> list[str] | None:
     """Return the words of a command that means the same without a shell, None for any other."""
     if not re.fullmatch(PLAIN_COMMAND, command, re.ASCII):
         return None
-    words = re.findall(rf"(?:[^ \t'\"]|{QUOTED_PART})+", command)
-    if "'" in command or '"' in command:
-        words = [re.sub(r"""'([^']*)'|"([^"]*)\"""", r"\1\2", word) for word in words]
+    parts = re.findall(rf"(?:[^ \t'\"]|{QUOTED_PART})+", command)
+    words = [re.sub(r"""'([^']*)'|"([^"]*)\"""", r"\1\2", part) for part in parts]
     first = words[0] if words else ""
     is_shells = not first or first in SHELL_WORDS or first.startswith("%") or "=" in first
     return None if is_shells else words
@@ -826,7 +798,9 @@ def valid_prefix(value: Any) -> tuple[str, ...]:
         words = shlex.split(line, posix=not WINDOWS)  # there, a backslash is part of a path
     except ValueError as error:
         raise ValueError(f"must be a command prefix: {error}") from None
-    return tuple(word.strip('"') if WINDOWS else word for word in words)
+    words = [word.strip('"') if WINDOWS else word for word in words]
+    require(words[0], "begin with a program")
+    return tuple(words)
 
 
 def valid_exit_codes(value: Any) -> tuple[int, ...]:
@@ -893,50 +867,32 @@ class Setting(NamedTuple):
     default: Any
     read: Validator
     meaning: str
-    per_queue: bool = True  # a queue may have a value of its own
 
 
 SETTINGS = {
     "max_retries": Setting(3, FIELDS["max_retries"], "number of attempts, including the first"),
     "backoff_base": Setting(2.0, number(1, 1000), "a retry waits this value ** attempts seconds"),
     "backoff_max": Setting(86400.0, parse_duration, "a retry never waits longer than this"),
-    "jitter": Setting(
-        0.0, number(0, 1), "shorten each wait for a retry at random, by up to this fraction"
-    ),
+    "jitter": Setting(0.0, number(0, 1), "shorten retry waits at random by up to this fraction"),
     "timeout": Setting(300.0, parse_duration, "how long an attempt may take (0: no limit)"),
     "kill_grace": Setting(5.0, parse_duration, "time between TERM and KILL when a job is ended"),
     "output_limit": Setting(65536, parse_size, "how much output is kept, such as 64K or 1M"),
     "on_dead": Setting("", FIELDS["on_dead"], "command to run when a job is dead"),
     "on_end": Setting("", FIELDS["on_end"], "command to run when a job has ended in any way"),
-    "max_notifications": Setting(
-        100,
-        integer(0, 10**6),
-        "number that may wait; further ones are combined into a summary",
-        per_queue=False,
-    ),
+    "max_notifications": Setting(100, integer(0, 10**6), "number that may wait; more are combined"),
     "shell": Setting(DEFAULT_SHELL, valid_prefix, "the program and options that run a command"),
     "max_snoozes": Setting(20, integer(0, 10**6), "how many times a job may exit with 75"),
     "no_retry_exit_codes": Setting((), valid_exit_codes, "final exit codes, such as 2,126,127"),
-    "limit": Setting(
-        0, integer(0, 10**6), "number of jobs of a queue that run at once (0: no limit)"
-    ),
+    "limit": Setting(0, integer(0, 10**6), "number of jobs of a queue that run at once (0: any)"),
     "rate": Setting("", valid_rate, "number of jobs of a queue that start in a period: 10/1m"),
     "launcher": Setting((), valid_launcher, "the program and options that run a command elsewhere"),
-    "launcher_cancel": Setting(
-        (), valid_launcher, "the command that makes sure a job has ended elsewhere"
-    ),
+    "launcher_cancel": Setting((), valid_launcher, "the command that ends a job elsewhere"),
     "launch_timeout": Setting(1800.0, parse_duration, "the time to wait for a place (0: any)"),
     "launcher_quote": Setting("no", valid_switch, "yes: the launcher joins words, as ssh does"),
-    "retention": Setting(
-        0.0,
-        parse_age,
-        "age at which completed and cancelled jobs are pruned (0: never)",
-        per_queue=False,
-    ),
-    "synchronous": Setting(
-        "normal", valid_durability, "full: sync a result before the next claim", per_queue=False
-    ),
+    "retention": Setting(0.0, parse_age, "prune completed and cancelled jobs this old (0: never)"),
+    "synchronous": Setting("normal", valid_durability, "full: sync a result before the next claim"),
 }
+FOR_ALL_QUEUES = ("max_notifications", "retention", "synchronous")  # no queue has its own values
 DEFAULTS = {key: setting.default for key, setting in SETTINGS.items()}
 
 
@@ -987,7 +943,7 @@ def validate_changes(fields: Mapping[str, object]) -> dict[str, Any]:
 def setting_input(value: Any) -> str:
     """Return a setting, which a program may give as a number or a timedelta, as text."""
     if isinstance(value, timedelta):
-        value = value.total_seconds()
+        value = f"{value.total_seconds():.15g}s"
     return valid_text(str(value) if isinstance(value, (int, float)) else value)
 
 
@@ -996,18 +952,13 @@ def validate_setting(key: str, value: str | None = None, queue: str = "") -> str
     key = key.replace("-", "_")
     if key not in SETTINGS:
         raise BadInput(f"unknown key {quoted(key)}{suggestion(key, SETTINGS)}")
-    if queue and not SETTINGS[key].per_queue:
+    if queue and key in FOR_ALL_QUEUES:
         raise BadInput(f"{key} applies to all queues; use it without --queue")
     if value is not None:
         words = validate(key, SETTINGS[key].read, value)
         if words and SETTINGS[key].read is valid_launcher:
             validate(key, require_program, words[0])
     return key
-
-
-@lru_cache(maxsize=1000)
-def read_setting(key: str, value: str) -> Any:
-    return SETTINGS[key].read(value)
 
 
 # Text for people.
@@ -1043,31 +994,27 @@ def format_time(when: float | None) -> str | None:
     return datetime.fromtimestamp(when, timezone.utc).astimezone().isoformat("T", "milliseconds")
 
 
+def in_units(seconds: float, units: str) -> list[str]:
+    """Return a duration as parts such as 2h; it has to be a multiple of the last unit."""
+    parts = []
+    for unit in units:
+        count, seconds = divmod(seconds, UNIT_SECONDS[unit])
+        parts += [f"{count:.0f}{unit}"] * (count > 0)
+    return parts
+
+
 def format_duration(seconds: float) -> str:
     """Return a duration in at most two units: 0.004 s, 42 s, 3m20s, 2h, 5d."""
     if seconds < 59.5:
         digits = 3 if seconds < 0.1 else 2 if seconds < 10 else 0
         return f"{round(seconds, digits):g} s"
-    parts = []
-    rest = round(seconds)
-    for unit, size in UNIT_SECONDS.items():
-        count, rest = divmod(rest, size)
-        if count:
-            parts.append(f"{count}{unit}")
-    return "".join(parts[:2])
+    return "".join(in_units(round(seconds), "wdhms")[:2])
 
 
 def exact_duration(seconds: float) -> str:
     """Return a duration exactly, as it can be typed: 0, 0.5s, 5m, 1h30m, 30d."""
-    rest = seconds
-    parts = []
-    for unit in "dhm":
-        count, rest = divmod(rest, UNIT_SECONDS[unit])
-        if count:
-            parts.append(f"{count:.0f}{unit}")
-    if rest:
-        parts.append(f"{rest:.15g}s")
-    return "".join(parts) or "0"
+    rest = seconds % 60
+    return "".join(in_units(seconds - rest, "dhm")) + f"{rest:.15g}s" * (rest > 0) or "0"
 
 
 def format_distance(when: float, now: float) -> str:
@@ -1101,11 +1048,14 @@ def job_facts(job: Job, settings: Settings) -> dict[str, Any]:
     return facts
 
 
-def attempt_facts(attempt: Attempt) -> dict[str, Any]:
-    """Return an attempt as JSON shows it; output that is not UTF-8 has replacement characters."""
-    times = {"started": format_time(attempt.started), "finished": format_time(attempt.finished)}
-    output = attempt.output.decode(errors="replace")
-    return {**attempt._asdict(), **times, "waited": round(attempt.waited, 3), "output": output}
+def attempt_facts(attempt: Attempt, limit: int = sys.maxsize) -> dict[str, Any]:
+    """Return an attempt as JSON shows it, with the last bytes of its output as UTF-8."""
+    output = attempt.output[-limit:]
+    facts = attempt._asdict()
+    facts.update(started=format_time(attempt.started), finished=format_time(attempt.finished))
+    facts.update(waited=round(attempt.waited, 3), output=output.decode(errors="replace"))
+    facts["bytes_dropped"] += len(attempt.output) - len(output)
+    return facts
 
 
 def json_line(facts: Facts) -> bytes:
@@ -1266,21 +1216,20 @@ TRUNCATE_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
 BEGIN, COMMIT, ROLLBACK = WHOLE = ("BEGIN IMMEDIATE", "COMMIT", "ROLLBACK")
 PART = ("SAVEPOINT part", "RELEASE part", "ROLLBACK TO part", "RELEASE part")
 
-# A queue's row counts its jobs by these tests; in a trigger, {job} is `new` or `old`.
+# A queue's row counts its jobs by these tests; in a trigger, JOB is `new` or `old`.
 JOB_KINDS = {
-    "ready": "state = 'pending' AND {job}.readiness = 1",
-    "scheduled": "state = 'pending' AND {job}.readiness = 0",
-    "blocked": "state = 'pending' AND {job}.readiness = -1",
-    "processing": "state = 'processing'",
-    "notifying": "state = 'processing' AND {job}.notifies IS NOT NULL",
-    "completed": "state = 'completed'",
-    "delivered": "state = 'completed' AND {job}.notifies IS NOT NULL",
-    "dead": "state = 'dead'",
-    "cancelled": "state = 'cancelled'",
+    "ready": "JOB.state = 'pending' AND JOB.readiness = 1",
+    "scheduled": "JOB.state = 'pending' AND JOB.readiness = 0",
+    "blocked": "JOB.state = 'pending' AND JOB.readiness = -1",
+    "processing": "JOB.state = 'processing'",
+    "notifying": "JOB.state = 'processing' AND JOB.notifies IS NOT NULL",
+    "completed": "JOB.state = 'completed'",
+    "delivered": "JOB.state = 'completed' AND JOB.notifies IS NOT NULL",
+    "dead": "JOB.state = 'dead'",
+    "cancelled": "JOB.state = 'cancelled'",
 }
 OPEN = """next_seq IS NOT NULL AND paused = 0 AND (next_notifies OR (
   closed_at IS NULL AND (capacity = 0 OR processing - notifying < capacity)))"""
-IN_CLAIM_ORDER = "ORDER BY next_priority DESC, next_due, next_seq"
 WAITING_KINDS, OTHER_KINDS = list(JOB_KINDS)[:3], list(JOB_KINDS)[3:]
 NEW_QUEUE = """queues (queue) SELECT new.queue
     WHERE NOT EXISTS (SELECT 1 FROM queues WHERE queue = new.queue)"""
@@ -1294,15 +1243,11 @@ CAPACITY = """coalesce(
   (SELECT CAST(value AS INTEGER) FROM settings WHERE queue = '' AND key = 'limit'), 0)"""
 
 
-def recount(*, plus: str = "", minus: str = "", kinds: Iterable[str] = JOB_KINDS) -> str:
-    """Return the counts of a queue's row with a job (`new` or `old`) added, taken away, or both."""
-    signs = {job: sign for job, sign in ((plus, "+"), (minus, "-")) if job}
-    changes = (
-        f"{kind} = {kind}"
-        + "".join(f" {signs[job]} ({job}.{JOB_KINDS[kind].format(job=job)})" for job in signs)
-        for kind in kinds
-    )
-    return ", ".join(changes)
+def recount(change: str, kinds: Iterable[str] = JOB_KINDS) -> str:
+    """Return the counts of a queue's row after a change such as "+ new - old"."""
+    tests = {kind: JOB_KINDS[kind].replace("JOB", r"\1") for kind in kinds}
+    counts = (f"{kind} = {kind} " + re.sub(r"(\w+)", rf"({tests[kind]})", change) for kind in tests)
+    return ", ".join(counts)
 
 
 SCHEMA = f"""
@@ -1417,31 +1362,31 @@ CREATE TRIGGER queues_insert AFTER INSERT ON queues BEGIN
 END;
 CREATE TRIGGER jobs_insert AFTER INSERT ON jobs WHEN new.state <> 'staged' BEGIN
   INSERT INTO {NEW_QUEUE};
-  UPDATE queues SET {recount(plus="new", kinds=WAITING_KINDS)} WHERE queue = new.queue;
-  UPDATE queues SET {recount(plus="new", kinds=OTHER_KINDS)}, {FIND_NEXT}
+  UPDATE queues SET {recount("+ new", WAITING_KINDS)} WHERE queue = new.queue;
+  UPDATE queues SET {recount("+ new", OTHER_KINDS)}, {FIND_NEXT}
     WHERE queue = new.queue AND NOT (new.state = 'pending' AND (
       new.readiness <> 1 OR coalesce(next_priority > new.priority OR next_priority = new.priority
         AND (next_due, next_seq) < (new.run_after, new.seq), 0)));
 END;
 CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
-  UPDATE queues SET {recount(minus="old")}, {FIND_NEXT} WHERE queue = old.queue;
+  UPDATE queues SET {recount("- old")}, {FIND_NEXT} WHERE queue = old.queue;
 END;
 CREATE TRIGGER jobs_update AFTER UPDATE OF state, readiness, priority, run_after ON jobs
   WHEN old.queue = new.queue AND old.state <> 'staged' AND (
     old.state = 'pending' AND old.readiness = 1 OR new.state = 'pending' AND new.readiness = 1)
 BEGIN
-  UPDATE queues SET {recount(plus="new", minus="old")}, {FIND_NEXT} WHERE queue = new.queue;
+  UPDATE queues SET {recount("+ new - old")}, {FIND_NEXT} WHERE queue = new.queue;
 END;
 CREATE TRIGGER jobs_end AFTER UPDATE OF state, readiness ON jobs
   WHEN old.queue = new.queue AND old.state <> 'staged' AND NOT (
     old.state = 'pending' AND old.readiness = 1 OR new.state = 'pending' AND new.readiness = 1)
 BEGIN
-  UPDATE queues SET {recount(plus="new", minus="old")} WHERE queue = new.queue;
+  UPDATE queues SET {recount("+ new - old")} WHERE queue = new.queue;
 END;
 CREATE TRIGGER jobs_move AFTER UPDATE OF queue ON jobs WHEN old.queue <> new.queue BEGIN
   INSERT INTO {NEW_QUEUE};
-  UPDATE queues SET {recount(minus="old")}, {FIND_NEXT} WHERE queue = old.queue;
-  UPDATE queues SET {recount(plus="new")}, {FIND_NEXT} WHERE queue = new.queue;
+  UPDATE queues SET {recount("- old")}, {FIND_NEXT} WHERE queue = old.queue;
+  UPDATE queues SET {recount("+ new")}, {FIND_NEXT} WHERE queue = new.queue;
 END;
 
 CREATE TABLE totals (                   -- of all attempts ever, kept by a trigger
@@ -1465,8 +1410,7 @@ END;
 
 # Reading jobs.
 
-COMPUTED = {"stdin_size": "coalesce(length(stdin), 0)"}  # the other fields of Job are columns
-JOB_COLUMNS = ", ".join(COMPUTED.get(key, key) for key in Job._fields)
+JOB_COLUMNS = ", ".join(Job._fields[:-1]) + ", coalesce(length(stdin), 0)"  # stdin_size
 JOB = f"SELECT {JOB_COLUMNS} FROM jobs "
 ATTEMPT = "SELECT " + ", ".join(Attempt._fields) + " FROM attempts "
 IN_QUEUE = "(:queue IS NULL OR queue = :queue)"
@@ -1518,11 +1462,9 @@ UNION ALL SELECT * FROM (
     AND updated_at > :updated_at AND {IN_QUEUE} ORDER BY updated_at, seq LIMIT 5000)
 LIMIT 5000"""
 IN_STATE = JOB + f"WHERE state = :state AND readiness = :readiness AND {IN_QUEUE} "
-LATEST = (
-    IN_STATE
-    + """AND (notifies IS NULL OR :notifications OR state <> 'completed')
+LATEST = f"""
+{IN_STATE} AND (notifies IS NULL OR :notifications OR state <> 'completed')
 ORDER BY updated_at DESC, seq DESC LIMIT :limit"""
-)
 OLDEST = IN_STATE + "ORDER BY updated_at LIMIT :limit"
 CLAIMED = JOB + "WHERE state = 'processing'"
 DEAD_JOBS = "SELECT id, seq, run, notifies FROM jobs WHERE state = 'dead' ORDER BY updated_at"
@@ -1589,20 +1531,20 @@ GROUP BY reason ORDER BY count(*) DESC LIMIT 100"""
 DEAD_LIKE = f"""
 SELECT id FROM ({LAST_DEAD})
 WHERE reason = (SELECT coalesce(last_error, '') FROM jobs WHERE id = :id) LIMIT 1000"""
-POSITION = """
+POSITION = f"""
 SELECT count(*) FROM (
-  SELECT 1 FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue
-    AND priority > :priority
-  UNION ALL SELECT 1 FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue
-    AND priority = :priority AND (run_after, seq) < (:run_after, :seq) LIMIT 100000)"""
+  SELECT 1 {READY_IN_QUEUE} AND priority > :priority
+  UNION ALL SELECT 1 {READY_IN_QUEUE} AND priority = :priority
+    AND (run_after, seq) < (:run_after, :seq) LIMIT 100000)"""
 PARENTS = f"""
 {JOB}WHERE seq IN (SELECT parent FROM needs WHERE child = :seq AND met = 0)
 ORDER BY seq LIMIT 100"""
+ANCESTORS = """ancestors (seq) AS (
+  SELECT :seq UNION SELECT parent FROM needs JOIN ancestors ON child = ancestors.seq WHERE met = 0)
+"""
 FAILED_ANCESTORS = f"""
-WITH RECURSIVE ancestors (parent) AS (
-  SELECT parent FROM needs WHERE child = :seq AND met = 0
-  UNION SELECT needs.parent FROM needs JOIN ancestors ON child = ancestors.parent WHERE met = 0)
-{JOB}WHERE seq IN ancestors AND state IN ('dead', 'cancelled') LIMIT 1"""
+WITH RECURSIVE {ANCESTORS}
+{JOB}WHERE seq IN ancestors AND +state IN ('dead', 'cancelled') LIMIT 1"""  # +: not by an index
 COUNT_CHILDREN = """
 SELECT count(*) FROM needs JOIN jobs ON seq = child
 WHERE parent = :seq AND met = 0 AND any_end = 0 AND state = 'pending'"""
@@ -1662,11 +1604,12 @@ UPDATE sqlite_sequence SET seq = :before WHERE name = :table AND seq = :last
   AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.seq > :before)"""
 ADD_NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :any_end, :met)"
 SET_STDIN = "UPDATE jobs SET stdin = :stdin WHERE seq = :seq AND state = 'pending'"
+NEXT_SCHEDULED = """
+SELECT min(run_after) FROM jobs INDEXED BY jobs_due WHERE state = 'pending' AND readiness = 0"""
 # Statements with :served are about the queues that a pool serves; `for_queues` names them.
 # The columns of Checks, for a claim or for the end of the job :seq.
 CHECKS = f"""
-SELECT (
-    SELECT min(run_after) FROM jobs INDEXED BY jobs_due WHERE state = 'pending' AND readiness = 0),
+SELECT ({NEXT_SCHEDULED}),
   (SELECT min(token_at) FROM queues WHERE closed_at IS NOT NULL),
   (SELECT coalesce(max(closed_at), 0) FROM queues WHERE closed_at IS NOT NULL),
   EXISTS (SELECT 1 FROM needs WHERE parent = :seq),
@@ -1684,7 +1627,7 @@ NEXT_READY = f"""
 SELECT EXISTS (SELECT 1 FROM needs WHERE child = seq), {JOB_COLUMNS} FROM jobs WHERE seq = (
   SELECT next_seq FROM queues WHERE {OPEN} AND :served
     AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = '' AND paused = 1)
-  {IN_CLAIM_ORDER} LIMIT 1)"""
+  ORDER BY next_priority DESC, next_due, next_seq LIMIT 1)"""
 # A start that was late moves the following ones only if it was later than :late seconds.
 TAKE_TOKEN = """
 UPDATE queues SET closed_at = :now,
@@ -1693,8 +1636,6 @@ WHERE queue = :queue AND NOT EXISTS (SELECT 1 FROM jobs WHERE seq = :seq AND not
 GOT_ROOM = f"""
 SELECT 1 FROM queues
 WHERE queue = :queue AND capacity > 0 AND processing - notifying = capacity - 1 AND {OPEN}"""
-NEXT_SCHEDULED = """
-SELECT min(run_after) FROM jobs INDEXED BY jobs_due WHERE state = 'pending' AND readiness = 0"""
 SCHEDULED_IN_QUEUE = """jobs INDEXED BY jobs_scheduled
     WHERE state = 'pending' AND readiness = 0 AND queue = queues.queue"""
 NEXT_SCHEDULED_OF_QUEUES = f"""
@@ -1738,10 +1679,7 @@ UPDATE jobs SET state = 'pending', attempts = 0, snoozes = 0, updated_at = :now,
 WHERE seq = :seq AND state IN ('dead', 'cancelled')"""
 DROP_NEEDS = "DELETE FROM needs WHERE child = :child AND any_end = :any_end"
 COUNT_UNMET = "SELECT count(*) FROM needs WHERE child = :child AND met = 0"
-WAITS_FOR = """
-WITH RECURSIVE ancestors (seq) AS (
-  SELECT :job UNION SELECT parent FROM needs JOIN ancestors ON child = ancestors.seq WHERE met = 0)
-SELECT count(*) FROM ancestors WHERE seq = :other"""
+WAITS_FOR = f"WITH RECURSIVE {ANCESTORS} SELECT count(*) FROM ancestors WHERE seq = :other"
 
 
 @lru_cache(maxsize=None)
@@ -1802,8 +1740,7 @@ WHERE seq = :seq AND state = 'processing' AND locked_by = :locked_by AND run = :
   AND (launch IS NULL) = :is_first"""
 FORGET_LAUNCH = "UPDATE jobs SET launch = NULL WHERE seq = :seq AND state = 'processing'"
 STORED_SETTINGS = """
-SELECT queue, key, value FROM settings WHERE queue = ''
-UNION ALL SELECT queue, key, value FROM settings WHERE queue = :queue AND queue <> ''"""
+SELECT queue, key, value FROM settings WHERE queue IN ('', :queue) ORDER BY queue"""
 SET = """
 INSERT INTO settings VALUES (:queue, :key, :value)
 ON CONFLICT (queue, key) DO UPDATE SET value = :value"""
@@ -3604,7 +3541,7 @@ class Reader:
         for _, key, value in self.db.rows(STORED_SETTINGS, {"queue": queue}):
             try:
                 if key in SETTINGS:
-                    settings[key] = read_setting(key, value)
+                    settings[key] = SETTINGS[key].read(value)
             except ValueError as error:
                 raise Damaged(f"{self.db.path}: the setting {key} {error}") from None
         return settings
@@ -3961,7 +3898,7 @@ class Ledger:
         target = {"queue": job.queue, "command": command, "cwd": cwd}
         if self.reader.number(COUNT_NOTIFICATIONS, state=PENDING, queue=None) < limit:
             last = self.reader.last_attempt(job, job.run)
-            runs = [attempt_facts(last.cut(REPORTED_OUTPUT))] if last else []
+            runs = [attempt_facts(last, REPORTED_OUTPUT)] if last else []
             facts = {**self.reader.facts(job), "runs": runs}
             self.add_notification(job, job.state, target, facts)
         elif waiting := self.reader.first(WAITING_SUMMARY, **target):
@@ -4081,7 +4018,7 @@ class Ledger:
         """Let a job wait for other jobs than before; raise NotFound where they wait for it."""
         needs = self.needs(fields)
         for need in needs:
-            if self.reader.number(WAITS_FOR, job=need["parent"], other=job.seq):
+            if self.reader.number(WAITS_FOR, seq=need["parent"], other=job.seq):
                 parent = self.reader.by_seq(need["parent"]) or job
                 cycle = f"{printable(parent.id)}, which waits for it" if parent != job else "itself"
                 raise NotFound(f"job {printable(job.id)} cannot wait for {cycle}")
@@ -10030,7 +9967,7 @@ def cmd_config_list(args: argparse.Namespace) -> None:
     rows = []
     for key, value in settings.items():
         setting = SETTINGS[key]
-        if setting.per_queue or not args.queue:
+        if not args.queue or key not in FOR_ALL_QUEUES:
             source = sources.get(key)
             facts.append({"key": key, "value": value, "default": setting.default, "queue": source})
             where = source or ("" if source is None else "(all)")
@@ -10135,7 +10072,7 @@ COMMANDS = {
             arg("--horizon", "DURATION", "with --drain: do not wait for jobs that are due later "
                 "than this", parse_duration, default=LONGEST),
             arg("--report", "FILE", "with --drain: write a report about it at the end; its format "
-                "follows the ending, as in: report -o FILE; repeatable", valid_file,
+                "follows the ending, as in: report -o FILE; repeatable", valid_path,
                 dest="reports", action="append", default=[]),
             flag("--detach", "run in the background; the log is in the queue's .run directory"),
             arg("--output", None, "print the output of each job that fails, or of each that ends",
@@ -10154,7 +10091,7 @@ COMMANDS = {
         "report -o report.html --since 1d", (
         arg("--format", None, "the default follows the ending of FILE, or is text",
             choices=tuple(FORMATS)),
-        arg("-o", "FILE", "write FILE, in one step, instead of stdout", valid_file,
+        arg("-o", "FILE", "write FILE, in one step, instead of stdout", valid_path,
             dest="output"),
         arg("--since", "DURATION", "only jobs that changed, and attempts that ended, in this time",
             parse_duration, default=0.0), *SELECT[:-1])),
@@ -10349,9 +10286,7 @@ def cmd_completion(args: argparse.Namespace) -> None:
 
 SHELL = arg("shell", "SHELL", "bash, zsh or fish", choices=tuple(COMPLETIONS))
 TYPED = arg("typed", "...", "the words typed so far", nargs="...")
-DIR = arg(
-    "dir", "DIR", "the directory for queuectl (default: ~/.local/bin)", valid_directory, nargs="?"
-)
+DIR = arg("dir", "DIR", "the directory for queuectl (default: ~/.local/bin)", valid_path, nargs="?")
 COMMANDS["install"] = Command(
     cmd_install, "none", "install this program as the command queuectl", "install", (DIR,)
 )

@@ -756,7 +756,7 @@ def exhaust_descriptors(pid: int) -> Callable[[], Any]:
 INVALID_CRON_RULES = (
     *("", "* * * *", "* * * * * *", "60 * * * *", "* 24 * * *", "* * 0 * *", "* * * 13 *"),
     *("* * * * 8", "*/0 * * * *", "a * * * *", "-1 * * * *", "5-1 * * * *", "1,,2 * * * *"),
-    *("* * * * mon-xyz", "0 0 31 2 *", "@reboot"),
+    *("* * * * mon-xyz", "0 0 31 2 *", "@reboot", "9" * 5000 + " * * * *"),
 )
 
 
@@ -951,6 +951,7 @@ class Rules(Case):
         valid = {"0": 0, "7": 7, "64K": 65536, "1M": 1 << 20, "1.5 MiB": 3 << 19, "2kb": 2048}
         self.assert_table({**valid, 9: 9}, queuectl.parse_size)
         self.rejects(queuectl.parse_size, "", "x", "1T", "257M", "-1", None, True, -1, 1 << 29)
+        self.rejects(queuectl.parse_size, "9" * 400, "9" * 400 + "G")
 
     @internal
     def test_times_are_parsed_and_invalid_ones_rejected(self) -> None:
@@ -1244,6 +1245,7 @@ class SqlPlans(Clocked):
         "WAITING_SUMMARY": "jobs_notifies",
         "COUNT_UNMET": "needs_child",
         "WAITS_FOR": "needs_child",
+        "FAILED_ANCESTORS": "jobs USING INTEGER PRIMARY KEY (rowid=?)",
         "DROP_NEEDS": "needs_child",
         "BY_ID": "sqlite_autoindex_jobs_1",
         "SUMMARIES": "PRIMARY KEY",
@@ -7280,7 +7282,7 @@ class PoolTroubleLive(Live):
         with Queue(self.path) as queue:
             enqueue_graph(queue, "1", *(f"{number} {number - 1}" for number in range(2, 7)))
             queue.cancel(["1"], cascade=True)
-            queue.configure("retention", "0.001")
+            queue.configure("retention", "0.001s")
         self.pool()
         wait_until(lambda: not self.states(), 5)
 
@@ -9221,6 +9223,7 @@ class CliBadInput(Case):
         "list -s running": "did you mean processing?",
         "list -s queued": "did you mean pending?",
         "prune --older-than 7": "must have a unit: 7 would be seconds; 7d for days",
+        "prune --older-than 7.5": "must have a unit: 7.5 would be seconds; 7d for days",
         "dlq purge --older-than 7": "must have a unit: 7 would be seconds; 7d for days",
         "config set retention 30": "retention must have a unit: 30 would be seconds; 7d for days",
         "logs --failed x": "use it alone",
@@ -10151,6 +10154,7 @@ class CliConfig(Case):
             "backoff_base=0.5": "backoff_base must be a number from 1 to 1000",
             "timeout=soon": "timeout must be a duration",
             "shell=": "shell must not be blank",
+            "shell='' -c": "shell must begin with a program",
             "shell='": "shell must be a command prefix: No closing quotation",
             "synchronous=off": "synchronous must be normal or full",
             "limit=-1": "limit must be a whole number from 0 to 1000000",
@@ -10753,7 +10757,8 @@ class Library(Clocked):
         self.assertEqual((a.run_after, a.retry_delays, a.rule), (1e6 + 60, "60,120", "every 60"))
         self.assertEqual((b.run_after, c.run_after), (local.timestamp(),) * 2)
         queue.configure("kill_grace", minute)
-        self.assertEqual(queue.config()["kill_grace"], 60)
+        queue.configure("retention", 1.5 * minute)
+        self.assertEqual((queue.config()["kill_grace"], queue.config()["retention"]), (60, 90))
         with self.assertRaisesRegex(queuectl.TimedOut, "within 0.01 s"):
             queue.wait(["a"], datetime.timedelta(seconds=0.01))
         queue.cancel("c")
@@ -11281,9 +11286,7 @@ class Readme(Case):
         documented = {key.strip("`"): value.strip("`") for key, value, _ in self.rows("Settings")}
         self.assertEqual(documented, defaults)
         last = [key.strip("`") for key, *_ in self.rows("Settings")][-3:]
-        self.assertEqual(
-            set(last), {key for key, each in queuectl.SETTINGS.items() if not each.per_queue}
-        )
+        self.assertEqual(set(last), set(queuectl.FOR_ALL_QUEUES))
 
     @internal
     def test_exit_codes_are_those_of_the_program(self) -> None:

@@ -6799,47 +6799,54 @@ class Bar(NamedTuple):
         )
 
 
+def merge_short(bars: Iterable[Bar], width: float) -> list[Bar]:
+    """Merge the bars of a worker or lane that are shorter than a width and begin within it."""
+    merged: dict[object, Bar] = {}
+    for number, bar in enumerate(bars):
+        is_short = bar.finished - bar.started < width
+        key = int(bar.started / width) if is_short else (number,)
+        merged[key] = merged[key].merged(bar) if key in merged else bar
+    return list(merged.values())
+
+
 class Gantt:
     """The attempts of each worker over time; where there are too many, short ones are merged."""
 
     def __init__(self, now: float) -> None:
         self.now = now
         self.width = 0.001  # seconds; shorter attempts may have been merged
-        self.bars: list[Bar] = []
+        self.number = 0  # of bars
+        self.by_worker: dict[str, list[Bar]] = collections.defaultdict(list)
 
     def add(self, history: History) -> None:
         job = history.job
+        failed = {run.run for run in history.failures}
         for run in history.runs:
             bar = Bar(run.worker, run.started, run.finished, run.waited, run.outcome, job.id)
-            failed = int(run in history.failures)
-            self.bars.append(bar._replace(failures=failed, reason=quoted(run.error or "")))
+            about: dict[str, Any] = {
+                "failures": int(run.run in failed),
+                "reason": quoted(run.error or ""),
+            }
+            self.put(bar._replace(**about))
         if job.state == PROCESSING:
             began = job.locked_at or self.now
             end = max(began, self.now)
-            self.bars.append(Bar(job.locked_by or "", began, end, job.waited, "running", job.id))
-        while len(self.bars) > 2 * BARS:
-            self.merge(self.width * 2)
+            self.put(Bar(job.locked_by or "", began, end, job.waited, "running", job.id))
 
-    def merge(self, width: float) -> None:
-        """Merge the attempts of a worker that are shorter than a width and begin within it."""
-        self.width = width
-        merged: dict[tuple[str, int], Bar] = {}
-        long = []
-        for bar in self.bars:
-            key = (bar.worker, int(bar.started / width))
-            if bar.finished - bar.started >= width:
-                long.append(bar)
-            else:
-                merged[key] = merged[key].merged(bar) if key in merged else bar
-        self.bars = [*long, *merged.values()]
+    def put(self, bar: Bar) -> None:
+        self.by_worker[bar.worker].append(bar)
+        self.number += 1
+        while self.number > 2 * max(BARS, len(self.by_worker)):
+            self.width *= 2
+            for bars in self.by_worker.values():
+                bars[:] = merge_short(bars, self.width)
+            self.number = sum(map(len, self.by_worker.values()))
 
     def lanes(self) -> list[list[Bar]]:
         """Return the bars by lane: a worker takes the lane of one that had ended before it."""
-        by_worker: dict[str, list[Bar]] = {}
-        for bar in sorted(self.bars, key=lambda bar: bar.started):
-            by_worker.setdefault(bar.worker, []).append(bar)
+        workers = [sorted(bars, key=lambda bar: bar.started) for bars in self.by_worker.values()]
         lanes: list[list[Bar]] = []
-        for bars in by_worker.values():
+        for bars in sorted(workers, key=lambda bars: bars[0].started):
             free = (lane for lane in lanes if lane[-1].finished <= bars[0].started)
             lane = next(free, None)
             if lane is None:
@@ -6848,14 +6855,18 @@ class Gantt:
         return lanes
 
     def facts(self) -> dict[str, Any]:
-        start = min((bar.started for bar in self.bars), default=self.now)
-        end = max((bar.finished for bar in self.bars), default=self.now)
-        self.merge(max((end - start) / 1000, self.width))
-        while len(self.bars) > BARS and self.width < end - start:
-            self.merge(self.width * 2)
         lanes = self.lanes()
-        shown = [[bar._asdict() for bar in lane] for lane in lanes[:LANES]]
-        return {"start": start, "end": end, "lanes": shown, "hidden": len(lanes) - len(shown)}
+        start = min((lane[0].started for lane in lanes), default=self.now)
+        end = max((bar.finished for lane in lanes for bar in lane), default=self.now)
+        shown = lanes[:LANES]
+        width = (end - start) / 2000
+        number = NEVER
+        while number > BARS and width < end - start:
+            width *= 2  # at first, about a pixel
+            shown = [merge_short(lane, width) for lane in shown]
+            number = sum(map(len, shown))
+        bars = [[bar._asdict() for bar in lane] for lane in shown]
+        return {"start": start, "end": end, "lanes": bars, "hidden": len(lanes) - len(bars)}
 
 
 class Failures:

@@ -7559,7 +7559,7 @@ class ReportFacts(Reported):
             took = 500.0 if n == 39000 else 0.01
             run = queuectl.Attempt(n, name, outcome, 0.0, n, n + took, 0, None, 0, b"")
             gantt.add(queuectl.history(job, [run]))
-            self.assertLessEqual(len(gantt.bars), 2 * queuectl.BARS)
+            self.assertLessEqual(sum(map(len, gantt.by_worker.values())), 2 * queuectl.BARS)
         facts = gantt.facts()
         self.assertEqual(len(facts["lanes"]), 2)  # workers 3 and 4 replaced 1 and 2
         bars = [bar for lane in facts["lanes"] for bar in lane]
@@ -7568,6 +7568,25 @@ class ReportFacts(Reported):
         (failed,) = [bar for bar in bars if bar["failures"]]
         self.assertEqual((failed["outcome"], failed["failures"]), ("failed", 1))
         self.assertEqual([b["number"] for b in bars if b["finished"] - b["started"] == 500], [1])
+
+    @internal
+    def test_gantt_of_more_workers_than_bars_merges_those_in_a_lane(self) -> None:
+        job = make_job(id="x", state="completed")
+        gantt = queuectl.Gantt(0.0)
+        with mock.patch.object(queuectl, "BARS", 200):
+            for n in range(5000):
+                name = f"worker-{n}-1"  # a drain of its own each minute
+                runs = [
+                    queuectl.Attempt(
+                        i, name, "completed", 0.0, 60 * n + i, 60 * n + i, 0, None, 0, b""
+                    )
+                    for i in range(3)
+                ]
+                gantt.add(queuectl.history(job, runs))
+            facts = gantt.facts()
+        (lane,) = facts["lanes"]
+        self.assertEqual(sum(bar["number"] for bar in lane), 15000)
+        self.assertLessEqual(len(lane), 200)
 
     @SLOW
     @internal

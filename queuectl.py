@@ -130,6 +130,7 @@ if TYPE_CHECKING:
     Link = Callable[[str], str]  # returns the HTML for a job's id
     Rows = Iterable[Sequence[object]]
     Path = Union[str, os.PathLike[str]]
+    Sample = tuple[str, float, Mapping[str, str]]  # of a metric: its name, value and labels
     Settings = Mapping[str, Any]
     Survey = Callable[[], tuple[dict[str, int], float]]  # a tally; when the next job is due
     Validator = Callable[[Any], Any]  # returns the value as it is stored, or raises ValueError
@@ -6621,14 +6622,12 @@ def changed_jobs(reader: Reader, chosen: Selection, since: float) -> Iterator[Jo
         yield from (job for job in reader.selected(chosen) if job.updated_at >= since)
         return
     now = reader.clock()
-    kinds: list[tuple[State, int]] = [(state, READY) for state in (*FINISHED, PROCESSING)]
-    kinds.extend((PENDING, readiness) for readiness in READINESS_WORDS)
-    for kind in kinds:
+    for kind in reversed(COUNTED):
         seqs = reader.seqs_in_state(*kind, since)
         while numbers := list(islice(seqs, SLICE)):
-            jobs = reader.by_seqs(numbers)
-            still = (job for job in jobs if kind == (job.state, job.readiness))
-            yield from (job for job in still if chosen.takes(job, now))
+            for job in reader.by_seqs(numbers):
+                if kind == (job.state, job.readiness) and chosen.takes(job, now):
+                    yield job
 
 
 def histories(reader: Reader, jobs: Iterable[Job], since: float = 0) -> Iterator[History]:
@@ -6674,31 +6673,32 @@ class Counts:
     """How many jobs there are by queue and state, and how long their attempts took and waited."""
 
     def __init__(self) -> None:
-        self.jobs: collections.Counter[tuple[str, State, int]] = collections.Counter()
+        self.jobs: dict[str, Any] = collections.defaultdict(collections.Counter)
         self.seconds: dict[str, Any] = collections.defaultdict(numbers_array)
         self.waits: dict[str, Any] = collections.defaultdict(numbers_array)
         self.outcomes: collections.Counter[str] = collections.Counter()
 
     def add(self, history: History) -> None:
         job = history.job
-        self.jobs[job.queue, job.state, job.readiness] += 1
+        self.jobs[job.queue][job.state, job.readiness] += 1
         for run in history.runs:
             self.outcomes[run.outcome] += 1
             self.seconds[job.queue].append(max(0.0, run.finished - run.started))
             self.waits[job.queue].append(run.waited)
 
-    def facts_of(self, queues: Sequence[str]) -> dict[str, Any]:
-        counts = tally((*key[1:], number) for key, number in self.jobs.items() if key[0] in queues)
+    def facts_of(self, queues: Iterable[str]) -> dict[str, Any]:
+        kinds = chain.from_iterable(self.jobs[queue].items() for queue in queues)
+        counts = tally((*kind, number) for kind, number in kinds)
         seconds = [second for queue in queues for second in self.seconds[queue]]
         waits = chain.from_iterable(self.waits[queue] for queue in queues)
         facts = {**counts, "attempts": len(seconds), **time_facts("took", seconds)}
         return {**facts, **time_facts("waited", waits), "histogram": histogram(seconds)}
 
     def facts(self) -> dict[str, Any]:
-        queues = sorted({key[0] for key in self.jobs})
+        queues = sorted(self.jobs)
         each = [{"queue": queue, **self.facts_of([queue])} for queue in queues]
         return {
-            "jobs": sum(self.jobs.values()),
+            "jobs": sum(sum(kinds.values()) for kinds in self.jobs.values()),
             **self.facts_of(queues),
             "outcomes": dict(self.outcomes),
             "queues": sorted(each, key=lambda facts: -facts["attempts"]),
@@ -6750,12 +6750,10 @@ class Course:
             moves[-1] = (moves[-1][0], job.state)
         elif job.state != PENDING:  # it runs, or was cancelled before it ran
             moves.append((job.updated_at, job.state))
-        before = ""
-        for when, state in moves:
-            if before:
-                self.depth.add(max(when, self.since), before, -1)
+        for number, (when, state) in enumerate(moves):
+            if number:
+                self.depth.add(max(when, self.since), moves[number - 1][1], -1)
             self.depth.add(max(when, self.since), state)
-            before = state
         if job.state in FINISHED:
             self.finished.add(job.updated_at, job.state)
 
@@ -6822,16 +6820,13 @@ class Gantt:
         job = history.job
         failed = {run.run for run in history.failures}
         for run in history.runs:
-            bar = Bar(run.worker, run.started, run.finished, run.waited, run.outcome, job.id)
-            about: dict[str, Any] = {
-                "failures": int(run.run in failed),
-                "reason": quoted(run.error or ""),
-            }
-            self.put(bar._replace(**about))
+            times = (run.started, run.finished, run.waited)
+            end = (int(run.run in failed), quoted(run.error or ""))
+            self.put(Bar(run.worker, *times, run.outcome, job.id, 1, *end))
         if job.state == PROCESSING:
             began = job.locked_at or self.now
-            end = max(began, self.now)
-            self.put(Bar(job.locked_by or "", began, end, job.waited, "running", job.id))
+            times = (began, max(began, self.now), job.waited)
+            self.put(Bar(job.locked_by or "", *times, "running", job.id))
 
     def put(self, bar: Bar) -> None:
         self.by_worker[bar.worker].append(bar)
@@ -7105,13 +7100,16 @@ def card(content: str, heading: str = "", **attributes: object) -> str:
     return element("section", title + content, **attributes) + "\n" if content else ""
 
 
-def html_page(title: str, body: str, *, nonce: str = "", head: str = "") -> str:
-    """Return a complete page; with a nonce, its style obeys a Content-Security-Policy."""
-    style = element("style", STYLE, nonce=nonce) if nonce else element("style", STYLE)
+def html_page(title: str, body: str, nonce: str = "") -> str:
+    """Return a complete page; the nonce lets a Content-Security-Policy admit its style.
+
+    The referrer policy lets a browser send the Origin with a POST; no other site is ever linked.
+    """
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{safe(title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-{style}{head}</head>
+<meta name="referrer" content="same-origin">
+{element("style", STYLE, nonce=nonce)}</head>
 <body>{body}</body></html>
 """
 
@@ -7512,48 +7510,40 @@ METRICS = {  # by name: the type and the meaning
 }
 
 
-def sample(name: str, value: float, **labels: str) -> str:
-    escapes = {ord("\\"): r"\\", ord('"'): r"\"", ord("\n"): r"\n"}
-    pairs = ",".join(f'{key}="{text.translate(escapes)}"' for key, text in labels.items())
-    return f"queuectl_{name}{{{pairs}}} {value:.15g}\n"
-
-
-def present_samples(reader: Reader, queues: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the metrics of the present state of each queue: their names and samples."""
+def present_samples(reader: Reader, queues: Sequence[str]) -> Iterator[Sample]:
+    """Yield the metrics of the present state of each queue."""
     counts = collections.Counter({(queue, state): 0 for queue in queues for state in STATES})
     for queue, state, _, number in reader.counts_by_queue(queues):
         counts[queue, state] += number
     for (queue, state), number in counts.items():
-        yield "jobs", sample("jobs", number, queue=queue, state=state)
+        yield "jobs", number, {"queue": queue, "state": state}
     now = reader.clock()
     paused = reader.paused()
     for queue in queues:
-        values: dict[str, float] = {"paused": "" in paused or queue in paused}
-        values["limit"] = reader.settings(queue)["limit"]
+        labels = {"queue": queue}
+        yield "paused", "" in paused or queue in paused, labels
+        yield "limit", reader.settings(queue)["limit"], labels
         if (due := reader.oldest_due(queue)) is not None:
-            values["oldest_ready_seconds"] = max(0.0, now - due)
-        yield from ((name, sample(name, value, queue=queue)) for name, value in values.items())
+            yield "oldest_ready_seconds", max(0.0, now - due), labels
     workers = list(worker_facts(reader))
     busy = sum(worker["job"] is not None for worker in workers)
-    yield "workers", sample("workers", len(workers) - busy, state="idle")
-    yield "workers", sample("workers", busy, state="busy")
+    yield "workers", len(workers) - busy, {"state": "idle"}
+    yield "workers", busy, {"state": "busy"}
+    yield "build_info", 1, {"version": __version__}
 
 
-def total_samples(totals: Sequence[Totals]) -> Iterator[tuple[str, str]]:
+def total_samples(totals: Sequence[Totals]) -> Iterator[Sample]:
     """Yield the metrics of attempts, which count also the jobs that were deleted meanwhile."""
-    sums: dict[str, Sequence[float]] = {}
+    sums: dict[tuple[str, str], float] = collections.defaultdict(float)
     for row in totals:
-        name = "attempts_total"
-        yield name, sample(name, row.number, queue=row.queue, outcome=row.outcome)
+        yield "attempts_total", row.number, {"queue": row.queue, "outcome": row.outcome}
         if row.outcome == COMPLETED:
-            name = "last_completed_timestamp_seconds"
-            yield name, sample(name, row.last, queue=row.queue)
-        number, running, waiting = sums.get(row.queue, (0, 0.0, 0.0))
-        sums[row.queue] = (number + row.number, running + row.running, waiting + row.waiting)
-    for queue, (number, *seconds) in sums.items():
-        for name, total in zip(("attempt_seconds", "wait_seconds"), seconds):
-            yield name, sample(f"{name}_sum", total, queue=queue)
-            yield name, sample(f"{name}_count", number, queue=queue)
+            yield "last_completed_timestamp_seconds", row.last, {"queue": row.queue}
+        for name, seconds in (("attempt_seconds", row.running), ("wait_seconds", row.waiting)):
+            sums[f"{name}_sum", row.queue] += seconds
+            sums[f"{name}_count", row.queue] += row.number
+    for (name, queue), total in sums.items():
+        yield name, total, {"queue": queue}
 
 
 def prometheus_report(report: Report) -> Iterator[str]:
@@ -7562,9 +7552,11 @@ def prometheus_report(report: Report) -> Iterator[str]:
     counted = {row[0] for row in reader.counts_by_queue(report.queues)}
     queues = sorted(counted.union(row.queue for row in totals))
     families: dict[str, str] = dict.fromkeys(METRICS, "")
-    for name, line in chain(present_samples(reader, queues), total_samples(totals)):
-        families[name] += line
-    families["build_info"] = sample("build_info", 1, version=__version__)
+    escapes = {ord("\\"): r"\\", ord('"'): r"\"", ord("\n"): r"\n"}
+    for name, value, labels in chain(present_samples(reader, queues), total_samples(totals)):
+        pairs = ",".join(f'{key}="{text.translate(escapes)}"' for key, text in labels.items())
+        family = name if name in METRICS else name.rpartition("_")[0]  # of _sum and _count
+        families[family] += f"queuectl_{name}{{{pairs}}} {value:.15g}\n"
     for name, (kind, meaning) in METRICS.items():
         yield f"# HELP queuectl_{name} {meaning}\n# TYPE queuectl_{name} {kind}\n{families[name]}"
 
@@ -7591,20 +7583,25 @@ def format_of(path: str) -> str:
     return ENDINGS[ending]
 
 
-def write_report(path: str, chunks: Iterable[str]) -> None:
-    """Write a file aside and rename it, so that nobody reads half of it; a device directly."""
-    is_file = os.path.isfile(path) or not os.path.exists(path)
-    path = os.path.realpath(path) if is_file else path
-    aside = f"{path}.{os.getpid()}.tmp" if is_file else path
+def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
+    """Write a file aside and give it its name: whoever reads it sees the old one or the new one."""
+    aside = f"{path}.{os.getpid()}"
     try:
-        with open(aside, "x" if is_file else "w", encoding="utf-8", newline="") as file:
-            file.writelines(chunk.encode(errors="backslashreplace").decode() for chunk in chunks)
-        if is_file:
-            os.replace(aside, path)
+        with open(aside, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(data)
+        os.replace(aside, path)
     finally:
-        if is_file:
-            with contextlib.suppress(OSError):  # once it is renamed, there is none
-                os.unlink(aside)
+        with contextlib.suppress(OSError):  # once it is renamed, there is none
+            os.unlink(aside)
+
+
+def write_report(path: str, chunks: Iterable[str]) -> None:
+    data = "".join(chunks).encode(errors="backslashreplace")
+    if os.path.isfile(path) or not os.path.exists(path):
+        replace_file(os.path.realpath(path), data)
+    else:  # a device
+        with open(path, "wb") as file:
+            file.write(data)
 
 
 # --- web: the report as a live page, for a browser on this machine --------------------------------
@@ -7761,32 +7758,6 @@ class Gate:
         return Response(200, headers={"Set-Cookie": cookie, "Refresh": "0; url=/"})
 
 
-class Connections:
-    """The open connections, oldest first. Idle ones give way to new ones."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.opened: dict[Any, float] = {}  # when, on the monotonic clock
-
-    def add(self, connection: Any) -> None:
-        with self.lock:
-            self.opened[connection] = time.monotonic()
-        self.end_old()
-
-    def remove(self, connection: Any) -> None:
-        with self.lock:
-            self.opened.pop(connection, None)
-
-    def end_old(self) -> None:
-        """End the oldest connections, if there are too many, and those that last too long."""
-        with self.lock:
-            excess = len(self.opened) - MAX_CONNECTIONS
-            for number, (connection, since) in enumerate(self.opened.items()):
-                if number < excess or time.monotonic() > since + CONNECTION_SECONDS:
-                    with contextlib.suppress(OSError):  # its thread, which waits for it, ends
-                        connection.shutdown(2)  # SHUT_RDWR
-
-
 POLICY = "default-src 'none'; style-src {0}; script-src {0}; connect-src 'self'; img-src 'self'"
 POLICY += "; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 SECURITY_HEADERS = {
@@ -7873,11 +7844,20 @@ def handler_class(respond: Callable[[Request], Response]) -> Any:
     return Handler
 
 
+def end_old(opened: Mapping[Any, float]) -> None:
+    """End the oldest connections, if there are too many, and those that last too long."""
+    excess = len(opened) - MAX_CONNECTIONS
+    for number, (connection, since) in enumerate(list(opened.items())):
+        if number < excess or time.monotonic() > since + CONNECTION_SECONDS:
+            with contextlib.suppress(OSError):  # its thread, which waits for it, ends
+                connection.shutdown(2)  # SHUT_RDWR
+
+
 def server_class() -> Any:
     """Return the class of a server that handles each connection in a thread."""
     from socketserver import ThreadingTCPServer
 
-    connections = Connections()
+    opened: dict[Any, float] = {}  # the connections, oldest first, and when they were opened
 
     class Server(ThreadingTCPServer):
         """Limits the number of connections, and the time that each takes."""
@@ -7888,18 +7868,18 @@ def server_class() -> Any:
 
         def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002
             most = 2 * MAX_CONNECTIONS  # with threads that are about to end
-            return any(len(connections.opened) < most for _ in polling(1.0))
+            return any(len(opened) < most for _ in polling(1.0))
 
         def process_request(self, request: Any, client_address: Any) -> None:
-            connections.add(request)
+            opened[request] = time.monotonic()
             super().process_request(request, client_address)
 
         def shutdown_request(self, request: Any) -> None:
-            connections.remove(request)
+            opened.pop(request, None)
             super().shutdown_request(request)
 
         def service_actions(self) -> None:
-            connections.end_old()
+            end_old(opened)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             if not isinstance(sys.exc_info()[1], OSError):  # else the other side is gone
@@ -8054,13 +8034,14 @@ class JobFilter(NamedTuple):
     at: str = ""
     after: str = ""
 
-    def following(self, reader: Reader, at: float, seq: int) -> list[Job]:
-        """Return the jobs that follow a place in the order of the page, matching or not."""
-        if not self.state:
-            return reader.select(JOBS_BEFORE, seq=seq, limit=SEARCHED)
-        state, readiness = STATE_TABS[self.state]
-        place = {"updated_at": at, "seq": seq, "limit": SEARCHED}
-        return reader.select(IN_STATE_BEFORE, state=state, readiness=readiness, **place)
+    def following(self, reader: Reader, at: float, seq: int) -> Iterator[Job]:
+        """Yield the jobs that follow a place in the order of the page, matching or not."""
+        state, readiness = STATE_TABS.get(self.state, (None, 0))
+        sql = IN_STATE_BEFORE if state else JOBS_BEFORE
+        kind: dict[str, Any] = {"state": state, "readiness": readiness, "limit": SEARCHED}
+        while jobs := reader.select(sql, **kind, updated_at=at, seq=seq):
+            yield from jobs
+            at, seq = jobs[-1].updated_at, jobs[-1].seq
 
 
 def find_jobs(reader: Reader, chosen: JobFilter) -> tuple[list[Job], JobFilter | None]:
@@ -8073,18 +8054,12 @@ def find_jobs(reader: Reader, chosen: JobFilter) -> tuple[list[Job], JobFilter |
     seq = validate("after", integer(0, LAST), chosen.after or LAST)
     at = validate("at", number(0, LAST), chosen.at or LAST)
     deadline = time.monotonic() + SEARCH_SECONDS
-    while len(found) < PAGE_SIZE and time.monotonic() < deadline:
-        jobs = chosen.following(reader, at, seq)
-        for job in jobs:
-            at, seq = job.updated_at, job.seq
-            if wanted.takes(job, 0) and chosen.reason in ("", job.last_error):
-                found.append(job)
-                if len(found) == PAGE_SIZE:
-                    break
-        else:
-            if len(jobs) < SEARCHED:
-                return found, None
-    return found, chosen._replace(at=repr(at), after=str(seq))
+    for job in chosen.following(reader, at, seq):
+        if wanted.takes(job, 0) and chosen.reason in ("", job.last_error):
+            found.append(job)
+        if len(found) == PAGE_SIZE or time.monotonic() > deadline:
+            return found, chosen._replace(at=repr(job.updated_at), after=str(job.seq))
+    return found, None
 
 
 def jobs_html(reader: Reader, jobs: Iterable[Job]) -> str:
@@ -8284,10 +8259,7 @@ def act(queue: Queue, request: Request) -> Page | str:
 
 
 def frame(page: Page, parts: str, path: str, db: str) -> Response:
-    """Return a whole page. Its script and styles have a nonce; nothing else may run.
-
-    The referrer policy lets a browser send the Origin with a POST; no other site is ever linked.
-    """
+    """Return a whole page. Its script and styles have a nonce; nothing else may run."""
     import secrets
 
     nonce = secrets.token_urlsafe(16)
@@ -8296,10 +8268,8 @@ def frame(page: Page, parts: str, path: str, db: str) -> Response:
     links = menu_of(MENU.items(), path)
     menu = element("nav", f"{element('h1', safe(db))} {links} {pause} {state}")
     script = element("script", WEB_SCRIPT, nonce=nonce) if page.parts else ""
-    head = '<meta name="referrer" content="same-origin">'
     body = f"{menu}<main>{page.top}{parts}</main>{script}"
-    html = html_page(f"{page.title} - queuectl", body, nonce=nonce, head=head)
-    return Response(200, html, nonce=nonce)
+    return Response(200, html_page(f"{page.title} - queuectl", body, nonce), nonce=nonce)
 
 
 class Site:
@@ -9030,18 +9000,6 @@ def own_command() -> list[str]:
     if not WINDOWS and b"a starter made by queuectl install" in second_line(caller):
         return [caller]
     return [SYSTEM.PYTHON, *interpreter_flags(), os.path.abspath(__file__)]
-
-
-def replace_file(path: str, data: bytes, mode: int) -> None:
-    """Write a file aside and give it its name: whoever reads it sees the old one or the new one."""
-    aside = f"{path}.{os.getpid()}"
-    try:
-        with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-            file.write(data)
-        os.replace(aside, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(aside)
 
 
 def install_library(home: str) -> str:

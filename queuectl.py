@@ -6881,8 +6881,8 @@ class Failures:
             if job.state == DEAD and run is history.runs[-1]:
                 group["dead"] += 1
                 if len(self.dead) < DEAD_LISTED:
-                    facts = {"id": job.id, "queue": job.queue, "run": run.run, "reason": reason}
-                    self.dead.append({**facts, "seq": job.seq})
+                    facts = {"id": job.id, "queue": job.queue, "run": run.run, "seq": job.seq}
+                    self.dead.append({**facts, "reason": reason})
             if job.id not in group["jobs"]:
                 group["jobs"] = [*group["jobs"], job.id][-LISTED:]
             if run.finished >= group["when"]:
@@ -7129,7 +7129,7 @@ def html_table(facts: Facts, name: str, link: Link) -> str:
     if not items:
         return ""
     keys = COLUMNS[name]
-    numeric = [isinstance(items[0][key], (int, float)) for key in keys]
+    numeric = (isinstance(items[0][key], (int, float)) for key in keys)
     headings = [text + "#" * is_number for text, is_number in zip(headings_of(name), numeric)]
     rows = []
     for item in items:
@@ -7150,18 +7150,6 @@ def svg(shapes: str, height: int, label: str, parts: int = 4) -> str:
     content = element("path", class_="grid", d=grid) + shapes
     about = {"role": "img", "aria_label": label}
     return element("svg", content, **size, **about, preserveAspectRatio="none")
-
-
-def stacked_bars(bars: Iterable[tuple[float, float, str, dict[str, int]]], most: int) -> str:
-    """Return bars of a chart 80 high: of each its place, width, title, and numbers by class."""
-    shapes = ""
-    for x, width, title, numbers in bars:
-        top = 80.0
-        for css, number in numbers.items():
-            height = 78 * number / most
-            top -= height
-            shapes += rect(css, x, top, width * 0.92, height, title) if number else ""
-    return shapes
 
 
 def time_label(when: float, span: float) -> str:
@@ -7269,16 +7257,21 @@ def html_finished(facts: Facts, _link: Link) -> str:
     start, width = finished["start"], finished["width"]
     pairs = list(zip(finished[COMPLETED], finished[DEAD]))
     most = max(map(sum, pairs), default=0)
-    step = 1000 / max(1, len(pairs))
+    if not most:
+        return ""
+    step = 1000 / len(pairs)
     span = width * len(pairs)
-    bars: list[tuple[float, float, str, dict[str, int]]] = []
+    shapes = ""
     for n, (completed, dead) in enumerate(pairs):
         title = f"{time_label(start + n * width, span)}: {completed} completed, {dead} dead"
-        bars.append((n * step, step, title, {COMPLETED: completed, DEAD: dead}))
-    picture = svg(stacked_bars(bars, most), 80, "jobs finished over time") if most else ""
+        top = 80.0
+        for css, number in ((COMPLETED, completed), (DEAD, dead)):
+            height = 78 * number / most
+            top -= height
+            shapes += rect(css, n * step, top, step * 0.92, height, title) if number else ""
     caption = f"in {format_duration(width)} each, at most {most:,}"
     below = time_axis(start, span) + legend((COMPLETED, DEAD))
-    return picture and figure(caption, picture + below)
+    return figure(caption, svg(shapes, 80, "jobs finished over time") + below)
 
 
 def html_durations(facts: Facts, link: Link) -> str:
@@ -7293,11 +7286,12 @@ def html_durations(facts: Facts, link: Link) -> str:
     def place(seconds: float) -> float:
         return (math.log10(max(seconds, 1e-3)) - low) / (high - low) * 1000
 
-    bars = []
+    shapes = ""
     for begin, end, number in bins:
         title = f"{format_duration(begin)} to {format_duration(end)}: {plural(number, 'attempt')}"
-        bars.append((place(begin), place(end) - place(begin), title, {"running": number}))
-    shapes = stacked_bars(bars, most)
+        height = 78 * number / most
+        width = (place(end) - place(begin)) * 0.92
+        shapes += rect("running", place(begin), 80 - height, width, height, title)
     for key in ("took_p50", "took_p95"):
         shapes += element("path", class_="mark", d=f"M{place(facts[key]):.1f} 0v80")
     half, most_of = (format_duration(facts[key]) for key in ("took_p50", "took_p95"))
@@ -7314,10 +7308,8 @@ def html_failures(facts: Facts, link: Link) -> str:
         numbers = f"{plural(group['attempts'], 'attempt')}, {plural(group['dead'], 'dead job')}"
         title = f"{element('b', safe(group['reason']))} {element('span', numbers, class_='dim')}"
         last = f"last by job {link(group['id'])} in run {group['run']}, {safe(group['when'])}"
-        content = element("summary", title)
-        content += element(
-            "p", f"{last}; jobs: {', '.join(map(link, group['jobs']))}", class_="dim"
-        )
+        note = f"{last}; jobs: {', '.join(map(link, group['jobs']))}"
+        content = element("summary", title) + element("p", note, class_="dim")
         content += preformatted(group["output"]) if group["output"].strip() else ""
         found += element("details", content, **({"open": ""} if place < 3 else {}))
     return found
@@ -8096,10 +8088,9 @@ def filter_form(chosen: JobFilter) -> str:
 
 def jobs_page(reader: Reader, request: Request) -> Page:
     chosen = JobFilter(*map(request.text, JobFilter._fields))
-    if chosen.state and chosen.state not in STATE_TABS:
-        raise BadInput(
-            f"unknown state {quoted(chosen.state)}{suggestion(chosen.state, STATE_TABS)}"
-        )
+    if chosen.state not in ("", *STATE_TABS):
+        hint = suggestion(chosen.state, STATE_TABS)
+        raise BadInput(f"unknown state {quoted(chosen.state)}{hint}")
     jobs, rest = find_jobs(reader, chosen)
     table = action_form(jobs_html(reader, jobs), ("retry", "cancel"), request.url) if jobs else ""
     end = element("p", "no more jobs" if jobs or chosen.after else "no jobs", class_="dim")

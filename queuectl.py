@@ -6583,10 +6583,10 @@ class Progress:
 # --- report: jobs and attempts as text, HTML, JUnit, Markdown, Prometheus and JSON ----------------
 
 TAIL = 4096  # bytes of an attempt's output that a report shows
-SHORT_TAIL = 1500  # where it shows one for each reason of failures
-LISTED = 10  # entries of a list of the slowest jobs, for instance
-DEAD_LISTED = 1000  # of all dead jobs
-GROUPS = 20  # reasons of failures that are shown
+SHORT_TAIL = 1500  # bytes of it for each reason for failures
+LISTED = 10  # entries in each list, such as that of the slowest attempts
+DEAD_LISTED = 1000  # entries in the list of dead jobs
+GROUPS = 20  # reasons for failures
 BARS = 8000  # of a Gantt chart
 LANES = 64
 BLAMELESS = (COMPLETED, "released", CANCELLED)  # outcomes of attempts that did not fail
@@ -6598,7 +6598,7 @@ REPORTED = Selection(notifications=False)
 class History(NamedTuple):
     """A job and those of its attempts that have ended, oldest first, without their output.
 
-    `failures` are the attempts that failed. An exit with 75 that postponed the job did not.
+    `failures` are the attempts that failed; an exit with 75 that postponed the job is none.
     """
 
     job: Job
@@ -7490,13 +7490,13 @@ def junit_report(report: Report) -> Iterator[str]:
 
 METRICS = {  # by name: the type and the meaning
     "jobs": ("gauge", "Jobs by queue and state."),
-    "oldest_ready_seconds": ("gauge", "How long the ready job that was due first has been due."),
-    "paused": ("gauge", "1 where no jobs are started."),
-    "limit": ("gauge", "Jobs that may run at once; 0: any number."),
-    "workers": ("gauge", "Living workers."),
+    "oldest_ready_seconds": ("gauge", "How long the oldest ready job has been due."),
+    "paused": ("gauge", "1 if no jobs of the queue are started."),
+    "limit": ("gauge", "How many jobs may run at once; 0 means any number."),
+    "workers": ("gauge", "Living workers by state."),
     "attempts_total": ("counter", "Attempts that have ended."),
     "attempt_seconds": ("summary", "How long attempts took."),
-    "wait_seconds": ("summary", "How long jobs were ready before it."),
+    "wait_seconds": ("summary", "How long jobs were ready before their attempts."),
     "last_completed_timestamp_seconds": ("gauge", "When a job last completed."),
     "build_info": ("gauge", "The version of queuectl."),
 }
@@ -7616,7 +7616,7 @@ HTTP_STATUS = {BadInput: 400, NotFound: 404, Fault: 503}
 
 
 class Refused(Exception):
-    """A request that is not answered, with the status that tells why."""
+    """A request is refused, with an HTTP status and a reason."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -7687,10 +7687,10 @@ class Page(NamedTuple):
 
 
 class Gate:
-    """Lets in the browser and the scripts of the user who started the server, and nobody else.
+    """Admits only the browser and the scripts of the user who started the server.
 
-    A page of another site can make the browser send requests here, even under a name that leads to
-    this machine. So the Host must be a loopback name, the Origin ours, and the token must be sent.
+    A page of another site can make the browser send requests here, even under a name that resolves
+    to this machine. So the Host must be a loopback name, the Origin ours, and the token correct.
     """
 
     def __init__(self, port: int) -> None:
@@ -7705,7 +7705,7 @@ class Gate:
         return hmac.compare_digest(word.encode(), self.token.encode())
 
     def admit(self, request: Request) -> Response | None:
-        """Return None for a request to be answered, or the response to a login; else Refused."""
+        """Return None to admit a request, or the response to a login; else raise Refused."""
         self.check_host(request)
         is_login = request.method != "POST" and request.path == "/" and "token" in request.fields
         site = request.header("Sec-Fetch-Site") or "none"
@@ -7731,7 +7731,7 @@ class Gate:
         return kind.lower() == "bearer" and self.is_token(word.strip())
 
     def has_cookie(self, request: Request) -> bool:
-        """Tell whether the cookie is sent; a POST must have an Origin too, as browsers do it."""
+        """Tell whether the cookie is sent; a POST must have an Origin too, which browsers send."""
         pairs = (pair.strip().partition("=") for pair in request.header("Cookie").split(";"))
         sent = any(name == self.cookie and self.is_token(word) for name, _, word in pairs)
         if sent and request.method == "POST" and not request.header("Origin"):
@@ -7739,10 +7739,10 @@ class Gate:
         return sent
 
     def log_in(self, *, is_direct: bool) -> Response:
-        """Exchange the token in the URL for a cookie, and lead to the URL without it.
+        """Exchange the token in the URL for a cookie, and redirect to the URL without it.
 
-        After a redirect, the browser still counts the request as that of the page with the link,
-        and withholds the cookie if that was another site's, such as a file.
+        After a redirect, the browser still attributes the request to the page with the link, and
+        withholds the cookie if that is another site's, or a file.
         """
         cookie = f"{self.cookie}={self.token}; HttpOnly; SameSite=Strict; Path=/"
         if is_direct:
@@ -7802,7 +7802,7 @@ def read_form(headers: Any, file: Any) -> str:
 
 
 def handler_class(respond: Callable[[Request], Response]) -> Any:
-    """Return the class of which an object handles one connection: one request, by HTTP/1.0.
+    """Return the class whose objects handle one connection each: one request, by HTTP/1.0.
 
     With HTTP/1.1, the body of a refused POST could be taken for the next request.
     """
@@ -7831,7 +7831,7 @@ def handler_class(respond: Callable[[Request], Response]) -> Any:
             self.wfile.write(encode_response(response))
 
         def log_message(self, *_: Any, **_more: Any) -> None:
-            """Log nothing: a request may have the token in it."""
+            """Log nothing: a request may contain the token."""
 
     return Handler
 
@@ -7980,9 +7980,9 @@ def menu_of(links: Iterable[tuple[str, str]], current: str) -> str:
 
 def queues_html(reader: Reader, back: str) -> str:
     """Return a table of the queues, with buttons to pause and resume them."""
-    counts: dict[str, dict[str, int]] = {}
+    counts: dict[str, Any] = collections.defaultdict(collections.Counter)
     for queue, state, _, number in reader.counts_by_queue():
-        counts.setdefault(queue, dict.fromkeys(STATES, 0))[state] += number
+        counts[queue][state] += number
     paused = reader.paused()
 
     def form(queue: str, text: str = "") -> str:
@@ -7991,7 +7991,7 @@ def queues_html(reader: Reader, back: str) -> str:
 
     rows = []
     for queue in sorted({*counts, *paused} - {""})[:PAGE_SIZE]:
-        numbers = [f"{n:,}" for n in counts.get(queue, dict.fromkeys(STATES, 0)).values()]
+        numbers = [f"{counts[queue][state]:,}" for state in STATES]
         word = "paused" if {"", queue} & {*paused} else ""
         rows.append((link(queue, "/jobs", queue=queue), *numbers, word, form(queue)))
     headings = ("queue", *(f"{state}#" for state in STATES), "", "")
@@ -8014,9 +8014,9 @@ def overview_page(reader: Reader, request: Request) -> Page:
 
 
 class JobFilter(NamedTuple):
-    """The filters of the page of jobs, which its URL has, and the job after which it begins.
+    """The filters of the page of jobs, as in its URL, and the job after which it begins.
 
-    That is given by its time of change and its number, since it may have changed or be gone.
+    That job is given by its time of change and its number, since it may have changed or be gone.
     """
 
     state: str = ""
@@ -8223,12 +8223,6 @@ def confirmation(action: str, key: str, names: Sequence[str], back: str) -> Page
     return Page(title, {}, card(element("ul", items) + rest + form + leave, safe(title)))
 
 
-def way_back(url: str) -> str:
-    """Return the URL of the page to show after an action: one of ours, written anew."""
-    path, _, query = url.partition("?")
-    return address(path, **parse_fields(query)) if path in PAGES else "/"
-
-
 def act(queue: Queue, request: Request) -> Page | str:
     """Return the page that asks for confirmation or, once an action is done, the URL to show."""
     action = request.text("action")
@@ -8238,7 +8232,8 @@ def act(queue: Queue, request: Request) -> Page | str:
     names = subjects(queue._reader, request, key)
     if not names:
         raise BadInput(f"nothing is selected; select what to {action}")
-    back = way_back(request.text("back"))
+    path, _, query = request.text("back").partition("?")
+    back = address(path, **parse_fields(query)) if path in PAGES else "/"  # never another site
     if request.text("confirmed") != "yes":
         return confirmation(action, key, names, back)
     for subject in names if key == "queue" else [names]:
@@ -8296,14 +8291,14 @@ class Site:
             status = next(n for kind, n in HTTP_STATUS.items() if isinstance(error, kind))
             page = Page("Not possible", {}, card(safe(error), "This is not possible"))
             return self.show(page, request)._replace(status=status)
-        except Exception as error:
-            if isinstance(error, Refused):
-                raise
+        except Refused:
+            raise
+        except Exception as error:  # noqa: BLE001
             sys.excepthook(type(error), error, error.__traceback__)
             return refusal(500, "this page failed; `queuectl web` has printed the error")
 
     def limit_time(self, db: Database) -> None:
-        """Let no request take long, whatever the queue contains and whoever has locked it."""
+        """Limit the time that a request takes, even if the queue is large or locked."""
         deadline = time.monotonic() + QUERY_SECONDS
         db.keep_waiting = lambda waited: waited < QUERY_SECONDS
         db.connection.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
@@ -8329,7 +8324,7 @@ class Site:
         return self.show(PAGES[request.path](reader, request), request)
 
     def show(self, page: Page, request: Request) -> Response:
-        """Return a page or, to its script, the parts that have changed: it names those it has."""
+        """Return a page or, to its script, which names the parts it has, those that changed."""
         import hashlib
 
         known = request.header("X-Queuectl-Tags").split()
@@ -8344,14 +8339,14 @@ class Site:
 
 
 def open_browser(url: str, file: str) -> None:
-    """Open a URL in the browser by a file that leads there: all users can read arguments."""
+    """Open a URL in the browser by a file that redirects there: all users can read arguments."""
     import pathlib
     import webbrowser
 
     with open(open_own(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as page:
         page.write(f'<meta http-equiv="refresh" content="0;url={safe(url)}">')
-    leads_there = pathlib.Path(file).as_uri()
-    threading.Thread(target=webbrowser.open, args=[leads_there], daemon=True).start()
+    redirect = pathlib.Path(file).as_uri()
+    threading.Thread(target=webbrowser.open, args=[redirect], daemon=True).start()
 
 
 # --- doctor: whether this machine and this directory can carry a queue ----------------------------

@@ -7998,6 +7998,12 @@ def queues_html(reader: Reader, back: str) -> str:
     return html_grid(headings, rows) + form("", "All queues: ")
 
 
+def last_history(reader: Reader, job: Job) -> History:
+    """Return a job with the last PAGE_SIZE of its attempts."""
+    rows = reader.db.rows(LAST_RUNS, {"seq": job.seq, "limit": PAGE_SIZE})
+    return history(job, [Attempt(*row) for row in reversed(rows)])
+
+
 def overview_page(reader: Reader, request: Request) -> Page:
     """Show the report about the jobs that ran last, and the counts of all jobs."""
     asked = {"readiness": READY, "updated_at": NEVER, "seq": LAST, "limit": OVERVIEW_JOBS}
@@ -8005,7 +8011,7 @@ def overview_page(reader: Reader, request: Request) -> Page:
     for state in (PROCESSING, *FINISHED):
         found += reader.select(IN_STATE_BEFORE, state=state, **asked)
     latest = sorted(found, key=lambda job: job.updated_at)[-OVERVIEW_JOBS:]
-    report = Report(reader, lambda: histories(reader, latest))
+    report = Report(reader, lambda: (last_history(reader, job) for job in latest))
     facts = {**report.facts(), **reader.counts()}
     parts = {name: html_part(name, facts, job_link) for name in PARTS}
     note = f"Below: the {plural(len(latest), 'job')} that ran last."
@@ -8100,16 +8106,17 @@ def jobs_page(reader: Reader, request: Request) -> Page:
     return Page("Jobs", parts, filter_form(chosen))
 
 
-def runs_html(job: Job, runs: Sequence[Attempt], now: float) -> str:
-    """Return a time line and a table of the attempts of a job, newest first."""
+def runs_html(found: History, now: float) -> str:
+    """Return a time line of the attempts of a job, and a table, newest first."""
+    job = found.job
     rows = []
-    for run in runs:
+    for run in reversed(found.runs):
         seconds = (format_duration(run.finished - run.started), format_duration(run.waited))
         end = element("span", safe(run.error or COMPLETED), class_=run.outcome)
         number = link(run.run, "/job", id=job.id, run=run.run)
         rows.append((number, time_cell(run.started, now), *seconds, end, safe(run.worker)))
     gantt = Gantt(now)
-    gantt.add(history(job, [*reversed(runs)]))
+    gantt.add(found)
     chart = html_gantt({"gantt": gantt.facts()}, job_link)
     return chart + html_grid(("run", "started", "took#", "waited#", "ended", "worker"), rows)
 
@@ -8125,14 +8132,12 @@ def output_html(reader: Reader, job: Job, run: int) -> str:
 def job_page(reader: Reader, request: Request) -> Page:
     job = reader.get(request.text("id"))
     run = request.number("run") or job.run
-    rows = reader.db.rows(LAST_RUNS, {"seq": job.seq, "limit": PAGE_SIZE})
-    runs = [Attempt(*row) for row in rows]
     facts = ((safe(key), safe(value)) for key, value in job_details(reader, job))
     action = {COMPLETED: "", DEAD: "retry", CANCELLED: "retry"}.get(job.state, "cancel")
     form = action_form("", (action,), request.url, [("id", job.id)]) if action else ""
     parts = {
         "facts": card(form + html_grid(("", ""), facts)),
-        "runs": card(runs_html(job, runs, reader.clock())),
+        "runs": card(runs_html(last_history(reader, job), reader.clock())),
         "output": output_html(reader, job, run) if run else "",
     }
     return Page(f"Job {job.id}", parts)

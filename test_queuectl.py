@@ -8448,6 +8448,22 @@ class WebCost(Clocked):
             found[target] = self.sqlite_steps(page)
         return found
 
+    def test_overview_costs_the_same_with_many_more_attempts(self) -> None:
+        self.costs(4)
+        request = queuectl.Request("GET", "/", {"id": ["1"]}, {})
+        costs = []
+        for number in (20, 2000):
+            fields = {"number": number, "first": 1000 * number}
+            self.queue._db.execute(
+                f"WITH {NUMBERS} INSERT INTO attempts SELECT 1, i + :first, 'worker-aa-1',"
+                " 'failed', 0, i, i + 1, 1, 'bad', 0, x'' FROM n",
+                fields,
+            )
+            with mock.patch.object(queuectl, "PAGE_SIZE", 20):
+                page = partial(queuectl.overview_page, self.queue._reader, request)
+                costs.append(self.sqlite_steps(page))
+        self.assertLess(costs[1], 1.5 * costs[0] + 10)
+
     def test_pages_cost_the_same_with_many_more_jobs(self) -> None:
         """Promise 8: looking at the queue costs the same, however long its history is."""
         limits = {"OVERVIEW_JOBS": 20, "EXAMINED": 50, "SEARCHED": 50, "PAGE_SIZE": 20}

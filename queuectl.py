@@ -6746,9 +6746,9 @@ class Course:
             moves += [(run.started, PROCESSING), (run.finished, PENDING)]
             self.first = min(self.first, run.started)
             self.last = max(self.last, run.finished)
-        if job.state in FINISHED and history.runs:
+        if job.state in (COMPLETED, DEAD) and history.runs:
             moves[-1] = (moves[-1][0], job.state)
-        elif job.state != PENDING:  # it runs, or was cancelled before it ran
+        elif job.state != PENDING:  # it runs, or was cancelled
             moves.append((job.updated_at, job.state))
         for number, (when, state) in enumerate(moves):
             if number:

@@ -7549,6 +7549,15 @@ class ReportFacts(Reported):
         finished = facts["finished"]
         self.assertEqual((sum(finished["completed"]), sum(finished["dead"])), (2, 2))
 
+    def test_depth_over_time_of_a_job_cancelled_after_an_attempt(self) -> None:
+        self.queue.enqueue("true", id="x")
+        self.attempt(1)
+        self.now += 100
+        self.queue.cancel("x")
+        depth = self.facts()["depth"]
+        self.assertEqual(sum(depth["cancelled"]), 1)
+        self.assertGreater(sum(depth["pending"]), 90 / depth["width"])
+
     @internal
     def test_gantt_merges_short_attempts_and_keeps_failures_visible(self) -> None:
         job = make_job(id="x", state="completed")

@@ -6996,8 +6996,8 @@ COLUMNS = {
     "flaky": ("id", "queue", "failures", "reason"),
     "schedules": ("schedule", "rule", "next", "id", "state", "started", "started_late"),
 }
-TITLES = {"slowest": "Slowest attempts", "retried": "Most attempts", "queues": "Queues"}
-TITLES.update(flaky="Completed after failures", schedules="Schedules")
+TITLES = {"flaky": "Completed after failures", "slowest": "Slowest attempts"}
+TITLES.update(retried="Most attempts", schedules="Schedules", queues="Queues")
 
 
 def headings_of(name: str) -> list[str]:
@@ -7123,7 +7123,7 @@ def html_grid(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>' if lines else ""
 
 
-def html_table(facts: Facts, name: str, link: Link) -> str:
+def html_table(name: str, facts: Facts, link: Link) -> str:
     """Return one of COLUMNS below its title; empty if it has no rows."""
     items = facts[name][:100]
     if not items:
@@ -7298,7 +7298,7 @@ def html_durations(facts: Facts, link: Link) -> str:
     caption = f"p50 {half}, p95 {most_of} (dashed), at most {most:,} in a bar"
     labels = axis(format_duration(10.0**n) for n in range(low, high + 1))
     chart = figure(caption, svg(shapes, 80, "durations of attempts", high - low) + labels)
-    return chart + html_table(facts, "queues", link)
+    return chart + html_table("queues", facts, link)
 
 
 def html_failures(facts: Facts, link: Link) -> str:
@@ -7315,10 +7315,6 @@ def html_failures(facts: Facts, link: Link) -> str:
     return found
 
 
-def html_tables(names: Iterable[str], facts: Facts, link: Link) -> str:
-    return "".join(html_table(facts, name, link) for name in names)
-
-
 PARTS: dict[str, tuple[str, str, Callable[[Facts, Link], str]]] = {  # heading; text if empty
     "tiles": ("", "", html_tiles),
     "failures": ("Failures by reason", "Nothing has failed.", html_failures),
@@ -7326,8 +7322,7 @@ PARTS: dict[str, tuple[str, str, Callable[[Facts, Link], str]]] = {  # heading; 
     "finished": ("Jobs finished", "No job has finished yet.", html_finished),
     "depth": ("Jobs by state", "No jobs yet.", html_depth),
     "durations": ("How long attempts took", "No attempt has ended yet.", html_durations),
-    "notable": ("", "", partial(html_tables, ("flaky", "slowest", "retried"))),
-    "schedules": ("", "", partial(html_tables, ("schedules",))),
+    **{name: ("", "", partial(html_table, name)) for name in TITLES if name != "queues"},
 }
 
 
@@ -7616,11 +7611,7 @@ HTTP_STATUS = {BadInput: 400, NotFound: 404, Fault: 503}
 
 
 class Refused(Exception):
-    """A request is refused, with an HTTP status and a reason."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
+    """A request is refused; the arguments are an HTTP status and the reason."""
 
 
 def address(path: str, /, **fields: Any) -> str:
@@ -7778,7 +7769,7 @@ def encode_response(response: Response, *, head_only: bool = False) -> bytes:
     return head if head_only else head + body
 
 
-def refusal(status: int, reason: object) -> Response:
+def refusal(status: int, reason: str) -> Response:
     more = {401: {"WWW-Authenticate": "Bearer"}, 405: {"Allow": "GET, HEAD, POST"}}
     return Response(status, f"{reason}\n", "text/plain", headers=more.get(status, {}))
 
@@ -7821,7 +7812,7 @@ def handler_class(respond: Callable[[Request], Response]) -> Any:
                 request = Request(self.command, path, parse_fields(text), self.headers)
                 response = respond(request)
             except Refused as error:
-                response = refusal(error.status, error)
+                response = refusal(*error.args)
             self.wfile.write(encode_response(response, head_only=self.command == "HEAD"))
 
         do_HEAD = do_POST = do_GET  # noqa: N815
@@ -8277,10 +8268,6 @@ class Site:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/?token={self.gate.token}"
 
-    def serve(self) -> None:
-        with self.server:
-            self.server.serve_forever()
-
     def respond(self, request: Request) -> Response:
         if login := self.gate.admit(request):
             return login
@@ -8290,7 +8277,10 @@ class Site:
         options: Any = {"readonly": not is_final, "create": False, "insecure": self.insecure}
         try:
             with Queue(self.path, **options) as queue, queue._db.translate_errors():
-                self.limit_time(queue._db)
+                deadline = time.monotonic() + QUERY_SECONDS  # even if the queue is large or locked
+                queue._db.keep_waiting = lambda _: time.monotonic() < deadline
+                connection = queue._db.connection
+                connection.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
                 return self.answer(queue, request)
         except QueueError as error:
             status = next(n for kind, n in HTTP_STATUS.items() if isinstance(error, kind))
@@ -8301,12 +8291,6 @@ class Site:
         except Exception as error:  # noqa: BLE001
             sys.excepthook(type(error), error, error.__traceback__)
             return refusal(500, "this page failed; `queuectl web` has printed the error")
-
-    def limit_time(self, db: Database) -> None:
-        """Limit the time that a request takes, even if the queue is large or locked."""
-        deadline = time.monotonic() + QUERY_SECONDS
-        db.keep_waiting = lambda waited: waited < QUERY_SECONDS
-        db.connection.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
 
     def answer(self, queue: Queue, request: Request) -> Response:
         reader = queue._reader
@@ -8350,8 +8334,8 @@ def open_browser(url: str, file: str) -> None:
 
     with open(open_own(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as page:
         page.write(f'<meta http-equiv="refresh" content="0;url={safe(url)}">')
-    redirect = pathlib.Path(file).as_uri()
-    threading.Thread(target=webbrowser.open, args=[redirect], daemon=True).start()
+    args = [pathlib.Path(file).as_uri()]
+    threading.Thread(target=webbrowser.open, args=args, daemon=True).start()
 
 
 # --- doctor: whether this machine and this directory can carry a queue ----------------------------
@@ -9425,7 +9409,7 @@ def cmd_web(args: argparse.Namespace, queue: Queue) -> None:
             file = queue._db.run_dir.file(f"web-{site.port}.html")
             stack.callback(os.unlink, file)
             open_browser(site.url, file)
-        site.serve()
+        site.server.serve_forever()
 
 
 def cmd_show(args: argparse.Namespace, queue: Queue) -> None:

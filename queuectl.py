@@ -7498,7 +7498,6 @@ METRICS = {  # by name: the type and the meaning
 
 
 def present_samples(reader: Reader, queues: Sequence[str]) -> Iterator[Sample]:
-    """Yield the metrics of the present state of each queue."""
     counts = collections.Counter({(queue, state): 0 for queue in queues for state in STATES})
     for queue, state, _, number in reader.counts_by_queue(queues):
         counts[queue, state] += number
@@ -7584,11 +7583,14 @@ def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
 
 def write_report(path: str, chunks: Iterable[str]) -> None:
     data = "".join(chunks).encode(errors="backslashreplace")
-    if os.path.isfile(path) or not os.path.exists(path):
-        replace_file(os.path.realpath(path), data)
-    else:  # a device
-        with open(path, "wb") as file:
-            file.write(data)
+    try:
+        if os.path.isfile(path) or not os.path.exists(path):
+            replace_file(os.path.realpath(path), data)
+        else:  # a device
+            with open(path, "wb") as file:
+                file.write(data)
+    except OSError as error:
+        raise Fault(f"{quoted(path)}: {error.strerror}") from None
 
 
 # --- web: the report as a live page, for a browser on this machine --------------------------------
@@ -7837,7 +7839,6 @@ def end_old(opened: Mapping[Any, float]) -> None:
 
 
 def server_class() -> Any:
-    """Return the class of a server that handles each connection in a thread."""
     from socketserver import ThreadingTCPServer
 
     opened: dict[Any, float] = {}  # the connections, oldest first, and when they were opened

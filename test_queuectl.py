@@ -7789,7 +7789,9 @@ class ReportFormats(Reported):
         self.assertEqual(glob.glob(self.file("r.*.*")), [])
         for args in (("-o", "r.pdf"), ("-o", ""), ("--format", "pdf"), ("--since", "x")):
             self.assert_refused("report", *args)
-        self.assert_refused("report", "-o", "none/r.html", code=4)
+        for file in ("none/r.html", *["/dev/full"] * LINUX):
+            line = self.assert_refused("report", "-o", file, "--format", "html", code=4)
+            self.assertIn(f" {file}: ", line)
         self.assert_refused("report", "unknown", code=1)
 
     def test_metrics_pass_the_check_of_promtool(self) -> None:

@@ -130,6 +130,7 @@ if TYPE_CHECKING:
     Link = Callable[[str], str]  # returns the HTML for a job's id
     Rows = Iterable[Sequence[object]]
     Path = Union[str, os.PathLike[str]]
+    Sample = tuple[str, float, Mapping[str, str]]  # of a metric: its name, value and labels
     Settings = Mapping[str, Any]
     Survey = Callable[[], tuple[dict[str, int], float]]  # a tally; when the next job is due
     Validator = Callable[[Any], Any]  # returns the value as it is stored, or raises ValueError
@@ -6566,10 +6567,10 @@ class Progress:
 # --- report: jobs and attempts as text, HTML, JUnit, Markdown, Prometheus and JSON ----------------
 
 TAIL = 4096  # bytes of an attempt's output that a report shows
-SHORT_TAIL = 1500  # where it shows one for each reason of failures
-LISTED = 10  # entries of a list of the slowest jobs, for instance
-DEAD_LISTED = 1000  # of all dead jobs
-GROUPS = 20  # reasons of failures that are shown
+SHORT_TAIL = 1500  # bytes of it for each reason for failures
+LISTED = 10  # entries in each list, such as that of the slowest attempts
+DEAD_LISTED = 1000  # entries in the list of dead jobs
+GROUPS = 20  # reasons for failures
 BARS = 8000  # of a Gantt chart
 LANES = 64
 BLAMELESS = (COMPLETED, "released", CANCELLED)  # outcomes of attempts that did not fail
@@ -6581,7 +6582,7 @@ REPORTED = Selection(notifications=False)
 class History(NamedTuple):
     """A job and those of its attempts that have ended, oldest first, without their output.
 
-    `failures` are the attempts that failed. An exit with 75 that postponed the job did not.
+    `failures` are the attempts that failed; an exit with 75 that postponed the job is none.
     """
 
     job: Job
@@ -6605,14 +6606,12 @@ def changed_jobs(reader: Reader, chosen: Selection, since: float) -> Iterator[Jo
         yield from (job for job in reader.selected(chosen) if job.updated_at >= since)
         return
     now = reader.clock()
-    kinds: list[tuple[State, int]] = [(state, READY) for state in (*FINISHED, PROCESSING)]
-    kinds.extend((PENDING, readiness) for readiness in READINESS_WORDS)
-    for kind in kinds:
+    for kind in reversed(COUNTED):
         seqs = reader.seqs_in_state(*kind, since)
         while numbers := list(islice(seqs, SLICE)):
-            jobs = reader.by_seqs(numbers)
-            still = (job for job in jobs if kind == (job.state, job.readiness))
-            yield from (job for job in still if chosen.takes(job, now))
+            for job in reader.by_seqs(numbers):
+                if kind == (job.state, job.readiness) and chosen.takes(job, now):
+                    yield job
 
 
 def histories(reader: Reader, jobs: Iterable[Job], since: float = 0) -> Iterator[History]:
@@ -6658,31 +6657,32 @@ class Counts:
     """How many jobs there are by queue and state, and how long their attempts took and waited."""
 
     def __init__(self) -> None:
-        self.jobs: collections.Counter[tuple[str, State, int]] = collections.Counter()
+        self.jobs: dict[str, Any] = collections.defaultdict(collections.Counter)
         self.seconds: dict[str, Any] = collections.defaultdict(numbers_array)
         self.waits: dict[str, Any] = collections.defaultdict(numbers_array)
         self.outcomes: collections.Counter[str] = collections.Counter()
 
     def add(self, history: History) -> None:
         job = history.job
-        self.jobs[job.queue, job.state, job.readiness] += 1
+        self.jobs[job.queue][job.state, job.readiness] += 1
         for run in history.runs:
             self.outcomes[run.outcome] += 1
             self.seconds[job.queue].append(max(0.0, run.finished - run.started))
             self.waits[job.queue].append(run.waited)
 
-    def facts_of(self, queues: Sequence[str]) -> dict[str, Any]:
-        counts = tally((*key[1:], number) for key, number in self.jobs.items() if key[0] in queues)
+    def facts_of(self, queues: Iterable[str]) -> dict[str, Any]:
+        kinds = chain.from_iterable(self.jobs[queue].items() for queue in queues)
+        counts = tally((*kind, number) for kind, number in kinds)
         seconds = [second for queue in queues for second in self.seconds[queue]]
         waits = chain.from_iterable(self.waits[queue] for queue in queues)
         facts = {**counts, "attempts": len(seconds), **time_facts("took", seconds)}
         return {**facts, **time_facts("waited", waits), "histogram": histogram(seconds)}
 
     def facts(self) -> dict[str, Any]:
-        queues = sorted({key[0] for key in self.jobs})
+        queues = sorted(self.jobs)
         each = [{"queue": queue, **self.facts_of([queue])} for queue in queues]
         return {
-            "jobs": sum(self.jobs.values()),
+            "jobs": sum(sum(kinds.values()) for kinds in self.jobs.values()),
             **self.facts_of(queues),
             "outcomes": dict(self.outcomes),
             "queues": sorted(each, key=lambda facts: -facts["attempts"]),
@@ -6730,16 +6730,14 @@ class Course:
             moves += [(run.started, PROCESSING), (run.finished, PENDING)]
             self.first = min(self.first, run.started)
             self.last = max(self.last, run.finished)
-        if job.state in FINISHED and history.runs:
+        if job.state in (COMPLETED, DEAD) and history.runs:
             moves[-1] = (moves[-1][0], job.state)
-        elif job.state != PENDING:  # it runs, or was cancelled before it ran
+        elif job.state != PENDING:  # it runs, or was cancelled
             moves.append((job.updated_at, job.state))
-        before = ""
-        for when, state in moves:
-            if before:
-                self.depth.add(max(when, self.since), before, -1)
+        for number, (when, state) in enumerate(moves):
+            if number:
+                self.depth.add(max(when, self.since), moves[number - 1][1], -1)
             self.depth.add(max(when, self.since), state)
-            before = state
         if job.state in FINISHED:
             self.finished.add(job.updated_at, job.state)
 
@@ -6783,47 +6781,51 @@ class Bar(NamedTuple):
         )
 
 
+def merge_short(bars: Iterable[Bar], width: float) -> list[Bar]:
+    """Merge the bars of a worker or lane that are shorter than a width and begin within it."""
+    merged: dict[object, Bar] = {}
+    for number, bar in enumerate(bars):
+        is_short = bar.finished - bar.started < width
+        key = int(bar.started / width) if is_short else (number,)
+        merged[key] = merged[key].merged(bar) if key in merged else bar
+    return list(merged.values())
+
+
 class Gantt:
     """The attempts of each worker over time; where there are too many, short ones are merged."""
 
     def __init__(self, now: float) -> None:
         self.now = now
         self.width = 0.001  # seconds; shorter attempts may have been merged
-        self.bars: list[Bar] = []
+        self.number = 0  # of bars
+        self.by_worker: dict[str, list[Bar]] = collections.defaultdict(list)
 
     def add(self, history: History) -> None:
         job = history.job
+        failed = {run.run for run in history.failures}
         for run in history.runs:
-            bar = Bar(run.worker, run.started, run.finished, run.waited, run.outcome, job.id)
-            failed = int(run in history.failures)
-            self.bars.append(bar._replace(failures=failed, reason=quoted(run.error or "")))
+            times = (run.started, run.finished, run.waited)
+            end = (int(run.run in failed), quoted(run.error or ""))
+            self.put(Bar(run.worker, *times, run.outcome, job.id, 1, *end))
         if job.state == PROCESSING:
             began = job.locked_at or self.now
-            end = max(began, self.now)
-            self.bars.append(Bar(job.locked_by or "", began, end, job.waited, "running", job.id))
-        while len(self.bars) > 2 * BARS:
-            self.merge(self.width * 2)
+            times = (began, max(began, self.now), job.waited)
+            self.put(Bar(job.locked_by or "", *times, "running", job.id))
 
-    def merge(self, width: float) -> None:
-        """Merge the attempts of a worker that are shorter than a width and begin within it."""
-        self.width = width
-        merged: dict[tuple[str, int], Bar] = {}
-        long = []
-        for bar in self.bars:
-            key = (bar.worker, int(bar.started / width))
-            if bar.finished - bar.started >= width:
-                long.append(bar)
-            else:
-                merged[key] = merged[key].merged(bar) if key in merged else bar
-        self.bars = [*long, *merged.values()]
+    def put(self, bar: Bar) -> None:
+        self.by_worker[bar.worker].append(bar)
+        self.number += 1
+        while self.number > 2 * max(BARS, len(self.by_worker)):
+            self.width *= 2
+            for bars in self.by_worker.values():
+                bars[:] = merge_short(bars, self.width)
+            self.number = sum(map(len, self.by_worker.values()))
 
     def lanes(self) -> list[list[Bar]]:
         """Return the bars by lane: a worker takes the lane of one that had ended before it."""
-        by_worker: dict[str, list[Bar]] = {}
-        for bar in sorted(self.bars, key=lambda bar: bar.started):
-            by_worker.setdefault(bar.worker, []).append(bar)
+        workers = [sorted(bars, key=lambda bar: bar.started) for bars in self.by_worker.values()]
         lanes: list[list[Bar]] = []
-        for bars in by_worker.values():
+        for bars in sorted(workers, key=lambda bars: bars[0].started):
             free = (lane for lane in lanes if lane[-1].finished <= bars[0].started)
             lane = next(free, None)
             if lane is None:
@@ -6832,14 +6834,18 @@ class Gantt:
         return lanes
 
     def facts(self) -> dict[str, Any]:
-        start = min((bar.started for bar in self.bars), default=self.now)
-        end = max((bar.finished for bar in self.bars), default=self.now)
-        self.merge(max((end - start) / 1000, self.width))
-        while len(self.bars) > BARS and self.width < end - start:
-            self.merge(self.width * 2)
         lanes = self.lanes()
-        shown = [[bar._asdict() for bar in lane] for lane in lanes[:LANES]]
-        return {"start": start, "end": end, "lanes": shown, "hidden": len(lanes) - len(shown)}
+        start = min((lane[0].started for lane in lanes), default=self.now)
+        end = max((bar.finished for lane in lanes for bar in lane), default=self.now)
+        shown = lanes[:LANES]
+        width = (end - start) / 2000
+        number = NEVER
+        while number > BARS and width < end - start:
+            width *= 2  # at first, about a pixel
+            shown = [merge_short(lane, width) for lane in shown]
+            number = sum(map(len, shown))
+        bars = [[bar._asdict() for bar in lane] for lane in shown]
+        return {"start": start, "end": end, "lanes": bars, "hidden": len(lanes) - len(bars)}
 
 
 class Failures:
@@ -6859,8 +6865,8 @@ class Failures:
             if job.state == DEAD and run is history.runs[-1]:
                 group["dead"] += 1
                 if len(self.dead) < DEAD_LISTED:
-                    facts = {"id": job.id, "queue": job.queue, "run": run.run, "reason": reason}
-                    self.dead.append({**facts, "seq": job.seq})
+                    facts = {"id": job.id, "queue": job.queue, "run": run.run, "seq": job.seq}
+                    self.dead.append({**facts, "reason": reason})
             if job.id not in group["jobs"]:
                 group["jobs"] = [*group["jobs"], job.id][-LISTED:]
             if run.finished >= group["when"]:
@@ -6974,8 +6980,8 @@ COLUMNS = {
     "flaky": ("id", "queue", "failures", "reason"),
     "schedules": ("schedule", "rule", "next", "id", "state", "started", "started_late"),
 }
-TITLES = {"slowest": "Slowest attempts", "retried": "Most attempts", "queues": "Queues"}
-TITLES.update(flaky="Completed after failures", schedules="Schedules")
+TITLES = {"flaky": "Completed after failures", "slowest": "Slowest attempts"}
+TITLES.update(retried="Most attempts", schedules="Schedules", queues="Queues")
 
 
 def headings_of(name: str) -> list[str]:
@@ -7078,13 +7084,16 @@ def card(content: str, heading: str = "", **attributes: object) -> str:
     return element("section", title + content, **attributes) + "\n" if content else ""
 
 
-def html_page(title: str, body: str, *, nonce: str = "", head: str = "") -> str:
-    """Return a complete page; with a nonce, its style obeys a Content-Security-Policy."""
-    style = element("style", STYLE, nonce=nonce) if nonce else element("style", STYLE)
+def html_page(title: str, body: str, nonce: str = "") -> str:
+    """Return a complete page; the nonce lets a Content-Security-Policy admit its style.
+
+    The referrer policy lets a browser send the Origin with a POST; no other site is ever linked.
+    """
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{safe(title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-{style}{head}</head>
+<meta name="referrer" content="same-origin">
+{element("style", STYLE, nonce=nonce)}</head>
 <body>{body}</body></html>
 """
 
@@ -7098,13 +7107,13 @@ def html_grid(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>' if lines else ""
 
 
-def html_table(facts: Facts, name: str, link: Link) -> str:
+def html_table(name: str, facts: Facts, link: Link) -> str:
     """Return one of COLUMNS below its title; empty if it has no rows."""
     items = facts[name][:100]
     if not items:
         return ""
     keys = COLUMNS[name]
-    numeric = [isinstance(items[0][key], (int, float)) for key in keys]
+    numeric = (isinstance(items[0][key], (int, float)) for key in keys)
     headings = [text + "#" * is_number for text, is_number in zip(headings_of(name), numeric)]
     rows = []
     for item in items:
@@ -7125,18 +7134,6 @@ def svg(shapes: str, height: int, label: str, parts: int = 4) -> str:
     content = element("path", class_="grid", d=grid) + shapes
     about = {"role": "img", "aria_label": label}
     return element("svg", content, **size, **about, preserveAspectRatio="none")
-
-
-def stacked_bars(bars: Iterable[tuple[float, float, str, dict[str, int]]], most: int) -> str:
-    """Return bars of a chart 80 high: of each its place, width, title, and numbers by class."""
-    shapes = ""
-    for x, width, title, numbers in bars:
-        top = 80.0
-        for css, number in numbers.items():
-            height = 78 * number / most
-            top -= height
-            shapes += rect(css, x, top, width * 0.92, height, title) if number else ""
-    return shapes
 
 
 def time_label(when: float, span: float) -> str:
@@ -7244,16 +7241,21 @@ def html_finished(facts: Facts, _link: Link) -> str:
     start, width = finished["start"], finished["width"]
     pairs = list(zip(finished[COMPLETED], finished[DEAD]))
     most = max(map(sum, pairs), default=0)
-    step = 1000 / max(1, len(pairs))
+    if not most:
+        return ""
+    step = 1000 / len(pairs)
     span = width * len(pairs)
-    bars: list[tuple[float, float, str, dict[str, int]]] = []
+    shapes = ""
     for n, (completed, dead) in enumerate(pairs):
         title = f"{time_label(start + n * width, span)}: {completed} completed, {dead} dead"
-        bars.append((n * step, step, title, {COMPLETED: completed, DEAD: dead}))
-    picture = svg(stacked_bars(bars, most), 80, "jobs finished over time") if most else ""
+        top = 80.0
+        for css, number in ((COMPLETED, completed), (DEAD, dead)):
+            height = 78 * number / most
+            top -= height
+            shapes += rect(css, n * step, top, step * 0.92, height, title) if number else ""
     caption = f"in {format_duration(width)} each, at most {most:,}"
     below = time_axis(start, span) + legend((COMPLETED, DEAD))
-    return picture and figure(caption, picture + below)
+    return figure(caption, svg(shapes, 80, "jobs finished over time") + below)
 
 
 def html_durations(facts: Facts, link: Link) -> str:
@@ -7268,18 +7270,19 @@ def html_durations(facts: Facts, link: Link) -> str:
     def place(seconds: float) -> float:
         return (math.log10(max(seconds, 1e-3)) - low) / (high - low) * 1000
 
-    bars = []
+    shapes = ""
     for begin, end, number in bins:
         title = f"{format_duration(begin)} to {format_duration(end)}: {plural(number, 'attempt')}"
-        bars.append((place(begin), place(end) - place(begin), title, {"running": number}))
-    shapes = stacked_bars(bars, most)
+        height = 78 * number / most
+        width = (place(end) - place(begin)) * 0.92
+        shapes += rect("running", place(begin), 80 - height, width, height, title)
     for key in ("took_p50", "took_p95"):
         shapes += element("path", class_="mark", d=f"M{place(facts[key]):.1f} 0v80")
     half, most_of = (format_duration(facts[key]) for key in ("took_p50", "took_p95"))
     caption = f"p50 {half}, p95 {most_of} (dashed), at most {most:,} in a bar"
     labels = axis(format_duration(10.0**n) for n in range(low, high + 1))
     chart = figure(caption, svg(shapes, 80, "durations of attempts", high - low) + labels)
-    return chart + html_table(facts, "queues", link)
+    return chart + html_table("queues", facts, link)
 
 
 def html_failures(facts: Facts, link: Link) -> str:
@@ -7289,17 +7292,11 @@ def html_failures(facts: Facts, link: Link) -> str:
         numbers = f"{plural(group['attempts'], 'attempt')}, {plural(group['dead'], 'dead job')}"
         title = f"{element('b', safe(group['reason']))} {element('span', numbers, class_='dim')}"
         last = f"last by job {link(group['id'])} in run {group['run']}, {safe(group['when'])}"
-        content = element("summary", title)
-        content += element(
-            "p", f"{last}; jobs: {', '.join(map(link, group['jobs']))}", class_="dim"
-        )
+        note = f"{last}; jobs: {', '.join(map(link, group['jobs']))}"
+        content = element("summary", title) + element("p", note, class_="dim")
         content += preformatted(group["output"]) if group["output"].strip() else ""
         found += element("details", content, **({"open": ""} if place < 3 else {}))
     return found
-
-
-def html_tables(names: Iterable[str], facts: Facts, link: Link) -> str:
-    return "".join(html_table(facts, name, link) for name in names)
 
 
 PARTS: dict[str, tuple[str, str, Callable[[Facts, Link], str]]] = {  # heading; text if empty
@@ -7309,8 +7306,7 @@ PARTS: dict[str, tuple[str, str, Callable[[Facts, Link], str]]] = {  # heading; 
     "finished": ("Jobs finished", "No job has finished yet.", html_finished),
     "depth": ("Jobs by state", "No jobs yet.", html_depth),
     "durations": ("How long attempts took", "No attempt has ended yet.", html_durations),
-    "notable": ("", "", partial(html_tables, ("flaky", "slowest", "retried"))),
-    "schedules": ("", "", partial(html_tables, ("schedules",))),
+    **{name: ("", "", partial(html_table, name)) for name in TITLES if name != "queues"},
 }
 
 
@@ -7473,60 +7469,51 @@ def junit_report(report: Report) -> Iterator[str]:
 
 METRICS = {  # by name: the type and the meaning
     "jobs": ("gauge", "Jobs by queue and state."),
-    "oldest_ready_seconds": ("gauge", "How long the ready job that was due first has been due."),
-    "paused": ("gauge", "1 where no jobs are started."),
-    "limit": ("gauge", "Jobs that may run at once; 0: any number."),
-    "workers": ("gauge", "Living workers."),
+    "oldest_ready_seconds": ("gauge", "How long the oldest ready job has been due."),
+    "paused": ("gauge", "1 if no jobs of the queue are started."),
+    "limit": ("gauge", "How many jobs may run at once; 0 means any number."),
+    "workers": ("gauge", "Living workers by state."),
     "attempts_total": ("counter", "Attempts that have ended."),
     "attempt_seconds": ("summary", "How long attempts took."),
-    "wait_seconds": ("summary", "How long jobs were ready before it."),
+    "wait_seconds": ("summary", "How long jobs were ready before their attempts."),
     "last_completed_timestamp_seconds": ("gauge", "When a job last completed."),
     "build_info": ("gauge", "The version of queuectl."),
 }
 
 
-def sample(name: str, value: float, **labels: str) -> str:
-    escapes = {ord("\\"): r"\\", ord('"'): r"\"", ord("\n"): r"\n"}
-    pairs = ",".join(f'{key}="{text.translate(escapes)}"' for key, text in labels.items())
-    return f"queuectl_{name}{{{pairs}}} {value:.15g}\n"
-
-
-def present_samples(reader: Reader, queues: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the metrics of the present state of each queue: their names and samples."""
+def present_samples(reader: Reader, queues: Sequence[str]) -> Iterator[Sample]:
     counts = collections.Counter({(queue, state): 0 for queue in queues for state in STATES})
     for queue, state, _, number in reader.counts_by_queue(queues):
         counts[queue, state] += number
     for (queue, state), number in counts.items():
-        yield "jobs", sample("jobs", number, queue=queue, state=state)
+        yield "jobs", number, {"queue": queue, "state": state}
     now = reader.clock()
     paused = reader.paused()
     for queue in queues:
-        values: dict[str, float] = {"paused": "" in paused or queue in paused}
-        values["limit"] = reader.settings(queue)["limit"]
+        labels = {"queue": queue}
+        yield "paused", "" in paused or queue in paused, labels
+        yield "limit", reader.settings(queue)["limit"], labels
         if (due := reader.oldest_due(queue)) is not None:
-            values["oldest_ready_seconds"] = max(0.0, now - due)
-        yield from ((name, sample(name, value, queue=queue)) for name, value in values.items())
+            yield "oldest_ready_seconds", max(0.0, now - due), labels
     workers = list(worker_facts(reader))
     busy = sum(worker["job"] is not None for worker in workers)
-    yield "workers", sample("workers", len(workers) - busy, state="idle")
-    yield "workers", sample("workers", busy, state="busy")
+    yield "workers", len(workers) - busy, {"state": "idle"}
+    yield "workers", busy, {"state": "busy"}
+    yield "build_info", 1, {"version": __version__}
 
 
-def total_samples(totals: Sequence[Totals]) -> Iterator[tuple[str, str]]:
+def total_samples(totals: Sequence[Totals]) -> Iterator[Sample]:
     """Yield the metrics of attempts, which count also the jobs that were deleted meanwhile."""
-    sums: dict[str, Sequence[float]] = {}
+    sums: dict[tuple[str, str], float] = collections.defaultdict(float)
     for row in totals:
-        name = "attempts_total"
-        yield name, sample(name, row.number, queue=row.queue, outcome=row.outcome)
+        yield "attempts_total", row.number, {"queue": row.queue, "outcome": row.outcome}
         if row.outcome == COMPLETED:
-            name = "last_completed_timestamp_seconds"
-            yield name, sample(name, row.last, queue=row.queue)
-        number, running, waiting = sums.get(row.queue, (0, 0.0, 0.0))
-        sums[row.queue] = (number + row.number, running + row.running, waiting + row.waiting)
-    for queue, (number, *seconds) in sums.items():
-        for name, total in zip(("attempt_seconds", "wait_seconds"), seconds):
-            yield name, sample(f"{name}_sum", total, queue=queue)
-            yield name, sample(f"{name}_count", number, queue=queue)
+            yield "last_completed_timestamp_seconds", row.last, {"queue": row.queue}
+        for name, seconds in (("attempt_seconds", row.running), ("wait_seconds", row.waiting)):
+            sums[f"{name}_sum", row.queue] += seconds
+            sums[f"{name}_count", row.queue] += row.number
+    for (name, queue), total in sums.items():
+        yield name, total, {"queue": queue}
 
 
 def prometheus_report(report: Report) -> Iterator[str]:
@@ -7535,9 +7522,11 @@ def prometheus_report(report: Report) -> Iterator[str]:
     counted = {row[0] for row in reader.counts_by_queue(report.queues)}
     queues = sorted(counted.union(row.queue for row in totals))
     families: dict[str, str] = dict.fromkeys(METRICS, "")
-    for name, line in chain(present_samples(reader, queues), total_samples(totals)):
-        families[name] += line
-    families["build_info"] = sample("build_info", 1, version=__version__)
+    escapes = {ord("\\"): r"\\", ord('"'): r"\"", ord("\n"): r"\n"}
+    for name, value, labels in chain(present_samples(reader, queues), total_samples(totals)):
+        pairs = ",".join(f'{key}="{text.translate(escapes)}"' for key, text in labels.items())
+        family = name if name in METRICS else name.rpartition("_")[0]  # of _sum and _count
+        families[family] += f"queuectl_{name}{{{pairs}}} {value:.15g}\n"
     for name, (kind, meaning) in METRICS.items():
         yield f"# HELP queuectl_{name} {meaning}\n# TYPE queuectl_{name} {kind}\n{families[name]}"
 
@@ -7564,20 +7553,28 @@ def format_of(path: str) -> str:
     return ENDINGS[ending]
 
 
-def write_report(path: str, chunks: Iterable[str]) -> None:
-    """Write a file aside and rename it, so that nobody reads half of it; a device directly."""
-    is_file = os.path.isfile(path) or not os.path.exists(path)
-    path = os.path.realpath(path) if is_file else path
-    aside = f"{path}.{os.getpid()}.tmp" if is_file else path
+def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
+    """Write a file aside and give it its name: whoever reads it sees the old one or the new one."""
+    aside = f"{path}.{os.getpid()}"
     try:
-        with open(aside, "x" if is_file else "w", encoding="utf-8", newline="") as file:
-            file.writelines(chunk.encode(errors="backslashreplace").decode() for chunk in chunks)
-        if is_file:
-            os.replace(aside, path)
+        with open(aside, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(data)
+        os.replace(aside, path)
     finally:
-        if is_file:
-            with contextlib.suppress(OSError):  # once it is renamed, there is none
-                os.unlink(aside)
+        with contextlib.suppress(OSError):  # once it is renamed, there is none
+            os.unlink(aside)
+
+
+def write_report(path: str, chunks: Iterable[str]) -> None:
+    data = "".join(chunks).encode(errors="backslashreplace")
+    try:
+        if os.path.isfile(path) or not os.path.exists(path):
+            replace_file(os.path.realpath(path), data)
+        else:  # a device
+            with open(path, "wb") as file:
+                file.write(data)
+    except OSError as error:
+        raise Fault(f"{quoted(path)}: {error.strerror}") from None
 
 
 # --- web: the report as a live page, for a browser on this machine --------------------------------
@@ -7600,11 +7597,7 @@ HTTP_STATUS = {BadInput: 400, NotFound: 404, Fault: 503}
 
 
 class Refused(Exception):
-    """A request that is not answered, with the status that tells why."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
+    """A request is refused; the arguments are an HTTP status and the reason."""
 
 
 def address(path: str, /, **fields: Any) -> str:
@@ -7671,10 +7664,10 @@ class Page(NamedTuple):
 
 
 class Gate:
-    """Lets in the browser and the scripts of the user who started the server, and nobody else.
+    """Admits only the browser and the scripts of the user who started the server.
 
-    A page of another site can make the browser send requests here, even under a name that leads to
-    this machine. So the Host must be a loopback name, the Origin ours, and the token must be sent.
+    A page of another site can make the browser send requests here, even under a name that resolves
+    to this machine. So the Host must be a loopback name, the Origin ours, and the token correct.
     """
 
     def __init__(self, port: int) -> None:
@@ -7689,7 +7682,7 @@ class Gate:
         return hmac.compare_digest(word.encode(), self.token.encode())
 
     def admit(self, request: Request) -> Response | None:
-        """Return None for a request to be answered, or the response to a login; else Refused."""
+        """Return None to admit a request, or the response to a login; else raise Refused."""
         self.check_host(request)
         is_login = request.method != "POST" and request.path == "/" and "token" in request.fields
         site = request.header("Sec-Fetch-Site") or "none"
@@ -7715,7 +7708,7 @@ class Gate:
         return kind.lower() == "bearer" and self.is_token(word.strip())
 
     def has_cookie(self, request: Request) -> bool:
-        """Tell whether the cookie is sent; a POST must have an Origin too, as browsers do it."""
+        """Tell whether the cookie is sent; a POST must have an Origin too, which browsers send."""
         pairs = (pair.strip().partition("=") for pair in request.header("Cookie").split(";"))
         sent = any(name == self.cookie and self.is_token(word) for name, _, word in pairs)
         if sent and request.method == "POST" and not request.header("Origin"):
@@ -7723,41 +7716,15 @@ class Gate:
         return sent
 
     def log_in(self, *, is_direct: bool) -> Response:
-        """Exchange the token in the URL for a cookie, and lead to the URL without it.
+        """Exchange the token in the URL for a cookie, and redirect to the URL without it.
 
-        After a redirect, the browser still counts the request as that of the page with the link,
-        and withholds the cookie if that was another site's, such as a file.
+        After a redirect, the browser still attributes the request to the page with the link, and
+        withholds the cookie if that is another site's, or a file.
         """
         cookie = f"{self.cookie}={self.token}; HttpOnly; SameSite=Strict; Path=/"
         if is_direct:
             return Response(303, headers={"Set-Cookie": cookie, "Location": "/"})
         return Response(200, headers={"Set-Cookie": cookie, "Refresh": "0; url=/"})
-
-
-class Connections:
-    """The open connections, oldest first. Idle ones give way to new ones."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.opened: dict[Any, float] = {}  # when, on the monotonic clock
-
-    def add(self, connection: Any) -> None:
-        with self.lock:
-            self.opened[connection] = time.monotonic()
-        self.end_old()
-
-    def remove(self, connection: Any) -> None:
-        with self.lock:
-            self.opened.pop(connection, None)
-
-    def end_old(self) -> None:
-        """End the oldest connections, if there are too many, and those that last too long."""
-        with self.lock:
-            excess = len(self.opened) - MAX_CONNECTIONS
-            for number, (connection, since) in enumerate(self.opened.items()):
-                if number < excess or time.monotonic() > since + CONNECTION_SECONDS:
-                    with contextlib.suppress(OSError):  # its thread, which waits for it, ends
-                        connection.shutdown(2)  # SHUT_RDWR
 
 
 POLICY = "default-src 'none'; style-src {0}; script-src {0}; connect-src 'self'; img-src 'self'"
@@ -7788,7 +7755,7 @@ def encode_response(response: Response, *, head_only: bool = False) -> bytes:
     return head if head_only else head + body
 
 
-def refusal(status: int, reason: object) -> Response:
+def refusal(status: int, reason: str) -> Response:
     more = {401: {"WWW-Authenticate": "Bearer"}, 405: {"Allow": "GET, HEAD, POST"}}
     return Response(status, f"{reason}\n", "text/plain", headers=more.get(status, {}))
 
@@ -7812,7 +7779,7 @@ def read_form(headers: Any, file: Any) -> str:
 
 
 def handler_class(respond: Callable[[Request], Response]) -> Any:
-    """Return the class of which an object handles one connection: one request, by HTTP/1.0.
+    """Return the class whose objects handle one connection each: one request, by HTTP/1.0.
 
     With HTTP/1.1, the body of a refused POST could be taken for the next request.
     """
@@ -7831,7 +7798,7 @@ def handler_class(respond: Callable[[Request], Response]) -> Any:
                 request = Request(self.command, path, parse_fields(text), self.headers)
                 response = respond(request)
             except Refused as error:
-                response = refusal(error.status, error)
+                response = refusal(*error.args)
             self.wfile.write(encode_response(response, head_only=self.command == "HEAD"))
 
         do_HEAD = do_POST = do_GET  # noqa: N815
@@ -7841,16 +7808,24 @@ def handler_class(respond: Callable[[Request], Response]) -> Any:
             self.wfile.write(encode_response(response))
 
         def log_message(self, *_: Any, **_more: Any) -> None:
-            """Log nothing: a request may have the token in it."""
+            """Log nothing: a request may contain the token."""
 
     return Handler
 
 
+def end_old(opened: Mapping[Any, float]) -> None:
+    """End the oldest connections, if there are too many, and those that last too long."""
+    excess = len(opened) - MAX_CONNECTIONS
+    for number, (connection, since) in enumerate(list(opened.items())):
+        if number < excess or time.monotonic() > since + CONNECTION_SECONDS:
+            with contextlib.suppress(OSError):  # its thread, which waits for it, ends
+                connection.shutdown(2)  # SHUT_RDWR
+
+
 def server_class() -> Any:
-    """Return the class of a server that handles each connection in a thread."""
     from socketserver import ThreadingTCPServer
 
-    connections = Connections()
+    opened: dict[Any, float] = {}  # the connections, oldest first, and when they were opened
 
     class Server(ThreadingTCPServer):
         """Limits the number of connections, and the time that each takes."""
@@ -7861,18 +7836,18 @@ def server_class() -> Any:
 
         def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002
             most = 2 * MAX_CONNECTIONS  # with threads that are about to end
-            return any(len(connections.opened) < most for _ in polling(1.0))
+            return any(len(opened) < most for _ in polling(1.0))
 
         def process_request(self, request: Any, client_address: Any) -> None:
-            connections.add(request)
+            opened[request] = time.monotonic()
             super().process_request(request, client_address)
 
         def shutdown_request(self, request: Any) -> None:
-            connections.remove(request)
+            opened.pop(request, None)
             super().shutdown_request(request)
 
         def service_actions(self) -> None:
-            connections.end_old()
+            end_old(opened)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             if not isinstance(sys.exc_info()[1], OSError):  # else the other side is gone
@@ -7981,9 +7956,9 @@ def menu_of(links: Iterable[tuple[str, str]], current: str) -> str:
 
 def queues_html(reader: Reader, back: str) -> str:
     """Return a table of the queues, with buttons to pause and resume them."""
-    counts: dict[str, dict[str, int]] = {}
+    counts: dict[str, Any] = collections.defaultdict(collections.Counter)
     for queue, state, _, number in reader.counts_by_queue():
-        counts.setdefault(queue, dict.fromkeys(STATES, 0))[state] += number
+        counts[queue][state] += number
     paused = reader.paused()
 
     def form(queue: str, text: str = "") -> str:
@@ -7992,11 +7967,17 @@ def queues_html(reader: Reader, back: str) -> str:
 
     rows = []
     for queue in sorted({*counts, *paused} - {""})[:PAGE_SIZE]:
-        numbers = [f"{n:,}" for n in counts.get(queue, dict.fromkeys(STATES, 0)).values()]
+        numbers = [f"{counts[queue][state]:,}" for state in STATES]
         word = "paused" if {"", queue} & {*paused} else ""
         rows.append((link(queue, "/jobs", queue=queue), *numbers, word, form(queue)))
     headings = ("queue", *(f"{state}#" for state in STATES), "", "")
     return html_grid(headings, rows) + form("", "All queues: ")
+
+
+def last_history(reader: Reader, job: Job) -> History:
+    """Return a job with the last PAGE_SIZE of its attempts."""
+    rows = reader.db.rows(LAST_RUNS, {"seq": job.seq, "limit": PAGE_SIZE})
+    return history(job, [Attempt(*row) for row in reversed(rows)])
 
 
 def overview_page(reader: Reader, request: Request) -> Page:
@@ -8006,7 +7987,7 @@ def overview_page(reader: Reader, request: Request) -> Page:
     for state in (PROCESSING, *FINISHED):
         found += reader.select(IN_STATE_BEFORE, state=state, **asked)
     latest = sorted(found, key=lambda job: job.updated_at)[-OVERVIEW_JOBS:]
-    report = Report(reader, lambda: histories(reader, latest))
+    report = Report(reader, lambda: (last_history(reader, job) for job in latest))
     facts = {**report.facts(), **reader.counts()}
     parts = {name: html_part(name, facts, job_link) for name in PARTS}
     note = f"Below: the {plural(len(latest), 'job')} that ran last."
@@ -8015,9 +7996,9 @@ def overview_page(reader: Reader, request: Request) -> Page:
 
 
 class JobFilter(NamedTuple):
-    """The filters of the page of jobs, which its URL has, and the job after which it begins.
+    """The filters of the page of jobs, as in its URL, and the job after which it begins.
 
-    That is given by its time of change and its number, since it may have changed or be gone.
+    That job is given by its time of change and its number, since it may have changed or be gone.
     """
 
     state: str = ""
@@ -8027,13 +8008,14 @@ class JobFilter(NamedTuple):
     at: str = ""
     after: str = ""
 
-    def following(self, reader: Reader, at: float, seq: int) -> list[Job]:
-        """Return the jobs that follow a place in the order of the page, matching or not."""
-        if not self.state:
-            return reader.select(JOBS_BEFORE, seq=seq, limit=SEARCHED)
-        state, readiness = STATE_TABS[self.state]
-        place = {"updated_at": at, "seq": seq, "limit": SEARCHED}
-        return reader.select(IN_STATE_BEFORE, state=state, readiness=readiness, **place)
+    def following(self, reader: Reader, at: float, seq: int) -> Iterator[Job]:
+        """Yield the jobs that follow a place in the order of the page, matching or not."""
+        state, readiness = STATE_TABS.get(self.state, (None, 0))
+        sql = IN_STATE_BEFORE if state else JOBS_BEFORE
+        kind: dict[str, Any] = {"state": state, "readiness": readiness, "limit": SEARCHED}
+        while jobs := reader.select(sql, **kind, updated_at=at, seq=seq):
+            yield from jobs
+            at, seq = jobs[-1].updated_at, jobs[-1].seq
 
 
 def find_jobs(reader: Reader, chosen: JobFilter) -> tuple[list[Job], JobFilter | None]:
@@ -8046,18 +8028,12 @@ def find_jobs(reader: Reader, chosen: JobFilter) -> tuple[list[Job], JobFilter |
     seq = validate("after", integer(0, LAST), chosen.after or LAST)
     at = validate("at", number(0, LAST), chosen.at or LAST)
     deadline = time.monotonic() + SEARCH_SECONDS
-    while len(found) < PAGE_SIZE and time.monotonic() < deadline:
-        jobs = chosen.following(reader, at, seq)
-        for job in jobs:
-            at, seq = job.updated_at, job.seq
-            if wanted.takes(job, 0) and chosen.reason in ("", job.last_error):
-                found.append(job)
-                if len(found) == PAGE_SIZE:
-                    break
-        else:
-            if len(jobs) < SEARCHED:
-                return found, None
-    return found, chosen._replace(at=repr(at), after=str(seq))
+    for job in chosen.following(reader, at, seq):
+        if wanted.takes(job, 0) and chosen.reason in ("", job.last_error):
+            found.append(job)
+        if len(found) == PAGE_SIZE or time.monotonic() > deadline:
+            return found, chosen._replace(at=repr(job.updated_at), after=str(job.seq))
+    return found, None
 
 
 def jobs_html(reader: Reader, jobs: Iterable[Job]) -> str:
@@ -8094,10 +8070,9 @@ def filter_form(chosen: JobFilter) -> str:
 
 def jobs_page(reader: Reader, request: Request) -> Page:
     chosen = JobFilter(*map(request.text, JobFilter._fields))
-    if chosen.state and chosen.state not in STATE_TABS:
-        raise BadInput(
-            f"unknown state {quoted(chosen.state)}{suggestion(chosen.state, STATE_TABS)}"
-        )
+    if chosen.state not in ("", *STATE_TABS):
+        hint = suggestion(chosen.state, STATE_TABS)
+        raise BadInput(f"unknown state {quoted(chosen.state)}{hint}")
     jobs, rest = find_jobs(reader, chosen)
     table = action_form(jobs_html(reader, jobs), ("retry", "cancel"), request.url) if jobs else ""
     end = element("p", "no more jobs" if jobs or chosen.after else "no jobs", class_="dim")
@@ -8107,16 +8082,17 @@ def jobs_page(reader: Reader, request: Request) -> Page:
     return Page("Jobs", parts, filter_form(chosen))
 
 
-def runs_html(job: Job, runs: Sequence[Attempt], now: float) -> str:
-    """Return a time line and a table of the attempts of a job, newest first."""
+def runs_html(found: History, now: float) -> str:
+    """Return a time line of the attempts of a job, and a table, newest first."""
+    job = found.job
     rows = []
-    for run in runs:
+    for run in reversed(found.runs):
         seconds = (format_duration(run.finished - run.started), format_duration(run.waited))
         end = element("span", safe(run.error or COMPLETED), class_=run.outcome)
         number = link(run.run, "/job", id=job.id, run=run.run)
         rows.append((number, time_cell(run.started, now), *seconds, end, safe(run.worker)))
     gantt = Gantt(now)
-    gantt.add(history(job, [*reversed(runs)]))
+    gantt.add(found)
     chart = html_gantt({"gantt": gantt.facts()}, job_link)
     return chart + html_grid(("run", "started", "took#", "waited#", "ended", "worker"), rows)
 
@@ -8132,14 +8108,12 @@ def output_html(reader: Reader, job: Job, run: int) -> str:
 def job_page(reader: Reader, request: Request) -> Page:
     job = reader.get(request.text("id"))
     run = request.number("run") or job.run
-    rows = reader.db.rows(LAST_RUNS, {"seq": job.seq, "limit": PAGE_SIZE})
-    runs = [Attempt(*row) for row in rows]
     facts = ((safe(key), safe(value)) for key, value in job_details(reader, job))
     action = {COMPLETED: "", DEAD: "retry", CANCELLED: "retry"}.get(job.state, "cancel")
     form = action_form("", (action,), request.url, [("id", job.id)]) if action else ""
     parts = {
         "facts": card(form + html_grid(("", ""), facts)),
-        "runs": card(runs_html(job, runs, reader.clock())),
+        "runs": card(runs_html(last_history(reader, job), reader.clock())),
         "output": output_html(reader, job, run) if run else "",
     }
     return Page(f"Job {job.id}", parts)
@@ -8230,12 +8204,6 @@ def confirmation(action: str, key: str, names: Sequence[str], back: str) -> Page
     return Page(title, {}, card(element("ul", items) + rest + form + leave, safe(title)))
 
 
-def way_back(url: str) -> str:
-    """Return the URL of the page to show after an action: one of ours, written anew."""
-    path, _, query = url.partition("?")
-    return address(path, **parse_fields(query)) if path in PAGES else "/"
-
-
 def act(queue: Queue, request: Request) -> Page | str:
     """Return the page that asks for confirmation or, once an action is done, the URL to show."""
     action = request.text("action")
@@ -8245,7 +8213,8 @@ def act(queue: Queue, request: Request) -> Page | str:
     names = subjects(queue._reader, request, key)
     if not names:
         raise BadInput(f"nothing is selected; select what to {action}")
-    back = way_back(request.text("back"))
+    path, _, query = request.text("back").partition("?")
+    back = address(path, **parse_fields(query)) if path in PAGES else "/"  # never another site
     if request.text("confirmed") != "yes":
         return confirmation(action, key, names, back)
     for subject in names if key == "queue" else [names]:
@@ -8257,10 +8226,7 @@ def act(queue: Queue, request: Request) -> Page | str:
 
 
 def frame(page: Page, parts: str, path: str, db: str) -> Response:
-    """Return a whole page. Its script and styles have a nonce; nothing else may run.
-
-    The referrer policy lets a browser send the Origin with a POST; no other site is ever linked.
-    """
+    """Return a whole page. Its script and styles have a nonce; nothing else may run."""
     import secrets
 
     nonce = secrets.token_urlsafe(16)
@@ -8269,10 +8235,8 @@ def frame(page: Page, parts: str, path: str, db: str) -> Response:
     links = menu_of(MENU.items(), path)
     menu = element("nav", f"{element('h1', safe(db))} {links} {pause} {state}")
     script = element("script", WEB_SCRIPT, nonce=nonce) if page.parts else ""
-    head = '<meta name="referrer" content="same-origin">'
     body = f"{menu}<main>{page.top}{parts}</main>{script}"
-    html = html_page(f"{page.title} - queuectl", body, nonce=nonce, head=head)
-    return Response(200, html, nonce=nonce)
+    return Response(200, html_page(f"{page.title} - queuectl", body, nonce), nonce=nonce)
 
 
 class Site:
@@ -8289,10 +8253,6 @@ class Site:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/?token={self.gate.token}"
 
-    def serve(self) -> None:
-        with self.server:
-            self.server.serve_forever()
-
     def respond(self, request: Request) -> Response:
         if login := self.gate.admit(request):
             return login
@@ -8302,23 +8262,20 @@ class Site:
         options: Any = {"readonly": not is_final, "create": False, "insecure": self.insecure}
         try:
             with Queue(self.path, **options) as queue, queue._db.translate_errors():
-                self.limit_time(queue._db)
+                deadline = time.monotonic() + QUERY_SECONDS  # even if the queue is large or locked
+                queue._db.keep_waiting = lambda _: time.monotonic() < deadline
+                connection = queue._db.connection
+                connection.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
                 return self.answer(queue, request)
         except QueueError as error:
             status = next(n for kind, n in HTTP_STATUS.items() if isinstance(error, kind))
             page = Page("Not possible", {}, card(safe(error), "This is not possible"))
             return self.show(page, request)._replace(status=status)
-        except Exception as error:
-            if isinstance(error, Refused):
-                raise
+        except Refused:
+            raise
+        except Exception as error:  # noqa: BLE001
             sys.excepthook(type(error), error, error.__traceback__)
             return refusal(500, "this page failed; `queuectl web` has printed the error")
-
-    def limit_time(self, db: Database) -> None:
-        """Let no request take long, whatever the queue contains and whoever has locked it."""
-        deadline = time.monotonic() + QUERY_SECONDS
-        db.keep_waiting = lambda waited: waited < QUERY_SECONDS
-        db.connection.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
 
     def answer(self, queue: Queue, request: Request) -> Response:
         reader = queue._reader
@@ -8341,7 +8298,7 @@ class Site:
         return self.show(PAGES[request.path](reader, request), request)
 
     def show(self, page: Page, request: Request) -> Response:
-        """Return a page or, to its script, the parts that have changed: it names those it has."""
+        """Return a page or, to its script, which names the parts it has, those that changed."""
         import hashlib
 
         known = request.header("X-Queuectl-Tags").split()
@@ -8356,14 +8313,14 @@ class Site:
 
 
 def open_browser(url: str, file: str) -> None:
-    """Open a URL in the browser by a file that leads there: all users can read arguments."""
+    """Open a URL in the browser by a file that redirects there: all users can read arguments."""
     import pathlib
     import webbrowser
 
     with open(open_own(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as page:
         page.write(f'<meta http-equiv="refresh" content="0;url={safe(url)}">')
-    leads_there = pathlib.Path(file).as_uri()
-    threading.Thread(target=webbrowser.open, args=[leads_there], daemon=True).start()
+    args = [pathlib.Path(file).as_uri()]
+    threading.Thread(target=webbrowser.open, args=args, daemon=True).start()
 
 
 # --- doctor: whether this machine and this directory can carry a queue ----------------------------
@@ -9005,18 +8962,6 @@ def own_command() -> list[str]:
     return [SYSTEM.PYTHON, *interpreter_flags(), os.path.abspath(__file__)]
 
 
-def replace_file(path: str, data: bytes, mode: int) -> None:
-    """Write a file aside and give it its name: whoever reads it sees the old one or the new one."""
-    aside = f"{path}.{os.getpid()}"
-    try:
-        with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-            file.write(data)
-        os.replace(aside, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(aside)
-
-
 def install_library(home: str) -> str:
     """Put the program and its compiled form into a directory named for its content; return that.
 
@@ -9449,7 +9394,7 @@ def cmd_web(args: argparse.Namespace, queue: Queue) -> None:
             file = queue._db.run_dir.file(f"web-{site.port}.html")
             stack.callback(os.unlink, file)
             open_browser(site.url, file)
-        site.serve()
+        site.server.serve_forever()
 
 
 def cmd_show(args: argparse.Namespace, queue: Queue) -> None:

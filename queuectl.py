@@ -3438,14 +3438,15 @@ class Reader:
         now = self.clock()
         counts = self.counts_by_queue()
         found = {row[1:3] for row in counts if not chosen.queues or row[0] in chosen.queues}
-        kinds = {kind for kind in found if chosen.takes_state(*kind)}
+        kinds = [kind for kind in COUNTED if kind in found and chosen.takes_state(*kind)]
         only = chosen.queues[0] if len(chosen.queues) == 1 else None
         number = sum(row[3] for row in counts if row[1:3] in kinds and only in (None, row[0]))
         if number > sum(row[3] for row in counts) / SHARE:
             jobs = self.all()
         else:
+            # In the order of a job's life: one that moves on is found twice rather than never.
             seqs = (self.seqs_in_state(*kind, queue=only) for kind in kinds)
-            jobs = self.by_seqs(sorted(chain.from_iterable(seqs)))
+            jobs = self.by_seqs(sorted(set(chain.from_iterable(seqs))))
         yield from (job for job in jobs if chosen.takes(job, now))
 
     def latest_selected(self, chosen: Selection, limit: int) -> tuple[list[Job], int]:
@@ -3455,16 +3456,17 @@ class Reader:
             return list(self.by_seqs(sorted(seq for _, seq in seqs[-limit:]))), len(seqs)
         counts = self.counts_by_queue(chosen.queues)
         counts = [row for row in counts if chosen.takes_state(*row[1:3])]
-        found: list[Job] = []
-        kinds = {(row[0] if chosen.queues else None, *row[1:3]) for row in counts}
+        found: dict[int, Job] = {}  # by number: a job may change between two statements
+        kinds = dict.fromkeys((row[0] if chosen.queues else None, *row[1:3]) for row in counts)
         total = sum(row[3] for row in counts)
         for queue, state, readiness in kinds:
             asked = {"state": state, "readiness": readiness, "queue": queue}
-            found += self.select(LATEST, **asked, limit=limit, notifications=chosen.notifications)
+            jobs = self.select(LATEST, **asked, limit=limit, notifications=chosen.notifications)
+            found.update((job.seq, job) for job in jobs)
             if state == COMPLETED and not chosen.notifications:
                 total -= self.number(COUNT_NOTIFICATIONS, state=state, queue=queue)
-        found.sort(key=lambda job: job.updated_at)
-        return sorted(found[-limit:]), total
+        latest = sorted(found.values(), key=lambda job: job.updated_at)[-limit:]
+        return sorted(latest), total
 
     def attempts(self, job: Job, sql: str = ATTEMPTS) -> Iterator[Attempt]:
         """Yield the attempts of a job that have ended, in slices; or SUMMARIES of them."""
@@ -4423,7 +4425,8 @@ class Queue:
         wanted = validate("states", valid_states, states) or STATES
         chosen = Selection(queues=queues, states=wanted, notifications=notifications)
         if limit is not None:
-            return iter(self._reader.latest_selected(chosen, limit)[0])
+            number = validate("limit", integer(0, 10**9), limit)
+            return iter(self._reader.latest_selected(chosen, number)[0])
         return self._reader.selected(chosen)
 
     def attempts(self, job: Job | str) -> list[Attempt]:
@@ -4433,12 +4436,12 @@ class Queue:
     def output(self, job: Job | str, run: int | None = None) -> bytes:
         """Return the output of an attempt, by default of the one that runs or ran last.
 
-        It is what the job has written to stdout and stderr so far, or the last `output_limit` bytes
-        of it; before the first attempt, nothing. A schedule's name means its latest attempt. Raises
-        NotFound.
+        The output is what the job has written to stdout and stderr so far, or the last
+        `output_limit` bytes of that; before the first attempt, nothing. A schedule's name means its
+        latest attempt. Raises NotFound.
         """
         found = job if isinstance(job, Job) else self.get(job)
-        if not found.run and found.id != job:
+        if not found.run and job == found.schedule_id:
             found = self._reader.first(LAST_RUN_OF_SCHEDULE, id=found.schedule_id) or found
         if run is not None and not 1 <= run <= found.run:
             raise NotFound(f"job {printable(found.id)} has no run {run}")
@@ -4543,6 +4546,8 @@ class Queue:
 
     def pause(self, queue: str = "") -> None:
         """Start no more jobs of a queue, or of any; running jobs continue."""
+        if queue:
+            validate("queue", valid_name, queue)
         with self._db.transaction():
             self._db.execute(PAUSE, {"queue": queue})
 

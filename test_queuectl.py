@@ -3098,6 +3098,10 @@ class QueueReading(Clocked):
         self.now += 1
         self.queue.enqueue("true", id="c")
         self.assertEqual([job.id for job in self.queue.jobs(limit=2)], ["b", "c"])
+        self.assertEqual([job.id for job in self.queue.jobs(limit=0)], [])
+        for bad in (-1, "x", 1.5):
+            with self.subTest(bad), self.assertRaisesRegex(queuectl.BadInput, "^limit must be"):
+                self.queue.jobs(limit=bad)  # type: ignore[arg-type]
 
 
 class QueueSelection(Clocked):
@@ -3150,6 +3154,29 @@ class QueueSelection(Clocked):
             self.assertEqual([job.seq for job in jobs], [3, *range(7, 10027)])
         dead = queuectl.Selection(states=["dead", "blocked"])
         self.assertLess(self.sqlite_steps(lambda: list(self.queue._reader.selected(dead))), 50)
+
+    @internal
+    def test_selection_finds_a_job_whose_state_changes_while_it_reads(self) -> None:
+        reader = self.queue._reader
+        self.queue.enqueue("true", id="first", priority=9)
+        first = self.claim()
+        moves = {"ready": self.claim, "processing": lambda: self.finish(0, first)}
+
+        for (state, move), later in zip(moves.items(), ("processing", "completed")):
+
+            def seqs(
+                *kind: Any, queue: Any, read: Any = reader.seqs_in_state, move: Any = move
+            ) -> Any:
+                yield from read(*kind, queue=queue)
+                move()
+
+            chosen = queuectl.Selection(states=[state, later])
+            expected = [job.id for job in reader.selected(chosen)]
+            with mock.patch.object(queuectl, "SHARE", 1), mock.patch.object(
+                reader, "seqs_in_state", seqs
+            ):
+                found = [job.id for job in reader.selected(chosen)]
+            self.assertEqual(found, expected)
 
     def test_list_shows_the_selected_jobs(self) -> None:
         cases = {
@@ -4245,6 +4272,12 @@ class QueueNotificationsLive(Live):
 
 class QueuePause(Clocked):
     """`pause` and `resume`, with a clock that the test moves."""
+
+    def test_bad_name_is_refused_by_the_library(self) -> None:
+        for name in ("a b", "x\n", "-q"):
+            with self.subTest(name), self.assertRaisesRegex(queuectl.BadInput, "^queue must be"):
+                self.queue.pause(name)
+        self.assertEqual(self.queue._reader.paused(), [])
 
     def test_several_queues_can_be_paused_at_once(self) -> None:
         self.stdout("pause", "--queue", "a", "--queue", "b")
@@ -10766,6 +10799,8 @@ class Library(Clocked):
             queue._ledger.finish(job, done)
             found = [queue.output("nightly"), queue.output(f"nightly.{run}"), queue.output(job, 1)]
             self.assertEqual(found, [written] * 3)
+            waiting = queue.get("nightly")  # its name means the job that ran; a record, itself
+            self.assertEqual((queue.output(waiting), queue.output(waiting.id)), (b"", b""))
         for job_id, number in (("nosuch", None), ("nightly.1", 2), ("nightly.1", 0)):
             with self.subTest(number), self.assertRaises(queuectl.NotFound):
                 queue.output(job_id, number)

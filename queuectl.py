@@ -1557,7 +1557,7 @@ WAITING_SUMMARY = f"""
 AND event = '{SUMMARY}' AND queue = :queue AND command = :command AND cwd = :cwd"""
 OUTPUT_TAIL = """
 SELECT coalesce(substr(output, :start), x'') FROM attempts WHERE job = :seq AND run = :run"""
-TOTALS = "SELECT queue, outcome, number, running, waiting, last FROM totals"
+TOTALS = "SELECT queue, outcome, number, running, waiting, last FROM totals WHERE :served"
 READY_IN_QUEUE = "FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue"
 # By priority, of which there are few: the index has no order by time alone.
 OLDEST_DUE = f"""
@@ -3332,19 +3332,8 @@ def network_file_system(path: str) -> str | None:
 # --- queue: reading jobs, changing their state, and the public interface --------------------------
 
 
-class Totals(NamedTuple):
-    """The attempts of a queue with one outcome, ever: seconds, and when the last one ended."""
-
-    queue: str
-    outcome: str
-    number: int
-    running: float
-    waiting: float
-    last: float
-
-
-KNOWN_QUEUES = 1000  # whose settings a process keeps in memory
-SHARE = 4  # an index finds jobs in states that fewer than one of so many jobs are in
+KNOWN_SETTINGS = 1000  # of queues, that a process keeps in memory
+SHARE = 4  # an index finds the jobs in some states if they are fewer than all jobs divided by this
 
 
 class Reader:
@@ -3353,8 +3342,7 @@ class Reader:
     def __init__(self, db: Database, clock: Callable[[], float]) -> None:
         self.db = db
         self.clock = clock
-        self.revision: str | None = None  # of the settings by queue that were read
-        self.known_settings: dict[str, Settings] = {}
+        self.known_settings: dict[tuple[str | None, str], Settings] = {}
 
     def select(self, sql: str, **args: object) -> list[Job]:
         return [Job(*row) for row in self.db.rows(sql, args)]
@@ -3362,8 +3350,11 @@ class Reader:
     def first(self, sql: str, **args: object) -> Job | None:
         return next(iter(self.select(sql, **args)), None)
 
+    def column(self, sql: str, **args: object) -> list[Any]:
+        return [row[0] for row in self.db.rows(sql, args)]
+
     def number(self, sql: str, **args: object) -> int:
-        return int(self.db.rows(sql, args)[0][0])
+        return int(self.column(sql, **args)[0])
 
     def get(self, job_id: str, batch: str | None = None) -> Job:
         """Return a job by its id, or the active or else newest job of a schedule; or NotFound.
@@ -3375,8 +3366,7 @@ class Reader:
                 return job
         hint = id_hint(job_id)
         error = NotFound(f"there is no job {quoted(job_id)} in {self.db.path}{hint}")
-        recent = [row[0] for row in self.db.rows(RECENT_IDS)]
-        error.hint = None if hint else partial(did_you_mean, job_id, recent)
+        error.hint = None if hint else partial(did_you_mean, job_id, self.column(RECENT_IDS))
         raise error
 
     def by_seq(self, seq: int) -> Job | None:
@@ -3396,8 +3386,8 @@ class Reader:
         """Return ids that begin with a prefix, of jobs in these states, the latest first."""
         asked = {"prefix": prefix, "limit": limit}
         kinds = [{"state": s, "readiness": r, **asked} for s, r in COUNTED if s in states]
-        rows = [self.db.rows(sql, kind) for sql in (LATEST_IDS, IDS_FROM) for kind in kinds]
-        return list(dict.fromkeys(row[0] for row in chain.from_iterable(rows)))[:limit]
+        ids = (self.column(sql, **kind) for sql in (LATEST_IDS, IDS_FROM) for kind in kinds)
+        return list(dict.fromkeys(chain.from_iterable(ids)))[:limit]
 
     def is_taken(self, job_id: str) -> bool:
         return bool(self.db.rows(IS_TAKEN, {"id": job_id}))
@@ -3425,7 +3415,7 @@ class Reader:
         for first in range(0, len(seqs), SLICE):
             numbers = seqs[first : first + SLICE]
             padded = [*numbers, *[0] * (SLICE - len(numbers))]
-            yield from [Job(*row) for row in self.db.rows(BY_SEQS, padded)]
+            yield from starmap(Job, self.db.rows(BY_SEQS, padded))
 
     def selected(self, chosen: Selection) -> Iterator[Job]:
         """Yield the jobs of a selection: the named ones in that order, or others by arrival.
@@ -3493,10 +3483,6 @@ class Reader:
         facts["after"] = [parent.id for parent in self.parents(job)]
         return facts
 
-    def runs(self, job: Job) -> list[Attempt]:
-        """Return the attempts without their output."""
-        return list(self.attempts(job, SUMMARIES))
-
     def last_run(self, job: Job) -> Attempt | None:
         """Return the last attempt that has ended, without its output."""
         rows = self.db.rows(LAST_RUNS, {"seq": job.seq, "limit": 1}) if job.run else []
@@ -3523,18 +3509,13 @@ class Reader:
         rows = self.db.rows(OUTPUT_TAIL, {"seq": seq, "run": run, "start": -limit})
         return "".join(bytes(row[0]).decode(errors="backslashreplace") for row in rows)
 
-    def schedules(self) -> list[Job]:
-        return self.select(SCHEDULES)
-
     def parents(self, job: Job) -> list[Job]:
         """Return the jobs, up to 100, that a blocked job waits for."""
         return self.select(PARENTS, seq=job.seq)
 
     def failed_ancestor(self, job: Job) -> Job | None:
         """Return a dead or cancelled job without which a blocked job cannot run."""
-        if job.state != PENDING or job.readiness != BLOCKED:
-            return None
-        return self.first(FAILED_ANCESTORS, seq=job.seq)
+        return self.first(FAILED_ANCESTORS, seq=job.seq) if job.readiness == BLOCKED else None
 
     def dead(self) -> list[tuple[str, int, int, int | None]]:
         """Return id, number, run and `notifies` of the dead jobs, in the order of their deaths."""
@@ -3593,29 +3574,21 @@ class Reader:
 
     def settings_as_of(self, revision: str | None, queue: str) -> Settings:
         """Return the same as `settings`, which are read once in each revision of them."""
-        if revision != self.revision or len(self.known_settings) > KNOWN_QUEUES:
-            self.revision = revision
-            self.known_settings.clear()
-        if queue not in self.known_settings:
-            self.known_settings[queue] = self.settings(queue)
-        return self.known_settings[queue]
+        key = (revision, queue)
+        if key not in self.known_settings:
+            if len(self.known_settings) > KNOWN_SETTINGS:
+                self.known_settings.clear()
+            self.known_settings[key] = self.settings(queue)
+        return self.known_settings[key]
 
     def sources(self, queue: str = "") -> dict[str, str]:
         """Return the settings that are stored and apply to a queue: it, or "" for all queues."""
         rows = self.db.rows(STORED_SETTINGS, {"queue": queue})
         return {key: source for source, key, _ in rows if key in SETTINGS}
 
-    def used_queues(self) -> list[str]:
-        """Return the queues that have, or had, jobs."""
-        return [row[0] for row in self.db.rows(USED_QUEUES)]
-
-    def held(self) -> list[str]:
-        """Return the queues with ready jobs that are at their limit or their rate."""
-        return [row[0] for row in self.db.rows(HELD_QUEUES)]
-
     def paused(self) -> list[str]:
         """Return the paused queues; "" stands for all queues."""
-        return [row[0] for row in self.db.rows(PAUSED)]
+        return self.column(PAUSED)
 
     def hold(self, queue: str) -> str:
         """Return the reason that a queue starts no job now; empty if there is none."""
@@ -3664,14 +3637,6 @@ class Reader:
             for job in part.values():
                 if found.get(job.seq) != (job.state, job.readiness, job.run, job.updated_at):
                     yield job.seq
-
-    def totals(self) -> list[Totals]:
-        return [Totals(*row) for row in self.db.rows(TOTALS)]
-
-    def oldest_due(self, queue: str) -> float | None:
-        """Return when the ready job of a queue that was due first was due."""
-        due: float | None = self.db.rows(OLDEST_DUE, {"queue": queue})[0][0]
-        return due
 
     def data_version(self) -> int:
         return self.number(GET_DATA_VERSION)
@@ -6474,7 +6439,7 @@ def status_facts(reader: Reader, only: str | None = None) -> dict[str, Any]:
         queues.setdefault(name, dict.fromkeys(STATES, 0))[state] += number
     facts["queues"] = queues
     facts["paused"] = [name for name in reader.paused() if only in (None, name) or not name]
-    held = {name: reader.hold(name) for name in reader.held() if only in (None, name)}
+    held = {name: reader.hold(name) for name in reader.column(HELD_QUEUES) if only in (None, name)}
     facts["held"] = {name: reason for name, reason in held.items() if reason}
     notifications = partial(reader.number, COUNT_NOTIFICATIONS, queue=only)
     facts["notifications"] = {state: notifications(state=state) for state in (PENDING, DEAD)}
@@ -6639,7 +6604,7 @@ def changed_jobs(reader: Reader, chosen: Selection, since: float) -> Iterator[Jo
 def histories(reader: Reader, jobs: Iterable[Job], since: float = 0) -> Iterator[History]:
     """Yield jobs with their attempts that ended at a time or later: the data of every report."""
     for job in jobs:
-        runs = reader.runs(job) if job.run else []
+        runs = reader.attempts(job, SUMMARIES) if job.run else ()
         yield history(job, [run for run in runs if run.finished >= since])
 
 
@@ -6933,11 +6898,11 @@ class Notable:
 
 def schedule_facts(reader: Reader, queues: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield the active schedules: when each is next due, and how late its last job started."""
-    for job in reader.schedules():
+    for job in reader.select(SCHEDULES):
         if queues and job.queue not in queues:
             continue
         last = reader.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id)
-        runs = reader.runs(last) if last else []
+        runs = list(reader.attempts(last, SUMMARIES)) if last else []
         started = runs[0].started if runs else last and last.locked_at
         late = started and last and max(0.0, started - (last.scheduled_for or started))
         yield {
@@ -7524,7 +7489,7 @@ def present_samples(reader: Reader, queues: Sequence[str]) -> Iterator[tuple[str
     for queue in queues:
         values: dict[str, float] = {"paused": "" in paused or queue in paused}
         values["limit"] = reader.settings(queue)["limit"]
-        if (due := reader.oldest_due(queue)) is not None:
+        if (due := reader.column(OLDEST_DUE, queue=queue)[0]) is not None:
             values["oldest_ready_seconds"] = max(0.0, now - due)
         yield from ((name, sample(name, value, queue=queue)) for name, value in values.items())
     workers = list(worker_facts(reader))
@@ -7533,17 +7498,16 @@ def present_samples(reader: Reader, queues: Sequence[str]) -> Iterator[tuple[str
     yield "workers", sample("workers", busy, state="busy")
 
 
-def total_samples(totals: Sequence[Totals]) -> Iterator[tuple[str, str]]:
+def total_samples(totals: Iterable[Any]) -> Iterator[tuple[str, str]]:
     """Yield the metrics of attempts, which count also the jobs that were deleted meanwhile."""
     sums: dict[str, Sequence[float]] = {}
-    for row in totals:
+    for queue, outcome, *numbers, last in totals:
         name = "attempts_total"
-        yield name, sample(name, row.number, queue=row.queue, outcome=row.outcome)
-        if row.outcome == COMPLETED:
+        yield name, sample(name, numbers[0], queue=queue, outcome=outcome)
+        if outcome == COMPLETED:
             name = "last_completed_timestamp_seconds"
-            yield name, sample(name, row.last, queue=row.queue)
-        number, running, waiting = sums.get(row.queue, (0, 0.0, 0.0))
-        sums[row.queue] = (number + row.number, running + row.running, waiting + row.waiting)
+            yield name, sample(name, last, queue=queue)
+        sums[queue] = [*map(sum, zip(numbers, sums.get(queue, (0, 0.0, 0.0))))]
     for queue, (number, *seconds) in sums.items():
         for name, total in zip(("attempt_seconds", "wait_seconds"), seconds):
             yield name, sample(f"{name}_sum", total, queue=queue)
@@ -7552,9 +7516,8 @@ def total_samples(totals: Sequence[Totals]) -> Iterator[tuple[str, str]]:
 
 def prometheus_report(report: Report) -> Iterator[str]:
     reader = report.reader
-    totals = [row for row in reader.totals() if not report.queues or row.queue in report.queues]
-    counted = {row[0] for row in reader.counts_by_queue(report.queues)}
-    queues = sorted(counted.union(row.queue for row in totals))
+    totals = reader.rows_of(TOTALS, report.queues)
+    queues = sorted({row[0] for row in (*reader.counts_by_queue(report.queues), *totals)})
     families: dict[str, str] = dict.fromkeys(METRICS, "")
     for name, line in chain(present_samples(reader, queues), total_samples(totals)):
         families[name] += line
@@ -8700,7 +8663,7 @@ def show_list(args: Any, facts: Iterable[Facts], headings: Sequence[str], rows: 
 
 def say_unused(reader: Reader, queues: Iterable[str], report: Callable[[str], None] = say) -> None:
     """Report the queues that never had a job, which may be mistyped."""
-    known = reader.used_queues()
+    known = reader.column(USED_QUEUES)
     for name in queues:
         if name not in known:
             close = nearest(name, known)
@@ -9451,7 +9414,7 @@ def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
     now = queue._reader.clock()
     facts = []
     rows = []
-    for job in queue._reader.schedules():
+    for job in queue._reader.select(SCHEDULES):
         if selection(args).takes(job, now):
             result = queue._reader.last_result(job)
             facts.append({**job_facts(job, queue.config(job.queue)), "last_result": result})
@@ -10238,7 +10201,7 @@ def values_of(args: argparse.Namespace, name: str, options: Any, start: str) -> 
         return known
     with Queue(args.db, readonly=True, insecure=args.insecure) as queue:
         if kind == "QUEUE":
-            return queue._reader.used_queues()
+            return queue._reader.column(USED_QUEUES)
         if kind == "POOL":
             return queue._db.run_dir.alive("pool")
         return queue._reader.ids_like(start, ID_STATES.get(name, STATES), COMPLETED_IDS)

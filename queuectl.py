@@ -113,7 +113,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from enum import IntEnum
 from functools import lru_cache, partial
-from itertools import accumulate, chain, islice, product, starmap
+from itertools import accumulate, chain, groupby, islice, product, starmap
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, Union
 
 if TYPE_CHECKING:
@@ -1640,9 +1640,6 @@ UPDATE jobs SET state = 'pending', locked_by = NULL, updated_at = :now, readines
   WHEN EXISTS (SELECT 1 FROM needs WHERE child = seq AND met = 0) THEN -1
   ELSE run_after <= :now END
 WHERE seq IN ({STAGED_JOBS})"""
-RESET_SEQ = """
-UPDATE sqlite_sequence SET seq = :before WHERE name = :table AND seq = :last
-  AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.seq > :before)"""
 ADD_NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :any_end, :met)"
 SET_STDIN = "UPDATE jobs SET stdin = :stdin WHERE seq = :seq AND state = 'pending'"
 # Statements with :served are about the queues that a pool serves; `for_queues` names them.
@@ -3727,11 +3724,9 @@ class Ledger:
         for number, row in enumerate(rows, seq):
             self.prepare(row, now)
             row.update(seq=number, id=str(number))
-        used = [key for key in INSERTED if any(row[key] is not None for row in rows)]
+        insert = insert_job(*(key for key in INSERTED if any(row[key] is not None for row in rows)))
         with contextlib.suppress(LookupError), self.db.transaction():
-            if not rows or self.db.execute(insert_job(*used), rows, many=True).rowcount == len(
-                rows
-            ):
+            if self.db.execute(insert, rows, many=True).rowcount == len(rows):
                 return seq + len(rows)
             raise LookupError("a job has one of the numbers as its id")
         for row in rows:
@@ -3818,8 +3813,8 @@ class Ledger:
                 locked_at=now,
                 updated_at=now,
             )
-            parents = self.db.rows(PARENT_IDS, {"seq": job.seq}) if has_parents else ()
-            return Claim(job, settings, self.reader.stdin(job), " ".join(row[0] for row in parents))
+            parents = self.reader.column(PARENT_IDS, seq=job.seq) if has_parents else ()
+            return Claim(job, settings, self.reader.stdin(job), " ".join(parents))
         return None
 
     def open_due(self, now: float, checks: Checks) -> None:
@@ -3957,19 +3952,13 @@ class Ledger:
     def check_retry(self, job: Job) -> None:
         """Raise NotFound where a job cannot return to the queue."""
         self.require_state(job, (DEAD, CANCELLED))
-        name = {"id": job.schedule_id, "batch": None}
-        if job.rule and (self.db.rows(BY_ID, name) or self.db.rows(ACTIVE_OF_SCHEDULE, name)):
-            schedule = printable(str(job.schedule_id))
-            raise NotFound(f"schedule {schedule} is active already, or its name is taken")
+        if job.rule and self.reader.is_taken(str(job.schedule_id)):
+            name = printable(str(job.schedule_id))
+            raise NotFound(f"schedule {name} is active already, or its name is taken")
 
     def retry(self, job: Job) -> None:
         self.check_retry(job)
         self.change(RETRY, seq=job.seq, now=self.clock())
-
-    def check_waits(self, job: Job) -> None:
-        """Raise NotFound where a job cannot be edited."""
-        if job.state != PENDING:
-            raise NotFound(f"job {printable(job.id)} is {job.state}; it was not changed")
 
     def edit(self, job: Job, fields: Mapping[str, Any]) -> None:
         """Give a waiting job new fields, as `validate_changes` returns them."""
@@ -3991,24 +3980,16 @@ class Ledger:
 
     def new_times(self, job: Job, fields: Mapping[str, Any], now: float) -> dict[str, Any]:
         """Return the columns that a new time or rule changes; a retry keeps its time."""
-        row: dict[str, Any] = {}
-        when = None
-        if "every" in fields:
-            row["rule"] = f"every {fields['every']:.15g}"
-            when = now + fields["every"]
-        if "cron" in fields:
-            row["rule"] = f"cron {fields['cron']}"
-            when = cron_next(fields["cron"], now)
-        if row and not job.rule:
+        rule = rule_of(fields)
+        if rule and not job.rule:
             raise NotFound(f"job {printable(job.id)} is not the next occurrence of a schedule")
-        when = None if job.run else when
-        if "delay" in fields:
-            when = now + fields["delay"]
-        when = fields.get("run_at", when)
-        if when is not None:
-            row["run_after"] = when
-            if job.rule and not job.run:
-                row["scheduled_for"] = when
+        row: dict[str, Any] = {"rule": rule} if rule else {}
+        if "delay" in fields or "run_at" in fields:
+            row["run_after"] = fields.get("run_at", now + fields.get("delay", 0))
+        elif rule and not job.run:
+            row["run_after"] = next_occurrence(rule, now, now)
+        if "run_after" in row and job.rule and not job.run:
+            row["scheduled_for"] = row["run_after"]
         return row
 
     def replace_needs(self, job: Job, fields: Mapping[str, Any]) -> None:
@@ -4039,20 +4020,19 @@ class Ledger:
             self.unblock_children(job, now)
             self.add_notifications(job, self.reader.settings(job.queue))
 
-    def delete(self, seq: int) -> None:
+    def delete(self, *seqs: int) -> int:
+        """Delete jobs; return how many."""
         for sql in DELETE_JOB:
-            self.db.execute(sql, {"seq": seq})
+            self.db.execute(sql, [{"seq": seq} for seq in seqs], many=True)
+        return len(seqs)
 
     def delete_slice(self, state: str, before: float) -> int:
         """Delete some jobs that ended in a state before a time, unless needed; return how many."""
         with self.db.transaction():
-            rows = self.db.rows(PRUNABLE, {"state": state, "before": before})
-            for (seq,) in rows:
-                self.delete(seq)
-        return len(rows)
+            return self.delete(*self.reader.column(PRUNABLE, state=state, before=before))
 
     def in_slices(
-        self, seqs: Iterable[int], check: Callable[[Job], None], act: Callable[[Job], None]
+        self, seqs: Iterable[int], check: Callable[[Job], None], act: Callable[[Job], object]
     ) -> Iterator[list[Job]]:
         """Change jobs in short transactions; yield the jobs, as they were before, of each.
 
@@ -4082,23 +4062,19 @@ class Ledger:
 
         Return False if there were none left.
         """
-        args = {"batch": batch, "now": self.clock()}
         with self.db.transaction(notify=True):
-            if self.db.rows(IS_ACCEPTED, args):
-                more = self.change(UNSTAGE, **args)
+            if self.db.rows(IS_ACCEPTED, {"batch": batch}):
+                more = self.change(UNSTAGE, batch=batch, now=self.clock())
             else:
-                rows = self.db.rows(STAGED_JOBS, args)
-                for (seq,) in rows:
-                    self.delete(seq)
-                more = bool(rows)
+                more = bool(self.delete(*self.reader.column(STAGED_JOBS, batch=batch)))
             if not more:
-                self.db.execute(FORGET_BATCH, args)
+                self.change(FORGET_BATCH, batch=batch)
         return more
 
     def settle_dead_batches(self) -> bool:
         """Settle a slice of a batch whose process has died; return False if there was none."""
         run_dir = self.db.run_dir
-        for name in [*run_dir.files("batch-"), *(row[0] for row in self.db.rows(OPEN_BATCH))]:
+        for name in (*run_dir.files("batch-"), *self.reader.column(OPEN_BATCH)):
             if run_dir.is_unlocked(name):
                 if self.settle_slice(name):
                     return True
@@ -4122,7 +4098,6 @@ class Batch:
         self.db = ledger.db
         self.if_absent = if_absent
         self.now = ledger.clock()
-        self.name: str | None = None  # of its lock, if it is staged
         self.is_large = False
         self.length = 0
         self.taken: list[dict[str, Any]] = []  # the fields given for ids that exist
@@ -4156,22 +4131,21 @@ class Batch:
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add a slice, within a transaction."""
         first = seq = self.ledger.last_seq() + 1
-        numbered: list[dict[str, Any]] = []
-        for row in rows:
-            if self.name:
-                row.update(state=STAGED, locked_by=self.name)
-            if not (row["id"] or row.keys() & {"after", "after_end", "every", "cron"}):
-                numbered.append(row)
-                continue
-            seq = self.ledger.add_numbered(numbered, self.now, seq)
-            self.length += len(numbered)
-            numbered = []
-            seq = self.add_special({**row, "seq": seq})
-            self.length += 1
-        seq = self.ledger.add_numbered(numbered, self.now, seq)
-        self.length += len(numbered)
+        for is_special, group in groupby(rows, self.is_special):
+            if is_special:
+                for row in group:
+                    seq = self.add_special({**row, "seq": seq})
+                    self.length += 1
+            else:
+                numbered = list(group)
+                seq = self.ledger.add_numbered(numbered, self.now, seq)
+                self.length += len(numbered)
         if seq > first:
             self.ranges.append((first, seq - 1))
+
+    @staticmethod
+    def is_special(row: Mapping[str, Any]) -> bool:
+        return bool(row["id"] or row.keys() & {"after", "after_end", "every", "cron"})
 
     def add_special(self, row: dict[str, Any]) -> int:
         """Add a job that has an id, a rule or parents; return the next number."""
@@ -4197,45 +4171,35 @@ class Batch:
     def store(self, jobs: Iterable[Mapping[str, object]]) -> Iterator[str]:
         """Add jobs; return their ids and those that were taken."""
         slices = self.slices(jobs)
-        first = next(slices)
-        ids = self.ids()
+        slices = chain([next(slices)], slices)
+        ids: Iterable[str] = self.ids()
         if self.is_large and not self.db.connection.in_block:
-            self.stage(chain([first], slices))
-            head = []
+            self.stage(slices)
         else:
             with self.db.transaction(notify=True):
-                for rows in chain([first], slices):
+                for rows in slices:
                     self.add(rows)
-                head = list(islice(ids, 1000))  # before they can be pruned
-        return chain(head, ids, (given["id"] for given in self.taken))
+                ids = list(ids)  # before they can be pruned
+        return chain(ids, (given["id"] for given in self.taken))
 
     def stage(self, slices: Iterable[list[dict[str, Any]]]) -> None:
         """Add slices in transactions of their own."""
         while self.ledger.settle_dead_batches():
             time.sleep(LET_IN)
         self.db.run_dir.make()  # the database may have been copied here
-        self.name = "batch-" + os.urandom(4).hex()
-        before = self.ledger.last_seq()
-        accepted = False
-        with contextlib.closing(LockFile(self.db.run_dir.file(self.name))):
+        name = "batch-" + os.urandom(4).hex()
+        with contextlib.closing(LockFile(self.db.run_dir.file(name))):
             try:
                 for rows in slices:
+                    for row in rows:
+                        row.update(state=STAGED, locked_by=name)
                     with self.db.transaction():
                         self.add(rows)
                     time.sleep(LET_IN)
-                self.ledger.change(ACCEPT_BATCH, batch=self.name)
-                accepted = True
+                self.ledger.change(ACCEPT_BATCH, batch=name)
             finally:
-                while self.ledger.settle_slice(self.name):
+                while self.ledger.settle_slice(name):
                     time.sleep(LET_IN)
-                if self.ranges and not accepted:
-                    self.return_numbers(before, self.ranges[-1][1])
-
-    def return_numbers(self, before: int, last: int) -> None:
-        """Let the next job have the numbers between these, if no other job had any of them."""
-        if sum(end - begin + 1 for begin, end in self.ranges) == last - before:
-            args = {"before": before, "last": last, "table": self.db.table("jobs")}
-            self.db.execute(RESET_SEQ, args)
 
 
 class JobWatch:
@@ -9362,7 +9326,7 @@ def change_jobs(
     queue: Queue,
     seqs: Iterable[int],
     check: Callable[[Job], None],
-    act: Callable[[Job], None],
+    act: Callable[[Job], object],
     report: Callable[[list[Job]], None],
 ) -> int:
     """Change jobs in slices, and report each slice; a signal to stop ends it after a slice."""
@@ -9822,11 +9786,12 @@ def cmd_edit(args: argparse.Namespace, queue: Queue) -> int:
     ledger = queue._ledger
     chosen = targets(args, (PENDING,), (PENDING,))
     jobs = queue._reader.selected(chosen)
+    check = partial(ledger.require_state, states=(PENDING,))
     if args.dry_run:
-        return dry_run(jobs, ledger.check_waits, named=bool(chosen.ids))
+        return dry_run(jobs, check, named=bool(chosen.ids))
     if not chosen.ids:
         act = partial(ledger.edit, fields=changes)
-        return change_jobs(queue, [job.seq for job in jobs], ledger.check_waits, act, show_ids)
+        return change_jobs(queue, [job.seq for job in jobs], check, act, show_ids)
     for name in chosen.ids:
         await_occurrence(queue, name)
     changed = queue.edit(chosen.ids, **fields)

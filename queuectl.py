@@ -1545,6 +1545,7 @@ COUNTED: Sequence[tuple[State, int]] = (  # the columns of COUNTS
 ATTEMPTS = ATTEMPT + "WHERE job = :seq AND run > :run ORDER BY run LIMIT 16"
 SUMMARIES = ATTEMPTS.replace("output FROM", "x'' FROM").replace("LIMIT 16", "LIMIT 1000")
 LAST_ATTEMPT = ATTEMPT + "WHERE job = :seq AND run <= :run ORDER BY run DESC LIMIT 1"
+LAST_SUMMARY = LAST_ATTEMPT.replace("output FROM", "x'' FROM")
 STDIN = "SELECT stdin FROM jobs WHERE seq = :seq"
 PARENT_IDS = """
 SELECT id FROM jobs
@@ -1689,8 +1690,8 @@ SELECT queue, paused, ready, processing, CASE WHEN scheduled > 0 THEN (
     SELECT min(run_after) FROM {SCHEDULED_IN_QUEUE} AND (rule IS NULL OR run > 0)) END
 FROM queues WHERE ready + scheduled + processing > 0 AND :served"""
 CLAIM = """
-UPDATE jobs SET state = 'processing', attempts = attempts + 1, run = run + 1, waited = :waited,
-  locked_by = :worker, locked_at = :now, updated_at = :now
+UPDATE jobs SET state = 'processing', attempts = :attempts, run = :run, waited = :waited,
+  locked_by = :locked_by, locked_at = :locked_at, updated_at = :updated_at
 WHERE seq = :seq AND state = 'pending'"""
 FINISH = """
 UPDATE jobs SET state = :state, attempts = :attempts, exit_code = :exit_code,
@@ -3462,9 +3463,9 @@ class Reader:
             yield from starmap(Attempt, rows)
             run = rows[-1][0]
 
-    def last_attempt(self, job: Job, run: int) -> Attempt | None:
+    def last_attempt(self, job: Job, run: int, sql: str = LAST_ATTEMPT) -> Attempt | None:
         """Return the attempt with this number or, without it, the one before it."""
-        rows = self.db.rows(LAST_ATTEMPT, {"seq": job.seq, "run": run})
+        rows = self.db.rows(sql, {"seq": job.seq, "run": run})
         return next(starmap(Attempt, rows), None)
 
     def stdin(self, job: Job) -> bytes:
@@ -3479,11 +3480,6 @@ class Reader:
         facts["last_result"] = self.last_result(job)
         facts["after"] = [parent.id for parent in self.parents(job)]
         return facts
-
-    def last_run(self, job: Job) -> Attempt | None:
-        """Return the last attempt that has ended, without its output."""
-        rows = self.db.rows(LAST_RUNS, {"seq": job.seq, "limit": 1}) if job.run else []
-        return next(starmap(Attempt, rows), None)
 
     def last_result(self, job: Job) -> dict[str, Any] | None:
         """Return how the last attempt of a job's schedule ended; None if none has."""
@@ -3798,21 +3794,14 @@ class Ledger:
         for has_parents, *row in self.reader.rows_of(NEXT_READY, queues):
             job = Job(*row)
             settings = self.reader.settings_as_of(checks.revision, job.queue)
-            waited = max(0.0, now - job.updated_at)
-            self.change(CLAIM, seq=job.seq, worker=worker, now=now, waited=waited)
+            begun: dict[str, Any] = {"waited": max(0.0, now - job.updated_at), "locked_by": worker}
+            begun.update(attempts=job.attempts + 1, run=job.run + 1, locked_at=now, updated_at=now)
+            self.change(CLAIM, seq=job.seq, **begun)
             if settings["rate"]:
                 gap = rate_gap(settings["rate"])
                 taken = {"queue": job.queue, "seq": job.seq, "gap": gap, "late": min(gap, LATE)}
                 self.change(TAKE_TOKEN, **taken, now=now)
-            job = job._replace(
-                state=PROCESSING,
-                attempts=job.attempts + 1,
-                run=job.run + 1,
-                waited=waited,
-                locked_by=worker,
-                locked_at=now,
-                updated_at=now,
-            )
+            job = job._replace(state=PROCESSING, **begun)
             parents = self.reader.column(PARENT_IDS, seq=job.seq) if has_parents else ()
             return Claim(job, settings, self.reader.stdin(job), " ".join(parents))
         return None
@@ -6293,7 +6282,7 @@ def run_facts(reader: Reader, job: Job) -> dict[str, Any]:
     facts: dict[str, Any] = {"started": None, "finished": None, "seconds": None}
     if job.state == PROCESSING:
         facts["started"] = format_time(job.locked_at)
-    elif run := reader.last_run(job):
+    elif job.run and (run := reader.last_attempt(job, job.run, LAST_SUMMARY)):
         facts.update(started=format_time(run.started), finished=format_time(run.finished))
         facts["seconds"] = round(run.finished - run.started, 3)
     return facts

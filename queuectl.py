@@ -3472,7 +3472,7 @@ class Reader:
         return bytes(self.db.rows(STDIN, {"seq": job.seq})[0][0]) if job.stdin_size else b""
 
     def facts(self, job: Job) -> dict[str, Any]:
-        """Return a job, but for its attempts, as `show --json` and notifications have them."""
+        """Return a job as `show --json` and notifications present it, without its attempts."""
         settings = self.settings(job.queue)
         facts = {**job_facts(job, settings), "settings": settings}
         facts["stdin"] = self.stdin(job).decode()
@@ -3654,11 +3654,11 @@ class Reader:
 
 
 HOLD = 0.015  # seconds after which a change of many jobs ends a transaction and begins another
-LET_IN = 0.006  # seconds between the two, for others: they try again sooner
+LET_IN = 0.006  # seconds between the two, in which others that wait can get the lock
 
 
 class Claim(NamedTuple):
-    """A job that a worker has claimed, and what applies to it or is given to it."""
+    """A job that a worker has claimed, with its settings and its input."""
 
     job: Job
     settings: Settings
@@ -3667,7 +3667,7 @@ class Claim(NamedTuple):
 
 
 class Checks(NamedTuple):
-    """Tells a claim, or the end of a job, which further statements are needed."""
+    """Facts that tell a claim, or the end of a job, which other statements it needs."""
 
     due: float | None  # when the first scheduled job is due
     token_at: float | None  # when the first queue that its rate has closed opens
@@ -3740,7 +3740,7 @@ class Ledger:
         return seq
 
     def needs(self, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return the rows, but for the child, of the jobs named in `after` and `after_end`."""
+        """Return rows of `needs`, without the child, for the jobs in `after` and `after_end`."""
         needs = []
         for key, states in {"after": (COMPLETED,), "after_end": FINISHED}.items():
             try:
@@ -3912,7 +3912,7 @@ class Ledger:
             return self.change(NOTE_LAUNCH, **row)
 
     def correct_times(self) -> bool:
-        """Reschedule jobs whose times come from a clock that was more than a day ahead, if any."""
+        """Reschedule jobs with times from a clock that was a day ahead; tell if there were any."""
         now = self.clock()
         jobs = self.reader.select(SCHEDULED_AHEAD, limit=now + 86400)
         if not jobs:
@@ -4066,9 +4066,9 @@ class Ledger:
 class Batch:
     """Adds jobs, all or none: in one transaction or, if they are many, in several.
 
-    Many jobs are first staged, in slices. One small write accepts the batch, and then its jobs are
-    published, in slices. So nobody waits for long. If the process dies, a pool or another batch
-    publishes the rest of an accepted batch, and deletes one that was not accepted.
+    Many jobs are first staged, in slices, so that other writers need not wait. One small write
+    accepts the batch, and then its jobs are published, in slices. If the process dies, a pool or
+    another batch publishes the rest of an accepted batch, and deletes one that was not accepted.
     """
 
     TEXT = 8 << 20  # characters of commands and of stdin in a slice
@@ -4084,7 +4084,7 @@ class Batch:
         self.ranges: list[tuple[int, int]] = []  # the numbers of the jobs, first and last
 
     def slices(self, jobs: Iterable[Mapping[str, object]]) -> Iterator[list[dict[str, Any]]]:
-        """Yield the rows of jobs, validated, in one list for each transaction, which is reused."""
+        """Yield the validated rows of jobs, for one transaction each, in a list that is reused."""
         here = ""
         with contextlib.suppress(FileNotFoundError):  # then each job must have a cwd
             here = os.getcwd()
@@ -4198,8 +4198,7 @@ class JobWatch:
     def is_over(self) -> bool:
         """Tell whether no job can end any more by itself: each has ended, or depends on a failure.
 
-        While one is known that can, only that one is read, since changes may be frequent and the
-        jobs many.
+        As long as one job can end, only that one is read: changes may be frequent, and jobs many.
         """
         version = self.reader.data_version()
         if version != self.version and time.monotonic() >= self.refresh_at:
@@ -4378,7 +4377,7 @@ class Queue:
 
         A waiting job is cancelled at once. A running one has `cancel_requested` until its worker
         has ended it. A job that has ended is left as it is. A schedule ends with its active job.
-        With `gone`, jobs that a launcher runs elsewhere are believed to have ended there, even if
+        With `gone`, jobs that a launcher runs elsewhere are assumed to have ended there, even if
         `launcher_cancel` fails.
         """
         with self._db.transaction(notify=True):
@@ -4398,8 +4397,8 @@ class Queue:
         the fields of `enqueue` but the id. `env` is added to the variables, and None removes one;
         `after` replaces the jobs to wait for, and an empty one removes them. "default" as
         max_retries, timeout, retry_delays, on_dead or on_end leaves it to the settings again. A
-        schedule, by its name, is changed
-        from its next job on; only one that waits can be given another `every` or `cron`.
+        schedule, by its name, is changed from its next job on; only a job that waits can be given
+        another `every` or `cron`.
         """
         changes = validate_changes(fields)
         with self._db.transaction(notify=True):
@@ -4411,7 +4410,7 @@ class Queue:
     def retry(self, ids: Iterable[str] | None = None) -> list[str]:
         """Return dead or cancelled jobs to the queue, all or none; return their ids.
 
-        Without ids, return all dead jobs, in slices, so that nobody else waits for long.
+        Without ids, return all dead jobs, in short transactions.
         """
         if ids is None:
             seqs = [row[1] for row in self._reader.dead()]
@@ -4439,8 +4438,7 @@ class Queue:
     def prune(self, older_than: Duration = 0, states: Sequence[str] = PRUNED_BY_DEFAULT) -> int:
         """Delete jobs that ended `older_than` or longer ago; return how many.
 
-        A job that a blocked job waits for is kept. The work is done in slices, so that nobody else
-        waits for long.
+        A job that a blocked job waits for is kept. The work is done in short transactions.
         """
         wanted = validate("states", valid_states, states)
         if not set(wanted) <= set(FINISHED):
@@ -4504,7 +4502,7 @@ class Output(LockFile):
     def __init__(self, path: str) -> None:
         try:
             super().__init__(path)
-        except FileExistsError:  # it is of another queue
+        except FileExistsError:  # left by an earlier queue of this name
             os.unlink(path)
             super().__init__(path)
 
@@ -4637,7 +4635,7 @@ class Supervisor(Protocol):
 
 
 class Execution:
-    """One attempt of a job. `wanted_end` returns how the operator wants it to end, if so."""
+    """One attempt of a job. `wanted_end` returns how the operator wants it to end, if at all."""
 
     MISSING: End = "exited"  # the end of an attempt whose program is not there
     outcome: Outcome  # once it has ended
@@ -5120,7 +5118,7 @@ class RemoteExecution(Execution):
 
 
 def keep_result(run_dir: RunDirectory, job: Job, outcome: Outcome, output: Output) -> None:
-    """Keep a result that cannot be stored in the output file's name: a full disk permits that."""
+    """Keep a result that cannot be stored in the output's name: a full disk can rename files."""
     from base64 import urlsafe_b64encode
 
     error = outcome.error and ascii(outcome.error)[1:-1][:50]  # a name has at most 255 bytes

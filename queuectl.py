@@ -1505,8 +1505,6 @@ WHERE seq BETWEEN :first AND :last ORDER BY seq LIMIT 1000"""
 ALL_JOBS = JOB + "WHERE seq > :seq AND state <> 'staged' ORDER BY seq LIMIT 1000"
 SLICE = 200  # jobs read by number, or deleted, at a time
 BY_SEQS = f"{JOB}WHERE seq IN ({', '.join('?' * SLICE)}) ORDER BY seq"
-MARKS = f"""
-SELECT seq, state, readiness, run, updated_at FROM jobs WHERE seq IN ({", ".join("?" * SLICE)})"""
 # In two parts: SQLite does not search an index by rowid after a range of its last column.
 SEQS_IN_STATE = f"""
 SELECT * FROM (
@@ -3620,16 +3618,6 @@ class Reader:
                 found[queue] = bool(paused or all_paused) and not processing
         return found
 
-    def changed(self, jobs: Sequence[Job]) -> Iterator[int]:
-        """Yield the numbers of those jobs that are not any more as they were read."""
-        for first in range(0, len(jobs), SLICE):
-            part = {job.seq: job for job in jobs[first : first + SLICE]}
-            rows = self.db.rows(MARKS, [*part, *[None] * (SLICE - len(part))])
-            found = {row[0]: row[1:] for row in rows}
-            for job in part.values():
-                if found.get(job.seq) != (job.state, job.readiness, job.run, job.updated_at):
-                    yield job.seq
-
     def data_version(self) -> int:
         return self.number(GET_DATA_VERSION)
 
@@ -4206,25 +4194,25 @@ class JobWatch:
             self.version = version
         for _ in range(len(self.unfinished)):
             seq = next(iter(self.unfinished))
-            self.update(seq)
+            self.update(seq, self.reader.by_seq(seq))
             if self.seen[seq].state not in FINISHED:
                 if not self.reader.failed_ancestor(self.seen[seq]):
                     return False
                 self.unfinished.move_to_end(seq)
         return True
 
-    def update(self, seq: int) -> None:
-        """Read a job again."""
-        deleted = self.seen[seq]._replace(state=COMPLETED, exit_code=0)  # it must have ended
-        self.seen[seq] = self.reader.by_seq(seq) or deleted
+    def update(self, seq: int, job: Job | None) -> None:
+        """Note how a job is now; one that was deleted must have ended."""
+        self.seen[seq] = job or self.seen[seq]._replace(state=COMPLETED, exit_code=0)
         if self.seen[seq].state in FINISHED:
             del self.unfinished[seq]
 
     def refresh(self) -> None:
-        """Read the unfinished jobs that have changed."""
+        """Read all unfinished jobs."""
         began = time.monotonic()
-        for seq in self.reader.changed([self.seen[seq] for seq in self.unfinished]):
-            self.update(seq)
+        found = {job.seq: job for job in self.reader.by_seqs([*self.unfinished])}
+        for seq in [*self.unfinished]:
+            self.update(seq, found.get(seq))
         now = time.monotonic()
         self.refresh_at = now + 50 * (now - began)  # it takes up 2 % of the time
 

@@ -4780,7 +4780,7 @@ class QueueWait(Live):
             queue.wait("1", 0.1)
 
     @internal
-    def test_wait_for_many_jobs_reads_only_those_that_have_changed(self) -> None:
+    def test_wait_for_many_jobs_reads_few_of_them_by_themselves(self) -> None:
         with Queue(self.path) as queue:
             ids = list(queue.enqueue_many({"command": "true"} for _ in range(300)))
             watch = queuectl.JobWatch(queue._reader, queue._reader.named(ids))

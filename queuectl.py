@@ -1556,7 +1556,7 @@ WAITING_SUMMARY = f"""
 AND event = '{SUMMARY}' AND queue = :queue AND command = :command AND cwd = :cwd"""
 OUTPUT_TAIL = """
 SELECT coalesce(substr(output, :start), x'') FROM attempts WHERE job = :seq AND run = :run"""
-TOTALS = "SELECT queue, outcome, number, running, waiting, last FROM totals WHERE :served"
+TOTALS = "SELECT queue, outcome, number, running, waiting, last FROM totals"
 READY_IN_QUEUE = "FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue"
 # By priority, of which there are few: the index has no order by time alone.
 OLDEST_DUE = f"""
@@ -3328,6 +3328,17 @@ def network_file_system(path: str) -> str | None:
 # --- queue: reading jobs, changing their state, and the public interface --------------------------
 
 
+class Totals(NamedTuple):
+    """The attempts of a queue with one outcome, ever: seconds, and when the last one ended."""
+
+    queue: str
+    outcome: str
+    number: int
+    running: float
+    waiting: float
+    last: float
+
+
 KNOWN_SETTINGS = 1000  # of queues, that a process keeps in memory
 SHARE = 4  # an index finds the jobs in some states if they are fewer than all jobs divided by this
 
@@ -3617,6 +3628,14 @@ class Reader:
             if ready or processing or (when is not None and when <= until):
                 found[queue] = bool(paused or all_paused) and not processing
         return found
+
+    def totals(self) -> list[Totals]:
+        return [Totals(*row) for row in self.db.rows(TOTALS)]
+
+    def oldest_due(self, queue: str) -> float | None:
+        """Return when the ready job of a queue that has waited longest was due."""
+        due: float | None = self.column(OLDEST_DUE, queue=queue)[0]
+        return due
 
     def data_version(self) -> int:
         return self.number(GET_DATA_VERSION)
@@ -7418,7 +7437,7 @@ def present_samples(reader: Reader, queues: Sequence[str]) -> Iterator[tuple[str
     for queue in queues:
         values: dict[str, float] = {"paused": "" in paused or queue in paused}
         values["limit"] = reader.settings(queue)["limit"]
-        if (due := reader.column(OLDEST_DUE, queue=queue)[0]) is not None:
+        if (due := reader.oldest_due(queue)) is not None:
             values["oldest_ready_seconds"] = max(0.0, now - due)
         yield from ((name, sample(name, value, queue=queue)) for name, value in values.items())
     workers = list(worker_facts(reader))
@@ -7427,16 +7446,17 @@ def present_samples(reader: Reader, queues: Sequence[str]) -> Iterator[tuple[str
     yield "workers", sample("workers", busy, state="busy")
 
 
-def total_samples(totals: Iterable[Any]) -> Iterator[tuple[str, str]]:
+def total_samples(totals: Sequence[Totals]) -> Iterator[tuple[str, str]]:
     """Yield the metrics of attempts, which count also the jobs that were deleted meanwhile."""
     sums: dict[str, Sequence[float]] = {}
-    for queue, outcome, *numbers, last in totals:
+    for row in totals:
         name = "attempts_total"
-        yield name, sample(name, numbers[0], queue=queue, outcome=outcome)
-        if outcome == COMPLETED:
+        yield name, sample(name, row.number, queue=row.queue, outcome=row.outcome)
+        if row.outcome == COMPLETED:
             name = "last_completed_timestamp_seconds"
-            yield name, sample(name, last, queue=queue)
-        sums[queue] = [*map(sum, zip(numbers, sums.get(queue, (0, 0.0, 0.0))))]
+            yield name, sample(name, row.last, queue=row.queue)
+        number, running, waiting = sums.get(row.queue, (0, 0.0, 0.0))
+        sums[row.queue] = (number + row.number, running + row.running, waiting + row.waiting)
     for queue, (number, *seconds) in sums.items():
         for name, total in zip(("attempt_seconds", "wait_seconds"), seconds):
             yield name, sample(f"{name}_sum", total, queue=queue)
@@ -7445,8 +7465,9 @@ def total_samples(totals: Iterable[Any]) -> Iterator[tuple[str, str]]:
 
 def prometheus_report(report: Report) -> Iterator[str]:
     reader = report.reader
-    totals = reader.rows_of(TOTALS, report.queues)
-    queues = sorted({row[0] for row in (*reader.counts_by_queue(report.queues), *totals)})
+    totals = [row for row in reader.totals() if not report.queues or row.queue in report.queues]
+    counted = {row[0] for row in reader.counts_by_queue(report.queues)}
+    queues = sorted(counted.union(row.queue for row in totals))
     families: dict[str, str] = dict.fromkeys(METRICS, "")
     for name, line in chain(present_samples(reader, queues), total_samples(totals)):
         families[name] += line

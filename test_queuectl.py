@@ -7762,9 +7762,8 @@ class ReportFormats(Reported):
         for priority, age in ((0, 5), (9, 1), (-3, 7), (4, 2)):
             self.queue.enqueue("true", priority=priority, run_at=self.now - age)
         self.queue.enqueue("true", queue="other", run_at=self.now - 99)
-        oldest = partial(self.queue._reader.column, queuectl.OLDEST_DUE)
-        found = [oldest(queue=name) for name in ("default", "none")]
-        self.assertEqual(found, [[self.now - 7], [None]])
+        self.assertEqual(self.queue._reader.oldest_due("default"), self.now - 7)
+        self.assertIsNone(self.queue._reader.oldest_due("none"))
         name = 'queuectl_oldest_ready_seconds{queue="default"}'
         self.assertEqual(self.metrics()[name], "7")
 

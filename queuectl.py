@@ -113,7 +113,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from enum import IntEnum
 from functools import lru_cache, partial
-from itertools import accumulate, chain, islice, product, starmap
+from itertools import accumulate, chain, groupby, islice, product, starmap
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, Union
 
 if TYPE_CHECKING:
@@ -1451,8 +1451,6 @@ WHERE seq BETWEEN :first AND :last ORDER BY seq LIMIT 1000"""
 ALL_JOBS = JOB + "WHERE seq > :seq AND state <> 'staged' ORDER BY seq LIMIT 1000"
 SLICE = 200  # jobs read by number, or deleted, at a time
 BY_SEQS = f"{JOB}WHERE seq IN ({', '.join('?' * SLICE)}) ORDER BY seq"
-MARKS = f"""
-SELECT seq, state, readiness, run, updated_at FROM jobs WHERE seq IN ({", ".join("?" * SLICE)})"""
 # In two parts: SQLite does not search an index by rowid after a range of its last column.
 SEQS_IN_STATE = f"""
 SELECT * FROM (
@@ -1490,6 +1488,7 @@ COUNTED: Sequence[tuple[State, int]] = (  # the columns of COUNTS
 ATTEMPTS = ATTEMPT + "WHERE job = :seq AND run > :run ORDER BY run LIMIT 16"
 SUMMARIES = ATTEMPTS.replace("output FROM", "x'' FROM").replace("LIMIT 16", "LIMIT 1000")
 LAST_ATTEMPT = ATTEMPT + "WHERE job = :seq AND run <= :run ORDER BY run DESC LIMIT 1"
+LAST_SUMMARY = LAST_ATTEMPT.replace("output FROM", "x'' FROM")
 STDIN = "SELECT stdin FROM jobs WHERE seq = :seq"
 PARENT_IDS = """
 SELECT id FROM jobs
@@ -1600,9 +1599,6 @@ WHERE {IN_SLICE}""",
 UPDATE queues SET {FIND_NEXT}
 WHERE queue IN (SELECT DISTINCT queue FROM jobs WHERE seq BETWEEN :first AND :last)""",
 )
-RESET_SEQ = """
-UPDATE sqlite_sequence SET seq = :before WHERE name = :table AND seq = :last
-  AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.seq > :before)"""
 ADD_NEED = "INSERT OR IGNORE INTO needs VALUES (:parent, :child, :any_end, :met)"
 SET_STDIN = "UPDATE jobs SET stdin = :stdin WHERE seq = :seq AND state = 'pending'"
 NEXT_SCHEDULED = """
@@ -1651,8 +1647,8 @@ SELECT queue, paused, ready, processing, CASE WHEN scheduled > 0 THEN (
     SELECT min(run_after) FROM {SCHEDULED_IN_QUEUE} AND (rule IS NULL OR run > 0)) END
 FROM queues WHERE ready + scheduled + processing > 0 AND :served"""
 CLAIM = """
-UPDATE jobs SET state = 'processing', attempts = attempts + 1, run = run + 1, waited = :waited,
-  locked_by = :worker, locked_at = :now, updated_at = :now
+UPDATE jobs SET state = 'processing', attempts = :attempts, run = :run, waited = :waited,
+  locked_by = :locked_by, locked_at = :locked_at, updated_at = :updated_at
 WHERE seq = :seq AND state = 'pending'"""
 FINISH = """
 UPDATE jobs SET state = :state, attempts = :attempts, exit_code = :exit_code,
@@ -3298,8 +3294,8 @@ class Totals(NamedTuple):
     last: float
 
 
-KNOWN_QUEUES = 1000  # whose settings a process keeps in memory
-SHARE = 4  # an index finds jobs in states that fewer than one of so many jobs are in
+KNOWN_SETTINGS = 1000  # of queues, that a process keeps in memory
+SHARE = 4  # an index finds the jobs in some states if they are fewer than all jobs divided by this
 
 
 class Reader:
@@ -3308,8 +3304,7 @@ class Reader:
     def __init__(self, db: Database, clock: Callable[[], float]) -> None:
         self.db = db
         self.clock = clock
-        self.revision: str | None = None  # of the settings by queue that were read
-        self.known_settings: dict[str, Settings] = {}
+        self.known_settings: dict[tuple[str | None, str], Settings] = {}
 
     def select(self, sql: str, **args: object) -> list[Job]:
         return [Job(*row) for row in self.db.rows(sql, args)]
@@ -3317,8 +3312,11 @@ class Reader:
     def first(self, sql: str, **args: object) -> Job | None:
         return next(iter(self.select(sql, **args)), None)
 
+    def column(self, sql: str, **args: object) -> list[Any]:
+        return [row[0] for row in self.db.rows(sql, args)]
+
     def number(self, sql: str, **args: object) -> int:
-        return int(self.db.rows(sql, args)[0][0])
+        return int(self.column(sql, **args)[0])
 
     def get(self, job_id: str, batch: str | None = None) -> Job:
         """Return a job by its id, or the active or else newest job of a schedule; or NotFound.
@@ -3330,8 +3328,7 @@ class Reader:
                 return job
         hint = id_hint(job_id)
         error = NotFound(f"there is no job {quoted(job_id)} in {self.db.path}{hint}")
-        recent = [row[0] for row in self.db.rows(RECENT_IDS)]
-        error.hint = None if hint else partial(did_you_mean, job_id, recent)
+        error.hint = None if hint else partial(did_you_mean, job_id, self.column(RECENT_IDS))
         raise error
 
     def by_seq(self, seq: int) -> Job | None:
@@ -3351,8 +3348,8 @@ class Reader:
         """Return ids that begin with a prefix, of jobs in these states, the latest first."""
         asked = {"prefix": prefix, "limit": limit}
         kinds = [{"state": s, "readiness": r, **asked} for s, r in COUNTED if s in states]
-        rows = [self.db.rows(sql, kind) for sql in (LATEST_IDS, IDS_FROM) for kind in kinds]
-        return list(dict.fromkeys(row[0] for row in chain.from_iterable(rows)))[:limit]
+        ids = (self.column(sql, **kind) for sql in (LATEST_IDS, IDS_FROM) for kind in kinds)
+        return list(dict.fromkeys(chain.from_iterable(ids)))[:limit]
 
     def is_taken(self, job_id: str) -> bool:
         return bool(self.db.rows(IS_TAKEN, {"id": job_id}))
@@ -3380,7 +3377,7 @@ class Reader:
         for first in range(0, len(seqs), SLICE):
             numbers = seqs[first : first + SLICE]
             padded = [*numbers, *[0] * (SLICE - len(numbers))]
-            yield from [Job(*row) for row in self.db.rows(BY_SEQS, padded)]
+            yield from starmap(Job, self.db.rows(BY_SEQS, padded))
 
     def selected(self, chosen: Selection) -> Iterator[Job]:
         """Yield the jobs of a selection: the named ones in that order, or others by arrival.
@@ -3393,14 +3390,15 @@ class Reader:
         now = self.clock()
         counts = self.counts_by_queue(delivered=True)
         found = {row[1:3] for row in counts if not chosen.queues or row[0] in chosen.queues}
-        kinds = {kind for kind in found if chosen.takes_state(*kind)}
+        kinds = [kind for kind in COUNTED if kind in found and chosen.takes_state(*kind)]
         only = chosen.queues[0] if len(chosen.queues) == 1 else None
         number = sum(row[3] for row in counts if row[1:3] in kinds and only in (None, row[0]))
         if number > sum(row[3] for row in counts) / SHARE:
             jobs = self.all()
         else:
+            # In the order of a job's life: one that moves on is found twice rather than never.
             seqs = (self.seqs_in_state(*kind, queue=only) for kind in kinds)
-            jobs = self.by_seqs(sorted(chain.from_iterable(seqs)))
+            jobs = self.by_seqs(sorted(set(chain.from_iterable(seqs))))
         yield from (job for job in jobs if chosen.takes(job, now))
 
     def latest_selected(self, chosen: Selection, limit: int) -> tuple[list[Job], int]:
@@ -3410,14 +3408,15 @@ class Reader:
             return list(self.by_seqs(sorted(seq for _, seq in seqs[-limit:]))), len(seqs)
         counts = self.counts_by_queue(chosen.queues, delivered=chosen.notifications)
         counts = [row for row in counts if chosen.takes_state(*row[1:3])]
-        found: list[Job] = []
-        kinds = {(row[0] if chosen.queues else None, *row[1:3]) for row in counts}
+        found: dict[int, Job] = {}  # by number: a job may change between two statements
+        kinds = dict.fromkeys((row[0] if chosen.queues else None, *row[1:3]) for row in counts)
         total = sum(row[3] for row in counts)
         for queue, state, readiness in kinds:
             asked = {"state": state, "readiness": readiness, "queue": queue}
-            found += self.select(LATEST, **asked, limit=limit, notifications=chosen.notifications)
-        found.sort(key=lambda job: job.updated_at)
-        return sorted(found[-limit:]), total
+            jobs = self.select(LATEST, **asked, limit=limit, notifications=chosen.notifications)
+            found.update((job.seq, job) for job in jobs)
+        latest = sorted(found.values(), key=lambda job: job.updated_at)[-limit:]
+        return sorted(latest), total
 
     def attempts(self, job: Job, sql: str = ATTEMPTS) -> Iterator[Attempt]:
         """Yield the attempts of a job that have ended, in slices; or SUMMARIES of them."""
@@ -3426,16 +3425,16 @@ class Reader:
             yield from starmap(Attempt, rows)
             run = rows[-1][0]
 
-    def last_attempt(self, job: Job, run: int) -> Attempt | None:
+    def last_attempt(self, job: Job, run: int, sql: str = LAST_ATTEMPT) -> Attempt | None:
         """Return the attempt with this number or, without it, the one before it."""
-        rows = self.db.rows(LAST_ATTEMPT, {"seq": job.seq, "run": run})
+        rows = self.db.rows(sql, {"seq": job.seq, "run": run})
         return next(starmap(Attempt, rows), None)
 
     def stdin(self, job: Job) -> bytes:
         return bytes(self.db.rows(STDIN, {"seq": job.seq})[0][0]) if job.stdin_size else b""
 
     def facts(self, job: Job) -> dict[str, Any]:
-        """Return a job, but for its attempts, as `show --json` and notifications have them."""
+        """Return a job as `show --json` and notifications present it, without its attempts."""
         settings = self.settings(job.queue)
         facts = {**job_facts(job, settings), "settings": settings}
         facts["stdin"] = self.stdin(job).decode()
@@ -3443,15 +3442,6 @@ class Reader:
         facts["last_result"] = self.last_result(job)
         facts["after"] = [parent.id for parent in self.parents(job)]
         return facts
-
-    def runs(self, job: Job) -> list[Attempt]:
-        """Return the attempts without their output."""
-        return list(self.attempts(job, SUMMARIES))
-
-    def last_run(self, job: Job) -> Attempt | None:
-        """Return the last attempt that has ended, without its output."""
-        rows = self.db.rows(LAST_RUNS, {"seq": job.seq, "limit": 1}) if job.run else []
-        return next(starmap(Attempt, rows), None)
 
     def last_result(self, job: Job) -> dict[str, Any] | None:
         """Return how the last attempt of a job's schedule ended; None if none has."""
@@ -3466,16 +3456,12 @@ class Reader:
         path = self.db.run_dir.output_file(job._replace(run=run))
         with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=open_own) as file:
             return last_bytes(file.fileno(), limit)[1]
-        asked = {"seq": job.seq, "run": run, "start": -limit}
-        return b"".join(bytes(row[0]) for row in self.db.rows(OUTPUT_TAIL, asked))
+        return b"".join(self.column(OUTPUT_TAIL, seq=job.seq, run=run, start=-limit))
 
     def output_tail(self, seq: int, run: int, limit: int) -> str:
         """Return the end of an attempt's output; bytes that are not UTF-8 are escaped."""
-        rows = self.db.rows(OUTPUT_TAIL, {"seq": seq, "run": run, "start": -limit})
-        return "".join(bytes(row[0]).decode(errors="backslashreplace") for row in rows)
-
-    def schedules(self) -> list[Job]:
-        return self.select(SCHEDULES)
+        outputs = self.column(OUTPUT_TAIL, seq=seq, run=run, start=-limit)
+        return "".join(output.decode(errors="backslashreplace") for output in outputs)
 
     def parents(self, job: Job) -> list[Job]:
         """Return the jobs, up to 100, that a blocked job waits for."""
@@ -3483,9 +3469,7 @@ class Reader:
 
     def failed_ancestor(self, job: Job) -> Job | None:
         """Return a dead or cancelled job without which a blocked job cannot run."""
-        if job.state != PENDING or job.readiness != BLOCKED:
-            return None
-        return self.first(FAILED_ANCESTORS, seq=job.seq)
+        return self.first(FAILED_ANCESTORS, seq=job.seq) if job.readiness == BLOCKED else None
 
     def dead(self) -> list[tuple[str, int, int, int | None]]:
         """Return id, number, run and `notifies` of the dead jobs, in the order of their deaths."""
@@ -3549,29 +3533,21 @@ class Reader:
 
     def settings_as_of(self, revision: str | None, queue: str) -> Settings:
         """Return the same as `settings`, which are read once in each revision of them."""
-        if revision != self.revision or len(self.known_settings) > KNOWN_QUEUES:
-            self.revision = revision
-            self.known_settings.clear()
-        if queue not in self.known_settings:
-            self.known_settings[queue] = self.settings(queue)
-        return self.known_settings[queue]
+        key = (revision, queue)
+        if key not in self.known_settings:
+            if len(self.known_settings) > KNOWN_SETTINGS:
+                self.known_settings.clear()
+            self.known_settings[key] = self.settings(queue)
+        return self.known_settings[key]
 
     def sources(self, queue: str = "") -> dict[str, str]:
         """Return the settings that are stored and apply to a queue: it, or "" for all queues."""
         rows = self.db.rows(STORED_SETTINGS, {"queue": queue})
         return {key: source for source, key, _ in rows if key in SETTINGS}
 
-    def used_queues(self) -> list[str]:
-        """Return the queues that have, or had, jobs."""
-        return [row[0] for row in self.db.rows(USED_QUEUES)]
-
-    def held(self) -> list[str]:
-        """Return the queues with ready jobs that are at their limit or their rate."""
-        return [row[0] for row in self.db.rows(HELD_QUEUES)]
-
     def paused(self) -> list[str]:
         """Return the paused queues; "" stands for all queues."""
-        return [row[0] for row in self.db.rows(PAUSED)]
+        return self.column(PAUSED)
 
     def hold(self, queue: str) -> str:
         """Return the reason that a queue starts no job now; empty if there is none."""
@@ -3611,22 +3587,12 @@ class Reader:
                 found[queue] = bool(paused or all_paused) and not processing
         return found
 
-    def changed(self, jobs: Sequence[Job]) -> Iterator[int]:
-        """Yield the numbers of those jobs that are not any more as they were read."""
-        for first in range(0, len(jobs), SLICE):
-            part = {job.seq: job for job in jobs[first : first + SLICE]}
-            rows = self.db.rows(MARKS, [*part, *[None] * (SLICE - len(part))])
-            found = {row[0]: row[1:] for row in rows}
-            for job in part.values():
-                if found.get(job.seq) != (job.state, job.readiness, job.run, job.updated_at):
-                    yield job.seq
-
     def totals(self) -> list[Totals]:
         return [Totals(*row) for row in self.db.rows(TOTALS)]
 
     def oldest_due(self, queue: str) -> float | None:
-        """Return when the ready job of a queue that was due first was due."""
-        due: float | None = self.db.rows(OLDEST_DUE, {"queue": queue})[0][0]
+        """Return when the ready job of a queue that has waited longest was due."""
+        due: float | None = self.column(OLDEST_DUE, queue=queue)[0]
         return due
 
     def data_version(self) -> int:
@@ -3661,11 +3627,11 @@ class Reader:
 
 
 HOLD = 0.015  # seconds after which a change of many jobs ends a transaction and begins another
-LET_IN = 0.006  # seconds between the two, for others: they try again sooner
+LET_IN = 0.006  # seconds between the two, in which others that wait can get the lock
 
 
 class Claim(NamedTuple):
-    """A job that a worker has claimed, and what applies to it or is given to it."""
+    """A job that a worker has claimed, with its settings and its input."""
 
     job: Job
     settings: Settings
@@ -3674,12 +3640,12 @@ class Claim(NamedTuple):
 
 
 class Checks(NamedTuple):
-    """Tells a claim, or the end of a job, which further statements are needed."""
+    """Facts that tell a claim, or the end of a job, which other statements it needs."""
 
     due: float | None  # when the first scheduled job is due
     token_at: float | None  # when the first queue that its rate has closed opens
     closed_at: float  # when the last one was closed
-    has_children: int
+    has_children: bool
     revision: str | None  # of the settings
 
 
@@ -3726,11 +3692,9 @@ class Ledger:
         for number, row in enumerate(rows, seq):
             self.prepare(row, now)
             row.update(seq=number, id=str(number))
-        used = [key for key in INSERTED if any(row[key] is not None for row in rows)]
+        insert = insert_job(*(key for key in INSERTED if any(row[key] is not None for row in rows)))
         with contextlib.suppress(LookupError), self.db.transaction():
-            if not rows or self.db.execute(insert_job(*used), rows, many=True).rowcount == len(
-                rows
-            ):
+            if self.db.execute(insert, rows, many=True).rowcount == len(rows):
                 return seq + len(rows)
             raise LookupError("a job has one of the numbers as its id")
         for row in rows:
@@ -3749,7 +3713,7 @@ class Ledger:
         return seq
 
     def needs(self, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return the rows, but for the child, of the jobs named in `after` and `after_end`."""
+        """Return rows of `needs`, without the child, for the jobs in `after` and `after_end`."""
         needs = []
         for key, states in {"after": (COMPLETED,), "after_end": FINISHED}.items():
             try:
@@ -3802,23 +3766,16 @@ class Ledger:
         for has_parents, *row in self.reader.rows_of(NEXT_READY, queues):
             job = Job(*row)
             settings = self.reader.settings_as_of(checks.revision, job.queue)
-            waited = max(0.0, now - job.updated_at)
-            self.change(CLAIM, seq=job.seq, worker=worker, now=now, waited=waited)
+            begun: dict[str, Any] = {"waited": max(0.0, now - job.updated_at), "locked_by": worker}
+            begun.update(attempts=job.attempts + 1, run=job.run + 1, locked_at=now, updated_at=now)
+            self.change(CLAIM, seq=job.seq, **begun)
             if settings["rate"]:
                 gap = rate_gap(settings["rate"])
                 taken = {"queue": job.queue, "seq": job.seq, "gap": gap, "late": min(gap, LATE)}
                 self.change(TAKE_TOKEN, **taken, now=now)
-            job = job._replace(
-                state=PROCESSING,
-                attempts=job.attempts + 1,
-                run=job.run + 1,
-                waited=waited,
-                locked_by=worker,
-                locked_at=now,
-                updated_at=now,
-            )
-            parents = self.db.rows(PARENT_IDS, {"seq": job.seq}) if has_parents else ()
-            return Claim(job, settings, self.reader.stdin(job), " ".join(row[0] for row in parents))
+            job = job._replace(state=PROCESSING, **begun)
+            parents = self.reader.column(PARENT_IDS, seq=job.seq) if has_parents else ()
+            return Claim(job, settings, self.reader.stdin(job), " ".join(parents))
         return None
 
     def open_due(self, now: float, checks: Checks) -> None:
@@ -3851,7 +3808,8 @@ class Ledger:
         settings = self.reader.settings_as_of(checks.revision, job.queue)
         chance = int.from_bytes(os.urandom(4), "big") / (1 << 32) if settings["jitter"] else 0.0
         after = after_attempt(job, outcome, settings, now, chance)
-        if outcome.end == "not launched" and after.state == PENDING:
+        is_held = outcome.end == "not launched" and after.state == PENDING
+        if is_held:
             after = after._replace(run_after=after.updated_at)  # another job is tried next
         is_over = after.state in (COMPLETED, DEAD)
         if job.rule and is_over:
@@ -3863,29 +3821,21 @@ class Ledger:
         if outcome.end not in ("unstarted", "not launched"):
             attempt = (job.seq, job.run, job.locked_by, outcome.word, job.waited, *outcome[1:])
             self.db.execute(ADD_ATTEMPT, attempt)
-        self.follow_end(after, outcome, settings, checks, now)
+        if is_held:
+            self.change(HOLD_LAUNCHES, queue=job.queue, now=now)
+        if after.state in FINISHED:
+            self.follow_end(after, settings, now, has_children=checks.has_children)
         if job.rule and is_over and not job.cancel_requested:  # cancelling ends the schedule
             self.add_next_of_schedule(job, now)
         return after
 
     def follow_end(
-        self, job: Job, outcome: Outcome, settings: Settings, checks: Checks, now: float
+        self, job: Job, settings: Settings, now: float, *, has_children: bool = True
     ) -> None:
-        """Do what the end of an attempt means for other jobs; the job is as it is after that."""
-        if outcome.end == "not launched" and job.state == PENDING:
-            self.change(HOLD_LAUNCHES, queue=job.queue, now=now)
-        if job.state in FINISHED:
-            if checks.has_children:
-                self.unblock_children(job, now)
-            self.add_notifications(job, settings)
-
-    def unblock_children(self, job: Job, now: float) -> None:
-        if self.change(MARK_MET, seq=job.seq, completed=job.state == COMPLETED):
+        """Unblock the jobs that waited for a job that has ended, and add notifications about it."""
+        if has_children and self.change(MARK_MET, seq=job.seq, completed=job.state == COMPLETED):
             self.change(UNBLOCK, seq=job.seq, now=now)
             self.db.notify_when_stored()
-
-    def add_notifications(self, job: Job, settings: Settings) -> None:
-        """Add the notifications about a job that has ended."""
         for key, command in notification_commands(job, settings).items():
             where = job.cwd if getattr(job, key) else os.path.dirname(self.db.path)
             ended = job._replace(locked_by=None, locked_at=None, cancel_requested=0)
@@ -3935,7 +3885,7 @@ class Ledger:
             return self.change(NOTE_LAUNCH, **row)
 
     def correct_times(self) -> bool:
-        """Reschedule jobs whose times come from a clock that was more than a day ahead, if any."""
+        """Reschedule jobs with times from a clock that was a day ahead; tell if there were any."""
         now = self.clock()
         jobs = self.reader.select(SCHEDULED_AHEAD, limit=now + 86400)
         if not jobs:
@@ -3961,19 +3911,13 @@ class Ledger:
             if dead := self.reader.first(LAST_DEAD_OF_SCHEDULE, id=job.schedule_id):
                 raise NotFound(f"{error}; the last dead one is {printable(dead.id)}") from None
             raise
-        name = {"id": job.schedule_id, "batch": None}
-        if job.rule and (self.db.rows(BY_ID, name) or self.db.rows(ACTIVE_OF_SCHEDULE, name)):
-            schedule = printable(str(job.schedule_id))
-            raise NotFound(f"schedule {schedule} is active already, or its name is taken")
+        if job.rule and self.reader.is_taken(str(job.schedule_id)):
+            name = printable(str(job.schedule_id))
+            raise NotFound(f"schedule {name} is active already, or its name is taken")
 
     def retry(self, job: Job) -> None:
         self.check_retry(job)
         self.change(RETRY, seq=job.seq, now=self.clock())
-
-    def check_waits(self, job: Job) -> None:
-        """Raise NotFound where a job cannot be edited."""
-        if job.state != PENDING:
-            raise NotFound(f"job {printable(job.id)} is {job.state}; it was not changed")
 
     def edit(self, job: Job, fields: Mapping[str, Any]) -> None:
         """Give a waiting job new fields, as `validate_changes` returns them."""
@@ -3995,24 +3939,16 @@ class Ledger:
 
     def new_times(self, job: Job, fields: Mapping[str, Any], now: float) -> dict[str, Any]:
         """Return the columns that a new time or rule changes; a retry keeps its time."""
-        row: dict[str, Any] = {}
-        when = None
-        if "every" in fields:
-            row["rule"] = f"every {fields['every']:.15g}"
-            when = now + fields["every"]
-        if "cron" in fields:
-            row["rule"] = f"cron {fields['cron']}"
-            when = cron_next(fields["cron"], now)
-        if row and not job.rule:
+        rule = rule_of(fields)
+        if rule and not job.rule:
             raise NotFound(f"job {printable(job.id)} is not the next occurrence of a schedule")
-        when = None if job.run else when
-        if "delay" in fields:
-            when = now + fields["delay"]
-        when = fields.get("run_at", when)
-        if when is not None:
-            row["run_after"] = when
-            if job.rule and not job.run:
-                row["scheduled_for"] = when
+        row: dict[str, Any] = {"rule": rule} if rule else {}
+        if "delay" in fields or "run_at" in fields:
+            row["run_after"] = fields.get("run_at", now + fields.get("delay", 0))
+        elif rule and not job.run:
+            row["run_after"] = next_occurrence(rule, now, now)
+        if "run_after" in row and job.rule and not job.run:
+            row["scheduled_for"] = row["run_after"]
         return row
 
     def replace_needs(self, job: Job, fields: Mapping[str, Any]) -> None:
@@ -4040,23 +3976,21 @@ class Ledger:
         if not self.change(CANCEL_WAITING, seq=seq, now=now):
             self.change(CANCEL_RUNNING, seq=seq)
         elif job := self.reader.by_seq(seq):
-            self.unblock_children(job, now)
-            self.add_notifications(job, self.reader.settings(job.queue))
+            self.follow_end(job, self.reader.settings(job.queue), now)
 
-    def delete(self, seq: int) -> None:
+    def delete(self, *seqs: int) -> int:
+        """Delete jobs; return how many."""
         for sql in DELETE_JOB:
-            self.db.execute(sql, {"seq": seq})
+            self.db.execute(sql, [{"seq": seq} for seq in seqs], many=True)
+        return len(seqs)
 
     def delete_slice(self, state: str, before: float) -> int:
         """Delete some jobs that ended in a state before a time, unless needed; return how many."""
         with self.db.transaction():
-            rows = self.db.rows(PRUNABLE, {"state": state, "before": before})
-            for (seq,) in rows:
-                self.delete(seq)
-        return len(rows)
+            return self.delete(*self.reader.column(PRUNABLE, state=state, before=before))
 
     def in_slices(
-        self, seqs: Iterable[int], check: Callable[[Job], None], act: Callable[[Job], None]
+        self, seqs: Iterable[int], check: Callable[[Job], None], act: Callable[[Job], object]
     ) -> Iterator[list[Job]]:
         """Change jobs in short transactions; yield the jobs, as they were before, of each.
 
@@ -4086,24 +4020,22 @@ class Ledger:
 
         Return False if there were none left.
         """
-        args = {"batch": batch, "now": self.clock()}
         with self.db.transaction(notify=True):
-            seqs = [row[0] for row in self.db.rows(STAGED_JOBS, args)]
+            seqs = self.reader.column(STAGED_JOBS, batch=batch)
             if not seqs:
-                self.db.execute(FORGET_BATCH, args)
-            elif self.db.rows(IS_ACCEPTED, args):
-                args.update(first=seqs[0], last=seqs[-1])
+                self.change(FORGET_BATCH, batch=batch)
+            elif self.db.rows(IS_ACCEPTED, {"batch": batch}):
+                args = {"batch": batch, "now": self.clock(), "first": seqs[0], "last": seqs[-1]}
                 for sql in PUBLISH:
                     self.db.execute(sql, args)
             else:
-                for seq in seqs:
-                    self.delete(seq)
+                self.delete(*seqs)
         return bool(seqs)
 
     def settle_dead_batches(self) -> bool:
         """Settle a slice of a batch whose process has died; return False if there was none."""
         run_dir = self.db.run_dir
-        for name in [*run_dir.files("batch-"), *(row[0] for row in self.db.rows(OPEN_BATCH))]:
+        for name in (*run_dir.files("batch-"), *self.reader.column(OPEN_BATCH)):
             if run_dir.is_unlocked(name):
                 if self.settle_slice(name):
                     return True
@@ -4115,9 +4047,9 @@ class Ledger:
 class Batch:
     """Adds jobs, all or none: in one transaction or, if they are many, in several.
 
-    Many jobs are first staged, in slices. One small write accepts the batch, and then its jobs are
-    published, in slices. So nobody waits for long. If the process dies, a pool or another batch
-    publishes the rest of an accepted batch, and deletes one that was not accepted.
+    Many jobs are first staged, in slices, so that other writers need not wait. One small write
+    accepts the batch, and then its jobs are published, in slices. If the process dies, a pool or
+    another batch publishes the rest of an accepted batch, and deletes one that was not accepted.
     """
 
     TEXT = 8 << 20  # characters of commands and of stdin in a slice
@@ -4127,14 +4059,13 @@ class Batch:
         self.db = ledger.db
         self.if_absent = if_absent
         self.now = ledger.clock()
-        self.name: str | None = None  # of its lock, if it is staged
         self.is_large = False
         self.length = 0
         self.taken: list[dict[str, Any]] = []  # the fields given for ids that exist
         self.ranges: list[tuple[int, int]] = []  # the numbers of the jobs, first and last
 
     def slices(self, jobs: Iterable[Mapping[str, object]]) -> Iterator[list[dict[str, Any]]]:
-        """Yield the rows of jobs, validated, in one list for each transaction, which is reused."""
+        """Yield the validated rows of jobs, for one transaction each, in a list that is reused."""
         here = ""
         with contextlib.suppress(FileNotFoundError):  # then each job must have a cwd
             here = os.getcwd()
@@ -4161,22 +4092,21 @@ class Batch:
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add a slice, within a transaction."""
         first = seq = self.ledger.last_seq() + 1
-        numbered: list[dict[str, Any]] = []
-        for row in rows:
-            if self.name:
-                row.update(state=STAGED, locked_by=self.name)
-            if not (row["id"] or row.keys() & {"after", "after_end", "every", "cron"}):
-                numbered.append(row)
-                continue
-            seq = self.ledger.add_numbered(numbered, self.now, seq)
-            self.length += len(numbered)
-            numbered = []
-            seq = self.add_special({**row, "seq": seq})
-            self.length += 1
-        seq = self.ledger.add_numbered(numbered, self.now, seq)
-        self.length += len(numbered)
+        for is_special, group in groupby(rows, self.is_special):
+            if is_special:
+                for row in group:
+                    seq = self.add_special({**row, "seq": seq})
+                    self.length += 1
+            else:
+                numbered = list(group)
+                seq = self.ledger.add_numbered(numbered, self.now, seq)
+                self.length += len(numbered)
         if seq > first:
             self.ranges.append((first, seq - 1))
+
+    @staticmethod
+    def is_special(row: Mapping[str, Any]) -> bool:
+        return bool(row["id"] or row.keys() & {"after", "after_end", "every", "cron"})
 
     def add_special(self, row: dict[str, Any]) -> int:
         """Add a job that has an id, a rule or parents; return the next number."""
@@ -4202,51 +4132,39 @@ class Batch:
     def store(self, jobs: Iterable[Mapping[str, object]]) -> Iterator[str]:
         """Add jobs; return their ids and those that were taken."""
         slices = self.slices(jobs)
-        first = next(slices)
-        ids = self.ids()
+        slices = chain([next(slices)], slices)
+        ids: Iterable[str] = self.ids()
         if self.is_large and not self.db.connection.in_block:
-            self.stage(chain([first], slices))
-            head = []
+            self.stage(slices)
         else:
             with self.db.transaction(notify=True):
-                for rows in chain([first], slices):
+                for rows in slices:
                     self.add(rows)
-                head = list(islice(ids, 1000))  # before they can be pruned
-        return chain(head, ids, (given["id"] for given in self.taken))
+                ids = list(ids)  # before they can be pruned
+        return chain(ids, (given["id"] for given in self.taken))
 
     def stage(self, slices: Iterable[list[dict[str, Any]]]) -> None:
         """Add slices in transactions of their own."""
         while self.ledger.settle_dead_batches():
             time.sleep(LET_IN)
         self.db.run_dir.make()  # the database may have been copied here
-        self.name = "batch-" + os.urandom(4).hex()
-        before = self.ledger.last_seq()
-        accepted = False
-        with contextlib.closing(LockFile(self.db.run_dir.file(self.name))):
+        name = "batch-" + os.urandom(4).hex()
+        with contextlib.closing(LockFile(self.db.run_dir.file(name))):
             try:
                 for rows in slices:
+                    for row in rows:
+                        row.update(state=STAGED, locked_by=name)
                     with self.db.transaction():
                         self.add(rows)
                     time.sleep(LET_IN)
-                self.ledger.change(ACCEPT_BATCH, batch=self.name)
-                accepted = True
+                self.ledger.change(ACCEPT_BATCH, batch=name)
             finally:
-                while self.ledger.settle_slice(self.name):
+                while self.ledger.settle_slice(name):
                     time.sleep(LET_IN)
-                if self.ranges and not accepted:
-                    self.return_numbers(before, self.ranges[-1][1])
-
-    def return_numbers(self, before: int, last: int) -> None:
-        """Let the next job have the numbers between these, if no other job had any of them."""
-        if sum(end - begin + 1 for begin, end in self.ranges) == last - before:
-            args = {"before": before, "last": last, "table": self.db.table("jobs")}
-            self.db.execute(RESET_SEQ, args)
 
 
 class JobWatch:
     """Jobs that a caller waits for, as they were last seen."""
-
-    SHARE = 50  # of the time, one part is spent on reading all unfinished jobs again
 
     def __init__(self, reader: Reader, jobs: Iterable[Job]) -> None:
         self.reader = reader
@@ -4261,8 +4179,7 @@ class JobWatch:
     def is_over(self) -> bool:
         """Tell whether no job can end any more by itself: each has ended, or depends on a failure.
 
-        While one is known that can, only that one is read, since changes may be frequent and the
-        jobs many.
+        As long as one job can end, only that one is read: changes may be frequent, and jobs many.
         """
         version = self.reader.data_version()
         if version != self.version and time.monotonic() >= self.refresh_at:
@@ -4270,26 +4187,27 @@ class JobWatch:
             self.version = version
         for _ in range(len(self.unfinished)):
             seq = next(iter(self.unfinished))
-            self.update(seq)
+            self.update(seq, self.reader.by_seq(seq))
             if self.seen[seq].state not in FINISHED:
                 if not self.reader.failed_ancestor(self.seen[seq]):
                     return False
                 self.unfinished.move_to_end(seq)
         return True
 
-    def update(self, seq: int) -> None:
-        """Read a job again."""
-        deleted = self.seen[seq]._replace(state=COMPLETED, exit_code=0)  # it must have ended
-        self.seen[seq] = self.reader.by_seq(seq) or deleted
+    def update(self, seq: int, job: Job | None) -> None:
+        """Note how a job is now; one that was deleted must have ended."""
+        self.seen[seq] = job or self.seen[seq]._replace(state=COMPLETED, exit_code=0)
         if self.seen[seq].state in FINISHED:
             del self.unfinished[seq]
 
     def refresh(self) -> None:
-        """Read the unfinished jobs that have changed."""
+        """Read all unfinished jobs."""
         began = time.monotonic()
-        for seq in self.reader.changed([self.seen[seq] for seq in self.unfinished]):
-            self.update(seq)
-        self.refresh_at = time.monotonic() + (time.monotonic() - began) * self.SHARE
+        found = {job.seq: job for job in self.reader.by_seqs([*self.unfinished])}
+        for seq in [*self.unfinished]:
+            self.update(seq, found.get(seq))
+        now = time.monotonic()
+        self.refresh_at = now + 50 * (now - began)  # it takes up 2 % of the time
 
 
 class Queue:
@@ -4395,7 +4313,8 @@ class Queue:
         wanted = validate("states", valid_states, states) or STATES
         chosen = Selection(queues=queues, states=wanted, notifications=notifications)
         if limit is not None:
-            return iter(self._reader.latest_selected(chosen, limit)[0])
+            number = validate("limit", integer(0, 10**9), limit)
+            return iter(self._reader.latest_selected(chosen, number)[0])
         return self._reader.selected(chosen)
 
     def attempts(self, job: Job | str) -> list[Attempt]:
@@ -4405,12 +4324,12 @@ class Queue:
     def output(self, job: Job | str, run: int | None = None) -> bytes:
         """Return the output of an attempt, by default of the one that runs or ran last.
 
-        It is what the job has written to stdout and stderr so far, or the last `output_limit` bytes
-        of it; before the first attempt, nothing. A schedule's name means its latest attempt. Raises
-        NotFound.
+        The output is what the job has written to stdout and stderr so far, or the last
+        `output_limit` bytes of that; before the first attempt, nothing. A schedule's name means its
+        latest attempt. Raises NotFound.
         """
         found = job if isinstance(job, Job) else self.get(job)
-        if not found.run and found.id != job:
+        if not found.run and job == found.schedule_id:
             found = self._reader.first(LAST_RUN_OF_SCHEDULE, id=found.schedule_id) or found
         if run is not None and not 1 <= run <= found.run:
             raise NotFound(f"job {printable(found.id)} has no run {run}")
@@ -4442,7 +4361,7 @@ class Queue:
 
         A waiting job is cancelled at once. A running one has `cancel_requested` until its worker
         has ended it. A job that has ended is left as it is. A schedule ends with its active job.
-        With `gone`, jobs that a launcher runs elsewhere are believed to have ended there, even if
+        With `gone`, jobs that a launcher runs elsewhere are assumed to have ended there, even if
         `launcher_cancel` fails.
         """
         with self._db.transaction(notify=True):
@@ -4462,8 +4381,8 @@ class Queue:
         the fields of `enqueue` but the id. `env` is added to the variables, and None removes one;
         `after` replaces the jobs to wait for, and an empty one removes them. "default" as
         max_retries, timeout, retry_delays, on_dead or on_end leaves it to the settings again. A
-        schedule, by its name, is changed
-        from its next job on; only one that waits can be given another `every` or `cron`.
+        schedule, by its name, is changed from its next job on; only a job that waits can be given
+        another `every` or `cron`.
         """
         changes = validate_changes(fields)
         with self._db.transaction(notify=True):
@@ -4475,7 +4394,7 @@ class Queue:
     def retry(self, ids: Iterable[str] | None = None) -> list[str]:
         """Return dead or cancelled jobs to the queue, all or none; return their ids.
 
-        Without ids, return all dead jobs, in slices, so that nobody else waits for long.
+        Without ids, return all dead jobs, in short transactions.
         """
         if ids is None:
             seqs = [row[1] for row in self._reader.dead()]
@@ -4503,8 +4422,7 @@ class Queue:
     def prune(self, older_than: Duration = 0, states: Sequence[str] = PRUNED_BY_DEFAULT) -> int:
         """Delete jobs that ended `older_than` or longer ago; return how many.
 
-        A job that a blocked job waits for is kept. The work is done in slices, so that nobody else
-        waits for long.
+        A job that a blocked job waits for is kept. The work is done in short transactions.
         """
         wanted = validate("states", valid_states, states)
         if not set(wanted) <= set(FINISHED):
@@ -4518,6 +4436,8 @@ class Queue:
 
     def pause(self, queue: str = "") -> None:
         """Start no more jobs of a queue, or of any; running jobs continue."""
+        if queue:
+            validate("queue", valid_name, queue)
         with self._db.transaction():
             self._db.execute(PAUSE, {"queue": queue})
 
@@ -4566,7 +4486,7 @@ class Output(LockFile):
     def __init__(self, path: str) -> None:
         try:
             super().__init__(path)
-        except FileExistsError:  # it is of another queue
+        except FileExistsError:  # left by an earlier queue of this name
             os.unlink(path)
             super().__init__(path)
 
@@ -4699,7 +4619,7 @@ class Supervisor(Protocol):
 
 
 class Execution:
-    """One attempt of a job. `wanted_end` returns how the operator wants it to end, if so."""
+    """One attempt of a job. `wanted_end` returns how the operator wants it to end, if at all."""
 
     MISSING: End = "exited"  # the end of an attempt whose program is not there
     outcome: Outcome  # once it has ended
@@ -5182,7 +5102,7 @@ class RemoteExecution(Execution):
 
 
 def keep_result(run_dir: RunDirectory, job: Job, outcome: Outcome, output: Output) -> None:
-    """Keep a result that cannot be stored in the output file's name: a full disk permits that."""
+    """Keep a result that cannot be stored in the output's name: a full disk can rename files."""
     from base64 import urlsafe_b64encode
 
     error = outcome.error and ascii(outcome.error)[1:-1][:50]  # a name has at most 255 bytes
@@ -6343,7 +6263,7 @@ def run_facts(reader: Reader, job: Job) -> dict[str, Any]:
     facts: dict[str, Any] = {"started": None, "finished": None, "seconds": None}
     if job.state == PROCESSING:
         facts["started"] = format_time(job.locked_at)
-    elif run := reader.last_run(job):
+    elif job.run and (run := reader.last_attempt(job, job.run, LAST_SUMMARY)):
         facts.update(started=format_time(run.started), finished=format_time(run.finished))
         facts["seconds"] = round(run.finished - run.started, 3)
     return facts
@@ -6454,7 +6374,7 @@ def status_facts(reader: Reader, only: str | None = None) -> dict[str, Any]:
         queues.setdefault(name, dict.fromkeys(STATES, 0))[state] += number
     facts["queues"] = queues
     facts["paused"] = [name for name in reader.paused() if only in (None, name) or not name]
-    held = {name: reader.hold(name) for name in reader.held() if only in (None, name)}
+    held = {name: reader.hold(name) for name in reader.column(HELD_QUEUES) if only in (None, name)}
     facts["held"] = {name: reason for name, reason in held.items() if reason}
     notifications = partial(reader.number, COUNT_NOTIFICATIONS, queue=only)
     facts["notifications"] = {state: notifications(state=state) for state in (PENDING, DEAD)}
@@ -6617,7 +6537,7 @@ def changed_jobs(reader: Reader, chosen: Selection, since: float) -> Iterator[Jo
 def histories(reader: Reader, jobs: Iterable[Job], since: float = 0) -> Iterator[History]:
     """Yield jobs with their attempts that ended at a time or later: the data of every report."""
     for job in jobs:
-        runs = reader.runs(job) if job.run else []
+        runs = reader.attempts(job, SUMMARIES) if job.run else ()
         yield history(job, [run for run in runs if run.finished >= since])
 
 
@@ -6918,11 +6838,11 @@ class Notable:
 
 def schedule_facts(reader: Reader, queues: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield the active schedules: when each is next due, and how late its last job started."""
-    for job in reader.schedules():
+    for job in reader.select(SCHEDULES):
         if queues and job.queue not in queues:
             continue
         last = reader.first(LAST_RUN_OF_SCHEDULE, id=job.schedule_id)
-        runs = reader.runs(last) if last else []
+        runs = list(reader.attempts(last, SUMMARIES)) if last else []
         started = runs[0].started if runs else last and last.locked_at
         late = started and last and max(0.0, started - (last.scheduled_for or started))
         yield {
@@ -8636,7 +8556,7 @@ def show_list(args: Any, facts: Iterable[Facts], headings: Sequence[str], rows: 
 
 def say_unused(reader: Reader, queues: Iterable[str], report: Callable[[str], None] = say) -> None:
     """Report the queues that never had a job, which may be mistyped."""
-    known = reader.used_queues()
+    known = reader.column(USED_QUEUES)
     for name in queues:
         if name not in known:
             close = nearest(name, known)
@@ -9323,7 +9243,7 @@ def change_jobs(
     queue: Queue,
     seqs: Iterable[int],
     check: Callable[[Job], None],
-    act: Callable[[Job], None],
+    act: Callable[[Job], object],
     report: Callable[[list[Job]], None],
 ) -> int:
     """Change jobs in slices, and report each slice; a signal to stop ends it after a slice."""
@@ -9375,7 +9295,7 @@ def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
     now = queue._reader.clock()
     facts = []
     rows = []
-    for job in queue._reader.schedules():
+    for job in queue._reader.select(SCHEDULES):
         if selection(args).takes(job, now):
             result = queue._reader.last_result(job)
             facts.append({**job_facts(job, queue.config(job.queue)), "last_result": result})
@@ -9783,11 +9703,12 @@ def cmd_edit(args: argparse.Namespace, queue: Queue) -> int:
     ledger = queue._ledger
     chosen = targets(args, (PENDING,), (PENDING,))
     jobs = queue._reader.selected(chosen)
+    check = partial(ledger.require_state, states=(PENDING,))
     if args.dry_run:
-        return dry_run(jobs, ledger.check_waits, named=bool(chosen.ids))
+        return dry_run(jobs, check, named=bool(chosen.ids))
     if not chosen.ids:
         act = partial(ledger.edit, fields=changes)
-        return change_jobs(queue, [job.seq for job in jobs], ledger.check_waits, act, show_ids)
+        return change_jobs(queue, [job.seq for job in jobs], check, act, show_ids)
     for name in chosen.ids:
         await_occurrence(queue, name)
     changed = queue.edit(chosen.ids, **fields)
@@ -10165,7 +10086,7 @@ def values_of(args: argparse.Namespace, name: str, options: Any, start: str) -> 
         return known
     with Queue(args.db, readonly=True, insecure=args.insecure) as queue:
         if kind == "QUEUE":
-            return queue._reader.used_queues()
+            return queue._reader.column(USED_QUEUES)
         if kind == "POOL":
             return queue._db.run_dir.alive("pool")
         return queue._reader.ids_like(start, ID_STATES.get(name, STATES), COMPLETED_IDS)

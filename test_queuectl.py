@@ -3039,7 +3039,6 @@ class QueueBatch(Clocked):
                 self.queue._db.rows("SELECT queue, ready FROM queues"), [("default", 1)]
             )
         self.assertEqual(os.listdir(self.path + ".run"), [])
-        self.assertEqual(self.queue.enqueue("true"), "2")
 
     def test_line_of_a_bad_job_is_named_whenever_it_is_noticed(self) -> None:
         good = '{"command": "true"}\n\n' * 4
@@ -3100,6 +3099,10 @@ class QueueReading(Clocked):
         self.now += 1
         self.queue.enqueue("true", id="c")
         self.assertEqual([job.id for job in self.queue.jobs(limit=2)], ["b", "c"])
+        self.assertEqual([job.id for job in self.queue.jobs(limit=0)], [])
+        for bad in (-1, "x", 1.5):
+            with self.subTest(bad), self.assertRaisesRegex(queuectl.BadInput, "^limit must be"):
+                self.queue.jobs(limit=bad)  # type: ignore[arg-type]
 
 
 class QueueSelection(Clocked):
@@ -3152,6 +3155,29 @@ class QueueSelection(Clocked):
             self.assertEqual([job.seq for job in jobs], [3, *range(7, 10027)])
         dead = queuectl.Selection(states=["dead", "blocked"])
         self.assertLess(self.sqlite_steps(lambda: list(self.queue._reader.selected(dead))), 50)
+
+    @internal
+    def test_selection_finds_a_job_whose_state_changes_while_it_reads(self) -> None:
+        reader = self.queue._reader
+        self.queue.enqueue("true", id="first", priority=9)
+        first = self.claim()
+        moves = {"ready": self.claim, "processing": lambda: self.finish(0, first)}
+
+        for (state, move), later in zip(moves.items(), ("processing", "completed")):
+
+            def seqs(
+                *kind: Any, queue: Any, read: Any = reader.seqs_in_state, move: Any = move
+            ) -> Any:
+                yield from read(*kind, queue=queue)
+                move()
+
+            chosen = queuectl.Selection(states=[state, later])
+            expected = [job.id for job in reader.selected(chosen)]
+            with mock.patch.object(queuectl, "SHARE", 1), mock.patch.object(
+                reader, "seqs_in_state", seqs
+            ):
+                found = [job.id for job in reader.selected(chosen)]
+            self.assertEqual(found, expected)
 
     def test_list_shows_the_selected_jobs(self) -> None:
         cases = {
@@ -3369,7 +3395,8 @@ class QueueEdit(Clocked):
         )
         ledger = self.queue._ledger
         act = partial(ledger.edit, fields={"priority": 9})
-        (slices,) = ledger.in_slices([job.seq for job in before], ledger.check_waits, act)
+        check = partial(ledger.require_state, states=("pending",))
+        (slices,) = ledger.in_slices([job.seq for job in before], check, act)
         self.assertEqual(slices, [])
 
     @NEEDS_SHELL
@@ -3702,7 +3729,7 @@ class QueueSchedules(Clocked):
 
     def seconds_to_next(self) -> float:
         """Return the number of seconds until the only schedule is due."""
-        (job,) = self.queue._reader.schedules()
+        (job,) = self.queue._reader.select(queuectl.SCHEDULES)
         return job.run_after - self.now
 
     def test_next_occurrence_is_added_when_the_last_one_ends(self) -> None:
@@ -3753,7 +3780,7 @@ class QueueSchedules(Clocked):
     def test_occurrences_have_their_own_attempts_and_survive_a_dead_one(self) -> None:
         self.queue.enqueue("true", id="x", every=100, max_retries=2, env={"A": "b"}, priority=3)
         for _ in range(2):
-            self.assertEqual(self.queue._reader.schedules()[-1].attempts, 0)
+            self.assertEqual(self.queue._reader.select(queuectl.SCHEDULES)[-1].attempts, 0)
             self.finish(1)
             self.now += 2
             self.assertEqual(self.finish(1).state, "dead")
@@ -3773,7 +3800,7 @@ class QueueSchedules(Clocked):
         job = self.claim()
         self.queue.cancel(["x"])
         self.assertEqual(self.finish(0, job).state, "completed")  # before the cancel reached it
-        self.assertEqual(self.queue._reader.schedules(), [])
+        self.assertEqual(self.queue._reader.select(queuectl.SCHEDULES), [])
         self.assertEqual(self.ids(), "x.1 x.2")
 
     def test_schedule_id_is_unique_among_active_schedules_and_jobs(self) -> None:
@@ -3788,7 +3815,7 @@ class QueueSchedules(Clocked):
             self.queue.retry(["x.1"])
         self.queue.cancel(["x"])
         self.assertEqual(self.queue.retry(["x.1"]), ["x.1"])
-        self.assertEqual(len(self.queue._reader.schedules()), 1)
+        self.assertEqual(len(self.queue._reader.select(queuectl.SCHEDULES)), 1)
         self.queue.cancel(["x"])
         self.queue.enqueue("true", id="x")
         with self.assertRaisesRegex(queuectl.QueueError, "its name is taken"):
@@ -4249,6 +4276,12 @@ class QueueNotificationsLive(Live):
 
 class QueuePause(Clocked):
     """`pause` and `resume`, with a clock that the test moves."""
+
+    def test_bad_name_is_refused_by_the_library(self) -> None:
+        for name in ("a b", "x\n", "-q"):
+            with self.subTest(name), self.assertRaisesRegex(queuectl.BadInput, "^queue must be"):
+                self.queue.pause(name)
+        self.assertEqual(self.queue._reader.paused(), [])
 
     def test_several_queues_can_be_paused_at_once(self) -> None:
         self.stdout("pause", "--queue", "a", "--queue", "b")
@@ -4752,7 +4785,7 @@ class QueueWait(Live):
             queue.wait("1", 0.1)
 
     @internal
-    def test_wait_for_many_jobs_reads_only_those_that_have_changed(self) -> None:
+    def test_wait_for_many_jobs_reads_few_of_them_by_themselves(self) -> None:
         with Queue(self.path) as queue:
             ids = list(queue.enqueue_many({"command": "true"} for _ in range(300)))
             watch = queuectl.JobWatch(queue._reader, queue._reader.named(ids))
@@ -9996,7 +10029,7 @@ class CliCancel(Clocked):
         notice = "queuectl: schedule x has ended with it; dlq retry x.1 resumes it\n"
         self.assertEqual(self.result("cancel", "x.1"), (0, "x.1\n", notice))
         self.stdout("dlq", "retry", "x.1")
-        self.assertEqual(len(self.queue._reader.schedules()), 1)
+        self.assertEqual(len(self.queue._reader.select(queuectl.SCHEDULES)), 1)
 
 
 class CliCancelLive(Live):
@@ -10848,6 +10881,8 @@ class Library(Clocked):
             queue._ledger.finish(job, done)
             found = [queue.output("nightly"), queue.output(f"nightly.{run}"), queue.output(job, 1)]
             self.assertEqual(found, [written] * 3)
+            waiting = queue.get("nightly")  # its name means the job that ran; a record, itself
+            self.assertEqual((queue.output(waiting), queue.output(waiting.id)), (b"", b""))
         for job_id, number in (("nosuch", None), ("nightly.1", 2), ("nightly.1", 0)):
             with self.subTest(number), self.assertRaises(queuectl.NotFound):
                 queue.output(job_id, number)

@@ -605,6 +605,15 @@ def valid_path(value: object) -> str:
     return os.path.abspath(path)
 
 
+def valid_report(value: object) -> str:
+    """Validate the path of a file that a report may replace."""
+    path = valid_path(value)
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            require(file.read(16) != b"SQLite format 3\0", "not name a database")
+    return path
+
+
 def valid_environment(value: Any) -> dict[str, str]:
     strings = isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())
     require(strings, 'be an object of strings such as {"NAME": "value"}')
@@ -9938,7 +9947,7 @@ COMMANDS = {
             arg("--horizon", "DURATION", "with --drain: do not wait for jobs that are due later "
                 "than this", parse_duration, default=LONGEST),
             arg("--report", "FILE", "with --drain: write a report about it at the end; its format "
-                "follows the ending, as in: report -o FILE; repeatable", valid_path,
+                "follows the ending, as in: report -o FILE; repeatable", valid_report,
                 dest="reports", action="append", default=[]),
             flag("--detach", "run in the background; the log is in the queue's .run directory"),
             arg("--output", None, "print the output of each job that fails, or of each that ends",
@@ -9957,7 +9966,7 @@ COMMANDS = {
         "report -o report.html --since 1d", (
         arg("--format", None, "the default follows the ending of FILE, or is text",
             choices=tuple(FORMATS)),
-        arg("-o", "FILE", "write FILE, in one step, instead of stdout", valid_path,
+        arg("-o", "FILE", "write FILE, in one step, instead of stdout", valid_report,
             dest="output"),
         arg("--since", "DURATION", "only jobs that changed, and attempts that ended, in this time",
             parse_duration, default=0.0), *SELECT[:-1])),

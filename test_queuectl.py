@@ -7845,8 +7845,10 @@ class ReportFormats(Reported):
             self.assert_refused("report", *args)
         for file in ("none/r.html", *["/dev/full"] * LINUX):
             line = self.assert_refused("report", "-o", file, "--format", "html", code=4)
-            self.assertIn(f" {file}: ", line)
+            self.assertIn(f"{file}: ", line)
         self.assert_refused("report", "unknown", code=1)
+        named = ("queuectl.db", "--format", "json")
+        self.assertIn("must not name a database", self.assert_refused("report", "-o", *named))
 
     def test_metrics_pass_the_check_of_promtool(self) -> None:
         self.run_jobs()
@@ -7902,7 +7904,7 @@ class ReportDrain(Live):
         return pool.returncode
 
     def test_drain_that_is_stopped_writes_its_report(self) -> None:
-        self.assertEqual(self.stopped_drain(lambda _: self.stdout("worker", "stop", "--now")), 0)
+        self.assertEqual(self.stopped_drain(lambda _: self.stdout("worker", "stop", "--now")), 1)
 
     @SLOW
     def test_drain_that_a_second_signal_ends_writes_its_report(self) -> None:

@@ -5246,29 +5246,27 @@ class News(NamedTuple):
     seq: int = 0  # of the job whose attempt has ended
 
 
-# Pool and worker send each other JSON lists, one a line. The pool's end of the pipe never blocks:
-# its few requests fit into the buffer, and it puts parts of a line together itself.
+class Channel:
+    """One end of the pipe between a pool and a worker, which send each other JSON lists.
 
-
-def write_line(pipe: Pipe, *words: object) -> None:
-    """Send a list to the other end of a pipe; raise OSError if that is gone or does not read."""
-    data = json.dumps(words).encode() + b"\n"
-    if WINDOWS:
-        pipe.send_bytes(data)
-        return
-    while data:
-        data = data[os.write(pipe.fileno(), data) :]
-
-
-class LineReader:
-    """Reads the lists that the other end of a pipe has sent."""
+    The pool's end never blocks: its few requests fit into the buffer.
+    """
 
     def __init__(self, pipe: Pipe) -> None:
         self.pipe = pipe
         self.part = b""  # of a line whose rest has not arrived
 
+    def write(self, *words: object) -> None:
+        """Send a list, as a line; raise OSError if the other end is gone or does not read."""
+        data = json.dumps(words).encode() + b"\n"
+        if WINDOWS:
+            self.pipe.send_bytes(data)
+            return
+        while data:
+            data = data[os.write(self.pipe.fileno(), data) :]
+
     def read(self) -> list[Any]:
-        """Return the complete lists from a readable pipe; raise EOFError or OSError at its end."""
+        """Return the complete lists that have arrived; raise EOFError or OSError at the end."""
         data = self.pipe.recv_bytes() if WINDOWS else os.read(self.pipe.fileno(), 65536)
         if not data:
             raise EOFError
@@ -5276,12 +5274,11 @@ class LineReader:
         return [json.loads(line) for line in lines]
 
 
-class PoolLink:
-    """A worker's side of the pipe to its pool, and the one place where the worker waits."""
+class PoolLink(Channel):
+    """A worker's end of the pipe to its pool, and the one place where the worker waits."""
 
     def __init__(self, pipe: Pipe) -> None:
-        self.pipe = pipe
-        self.reader = LineReader(pipe)
+        super().__init__(pipe)
         self.wakeup = SYSTEM.make_wakeup()  # written to by signals, SIGCHLD among them
         self.notices = Notices(lambda text: self.send(News("event", text)))
         self.stopping = False  # claim no more jobs
@@ -5301,7 +5298,7 @@ class PoolLink:
         if time.monotonic() >= self.flush_at:
             self.flush_at = NEVER
             try:
-                write_line(self.pipe, *self.outbox)
+                self.write(*self.outbox)
             except OSError:
                 self.lose_pool()
             self.outbox.clear()
@@ -5309,7 +5306,7 @@ class PoolLink:
     def receive(self) -> None:
         try:
             while not self.orphaned and self.pipe.poll():
-                for request in self.reader.read():
+                for request in self.read():
                     self.obey(*request)
         except (EOFError, OSError):
             self.lose_pool()
@@ -5342,7 +5339,7 @@ class Worker:
     """A process that claims a job, runs it, records how it ended, and claims the next one."""
 
     def __init__(
-        self, path: str, name: str, slot: int, queues: Sequence[str], pipe: Pipe, *, insecure: bool
+        self, pipe: Pipe, path: str, name: str, slot: int, queues: Sequence[str], *, insecure: bool
     ) -> None:
         self.ledger = Queue(path, create=False, insecure=insecure)._ledger
         self.db = self.ledger.db
@@ -5466,18 +5463,21 @@ class Worker:
         return claim
 
 
-def run_worker(environ: dict[str, str], *worker: Any, insecure: bool) -> None:
-    """Run a worker in the environment of its pool: a worker process starts here."""
+def begin_worker(pipe: Pipe) -> None:
+    """Run the worker that a pool asks for, in its environment: a worker process starts here."""
+    try:
+        environ, worker, insecure = pipe.recv()
+    except EOFError:  # the pool is gone already
+        return
     os.environ.clear()
     os.environ.update(environ)
     try:
         os.chdir(RunDirectory(worker[0]).path)
-        Worker(*worker, insecure=insecure).main()
+        Worker(pipe, *worker, insecure=insecure).main()
     except (QueueError, OSError) as error:
-        _, name, *_, pipe = worker
         kind: Literal["damaged", "event"] = "damaged" if isinstance(error, Damaged) else "event"
         with contextlib.suppress(OSError):
-            write_line(pipe, News(kind, f"{name} cannot continue: {error}"))
+            Channel(pipe).write(News(kind, f"{worker[1]} cannot continue: {error}"))
 
 
 # --- pool: the process that starts workers and recovers the jobs of dead ones ---------------------
@@ -5557,15 +5557,6 @@ class PoolFiles:
                 os.unlink(self.run_dir.file(item))
 
 
-def begin_worker(pipe: Pipe) -> None:
-    """Run the worker that the pool at the other end of a pipe asks for."""
-    try:
-        environ, worker, insecure = pipe.recv()
-    except EOFError:  # the pool is gone already
-        return
-    run_worker(environ, *worker, pipe, insecure=insecure)
-
-
 def start_worker(*worker: Any, insecure: bool) -> tuple[Any, Any]:
     """Start the process of a worker; return it and our end of the pipe to it."""
     from multiprocessing import Pipe
@@ -5581,15 +5572,14 @@ def start_worker(*worker: Any, insecure: bool) -> tuple[Any, Any]:
     return process, ours
 
 
-class WorkerHandle:
+class WorkerHandle(Channel):
     """A worker as its pool sees it. Nothing here waits for the worker, which may be stopped."""
 
     def __init__(self, name: str, slot: int, process: Any, pipe: Pipe) -> None:
+        super().__init__(pipe)
         self.name = name
         self.slot = slot
         self.process = process
-        self.pipe = pipe
-        self.reader = LineReader(pipe)
         self.state: WorkerState = "busy"  # a new worker looks for a job by itself
         self.answer_by = NEVER  # when an answer is overdue, on the monotonic clock
         self.cancelled = ""  # the key of the attempt that it was asked to cancel
@@ -5601,7 +5591,7 @@ class WorkerHandle:
         if self.state in ("idle", "notified"):
             self.answer_by = min(self.answer_by, time.monotonic() + PROMPT)
         with contextlib.suppress(OSError):
-            write_line(self.pipe, *request)
+            self.write(*request)
 
 
 class Crew:
@@ -5663,11 +5653,7 @@ class Crew:
     def take_started(self) -> bool:
         """Add the workers that the thread started; return whether it ended with more to do."""
         more = False
-        while True:
-            try:
-                result = self.results.popleft()
-            except IndexError:
-                return more
+        for result in self.taken():
             if result is None:
                 self.starting = False
                 more = bool(self.missing) or self.started > self.options.size
@@ -5681,6 +5667,13 @@ class Crew:
                 self.missing.remove(result.slot)
                 if self.mode:
                     result.send(self.mode)
+        return more
+
+    def taken(self) -> Iterator[WorkerHandle | str | None]:
+        """Take the results so far; at the end, the thread takes some too."""
+        with contextlib.suppress(IndexError):
+            while True:
+                yield self.results.popleft()
 
     def is_alive(self) -> bool:
         return bool(self.workers) or (self.starting and time.monotonic() < self.leave_by)
@@ -5747,11 +5740,9 @@ class Crew:
 
     def drop_started(self) -> None:
         """Close the pipes of the workers that the pool has not taken."""
-        with contextlib.suppress(IndexError):
-            while True:
-                result = self.results.popleft()
-                if isinstance(result, WorkerHandle):
-                    result.pipe.close()
+        for result in self.taken():
+            if isinstance(result, WorkerHandle):
+                result.pipe.close()
 
 
 class Recovery:
@@ -5765,16 +5756,13 @@ class Recovery:
         self.orphans: dict[str, tuple[Termination, Outcome | None]] = {}  # by key of the attempt
         self.has_strangers = False  # some jobs belong to workers that are not, or no longer, ours
 
-    def strangers(self, claimed: Sequence[Job], ours: set[str | None]) -> list[Job]:
+    def steps(self, claimed: Sequence[Job], ours: set[str | None]) -> Iterator[Callable[[], None]]:
+        """Yield the steps of one round, which may fail separately."""
         keys = {job.key for job in claimed}
         self.orphans = {key: orphan for key, orphan in self.orphans.items() if key in keys}
         strangers = [job for job in claimed if job.locked_by not in ours]
         self.has_strangers = bool(strangers)
-        return strangers
-
-    def steps(self, claimed: Sequence[Job], ours: set[str | None]) -> Iterator[Callable[[], None]]:
-        """Yield the steps of one round, which may fail separately."""
-        for job in self.strangers(claimed, ours):
+        for job in strangers:
             yield partial(self.find_orphan, job)
         snapshot = lru_cache(maxsize=None)(SYSTEM.snapshot)  # one for all: their workers are dead
         for key in [*self.orphans]:
@@ -5831,25 +5819,6 @@ class Recovery:
 
     def is_ending(self) -> bool:
         return any(it.is_waiting and not it.is_overdue for it, _ in self.orphans.values())
-
-
-class WalSync:
-    """Syncs what the workers record, since they do not wait for the disk."""
-
-    def __init__(self, db: Database) -> None:
-        self.db = db
-        self.truncate_at = 0.0  # when the -wal may be emptied again, on the monotonic clock
-
-    def sync(self) -> None:
-        wal = self.db.path + "-wal"
-        with contextlib.suppress(FileNotFoundError):
-            sync_file(wal)  # safe: unlike the database, this file carries no locks of ours
-            began = time.monotonic()
-            if os.stat(wal).st_size > LARGEST_WAL and began >= self.truncate_at:
-                with contextlib.suppress(Fault):
-                    self.db.truncate_wal()
-                now = time.monotonic()  # a reader that stays must not hold up the work
-                self.truncate_at = now + 5 * (now - began)
 
 
 class EventLog:
@@ -5923,13 +5892,27 @@ class Changes:
 
 
 class Housekeeping:
-    """What a pool does for the queue as a whole, in short transactions."""
+    """What a pool does for the queue as a whole."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
+        self.db = ledger.db
         self.is_settling = False  # batches of dead processes
+        self.truncate_at = 0.0  # when the -wal may be emptied again, on the monotonic clock
 
-    def step(self) -> bool:
+    def sync(self) -> None:
+        """Sync what the workers record, since they do not wait for the disk."""
+        wal = self.db.path + "-wal"
+        with contextlib.suppress(FileNotFoundError):
+            sync_file(wal)  # safe: unlike the database, this file carries no locks of ours
+            began = time.monotonic()
+            if os.stat(wal).st_size > LARGEST_WAL and began >= self.truncate_at:
+                with contextlib.suppress(Fault):
+                    self.db.truncate_wal()
+                now = time.monotonic()  # a reader that stays must not hold up the work
+                self.truncate_at = now + 5 * (now - began)
+
+    def prune(self) -> bool:
         """Settle batches of dead processes and prune; return whether there may be more to do."""
         self.is_settling = self.ledger.settle_dead_batches()
         deleted = []
@@ -5950,7 +5933,6 @@ class Pool:
         self.notices = Notices(self.events.say)
         self.crew = Crew(files, options, self.notices, self.fail)
         self.recovery = Recovery(ledger, self.notices, self.report_recovered)
-        self.wal = WalSync(ledger.db)
         self.changes = Changes(ledger.reader, options.queues)
         self.housekeeping = Housekeeping(ledger)
         ahead, start = self.changes.look_ahead, self.crew.start_missing
@@ -6021,7 +6003,7 @@ class Pool:
 
     def receive(self, worker: WorkerHandle) -> None:
         try:
-            lists = worker.reader.read()
+            lists = worker.read()
         except BlockingIOError:
             return
         except (EOFError, OSError):  # the end of its pipe
@@ -6128,12 +6110,12 @@ class Pool:
         self.agenda.set(self.prune, 60)
         if self.ledger.correct_times():
             self.changes.forget()  # something may be due earlier
-        if self.housekeeping.step():
+        if self.housekeeping.prune():
             self.agenda.set(self.prune, BATCH)
 
     def sync(self) -> None:
         self.agenda.set(self.sync, AGAIN)  # if it fails
-        self.wal.sync()
+        self.housekeeping.sync()
         self.agenda.set(self.sync, NEVER)
 
     def dispatch(self) -> None:
@@ -6211,7 +6193,6 @@ def work(  # noqa: PLR0913
 
 # --- words: jobs, workers and counts as text and as JSON ------------------------------------------
 
-RUNNING_HEADINGS = ("RUNNING", "FOR", "QUEUE", "TRY", "WORKER", "COMMAND")
 WORKER_HEADINGS = ("WORKER", "PID", "QUEUES", "STARTED", "JOB", "SINCE", "HOST", "COMMAND")
 
 
@@ -6526,7 +6507,8 @@ def status_text(reader: Reader, only: str | None = None, *, full: bool = False) 
         yield from section(("QUEUE", *map(str.upper, STATES)), rows)
     if full:
         claimed_jobs = [job for job in reader.claimed() if only in (None, job.queue)]
-        yield from section(RUNNING_HEADINGS, running_rows(claimed_jobs, now))
+        headings = ("RUNNING", "FOR", "QUEUE", "TRY", "WORKER", "COMMAND")
+        yield from section(headings, running_rows(claimed_jobs, now))
     else:
         yield from section(WORKER_HEADINGS, worker_rows(facts["workers"], now))
     chosen = Selection(queues=[only] if only else [], states=[DEAD])

@@ -4512,7 +4512,7 @@ class QueueLimit(Clocked):
         ours, theirs = multiprocessing.Pipe()
         self.addCleanup(theirs.close)
         self.addCleanup(ours.close)
-        queuectl.write_line(theirs, queuectl.News("idle"))
+        queuectl.Channel(theirs).write(queuectl.News("idle"))
         pool.receive(queuectl.WorkerHandle("worker-1", 1, None, ours))
         self.assertEqual(pool.agenda.pause(), 0.0)
 
@@ -5497,13 +5497,13 @@ class AttemptOutput(Live):
         ours, theirs = multiprocessing.Pipe()
         fault = OSError(5, "Input/output error")
         failing = {name: unittest.mock.Mock(side_effect=fault) for name in sys.argv[2:]}
-        worker = (sys.argv[1], "worker-a-1", 1, (), theirs)
+        ours.send((dict(os.environ), (sys.argv[1], "worker-a-1", 1, ()), False))
         with unittest.mock.patch.multiple(queuectl, **failing):
             os.write(ours.fileno(), b'["go"]\\n')
             stop = lambda *_: os.write(ours.fileno(), b'["stop"]\\n')
             finish = queuectl.Execution.finish
             queuectl.Execution.finish = lambda *args: (finish(*args), stop())
-            queuectl.run_worker(dict(os.environ), *worker, insecure=False)
+            queuectl.begin_worker(theirs)
         print(os.read(ours.fileno(), 65536).decode())
     """
 
@@ -6514,8 +6514,9 @@ class PoolRecovery(Live):
     START_WITHOUT_POOL = """if True:
         import multiprocessing, sys, queuectl
         ours, theirs = multiprocessing.Pipe()
+        ours.send(({}, (sys.argv[1], "worker-a-1", 1, ()), False))
         ours.close()
-        queuectl.run_worker({}, sys.argv[1], "worker-a-1", 1, (), theirs, insecure=False)
+        queuectl.begin_worker(theirs)
     """
 
     @internal
@@ -6788,9 +6789,9 @@ class PoolStop(Live):
     START_STOPPED = """if True:
         import multiprocessing, os, sys, queuectl
         ours, theirs = multiprocessing.Pipe()
+        ours.send((dict(os.environ), (sys.argv[1], "worker-a-1", 1, ()), False))
         os.write(ours.fileno(), b'["stop"]\\n')
-        worker = (sys.argv[1], "worker-a-1", 1, (), theirs)
-        queuectl.run_worker(dict(os.environ), *worker, insecure=False)
+        queuectl.begin_worker(theirs)
     """
 
     @internal
@@ -7037,9 +7038,9 @@ class PoolDispatchLive(Live):
             for number in range(100_000):
                 worker.send("cancel", str(number))
             os.write(theirs.fileno(), b'[["event", "a"]]\\n[["ev')
-            print(worker.reader.read(), end="")
+            print(worker.read(), end="")
             os.write(theirs.fileno(), b'ent", "b"]]\\n')
-            print(worker.reader.read(), end="")
+            print(worker.read(), end="")
         """
         result = self.script(code)
         found = (result.returncode, result.stdout)

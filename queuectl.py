@@ -5458,7 +5458,9 @@ class Worker:
         if not (unstarted and state == PENDING):  # else it was reported when it happened
             text = describe_end(ended.job, after, outcome)
             if outcome.end == "not launched":
-                text += "; " + self.ledger.reader.hold(ended.job.queue)
+                with contextlib.suppress(Fault):  # else the claim would be forgotten
+                    hold = self.ledger.reader.hold(ended.job.queue)
+                    text += f"; {hold}" if hold else ""
             self.link.send(News("event", text, state, when, ended.job.seq), within=BATCH)
         return claim
 

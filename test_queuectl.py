@@ -5566,6 +5566,28 @@ class AttemptElsewhere(Live):
     """A launcher's client runs a job elsewhere; here, clients that are small scripts do."""
 
     # A queue is named like the kind of its client.
+    FAIL_TO_READ_THE_HOLD = """if True:
+        import multiprocessing, os, sys, queuectl
+        ours, theirs = multiprocessing.Pipe()
+        ours.send((dict(os.environ), (sys.argv[1], "worker-a-1", 1, ()), False))
+        def fail(*_):
+            raise queuectl.Fault("disk I/O error")
+        queuectl.Reader.hold = fail
+        finish = queuectl.Execution.finish
+        stop = lambda: os.write(ours.fileno(), b'["stop"]\\n')
+        queuectl.Execution.finish = lambda *args: (finish(*args), stop())
+        queuectl.begin_worker(theirs)
+    """
+
+    @internal
+    def test_job_claimed_after_a_failed_launch_runs_even_if_the_hold_cannot_be_read(self) -> None:
+        self.enqueue_for("refused", id="a", priority=1)
+        self.enqueue("true", id="b")
+        with Queue(self.path) as queue:
+            queue.configure("launcher", "", queue="default")
+        self.script(self.FAIL_TO_READ_THE_HOLD, self.path, timeout=10)
+        self.assertEqual(self.states(), {"a": "pending", "b": "completed"})
+
     QUOTED = "printf '%s' '" + 'a"b $HOME \\ é\n' * 600 + "' | cksum"
 
     def setUp(self) -> None:

@@ -5539,6 +5539,7 @@ class PoolFiles:
         import socket
 
         self.run_dir = db.run_dir
+        self.run_dir.make()  # the database may have been copied here
         self.name = options.name or new_pool_name()
         with contextlib.ExitStack() as stack:
             self.lock_file = LockFile(self.run_dir.file(self.name))  # says: this pool is alive
@@ -6148,6 +6149,10 @@ class Pool:
         self.stop("stop")
 
 
+def valid_pool_name(name: str) -> None:
+    require(re.fullmatch(r"(pool-\w+)?", name), 'be "pool-" followed by letters or digits')
+
+
 def end_a_thread() -> None:
     """Let glibc load what it ends threads with: later no descriptor may be free, and it aborts."""
     thread = threading.Thread(target=ignore)
@@ -6176,9 +6181,10 @@ def work(  # noqa: PLR0913
     code: 0; 1 if a job died during a drain or is left blocked; 128+n if signal n ended the jobs.
     `signals` lets INT, TERM and HUP stop it, in a main thread; `queuectl worker stop` always can.
     `say` gets each event line, `ended` the `seq` and state of each ended job; `tick` is called
-    every second. `insecure` is as in Queue. `name` names the pool in the run directory.
+    every second. `insecure` is as in Queue. `name` (as pool-1) is its own in the run directory.
     """
     validate("count", integer(1, 1000), count)
+    validate("name", valid_pool_name, name)
     limits = (drain, validate("horizon", parse_duration, horizon), insecure, signals)
     options = PoolOptions(count, as_list(queues), *limits, say, tick, name, ended)
     end_a_thread()
@@ -6187,7 +6193,6 @@ def work(  # noqa: PLR0913
         if kind := network_file_system(queue.path):
             say(f"warning: {queue.path} is on {kind}; SQLite needs a local disk")
         with queue._db.translate_errors():
-            queue._db.run_dir.make()  # the database may have been copied here
             files = PoolFiles(queue._db, options, queue._reader.clock)
         with contextlib.closing(files):
             return int(Pool(queue._ledger, files, options).main())

@@ -389,7 +389,6 @@ def claim(queue: Queue, worker: str = "worker-1", queues: Any = ()) -> Any:
 def make_pool(case: Case, queue: Queue, **options: Any) -> queuectl.Pool:
     """Return a pool that has not begun, with a lock of its own."""
     chosen = queuectl.PoolOptions(**options)
-    queue._db.run_dir.make()
     files = queuectl.PoolFiles(queue._db, chosen, queue._reader.clock)
     case.addCleanup(files.close)
     return queuectl.Pool(queue._ledger, files, chosen)
@@ -10848,6 +10847,12 @@ class Library(Clocked):
     def test_work_needs_at_least_one_worker(self) -> None:
         with self.assertRaisesRegex(queuectl.BadInput, "count must be a whole number from 1"):
             queuectl.work(self.path, 0)
+
+    def test_work_refuses_a_name_that_its_workers_could_not_be_named_after(self) -> None:
+        for name in ("jobs", "pool-", "pool-a-b", "pool-a.b", "pool-a/b"):
+            with self.subTest(name), self.assertRaisesRegex(queuectl.BadInput, "name must be"):
+                queuectl.work(self.path, drain=True, name=name)
+        self.assertEqual(queuectl.work(self.path, drain=True, name="pool-a_1"), 0)
 
     APP = """
 from queuectl import Queue, work

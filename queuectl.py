@@ -5358,6 +5358,9 @@ class Worker:
     def keep_waiting(self, waited: float) -> bool:
         if waited > 0.3:  # before that, asking the pool costs more than another try
             self.link.receive()
+        if waited > 5:
+            text = f"{self.db.path} has been locked by another program for 5 s; waiting"
+            self.link.notices.report(text)
         return waited <= 0.3 or not self.link.stopping
 
     def main(self) -> None:
@@ -6016,6 +6019,8 @@ class Pool:
         for news in starmap(News, chain.from_iterable(lists)):
             if news.kind == "damaged":
                 self.fail(Fault(news.text))
+            elif news.kind == "event" and not news.seq:  # other workers may have the same problem
+                self.notices.report(news.text)
             elif news.kind == "event":
                 self.report(news.state, news.text, news.seq, news.when)
             else:

@@ -6387,6 +6387,21 @@ class WorkerTrouble(Live):
         self.assertRegex(news[0][1], "^worker-a-1 cannot continue: .*Is a directory")
 
     @SLOW
+    def test_workers_that_wait_long_for_a_foreign_lock_say_so_once(self) -> None:
+        """Promise 4: nothing waits indefinitely without reporting why."""
+        self.enqueue("true")
+        db = hold_write_lock(self)
+        pool = self.pool("--count", "2", "--drain")
+        self.wait_for_workers(2)
+        line = "queuectl.db has been locked by another program for 5 s; waiting"
+        self.wait_for_output(pool, line)
+        time.sleep(0.5)
+        db.execute("ROLLBACK")
+        output = pool.communicate(timeout=10)[0]
+        self.assertNotIn(line, output)
+        self.assertIn("job 1 completed", output)
+
+    @SLOW
     def test_jobs_that_cannot_start_are_tried_again_less_and_less_often(self) -> None:
         os.environ["QUEUECTL_INSECURE"] = "1"  # else the directories are refused
         self.pool()

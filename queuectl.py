@@ -6506,27 +6506,26 @@ def status_text(reader: Reader, only: str | None = None, *, full: bool = False) 
     now = reader.clock()
     yield from status_counts(reader, facts, only, full=full)
     if oldest := reader.oldest(only):
-        since = format_distance(oldest.run_after, reader.clock())
+        since = format_distance(oldest.run_after, now)
         yield f"oldest     job {oldest.id}, due {since}; {reason_to_wait(reader, oldest)}"
-    claimed = ((job, obstacle(reader, job)) for job in reader.claimed())
-    lost = ((job, reason) for job, reason in claimed if reason and only in (None, job.queue))
-    for job, reason in islice(lost, 1):
-        yield f"lost       job {job.id}: {reason}"
+    claimed = [job for job in reader.claimed() if only in (None, job.queue)]
+    reasons = ((job, obstacle(reader, job)) for job in claimed)
+    if lost := next((it for it in reasons if it[1]), None):
+        yield f"lost       job {lost[0].id}: {lost[1]}"
     for job in reader.blocked([only] if only else (), limit=1):
         yield f"blocked    job {job.id} is {describe_blockers(reader.parents(job))}"
     if set(facts["queues"]) - {"default"}:
         rows = ((name, *states.values()) for name, states in facts["queues"].items())
         yield from section(("QUEUE", *map(str.upper, STATES)), rows)
     if full:
-        claimed_jobs = [job for job in reader.claimed() if only in (None, job.queue)]
         headings = ("RUNNING", "FOR", "QUEUE", "TRY", "WORKER", "COMMAND")
-        yield from section(headings, running_rows(claimed_jobs, now))
+        yield from section(headings, running_rows(claimed, now))
+        chosen = Selection(queues=[only] if only else [], states=[DEAD])
+        failed = reader.latest_selected(chosen, 5)[0]
+        rows = ((job.id, format_distance(job.updated_at, now), job.last_error) for job in failed)
+        yield from section(("LAST FAILED", "WHEN", "WHY"), rows)
     else:
         yield from section(WORKER_HEADINGS, worker_rows(facts["workers"], now))
-    chosen = Selection(queues=[only] if only else [], states=[DEAD])
-    failed = reader.latest_selected(chosen, 5)[0] if full else []
-    reasons = ((job.id, format_distance(job.updated_at, now), job.last_error) for job in failed)
-    yield from section(("LAST FAILED", "WHEN", "WHY"), reasons)
 
 
 def survey_queues(reader: Reader, queues: Sequence[str] = ()) -> tuple[dict[str, int], float]:

@@ -5611,13 +5611,12 @@ class Crew:
         self.notices = notices
         self.fail = fail  # ends the pool where it makes no sense to start workers
         self.workers: list[WorkerHandle] = []
-        self.missing = list(range(1, options.size + 1))  # slots without a worker
         self.started = 0
-        self.starting = False  # the thread starts workers, and appends to the results
-        self.thread = threading.Thread()
-        self.results: collections.deque[WorkerHandle | str | None] = collections.deque()
+        self.start_at = 0.0  # when workers may be started again, on the monotonic clock
+        self.thread = threading.Thread()  # starts workers, and notes its troubles
+        self.troubles: collections.deque[str] = collections.deque()
         self.mode: StopMode = ""
-        self.leave_by = NEVER  # do not wait longer for the thread
+        self.leave_by = NEVER  # do not wait longer for the thread; 0.0 once the pool has left
         self.deaths: list[float] = []  # of workers without a job
         self.maybe_work = True  # there may be ready jobs for which no worker was woken
 
@@ -5626,16 +5625,18 @@ class Crew:
 
     def start_missing(self) -> None:
         """Start the missing workers in a thread, because the process that forks them may hang."""
-        slots = self.missing[:1] if self.started else self.missing[:]  # replacements singly
-        if slots and not self.starting and not self.mode:
-            self.starting = True
-            try:
-                self.thread = threading.Thread(
-                    target=self.start_workers, args=(slots,), daemon=True
-                )
-                self.thread.start()
-            except RuntimeError:  # no more threads
-                self.results.extend((os.strerror(errno.EAGAIN), None))
+        now = time.monotonic()
+        slots = sorted({*range(1, self.options.size + 1)} - {it.slot for it in self.workers})
+        if not slots or self.mode or self.thread.is_alive() or now < self.start_at:
+            return
+        if self.started:  # replacements singly
+            self.start_at = now + 1
+            slots = slots[:1]
+        self.thread = threading.Thread(target=self.start_workers, args=(slots,), daemon=True)
+        try:
+            self.thread.start()
+        except RuntimeError:  # no more threads
+            self.note_trouble(os.strerror(errno.EAGAIN))
 
     def start_workers(self, slots: Iterable[int]) -> None:
         for slot in slots:
@@ -5644,45 +5645,35 @@ class Crew:
             worker = (self.files.run_dir.db, name, slot, self.options.queues)
             try:
                 process, pipe = start_worker(*worker, insecure=self.options.insecure)
-                self.results.append(WorkerHandle(name, slot, process, pipe))
+                self.add(WorkerHandle(name, slot, process, pipe))
             except (EOFError, OSError) as error:  # its server died, or the machine is at its limit
                 # Not the error: its traceback would keep descriptors open.
-                self.results.append(getattr(error, "strerror", None) or "its fork server died")
+                self.note_trouble(getattr(error, "strerror", None) or "its fork server died")
             self.files.run_dir.notify()
             if self.mode:
                 break
-        self.results.append(None)
-        self.files.run_dir.notify()
-        if self.leave_by < time.monotonic():  # the pool has left already
-            self.drop_started()
 
-    def take_started(self) -> bool:
-        """Add the workers that the thread started; return whether it ended with more to do."""
-        more = False
-        for result in self.taken():
-            if result is None:
-                self.starting = False
-                more = bool(self.missing) or self.started > self.options.size
-            elif isinstance(result, str):
-                trouble = f"a worker cannot be started: {result}"
-                self.notices.report(f"{trouble}; trying again")
-                if not self.workers:  # without any worker, this cannot last
-                    self.count_death(trouble)
-            else:
-                self.workers.append(result)
-                self.missing.remove(result.slot)
-                if self.mode:
-                    result.send(self.mode)
-        return more
+    def note_trouble(self, reason: str) -> None:
+        self.troubles.append(reason)
+        self.start_at = time.monotonic() + 1
 
-    def taken(self) -> Iterator[WorkerHandle | str | None]:
-        """Take the results so far; at the end, the thread takes some too."""
-        with contextlib.suppress(IndexError):
-            while True:
-                yield self.results.popleft()
+    def add(self, worker: WorkerHandle) -> None:
+        """Add a worker, though the pool may be stopping or have left meanwhile."""
+        self.workers.append(worker)
+        if self.mode:
+            worker.send(self.mode)
+        if not self.leave_by:
+            worker.pipe.close()
+
+    def report_troubles(self) -> None:
+        while self.troubles:
+            trouble = f"a worker cannot be started: {self.troubles.popleft()}"
+            self.notices.report(f"{trouble}; trying again")
+            if not self.workers:  # without any worker, this cannot last
+                self.count_death(trouble)
 
     def is_alive(self) -> bool:
-        return bool(self.workers) or (self.starting and time.monotonic() < self.leave_by)
+        return bool(self.workers) or (self.thread.is_alive() and time.monotonic() < self.leave_by)
 
     def count_death(self, how: str) -> None:
         """Note that a worker died without a job, or could not be started; too many are a fault."""
@@ -5699,7 +5690,6 @@ class Crew:
         if worker.state == "left":
             return False
         self.maybe_work = True
-        self.missing.append(worker.slot)
         return True
 
     def dispatch(self) -> None:
@@ -5742,13 +5732,6 @@ class Crew:
         self.leave_by = 0.0
         for worker in self.workers:
             worker.pipe.close()
-        self.drop_started()
-
-    def drop_started(self) -> None:
-        """Close the pipes of the workers that the pool has not taken."""
-        for result in self.taken():
-            if isinstance(result, WorkerHandle):
-                result.pipe.close()
 
 
 class Recovery:
@@ -5941,8 +5924,7 @@ class Pool:
         self.recovery = Recovery(ledger, self.notices, self.report_recovered)
         self.changes = Changes(ledger.reader, options.queues)
         self.housekeeping = Housekeeping(ledger)
-        ahead, start = self.changes.look_ahead, self.crew.start_missing
-        steps = (self.poll, ahead, start, self.prune, self.sync, self.print_events)
+        steps = (self.poll, self.changes.look_ahead, self.prune, self.sync, self.print_events)
         self.agenda = Agenda(*steps)
         self.signals: list[tuple[float, int]] = []
         self.code: int = Exit.OK
@@ -5964,8 +5946,8 @@ class Pool:
             workers = plural(self.options.size, "worker")
             self.events.say(f"{workers} on {printable(self.ledger.db.path)}{empty}")
             self.attempt(self.files.run_dir.clean, reader.claimed())
-            for step in (self.poll, self.prune, self.crew.start_missing):
-                self.agenda.set(step, 0.0)
+            self.agenda.set(self.poll, 0.0)
+            self.agenda.set(self.prune, 0.0)
             while not self.crew.mode or self.crew.is_alive() or self.recovery.is_ending():
                 self.turn()
             with self.ledger.db.translate_errors():
@@ -5982,8 +5964,7 @@ class Pool:
         if self.files.wakeup in ready:  # there is work, a stop request, a new worker or a signal
             self.crew.maybe_work = True
             self.agenda.set(self.poll, 0.0)
-        if self.crew.take_started():
-            self.agenda.set(self.crew.start_missing, 1.0)
+        self.crew.report_troubles()
         for worker in [worker for worker in self.crew.workers if worker.pipe in ready]:
             self.receive(worker)
         self.obey_signals()
@@ -6059,8 +6040,6 @@ class Pool:
         self.events.say(f"{worker.name} died")
         self.changes.forget()
         self.agenda.set(self.poll, 0.0)
-        if self.agenda.due[self.crew.start_missing] == NEVER:
-            self.agenda.set(self.crew.start_missing, 0.0)
         with contextlib.suppress(Fault):
             if all(job.locked_by != worker.name for job in self.ledger.reader.claimed()):
                 self.crew.count_death("a worker died without a job")
@@ -6090,10 +6069,11 @@ class Pool:
             self.stop("stop", str(fault))
 
     def poll(self) -> None:
-        """Check what causes no wakeup: stop requests, the files, other writers, dead workers."""
+        """Check what causes no wakeup: stop requests, workers, the files, other writers."""
         self.agenda.set(self.poll, SYSTEM.POLL)
         if requested := self.files.run_dir.stop_requested(self.files.name):
             self.stop(requested, "worker stop")
+        self.crew.start_missing()
         self.crew.check_answers()
         for path, info in self.files.watched.items():
             require_in_place(path, info)

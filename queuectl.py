@@ -6168,10 +6168,10 @@ def work(  # noqa: PLR0913
     `say` gets each event line, `ended` the `seq` and state of each ended job; `tick` is called
     every second. `insecure` is as in Queue. `name` (as pool-1) is its own in the run directory.
     """
-    validate("count", integer(1, 1000), count)
+    size = validate("count", integer(1, 1000), count)
     validate("name", valid_pool_name, name)
     limits = (drain, validate("horizon", parse_duration, horizon), insecure, signals)
-    options = PoolOptions(count, as_list(queues), *limits, say, tick, name, ended)
+    options = PoolOptions(size, as_list(queues), *limits, say, tick, name, ended)
     end_a_thread()
     with Queue(path, insecure=insecure) as queue:
         queue.config()  # with damaged settings no worker could begin

@@ -10863,6 +10863,9 @@ class Library(Clocked):
         with self.assertRaisesRegex(queuectl.BadInput, "count must be a whole number from 1"):
             queuectl.work(self.path, 0)
 
+    def test_work_takes_a_count_as_text(self) -> None:
+        self.assertEqual(queuectl.work(self.path, "2", drain=True), 0)
+
     def test_work_refuses_a_name_that_its_workers_could_not_be_named_after(self) -> None:
         for name in ("jobs", "pool-", "pool-a-b", "pool-a.b", "pool-a/b"):
             with self.subTest(name), self.assertRaisesRegex(queuectl.BadInput, "name must be"):

@@ -5349,7 +5349,7 @@ class Worker:
         self.queues = queues
         self.link = PoolLink(pipe)
         self.pause = AGAIN
-        self.lock_file = LockFile(self.run_dir.file(name))  # says: this worker is alive
+        self.lock_file = LockFile(self.run_dir.file(name))  # shows that this worker is alive
         self.lock_file.write_note(pid=os.getpid(), slot=slot)
         handle_signals(ignore_signal, self.link.wakeup, worker=True)
         self.db.set_synchronous(self.ledger.reader.settings()["synchronous"])
@@ -5536,7 +5536,7 @@ class Agenda:
 
 
 class PoolFiles:
-    """What a pool has in the run directory, and the files that must stay where they are."""
+    """The files of a pool in the run directory, and those that must not be moved or replaced."""
 
     def __init__(self, db: Database, options: PoolOptions, clock: Callable[[], float]) -> None:
         import socket
@@ -5545,7 +5545,7 @@ class PoolFiles:
         self.run_dir.make()  # the database may have been copied here
         self.name = options.name or new_pool_name()
         with contextlib.ExitStack() as stack:
-            self.lock_file = LockFile(self.run_dir.file(self.name))  # says: this pool is alive
+            self.lock_file = LockFile(self.run_dir.file(self.name))  # shows that this pool is alive
             stack.callback(self.lock_file.close)
             stack.callback(self.remove_requests)
             facts = {"pid": os.getpid(), "host": socket.gethostname(), "started": clock()}
@@ -5758,7 +5758,7 @@ class Recovery:
             yield partial(self.step, key, snapshot)
 
     def find_orphan(self, job: Job) -> None:
-        """Note a job whose worker is dead, with what is left to do about it."""
+        """Note a job whose worker is dead, and how to end its remaining processes."""
         if job.key in self.orphans or not self.run_dir.is_unlocked(job.locked_by):
             return
         kept = kept_result(self.run_dir, job)
@@ -5811,11 +5811,11 @@ class Recovery:
 
 
 class EventLog:
-    """The event lines of a pool, in the order in which things happened, and their sum."""
+    """The event lines of a pool, in the order of the events, and the summary at its end."""
 
     def __init__(self, options: PoolOptions) -> None:
         self.options = options
-        self.held: list[tuple[float, str, int, str]] = []  # back, as news come late
+        self.held: list[tuple[float, str, int, str]] = []  # back, since news may be late
         self.ended: collections.Counter[str] = collections.Counter()  # jobs by their final state
 
     def add(self, when: float, text: str, seq: int, state: str) -> None:
@@ -5843,7 +5843,7 @@ class EventLog:
 
 
 class Changes:
-    """What a pool has seen of the queue, and when a job becomes ready without a change."""
+    """Whether the queue has changed since the last poll, and when a job becomes ready by itself."""
 
     def __init__(self, reader: Reader, queues: Sequence[str]) -> None:
         self.reader = reader
@@ -5857,7 +5857,7 @@ class Changes:
         self.seen = None
 
     def version(self) -> object:
-        """Return what differs from `seen` after a change by others or if the clock was set back."""
+        """Return a value that differs from `seen` after a change, or if the clock was set back."""
         now = self.reader.clock()
         if now < self.polled_at:
             self.forget()
@@ -5872,16 +5872,9 @@ class Changes:
     def pause(self) -> float:
         return max(0.0, self.ready_at - self.reader.clock())
 
-    def take_ready(self) -> bool:
-        """Tell, once, that the time has come."""
-        is_ready = self.reader.clock() >= self.ready_at
-        if is_ready:
-            self.ready_at = NEVER
-        return is_ready
-
 
 class Housekeeping:
-    """What a pool does for the queue as a whole."""
+    """A pool's upkeep of the queue as a whole."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
@@ -5890,7 +5883,7 @@ class Housekeeping:
         self.truncate_at = 0.0  # when the -wal may be emptied again, on the monotonic clock
 
     def sync(self) -> None:
-        """Sync what the workers record, since they do not wait for the disk."""
+        """Sync the results of the workers, which do not wait for the disk."""
         wal = self.db.path + "-wal"
         with contextlib.suppress(FileNotFoundError):
             sync_file(wal)  # safe: unlike the database, this file carries no locks of ours
@@ -5968,7 +5961,8 @@ class Pool:
         for worker in [worker for worker in self.crew.workers if worker.pipe in ready]:
             self.receive(worker)
         self.obey_signals()
-        if self.changes.take_ready():
+        if not self.changes.pause():
+            self.changes.ready_at = NEVER
             self.crew.maybe_work = True
             self.agenda.within(self.poll, BATCH)  # when is the next one due?
         for step in self.agenda.take():
@@ -6348,7 +6342,7 @@ def result_text(reader: Reader, job: Job) -> str:
 
 
 def time_text(when: float, now: float) -> str:
-    """Return a time as people read it: local, and how far away it is."""
+    """Return a time for people: local, with its distance from now."""
     local = datetime.fromtimestamp(when, timezone.utc).astimezone()
     return f"{local:%Y-%m-%d %H:%M:%S} ({format_distance(when, now)})"
 
@@ -6481,7 +6475,7 @@ def status_counts(reader: Reader, facts: Facts, only: str | None, *, full: bool)
 
 
 def status_text(reader: Reader, only: str | None = None, *, full: bool = False) -> Iterator[str]:
-    """Yield the state of everything, or of one queue; the full view is the one to watch."""
+    """Yield the state of everything, or of one queue; the full view is for --watch."""
     facts = status_facts(reader, only)
     now = reader.clock()
     yield from status_counts(reader, facts, only, full=full)
@@ -6522,7 +6516,7 @@ def survey_jobs(watch: JobWatch) -> tuple[dict[str, int], float]:
 
 
 class Progress:
-    """How far jobs have come since this object was made, by surveys of them."""
+    """The progress of jobs since this object was made, from surveys of them."""
 
     def __init__(self, survey: Survey, clock: Callable[[], float]) -> None:
         self.survey = survey

@@ -5792,17 +5792,15 @@ class Recovery:
         elif job.launch:
             error += f" (lost on {job.host})"
         outcome = kept or Outcome(end, then, now, None, error)
-        files = [self.run_dir.file(name) for name in self.run_dir.attempt_files(job)]
-        for path in files:
-            with contextlib.suppress(FileNotFoundError):  # another pool was faster
-                with open(path, "rb", opener=open_own) as file:
-                    dropped, output = last_bytes(file.fileno(), limit)
-                dropped += outcome.bytes_dropped
-                outcome = outcome._replace(bytes_dropped=dropped, output=output)
+        path = self.run_dir.output_file(job)
+        gone = contextlib.suppress(FileNotFoundError)  # another pool was faster
+        with gone, open(path, "rb", opener=open_own) as file:
+            dropped, output = last_bytes(file.fileno(), limit)
+            dropped += outcome.bytes_dropped
+            outcome = outcome._replace(bytes_dropped=dropped, output=output)
         after, _ = self.ledger.finish(job, outcome)
-        for path in files:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        with gone:
+            os.unlink(path)
         if after:
             self.report(state_to_report(after), describe_end(job, after, outcome), job.seq)
 

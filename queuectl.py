@@ -5539,8 +5539,6 @@ class PoolFiles:
     """The files of a pool in the run directory, and those that must not be moved or replaced."""
 
     def __init__(self, db: Database, options: PoolOptions, clock: Callable[[], float]) -> None:
-        import socket
-
         self.run_dir = db.run_dir
         self.run_dir.make()  # the database may have been copied here
         self.name = options.name or new_pool_name()
@@ -5548,8 +5546,8 @@ class PoolFiles:
             self.lock_file = LockFile(self.run_dir.file(self.name))  # shows that this pool is alive
             stack.callback(self.lock_file.close)
             stack.callback(self.remove_requests)
-            facts = {"pid": os.getpid(), "host": socket.gethostname(), "started": clock()}
-            self.lock_file.write_note(**facts, count=options.size, queues=list(options.queues))
+            facts = {"pid": os.getpid(), "started": clock(), "count": options.size}
+            self.lock_file.write_note(**facts, queues=list(options.queues))
             lock = os.fstat(self.lock_file.fd)
             self.watched = {db.path: os.stat(db.path), self.lock_file.path: lock}
             self.wakeup = SYSTEM.make_wakeup(self.run_dir.file(self.name, "fifo"))

@@ -5297,10 +5297,8 @@ class PoolLink(Channel):
     def flush(self) -> None:
         if time.monotonic() >= self.flush_at:
             self.flush_at = NEVER
-            try:
+            with contextlib.suppress(OSError):  # the pool is gone, which the next wait notices
                 self.write(*self.outbox)
-            except OSError:
-                self.lose_pool()
             self.outbox.clear()
 
     def receive(self) -> None:
@@ -5308,8 +5306,9 @@ class PoolLink(Channel):
             while not self.orphaned and self.pipe.poll():
                 for request in self.read():
                     self.obey(*request)
-        except (EOFError, OSError):
-            self.lose_pool()
+        except (EOFError, OSError):  # the worker finishes its job and exits
+            self.orphaned = True
+            self.stopping = True
 
     def obey(self, request: Literal["go", "stop", "now", "cancel"], key: str = "") -> None:
         """Obey one request; "go" only wakes the worker."""
@@ -5317,11 +5316,6 @@ class PoolLink(Channel):
         self.ending |= request == "now"
         if request == "cancel":
             self.cancelled = key
-
-    def lose_pool(self) -> None:
-        """Note that the pool is gone: the worker finishes its job and exits."""
-        self.orphaned = True
-        self.stopping = True
 
     def wait(self, until: float = NEVER, child: Any = None, streams: Iterable[Any] = ()) -> None:
         """Wait for a child's end, the pool, a stream, or a time on the monotonic clock."""

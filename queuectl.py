@@ -5996,7 +5996,7 @@ class Pool:
                 self.crew.maybe_work = True
                 self.agenda.within(self.sync, BATCH)
 
-    def report(self, state: str, text: str, seq: int = 0, when: float = 0.0) -> None:
+    def report(self, state: str, text: str, seq: int, when: float = 0.0) -> None:
         self.events.add(when or time.monotonic(), text, seq, state)
         self.agenda.within(self.print_events, 1.5 * BATCH)
         self.agenda.within(self.sync, BATCH)
@@ -6065,9 +6065,9 @@ class Pool:
         if version != self.changes.seen or self.recovery.has_strangers:  # they die without a change
             self.recover()
         if version != self.changes.seen:
-            self.changes.seen = version
             self.crew.maybe_work = True
             self.changes.look_ahead()
+            self.changes.seen = version
 
     def recover(self) -> None:
         claimed = self.ledger.reader.claimed()

@@ -7248,6 +7248,16 @@ class PoolTrouble(Clocked):
     """A pool that cannot do its work."""
 
     @internal
+    def test_poll_that_fails_is_repeated_as_a_whole(self) -> None:
+        pool = make_pool(self, self.queue)
+        self.queue.enqueue("true", delay=60)
+        fault = queuectl.Fault("disk I/O error")
+        with mock.patch.object(pool.changes.reader, "next_ready_time", side_effect=fault):
+            self.assertTrue(pool.attempt(pool.poll))
+        pool.poll()
+        self.assertEqual(pool.changes.ready_at, self.now + 60)
+
+    @internal
     def test_pool_reports_each_problem_once_a_minute(self) -> None:
         reports: list[str] = []
         pool = make_pool(self, self.queue, say=reports.append)

@@ -5150,29 +5150,27 @@ class News(NamedTuple):
     seq: int = 0  # of the job whose attempt has ended
 
 
-# Pool and worker send each other JSON lists, one a line. The pool's end of the pipe never blocks:
-# its few requests fit into the buffer, and it puts parts of a line together itself.
+class Channel:
+    """One end of the pipe between a pool and a worker, which send each other JSON lists.
 
-
-def write_line(pipe: Pipe, *words: object) -> None:
-    """Send a list to the other end of a pipe; raise OSError if that is gone or does not read."""
-    data = json.dumps(words).encode() + b"\n"
-    if WINDOWS:
-        pipe.send_bytes(data)
-        return
-    while data:
-        data = data[os.write(pipe.fileno(), data) :]
-
-
-class LineReader:
-    """Reads the lists that the other end of a pipe has sent."""
+    The pool's end never blocks: its few requests fit into the buffer.
+    """
 
     def __init__(self, pipe: Pipe) -> None:
         self.pipe = pipe
         self.part = b""  # of a line whose rest has not arrived
 
+    def write(self, *words: object) -> None:
+        """Send a list, as a line; raise OSError if the other end is gone or does not read."""
+        data = json.dumps(words).encode() + b"\n"
+        if WINDOWS:
+            self.pipe.send_bytes(data)
+            return
+        while data:
+            data = data[os.write(self.pipe.fileno(), data) :]
+
     def read(self) -> list[Any]:
-        """Return the complete lists from a readable pipe; raise EOFError or OSError at its end."""
+        """Return the complete lists that have arrived; raise EOFError or OSError at the end."""
         data = self.pipe.recv_bytes() if WINDOWS else os.read(self.pipe.fileno(), 65536)
         if not data:
             raise EOFError
@@ -5180,12 +5178,11 @@ class LineReader:
         return [json.loads(line) for line in lines]
 
 
-class PoolLink:
-    """A worker's side of the pipe to its pool, and the one place where the worker waits."""
+class PoolLink(Channel):
+    """A worker's end of the pipe to its pool, and the one place where the worker waits."""
 
     def __init__(self, pipe: Pipe) -> None:
-        self.pipe = pipe
-        self.reader = LineReader(pipe)
+        super().__init__(pipe)
         self.wakeup = SYSTEM.make_wakeup()  # written to by signals, SIGCHLD among them
         self.notices = Notices(lambda text: self.send(News("event", text)))
         self.stopping = False  # claim no more jobs
@@ -5204,19 +5201,18 @@ class PoolLink:
     def flush(self) -> None:
         if time.monotonic() >= self.flush_at:
             self.flush_at = NEVER
-            try:
-                write_line(self.pipe, *self.outbox)
-            except OSError:
-                self.lose_pool()
+            with contextlib.suppress(OSError):  # the pool is gone, which the next wait notices
+                self.write(*self.outbox)
             self.outbox.clear()
 
     def receive(self) -> None:
         try:
             while not self.orphaned and self.pipe.poll():
-                for request in self.reader.read():
+                for request in self.read():
                     self.obey(*request)
-        except (EOFError, OSError):
-            self.lose_pool()
+        except (EOFError, OSError):  # the worker finishes its job and exits
+            self.orphaned = True
+            self.stopping = True
 
     def obey(self, request: Literal["go", "stop", "now", "cancel"], key: str = "") -> None:
         """Obey one request; "go" only wakes the worker."""
@@ -5224,11 +5220,6 @@ class PoolLink:
         self.ending |= request == "now"
         if request == "cancel":
             self.cancelled = key
-
-    def lose_pool(self) -> None:
-        """Note that the pool is gone: the worker finishes its job and exits."""
-        self.orphaned = True
-        self.stopping = True
 
     def wait(self, until: float = NEVER, child: Any = None, streams: Iterable[Any] = ()) -> None:
         """Wait for a child's end, the pool, a stream, or a time on the monotonic clock."""
@@ -5246,7 +5237,7 @@ class Worker:
     """A process that claims a job, runs it, records how it ended, and claims the next one."""
 
     def __init__(
-        self, path: str, name: str, slot: int, queues: Sequence[str], pipe: Pipe, *, insecure: bool
+        self, pipe: Pipe, path: str, name: str, slot: int, queues: Sequence[str], *, insecure: bool
     ) -> None:
         self.ledger = Queue(path, create=False, insecure=insecure)._ledger
         self.db = self.ledger.db
@@ -5256,7 +5247,7 @@ class Worker:
         self.queues = queues
         self.link = PoolLink(pipe)
         self.pause = AGAIN
-        self.lock_file = LockFile(self.run_dir.file(name))  # says: this worker is alive
+        self.lock_file = LockFile(self.run_dir.file(name))  # shows that this worker is alive
         self.lock_file.write_note(pid=os.getpid(), slot=slot)
         handle_signals(ignore_signal, self.link.wakeup, worker=True)
         self.db.set_synchronous(self.ledger.reader.settings()["synchronous"])
@@ -5265,6 +5256,9 @@ class Worker:
     def keep_waiting(self, waited: float) -> bool:
         if waited > 0.3:  # before that, asking the pool costs more than another try
             self.link.receive()
+        if waited > 5:
+            text = f"{self.db.path} has been locked by another program for 5 s; waiting"
+            self.link.notices.report(text)
         return waited <= 0.3 or not self.link.stopping
 
     def main(self) -> None:
@@ -5365,23 +5359,28 @@ class Worker:
         if not (unstarted and state == PENDING):  # else it was reported when it happened
             text = describe_end(ended.job, after, outcome)
             if outcome.end == "not launched":
-                text += "; " + self.ledger.reader.hold(ended.job.queue)
+                with contextlib.suppress(Fault):  # else the claim would be forgotten
+                    hold = self.ledger.reader.hold(ended.job.queue)
+                    text += f"; {hold}" if hold else ""
             self.link.send(News("event", text, state, when, ended.job.seq), within=BATCH)
         return claim
 
 
-def run_worker(environ: dict[str, str], *worker: Any, insecure: bool) -> None:
-    """Run a worker in the environment of its pool: a worker process starts here."""
+def begin_worker(pipe: Pipe) -> None:
+    """Run the worker that a pool asks for, in its environment: a worker process starts here."""
+    try:
+        environ, worker, insecure = pipe.recv()
+    except EOFError:  # the pool is gone already
+        return
     os.environ.clear()
     os.environ.update(environ)
     try:
         os.chdir(RunDirectory(worker[0]).path)
-        Worker(*worker, insecure=insecure).main()
+        Worker(pipe, *worker, insecure=insecure).main()
     except (QueueError, OSError) as error:
-        _, name, *_, pipe = worker
         kind: Literal["damaged", "event"] = "damaged" if isinstance(error, Damaged) else "event"
         with contextlib.suppress(OSError):
-            write_line(pipe, News(kind, f"{name} cannot continue: {error}"))
+            Channel(pipe).write(News(kind, f"{worker[1]} cannot continue: {error}"))
 
 
 # --- pool: the process that starts workers and recovers the jobs of dead ones ---------------------
@@ -5435,19 +5434,18 @@ class Agenda:
 
 
 class PoolFiles:
-    """What a pool has in the run directory, and the files that must stay where they are."""
+    """The files of a pool in the run directory, and those that must not be moved or replaced."""
 
     def __init__(self, db: Database, options: PoolOptions, clock: Callable[[], float]) -> None:
-        import socket
-
         self.run_dir = db.run_dir
+        self.run_dir.make()  # the database may have been copied here
         self.name = options.name or new_pool_name()
         with contextlib.ExitStack() as stack:
-            self.lock_file = LockFile(self.run_dir.file(self.name))  # says: this pool is alive
+            self.lock_file = LockFile(self.run_dir.file(self.name))  # shows that this pool is alive
             stack.callback(self.lock_file.close)
             stack.callback(self.remove_requests)
-            facts = {"pid": os.getpid(), "host": socket.gethostname(), "started": clock()}
-            self.lock_file.write_note(**facts, count=options.size, queues=list(options.queues))
+            facts = {"pid": os.getpid(), "started": clock(), "count": options.size}
+            self.lock_file.write_note(**facts, queues=list(options.queues))
             lock = os.fstat(self.lock_file.fd)
             self.watched = {db.path: os.stat(db.path), self.lock_file.path: lock}
             self.wakeup = SYSTEM.make_wakeup(self.run_dir.file(self.name, "fifo"))
@@ -5459,15 +5457,6 @@ class PoolFiles:
         for item in self.run_dir.files(self.name + "."):
             with contextlib.suppress(OSError):
                 os.unlink(self.run_dir.file(item))
-
-
-def begin_worker(pipe: Pipe) -> None:
-    """Run the worker that the pool at the other end of a pipe asks for."""
-    try:
-        environ, worker, insecure = pipe.recv()
-    except EOFError:  # the pool is gone already
-        return
-    run_worker(environ, *worker, pipe, insecure=insecure)
 
 
 def start_worker(*worker: Any, insecure: bool) -> tuple[Any, Any]:
@@ -5485,15 +5474,14 @@ def start_worker(*worker: Any, insecure: bool) -> tuple[Any, Any]:
     return process, ours
 
 
-class WorkerHandle:
+class WorkerHandle(Channel):
     """A worker as its pool sees it. Nothing here waits for the worker, which may be stopped."""
 
     def __init__(self, name: str, slot: int, process: Any, pipe: Pipe) -> None:
+        super().__init__(pipe)
         self.name = name
         self.slot = slot
         self.process = process
-        self.pipe = pipe
-        self.reader = LineReader(pipe)
         self.state: WorkerState = "busy"  # a new worker looks for a job by itself
         self.answer_by = NEVER  # when an answer is overdue, on the monotonic clock
         self.cancelled = ""  # the key of the attempt that it was asked to cancel
@@ -5505,7 +5493,7 @@ class WorkerHandle:
         if self.state in ("idle", "notified"):
             self.answer_by = min(self.answer_by, time.monotonic() + PROMPT)
         with contextlib.suppress(OSError):
-            write_line(self.pipe, *request)
+            self.write(*request)
 
 
 class Crew:
@@ -5519,13 +5507,12 @@ class Crew:
         self.notices = notices
         self.fail = fail  # ends the pool where it makes no sense to start workers
         self.workers: list[WorkerHandle] = []
-        self.missing = list(range(1, options.size + 1))  # slots without a worker
         self.started = 0
-        self.starting = False  # the thread starts workers, and appends to the results
-        self.thread = threading.Thread()
-        self.results: collections.deque[WorkerHandle | str | None] = collections.deque()
+        self.start_at = 0.0  # when workers may be started again, on the monotonic clock
+        self.thread = threading.Thread()  # starts workers, and notes its troubles
+        self.troubles: collections.deque[str] = collections.deque()
         self.mode: StopMode = ""
-        self.leave_by = NEVER  # do not wait longer for the thread
+        self.leave_by = NEVER  # do not wait longer for the thread; 0.0 once the pool has left
         self.deaths: list[float] = []  # of workers without a job
         self.maybe_work = True  # there may be ready jobs for which no worker was woken
 
@@ -5534,16 +5521,18 @@ class Crew:
 
     def start_missing(self) -> None:
         """Start the missing workers in a thread, because the process that forks them may hang."""
-        slots = self.missing[:1] if self.started else self.missing[:]  # replacements singly
-        if slots and not self.starting and not self.mode:
-            self.starting = True
-            try:
-                self.thread = threading.Thread(
-                    target=self.start_workers, args=(slots,), daemon=True
-                )
-                self.thread.start()
-            except RuntimeError:  # no more threads
-                self.results.extend((os.strerror(errno.EAGAIN), None))
+        now = time.monotonic()
+        slots = sorted({*range(1, self.options.size + 1)} - {it.slot for it in self.workers})
+        if not slots or self.mode or self.thread.is_alive() or now < self.start_at:
+            return
+        if self.started:  # replacements singly
+            self.start_at = now + 1
+            slots = slots[:1]
+        self.thread = threading.Thread(target=self.start_workers, args=(slots,), daemon=True)
+        try:
+            self.thread.start()
+        except RuntimeError:  # no more threads
+            self.note_trouble(os.strerror(errno.EAGAIN))
 
     def start_workers(self, slots: Iterable[int]) -> None:
         for slot in slots:
@@ -5552,42 +5541,35 @@ class Crew:
             worker = (self.files.run_dir.db, name, slot, self.options.queues)
             try:
                 process, pipe = start_worker(*worker, insecure=self.options.insecure)
-                self.results.append(WorkerHandle(name, slot, process, pipe))
+                self.add(WorkerHandle(name, slot, process, pipe))
             except (EOFError, OSError) as error:  # its server died, or the machine is at its limit
                 # Not the error: its traceback would keep descriptors open.
-                self.results.append(getattr(error, "strerror", None) or "its fork server died")
+                self.note_trouble(getattr(error, "strerror", None) or "its fork server died")
             self.files.run_dir.notify()
             if self.mode:
                 break
-        self.results.append(None)
-        self.files.run_dir.notify()
-        if self.leave_by < time.monotonic():  # the pool has left already
-            self.drop_started()
 
-    def take_started(self) -> bool:
-        """Add the workers that the thread started; return whether it ended with more to do."""
-        more = False
-        while True:
-            try:
-                result = self.results.popleft()
-            except IndexError:
-                return more
-            if result is None:
-                self.starting = False
-                more = bool(self.missing) or self.started > self.options.size
-            elif isinstance(result, str):
-                trouble = f"a worker cannot be started: {result}"
-                self.notices.report(f"{trouble}; trying again")
-                if not self.workers:  # without any worker, this cannot last
-                    self.count_death(trouble)
-            else:
-                self.workers.append(result)
-                self.missing.remove(result.slot)
-                if self.mode:
-                    result.send(self.mode)
+    def note_trouble(self, reason: str) -> None:
+        self.troubles.append(reason)
+        self.start_at = time.monotonic() + 1
+
+    def add(self, worker: WorkerHandle) -> None:
+        """Add a worker, though the pool may be stopping or have left meanwhile."""
+        self.workers.append(worker)
+        if self.mode:
+            worker.send(self.mode)
+        if not self.leave_by:
+            worker.pipe.close()
+
+    def report_troubles(self) -> None:
+        while self.troubles:
+            trouble = f"a worker cannot be started: {self.troubles.popleft()}"
+            self.notices.report(f"{trouble}; trying again")
+            if not self.workers:  # without any worker, this cannot last
+                self.count_death(trouble)
 
     def is_alive(self) -> bool:
-        return bool(self.workers) or (self.starting and time.monotonic() < self.leave_by)
+        return bool(self.workers) or (self.thread.is_alive() and time.monotonic() < self.leave_by)
 
     def count_death(self, how: str) -> None:
         """Note that a worker died without a job, or could not be started; too many are a fault."""
@@ -5604,7 +5586,6 @@ class Crew:
         if worker.state == "left":
             return False
         self.maybe_work = True
-        self.missing.append(worker.slot)
         return True
 
     def dispatch(self) -> None:
@@ -5647,15 +5628,6 @@ class Crew:
         self.leave_by = 0.0
         for worker in self.workers:
             worker.pipe.close()
-        self.drop_started()
-
-    def drop_started(self) -> None:
-        """Close the pipes of the workers that the pool has not taken."""
-        with contextlib.suppress(IndexError):
-            while True:
-                result = self.results.popleft()
-                if isinstance(result, WorkerHandle):
-                    result.pipe.close()
 
 
 class Recovery:
@@ -5669,23 +5641,20 @@ class Recovery:
         self.orphans: dict[str, tuple[Termination, Outcome | None]] = {}  # by key of the attempt
         self.has_strangers = False  # some jobs belong to workers that are not, or no longer, ours
 
-    def strangers(self, claimed: Sequence[Job], ours: set[str | None]) -> list[Job]:
+    def steps(self, claimed: Sequence[Job], ours: set[str | None]) -> Iterator[Callable[[], None]]:
+        """Yield the steps of one round, which may fail separately."""
         keys = {job.key for job in claimed}
         self.orphans = {key: orphan for key, orphan in self.orphans.items() if key in keys}
         strangers = [job for job in claimed if job.locked_by not in ours]
         self.has_strangers = bool(strangers)
-        return strangers
-
-    def steps(self, claimed: Sequence[Job], ours: set[str | None]) -> Iterator[Callable[[], None]]:
-        """Yield the steps of one round, which may fail separately."""
-        for job in self.strangers(claimed, ours):
+        for job in strangers:
             yield partial(self.find_orphan, job)
         snapshot = lru_cache(maxsize=None)(SYSTEM.snapshot)  # one for all: their workers are dead
         for key in [*self.orphans]:
             yield partial(self.step, key, snapshot)
 
     def find_orphan(self, job: Job) -> None:
-        """Note a job whose worker is dead, with what is left to do about it."""
+        """Note a job whose worker is dead, and how to end its remaining processes."""
         if job.key in self.orphans or not self.run_dir.is_unlocked(job.locked_by):
             return
         kept = kept_result(self.run_dir, job)
@@ -5719,17 +5688,15 @@ class Recovery:
         elif job.launch:
             error += f" (lost on {job.host})"
         outcome = kept or Outcome(end, then, now, None, error)
-        files = [self.run_dir.file(name) for name in self.run_dir.attempt_files(job)]
-        for path in files:
-            with contextlib.suppress(FileNotFoundError):  # another pool was faster
-                with open(path, "rb", opener=open_own) as file:
-                    dropped, output = last_bytes(file.fileno(), limit)
-                dropped += outcome.bytes_dropped
-                outcome = outcome._replace(bytes_dropped=dropped, output=output)
+        path = self.run_dir.output_file(job)
+        gone = contextlib.suppress(FileNotFoundError)  # another pool was faster
+        with gone, open(path, "rb", opener=open_own) as file:
+            dropped, output = last_bytes(file.fileno(), limit)
+            dropped += outcome.bytes_dropped
+            outcome = outcome._replace(bytes_dropped=dropped, output=output)
         after, _ = self.ledger.finish(job, outcome)
-        for path in files:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        with gone:
+            os.unlink(path)
         if after:
             self.report(state_to_report(after), describe_end(job, after, outcome), job.seq)
 
@@ -5737,31 +5704,12 @@ class Recovery:
         return any(it.is_waiting and not it.is_overdue for it, _ in self.orphans.values())
 
 
-class WalSync:
-    """Syncs what the workers record, since they do not wait for the disk."""
-
-    def __init__(self, db: Database) -> None:
-        self.db = db
-        self.truncate_at = 0.0  # when the -wal may be emptied again, on the monotonic clock
-
-    def sync(self) -> None:
-        wal = self.db.path + "-wal"
-        with contextlib.suppress(FileNotFoundError):
-            sync_file(wal)  # safe: unlike the database, this file carries no locks of ours
-            began = time.monotonic()
-            if os.stat(wal).st_size > LARGEST_WAL and began >= self.truncate_at:
-                with contextlib.suppress(Fault):
-                    self.db.truncate_wal()
-                now = time.monotonic()  # a reader that stays must not hold up the work
-                self.truncate_at = now + 5 * (now - began)
-
-
 class EventLog:
-    """The event lines of a pool, in the order in which things happened, and their sum."""
+    """The event lines of a pool, in the order of the events, and the summary at its end."""
 
     def __init__(self, options: PoolOptions) -> None:
         self.options = options
-        self.held: list[tuple[float, str, int, str]] = []  # back, as news come late
+        self.held: list[tuple[float, str, int, str]] = []  # back, since news may be late
         self.ended: collections.Counter[str] = collections.Counter()  # jobs by their final state
 
     def add(self, when: float, text: str, seq: int, state: str) -> None:
@@ -5789,7 +5737,7 @@ class EventLog:
 
 
 class Changes:
-    """What a pool has seen of the queue, and when a job becomes ready without a change."""
+    """Whether the queue has changed since the last poll, and when a job becomes ready by itself."""
 
     def __init__(self, reader: Reader, queues: Sequence[str]) -> None:
         self.reader = reader
@@ -5803,7 +5751,7 @@ class Changes:
         self.seen = None
 
     def version(self) -> object:
-        """Return what differs from `seen` after a change by others or if the clock was set back."""
+        """Return a value that differs from `seen` after a change, or if the clock was set back."""
         now = self.reader.clock()
         if now < self.polled_at:
             self.forget()
@@ -5818,22 +5766,29 @@ class Changes:
     def pause(self) -> float:
         return max(0.0, self.ready_at - self.reader.clock())
 
-    def take_ready(self) -> bool:
-        """Tell, once, that the time has come."""
-        is_ready = self.reader.clock() >= self.ready_at
-        if is_ready:
-            self.ready_at = NEVER
-        return is_ready
-
 
 class Housekeeping:
-    """What a pool does for the queue as a whole, in short transactions."""
+    """A pool's upkeep of the queue as a whole."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
+        self.db = ledger.db
         self.is_settling = False  # batches of dead processes
+        self.truncate_at = 0.0  # when the -wal may be emptied again, on the monotonic clock
 
-    def step(self) -> bool:
+    def sync(self) -> None:
+        """Sync the results of the workers, which do not wait for the disk."""
+        wal = self.db.path + "-wal"
+        with contextlib.suppress(FileNotFoundError):
+            sync_file(wal)  # safe: unlike the database, this file carries no locks of ours
+            began = time.monotonic()
+            if os.stat(wal).st_size > LARGEST_WAL and began >= self.truncate_at:
+                with contextlib.suppress(Fault):
+                    self.db.truncate_wal()
+                now = time.monotonic()  # a reader that stays must not hold up the work
+                self.truncate_at = now + 5 * (now - began)
+
+    def prune(self) -> bool:
         """Settle batches of dead processes and prune; return whether there may be more to do."""
         self.is_settling = self.ledger.settle_dead_batches()
         deleted = []
@@ -5854,11 +5809,9 @@ class Pool:
         self.notices = Notices(self.events.say)
         self.crew = Crew(files, options, self.notices, self.fail)
         self.recovery = Recovery(ledger, self.notices, self.report_recovered)
-        self.wal = WalSync(ledger.db)
         self.changes = Changes(ledger.reader, options.queues)
         self.housekeeping = Housekeeping(ledger)
-        ahead, start = self.changes.look_ahead, self.crew.start_missing
-        steps = (self.poll, ahead, start, self.prune, self.sync, self.print_events)
+        steps = (self.poll, self.changes.look_ahead, self.prune, self.sync, self.print_events)
         self.agenda = Agenda(*steps)
         self.signals: list[tuple[float, int]] = []
         self.code: int = Exit.OK
@@ -5880,8 +5833,8 @@ class Pool:
             workers = plural(self.options.size, "worker")
             self.events.say(f"{workers} on {printable(self.ledger.db.path)}{empty}")
             self.attempt(self.files.run_dir.clean, reader.claimed())
-            for step in (self.poll, self.prune, self.crew.start_missing):
-                self.agenda.set(step, 0.0)
+            self.agenda.set(self.poll, 0.0)
+            self.agenda.set(self.prune, 0.0)
             while not self.crew.mode or self.crew.is_alive() or self.recovery.is_ending():
                 self.turn()
             with self.ledger.db.translate_errors():
@@ -5899,12 +5852,12 @@ class Pool:
         if self.files.wakeup in ready:  # there is work, a stop request, a new worker or a signal
             self.crew.maybe_work = True
             self.agenda.set(self.poll, 0.0)
-        if self.crew.take_started():
-            self.agenda.set(self.crew.start_missing, 1.0)
+        self.crew.report_troubles()
         for worker in [worker for worker in self.crew.workers if worker.pipe in ready]:
             self.receive(worker)
         self.obey_signals()
-        if self.changes.take_ready():
+        if not self.changes.pause():
+            self.changes.ready_at = NEVER
             self.crew.maybe_work = True
             self.agenda.within(self.poll, BATCH)  # when is the next one due?
         for step in self.agenda.take():
@@ -5926,7 +5879,7 @@ class Pool:
 
     def receive(self, worker: WorkerHandle) -> None:
         try:
-            lists = worker.reader.read()
+            lists = worker.read()
         except BlockingIOError:
             return
         except (EOFError, OSError):  # the end of its pipe
@@ -5936,6 +5889,8 @@ class Pool:
         for news in starmap(News, chain.from_iterable(lists)):
             if news.kind == "damaged":
                 self.fail(Fault(news.text))
+            elif news.kind == "event" and not news.seq:  # other workers may have the same problem
+                self.notices.report(news.text)
             elif news.kind == "event":
                 self.report(news.state, news.text, news.seq, news.when)
             else:
@@ -5946,7 +5901,7 @@ class Pool:
                 self.crew.maybe_work = True
                 self.agenda.within(self.sync, BATCH)
 
-    def report(self, state: str, text: str, seq: int = 0, when: float = 0.0) -> None:
+    def report(self, state: str, text: str, seq: int, when: float = 0.0) -> None:
         self.events.add(when or time.monotonic(), text, seq, state)
         self.agenda.within(self.print_events, 1.5 * BATCH)
         self.agenda.within(self.sync, BATCH)
@@ -5974,8 +5929,6 @@ class Pool:
         self.events.say(f"{worker.name} died")
         self.changes.forget()
         self.agenda.set(self.poll, 0.0)
-        if self.agenda.due[self.crew.start_missing] == NEVER:
-            self.agenda.set(self.crew.start_missing, 0.0)
         with contextlib.suppress(Fault):
             if all(job.locked_by != worker.name for job in self.ledger.reader.claimed()):
                 self.crew.count_death("a worker died without a job")
@@ -6005,10 +5958,11 @@ class Pool:
             self.stop("stop", str(fault))
 
     def poll(self) -> None:
-        """Check what causes no wakeup: stop requests, the files, other writers, dead workers."""
+        """Check what causes no wakeup: stop requests, workers, the files, other writers."""
         self.agenda.set(self.poll, SYSTEM.POLL)
         if requested := self.files.run_dir.stop_requested(self.files.name):
             self.stop(requested, "worker stop")
+        self.crew.start_missing()
         self.crew.check_answers()
         for path, info in self.files.watched.items():
             require_in_place(path, info)
@@ -6016,9 +5970,9 @@ class Pool:
         if version != self.changes.seen or self.recovery.has_strangers:  # they die without a change
             self.recover()
         if version != self.changes.seen:
-            self.changes.seen = version
             self.crew.maybe_work = True
             self.changes.look_ahead()
+            self.changes.seen = version
 
     def recover(self) -> None:
         claimed = self.ledger.reader.claimed()
@@ -6033,12 +5987,12 @@ class Pool:
         self.agenda.set(self.prune, 60)
         if self.ledger.correct_times():
             self.changes.forget()  # something may be due earlier
-        if self.housekeeping.step():
+        if self.housekeeping.prune():
             self.agenda.set(self.prune, BATCH)
 
     def sync(self) -> None:
         self.agenda.set(self.sync, AGAIN)  # if it fails
-        self.wal.sync()
+        self.housekeeping.sync()
         self.agenda.set(self.sync, NEVER)
 
     def dispatch(self) -> None:
@@ -6077,6 +6031,10 @@ class Pool:
             self.events.say("stopped before all jobs had run")
 
 
+def valid_pool_name(name: str) -> None:
+    require(re.fullmatch(r"(pool-\w+)?", name), 'be "pool-" followed by letters or digits')
+
+
 def end_a_thread() -> None:
     """Let glibc load what it ends threads with: later no descriptor may be free, and it aborts."""
     thread = threading.Thread(target=ignore)
@@ -6105,18 +6063,18 @@ def work(  # noqa: PLR0913
     code: 0; 1 if, in a drain, a job died, is blocked or was not run; 128+n if signal n ended jobs.
     `signals` lets INT, TERM and HUP stop it, in a main thread; `queuectl worker stop` always can.
     `say` gets each event line, `ended` the `seq` and state of each ended job; `tick` is called
-    every second. `insecure` is as in Queue. `name` names the pool in the run directory.
+    every second. `insecure` is as in Queue. `name` (as pool-1) is its own in the run directory.
     """
-    validate("count", integer(1, 1000), count)
+    size = validate("count", integer(1, 1000), count)
+    validate("name", valid_pool_name, name)
     limits = (drain, validate("horizon", parse_duration, horizon), insecure, signals)
-    options = PoolOptions(count, as_list(queues), *limits, say, tick, name, ended)
+    options = PoolOptions(size, as_list(queues), *limits, say, tick, name, ended)
     end_a_thread()
     with Queue(path, insecure=insecure) as queue:
         queue.config()  # with damaged settings no worker could begin
         if kind := network_file_system(queue.path):
             say(f"warning: {queue.path} is on {kind}; SQLite needs a local disk")
         with queue._db.translate_errors():
-            queue._db.run_dir.make()  # the database may have been copied here
             files = PoolFiles(queue._db, options, queue._reader.clock)
         with contextlib.closing(files):
             return int(Pool(queue._ledger, files, options).main())
@@ -6124,7 +6082,6 @@ def work(  # noqa: PLR0913
 
 # --- words: jobs, workers and counts as text and as JSON ------------------------------------------
 
-RUNNING_HEADINGS = ("RUNNING", "FOR", "QUEUE", "TRY", "WORKER", "COMMAND")
 WORKER_HEADINGS = ("WORKER", "PID", "QUEUES", "STARTED", "JOB", "SINCE", "HOST", "COMMAND")
 
 
@@ -6288,7 +6245,7 @@ def result_text(reader: Reader, job: Job) -> str:
 
 
 def time_text(when: float, now: float) -> str:
-    """Return a time as people read it: local, and how far away it is."""
+    """Return a time for people: local, with its distance from now."""
     local = datetime.fromtimestamp(when, timezone.utc).astimezone()
     return f"{local:%Y-%m-%d %H:%M:%S} ({format_distance(when, now)})"
 
@@ -6422,31 +6379,31 @@ def status_counts(reader: Reader, facts: Facts, only: str | None, *, full: bool)
 
 
 def status_text(reader: Reader, only: str | None = None, *, full: bool = False) -> Iterator[str]:
-    """Yield the state of everything, or of one queue; the full view is the one to watch."""
+    """Yield the state of everything, or of one queue; the full view is for --watch."""
     facts = status_facts(reader, only)
     now = reader.clock()
     yield from status_counts(reader, facts, only, full=full)
     if oldest := reader.oldest(only):
-        since = format_distance(oldest.run_after, reader.clock())
+        since = format_distance(oldest.run_after, now)
         yield f"oldest     job {oldest.id}, due {since}; {reason_to_wait(reader, oldest)}"
-    claimed = ((job, obstacle(reader, job)) for job in reader.claimed())
-    lost = ((job, reason) for job, reason in claimed if reason and only in (None, job.queue))
-    for job, reason in islice(lost, 1):
-        yield f"lost       job {job.id}: {reason}"
+    claimed = [job for job in reader.claimed() if only in (None, job.queue)]
+    reasons = ((job, obstacle(reader, job)) for job in claimed)
+    if lost := next((it for it in reasons if it[1]), None):
+        yield f"lost       job {lost[0].id}: {lost[1]}"
     for job in reader.blocked([only] if only else (), limit=1):
         yield f"blocked    job {job.id} is {describe_blockers(reader.parents(job))}"
     if set(facts["queues"]) - {"default"}:
         rows = ((name, *states.values()) for name, states in facts["queues"].items())
         yield from section(("QUEUE", *map(str.upper, STATES)), rows)
     if full:
-        claimed_jobs = [job for job in reader.claimed() if only in (None, job.queue)]
-        yield from section(RUNNING_HEADINGS, running_rows(claimed_jobs, now))
+        headings = ("RUNNING", "FOR", "QUEUE", "TRY", "WORKER", "COMMAND")
+        yield from section(headings, running_rows(claimed, now))
+        chosen = Selection(queues=[only] if only else [], states=[DEAD])
+        failed = reader.latest_selected(chosen, 5)[0]
+        rows = ((job.id, format_distance(job.updated_at, now), job.last_error) for job in failed)
+        yield from section(("LAST FAILED", "WHEN", "WHY"), rows)
     else:
         yield from section(WORKER_HEADINGS, worker_rows(facts["workers"], now))
-    chosen = Selection(queues=[only] if only else [], states=[DEAD])
-    failed = reader.latest_selected(chosen, 5)[0] if full else []
-    reasons = ((job.id, format_distance(job.updated_at, now), job.last_error) for job in failed)
-    yield from section(("LAST FAILED", "WHEN", "WHY"), reasons)
 
 
 def survey_queues(reader: Reader, queues: Sequence[str] = ()) -> tuple[dict[str, int], float]:
@@ -6463,7 +6420,7 @@ def survey_jobs(watch: JobWatch) -> tuple[dict[str, int], float]:
 
 
 class Progress:
-    """How far jobs have come since this object was made, by surveys of them."""
+    """The progress of jobs since this object was made, from surveys of them."""
 
     def __init__(self, survey: Survey, clock: Callable[[], float]) -> None:
         self.survey = survey

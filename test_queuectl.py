@@ -388,7 +388,6 @@ def claim(queue: Queue, worker: str = "worker-1", queues: Any = ()) -> Any:
 def make_pool(case: Case, queue: Queue, **options: Any) -> queuectl.Pool:
     """Return a pool that has not begun, with a lock of its own."""
     chosen = queuectl.PoolOptions(**options)
-    queue._db.run_dir.make()
     files = queuectl.PoolFiles(queue._db, chosen, queue._reader.clock)
     case.addCleanup(files.close)
     return queuectl.Pool(queue._ledger, files, chosen)
@@ -4549,7 +4548,7 @@ class QueueLimit(Clocked):
         ours, theirs = multiprocessing.Pipe()
         self.addCleanup(theirs.close)
         self.addCleanup(ours.close)
-        queuectl.write_line(theirs, queuectl.News("idle"))
+        queuectl.Channel(theirs).write(queuectl.News("idle"))
         pool.receive(queuectl.WorkerHandle("worker-1", 1, None, ours))
         self.assertEqual(pool.agenda.pause(), 0.0)
 
@@ -5534,13 +5533,13 @@ class AttemptOutput(Live):
         ours, theirs = multiprocessing.Pipe()
         fault = OSError(5, "Input/output error")
         failing = {name: unittest.mock.Mock(side_effect=fault) for name in sys.argv[2:]}
-        worker = (sys.argv[1], "worker-a-1", 1, (), theirs)
+        ours.send((dict(os.environ), (sys.argv[1], "worker-a-1", 1, ()), False))
         with unittest.mock.patch.multiple(queuectl, **failing):
             os.write(ours.fileno(), b'["go"]\\n')
             stop = lambda *_: os.write(ours.fileno(), b'["stop"]\\n')
             finish = queuectl.Execution.finish
             queuectl.Execution.finish = lambda *args: (finish(*args), stop())
-            queuectl.run_worker(dict(os.environ), *worker, insecure=False)
+            queuectl.begin_worker(theirs)
         print(os.read(ours.fileno(), 65536).decode())
     """
 
@@ -5603,6 +5602,28 @@ class AttemptElsewhere(Live):
     """A launcher's client runs a job elsewhere; here, clients that are small scripts do."""
 
     # A queue is named like the kind of its client.
+    FAIL_TO_READ_THE_HOLD = """if True:
+        import multiprocessing, os, sys, queuectl
+        ours, theirs = multiprocessing.Pipe()
+        ours.send((dict(os.environ), (sys.argv[1], "worker-a-1", 1, ()), False))
+        def fail(*_):
+            raise queuectl.Fault("disk I/O error")
+        queuectl.Reader.hold = fail
+        finish = queuectl.Execution.finish
+        stop = lambda: os.write(ours.fileno(), b'["stop"]\\n')
+        queuectl.Execution.finish = lambda *args: (finish(*args), stop())
+        queuectl.begin_worker(theirs)
+    """
+
+    @internal
+    def test_job_claimed_after_a_failed_launch_runs_even_if_the_hold_cannot_be_read(self) -> None:
+        self.enqueue_for("refused", id="a", priority=1)
+        self.enqueue("true", id="b")
+        with Queue(self.path) as queue:
+            queue.configure("launcher", "", queue="default")
+        self.script(self.FAIL_TO_READ_THE_HOLD, self.path, timeout=10)
+        self.assertEqual(self.states(), {"a": "pending", "b": "completed"})
+
     QUOTED = "printf '%s' '" + 'a"b $HOME \\ é\n' * 600 + "' | cksum"
 
     def setUp(self) -> None:
@@ -6403,6 +6424,21 @@ class WorkerTrouble(Live):
         self.assertRegex(news[0][1], "^worker-a-1 cannot continue: .*Is a directory")
 
     @SLOW
+    def test_workers_that_wait_long_for_a_foreign_lock_say_so_once(self) -> None:
+        """Promise 4: nothing waits indefinitely without reporting why."""
+        self.enqueue("true")
+        db = hold_write_lock(self)
+        pool = self.pool("--count", "2", "--drain")
+        self.wait_for_workers(2)
+        line = "queuectl.db has been locked by another program for 5 s; waiting"
+        self.wait_for_output(pool, line)
+        time.sleep(0.5)
+        db.execute("ROLLBACK")
+        output = pool.communicate(timeout=10)[0]
+        self.assertNotIn(line, output)
+        self.assertIn("job 1 completed", output)
+
+    @SLOW
     def test_jobs_that_cannot_start_are_tried_again_less_and_less_often(self) -> None:
         os.environ["QUEUECTL_INSECURE"] = "1"  # else the directories are refused
         self.pool()
@@ -6551,8 +6587,9 @@ class PoolRecovery(Live):
     START_WITHOUT_POOL = """if True:
         import multiprocessing, sys, queuectl
         ours, theirs = multiprocessing.Pipe()
+        ours.send(({}, (sys.argv[1], "worker-a-1", 1, ()), False))
         ours.close()
-        queuectl.run_worker({}, sys.argv[1], "worker-a-1", 1, (), theirs, insecure=False)
+        queuectl.begin_worker(theirs)
     """
 
     @internal
@@ -6841,9 +6878,9 @@ class PoolStop(Live):
     START_STOPPED = """if True:
         import multiprocessing, os, sys, queuectl
         ours, theirs = multiprocessing.Pipe()
+        ours.send((dict(os.environ), (sys.argv[1], "worker-a-1", 1, ()), False))
         os.write(ours.fileno(), b'["stop"]\\n')
-        worker = (sys.argv[1], "worker-a-1", 1, (), theirs)
-        queuectl.run_worker(dict(os.environ), *worker, insecure=False)
+        queuectl.begin_worker(theirs)
     """
 
     @internal
@@ -7090,9 +7127,9 @@ class PoolDispatchLive(Live):
             for number in range(100_000):
                 worker.send("cancel", str(number))
             os.write(theirs.fileno(), b'[["event", "a"]]\\n[["ev')
-            print(worker.reader.read(), end="")
+            print(worker.read(), end="")
             os.write(theirs.fileno(), b'ent", "b"]]\\n')
-            print(worker.reader.read(), end="")
+            print(worker.read(), end="")
         """
         result = self.script(code)
         found = (result.returncode, result.stdout)
@@ -7262,6 +7299,16 @@ class PoolFiles(Live):
 
 class PoolTrouble(Clocked):
     """A pool that cannot do its work."""
+
+    @internal
+    def test_poll_that_fails_is_repeated_as_a_whole(self) -> None:
+        pool = make_pool(self, self.queue)
+        self.queue.enqueue("true", delay=60)
+        fault = queuectl.Fault("disk I/O error")
+        with mock.patch.object(pool.changes.reader, "next_ready_time", side_effect=fault):
+            self.assertTrue(pool.attempt(pool.poll))
+        pool.poll()
+        self.assertEqual(pool.changes.ready_at, self.now + 60)
 
     @internal
     def test_pool_reports_each_problem_once_a_minute(self) -> None:
@@ -10943,6 +10990,15 @@ class Library(Clocked):
     def test_work_needs_at_least_one_worker(self) -> None:
         with self.assertRaisesRegex(queuectl.BadInput, "count must be a whole number from 1"):
             queuectl.work(self.path, 0)
+
+    def test_work_takes_a_count_as_text(self) -> None:
+        self.assertEqual(queuectl.work(self.path, "2", drain=True), 0)
+
+    def test_work_refuses_a_name_that_its_workers_could_not_be_named_after(self) -> None:
+        for name in ("jobs", "pool-", "pool-a-b", "pool-a.b", "pool-a/b"):
+            with self.subTest(name), self.assertRaisesRegex(queuectl.BadInput, "name must be"):
+                queuectl.work(self.path, drain=True, name=name)
+        self.assertEqual(queuectl.work(self.path, drain=True, name="pool-a_1"), 0)
 
     APP = """
 from queuectl import Queue, work

@@ -496,6 +496,8 @@ def parse_size(value: Any) -> int:
 def valid_delays(value: Any) -> str:
     """Return durations, separated by commas or in a list, as seconds separated by commas."""
     items = value.split(",") if isinstance(value, str) else value
+    if isinstance(items, (int, float, timedelta)):
+        items = [items]
     with contextlib.suppress(ValueError):
         require(isinstance(items, (list, tuple)) and 0 < len(items) <= DELAYS_LIMIT, "be a list")
         return ",".join(f"{parse_duration(item):.15g}" for item in items)
@@ -2965,7 +2967,12 @@ class Database:
             raise Fault(f"{self.path} is empty, not a queue; remove it to start a new one")
         version, self._in_host = self._read_version()
         if not version and not guest:
-            raise Fault(f"{self.path} is another program's database, not a queue")
+            raise Fault(
+                f"{self.path} is another program's database, not a queue; Queue(path, guest=True) "
+                "puts one into it"
+            )
+        if version and guest and not self._in_host:
+            raise BadInput(f"{self.path} is a queue of its own; open it without guest")
         if version > SCHEMA_VERSION:
             newer = f"schema {version}, this one has {SCHEMA_VERSION}"
             raise Fault(f"{self.path} was made by a newer queuectl ({newer}); update queuectl")
@@ -4358,6 +4365,8 @@ class Queue:
         Returns earlier when no remaining job can run by itself, because another job that it waits
         for is dead or cancelled. Raises TimedOut after `timeout`.
         """
+        if self._db.connection.in_block:
+            raise BadInput("wait cannot be used in a transaction: until its end, no job of it runs")
         limit = None if timeout is None else validate("timeout", parse_duration, timeout)
         watch = JobWatch(self._reader, self._reader.named(ids))
         for _ in self._reader.changes(limit):

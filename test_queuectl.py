@@ -2284,6 +2284,18 @@ class DatabaseGuest(Case):
         self.assertEqual(self.execute("SELECT id FROM orders"), [1])
         self.assertEqual(self.execute("SELECT id FROM queuectl_jobs"), ["invoice-1"])
 
+    def test_queue_of_its_own_is_no_guest(self) -> None:
+        with Queue(self.file("own.db")) as queue:
+            queue.enqueue("true")
+        with self.assertRaisesRegex(queuectl.BadInput, "is a queue of its own; open it without"):
+            Queue(self.file("own.db"), guest=True)
+
+    def test_wait_in_a_transaction_is_refused(self) -> None:
+        with Queue(self.path, guest=True) as queue:
+            with self.assertRaisesRegex(queuectl.BadInput, "transaction"), queue.transaction():
+                queue.wait([queue.enqueue("true")])
+            self.assertEqual(list(queue.jobs()), [])
+
     def test_guest_created_first_leaves_version_numbers_to_host_program(self) -> None:
         for name in ("new.db", "empty.db"):
             with self.subTest(name):

@@ -9257,15 +9257,16 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
 
 
 def pools_to_stop(args: argparse.Namespace, run_dir: RunDirectory) -> set[str]:
-    """Return the living pools, or those that are named or were started for one of the queues."""
-    pools = run_dir.alive("pool")
-    if args.queues:
-        return {name for name, note in pools.items() if {*note.get("queues", ())} & {*args.queues}}
-    every = {*pools, *map(pool_of, run_dir.alive("worker"))}  # a worker may have lost its pool
+    """Return the living pools; of the named ones alone, and those started for one of the queues."""
+    notes = run_dir.alive("pool")
+    every = {*notes, *map(pool_of, run_dir.alive("worker"))}  # a worker may have lost its pool
     for pool in args.pools:
         if pool not in every:
             raise NotFound(f"there is no pool {quoted(pool)} (queuectl worker list)")
-    return set(args.pools) or every
+    chosen = set(args.pools) or every
+    if not args.queues:
+        return chosen
+    return {name for name in chosen & {*notes} if {*notes[name].get("queues", ())} & {*args.queues}}
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
@@ -9443,16 +9444,24 @@ def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
     if not args.recurring:
         show_jobs(args, queue)
         return
-    now = queue._reader.clock()
-    facts = []
+    reader = queue._reader
+    now = reader.clock()
+    chosen = selection(args)
+    say_unused(reader, chosen.queues)
+    found = reader.named(chosen.ids) if chosen.ids else reader.schedules()
+    jobs = [job for job in found if job.rule and chosen.takes(job, now)]
+    if args.ids_only:
+        show((str(job.schedule_id) for job in jobs), whole=True)
+        return
+    facts = (
+        {**job_facts(job, queue.config(job.queue)), "last_result": reader.last_result(job)}
+        for job in jobs
+    )
     rows = []
-    for job in queue._reader.schedules():
-        if selection(args).takes(job, now):
-            result = queue._reader.last_result(job)
-            facts.append({**job_facts(job, queue.config(job.queue)), "last_result": result})
-            due = format_distance(job.run_after, now)
-            last = result_text(queue._reader, job)
-            rows.append((job.schedule_id, rule_text(job), due, last, job.id, job.command))
+    for job in jobs:
+        due = format_distance(job.run_after, now)
+        last = result_text(reader, job)
+        rows.append((job.schedule_id, rule_text(job), due, last, job.id, job.command))
     show_list(args, facts, ("ID", "SCHEDULE", "NEXT", "LAST RESULT", "JOB", "COMMAND"), rows)
 
 
@@ -9566,7 +9575,7 @@ def follow(queue: Queue, job: Job, fd: int, at: int, end: float = NEVER) -> Iter
     version = -1
     for _ in polling(end - time.monotonic(), first=0.03, longest=0.03):
         chunk = b"more"
-        while chunk:
+        while chunk and time.monotonic() < end:
             at, chunk = read_from(fd, 0 if os.fstat(fd).st_size < at else at)  # 0: truncated
             yield chunk
             at += len(chunk)
@@ -10283,7 +10292,7 @@ def cmd_completion(args: argparse.Namespace) -> None:
         program = " ".join(map(shlex.quote, own_command()))
         print(COMPLETIONS[args.shell].replace("PROGRAM", program))
         return
-    words = [word for word in args.typed[1:] if word != "="]  # bash splits --state=dead
+    words = [word for word in args.typed[1:] if word != "="] or [""]  # bash splits --state=dead
     if args.typed[-1] == "=":
         words.append("")
     name, equals, value = words[-1].partition("=") if words[-1][:2] == "--" else ("", "", "")

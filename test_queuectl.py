@@ -9297,6 +9297,10 @@ class CliWorkers(Live):
         self.assertEqual(len(self.json_object("status", "--queue", "cpu")["workers"]), 1)
         self.assertEqual(len(self.json_object("status", "--queue", "gpu")["workers"]), 3)
         self.assert_refused("worker", "stop", "pool-0", code=1)
+        other = next(w["pool"] for w in workers if not w["queues"])
+        found = self.run_cli("worker", "stop", other, "--queue", "gpu").stderr
+        self.assertIn("no workers are running for this queue", found)
+        self.assertEqual(len(self.json_lines("worker", "list")), 3)
         self.stdout("worker", "stop", "--queue", "gpu")
         (left,) = self.json_lines("worker", "list")
         self.stdout("worker", "stop", left["pool"])
@@ -9538,6 +9542,18 @@ class CliListLive(Live):
         self.assertEqual(
             [job["schedule_id"] for job in self.json_lines("list", "--recurring")], ["x", "y"]
         )
+        self.assert_table(
+            {
+                "": "x\ny\n",
+                "y": "y\n",
+                "x.1 y": "x\ny\n",
+                "--match y": "y\n",
+                "--queue default": "x\ny\n",
+            },
+            lambda words: self.stdout("list", "--recurring", "--ids", *words.split()),
+        )
+        self.assertIn("never had a job", self.run_cli("list", "--recurring", "-q", "nosuch").stderr)
+        self.assertIn("no job z", self.assert_refused("list", "--recurring", "z", code=1))
 
 
 @NEEDS_SHELL
@@ -9733,6 +9749,16 @@ class CliLogsLive(Live):
         self.write("go")
         self.assertEqual(logs.communicate(timeout=5)[0], "two\n")
         self.assertEqual(logs.returncode, 0)
+
+    @internal
+    def test_endless_output_is_not_followed_beyond_the_time_to_wait(self) -> None:
+        with Queue(self.path) as queue, mock.patch("queuectl.read_from", return_value=(0, b"y")):
+            queue.enqueue("yes", id="x")
+            job: Any = claim(queue, "worker-1")
+            end = time.monotonic() + 0.05
+            with open(os.devnull) as file:
+                for _ in queuectl.follow(queue, job, file.fileno(), 0, end):
+                    self.assertLess(time.monotonic(), end + 5)
 
     @SLOW
     @internal
@@ -10251,6 +10277,11 @@ class CliCompletion(Case):
         "--db other.db dlq retry _": "",
         "show --js": "--json",
     }
+
+    def test_completion_without_a_word_to_complete_offers_the_commands(self) -> None:
+        for words in ((), ("",)):
+            shown = self.stdout("completion", "bash", "queuectl", *words).split()
+            self.assertEqual((shown[0], shown[-1]), ("enqueue", "help"))
 
     @internal
     def test_completion_offers_the_values_that_fit(self) -> None:

@@ -8591,11 +8591,6 @@ def group(title: str, *arguments: Argument) -> Iterator[Argument]:
     return ((names, {**options, "group": title}) for names, options in arguments)
 
 
-def parse_change(text: str) -> Iterable[tuple[str, str | None]]:
-    name, equals, value = text.partition("=")
-    return valid_variables({name: value if equals else None}).items()
-
-
 def parse_edit(check: Validator, text: str) -> Any:
     """Return a new value; the text itself where that is None, as for an option that is absent."""
     value = check(text)
@@ -8616,10 +8611,10 @@ def edit_option(names: tuple[str, ...], options: dict[str, Any]) -> Argument:
     return names, {**options, "help": meaning}
 
 
-def parse_variable(text: str) -> Iterable[tuple[str, str]]:
+def parse_variable(text: str, *, removable: bool = False) -> Iterable[tuple[str, Any]]:
     name, equals, value = text.partition("=")
-    require(equals, "be NAME=VALUE")
-    return valid_environment({name: value}).items()
+    require(equals or removable, "be NAME=VALUE")
+    return valid_variables({name: value if equals else None}).items()
 
 
 def read_input(path: str) -> bytes:
@@ -8754,13 +8749,12 @@ class JsonJobs:
 
     def next_character(self) -> str:
         """Move to the next character that is not blank and return it; return "" at the end."""
-        is_more = True
-        while is_more:
+        while True:
             self.move(self.BLANKS.match(self.text, self.at).end())  # type: ignore[union-attr]
             if self.at < len(self.text):
                 return self.text[self.at]
-            is_more = self.read()
-        return ""
+            if not self.read():
+                return ""
 
     def job(self) -> dict[str, object]:
         """Return the object that begins here."""
@@ -8921,9 +8915,6 @@ def fill(value: Any, argument: str) -> Any:
     return {key: fill(item, argument) for key, item in value.items()}
 
 
-FILLED = ("id", "after", "after_end", "env")  # the options in which {} is the argument after :::
-
-
 def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict[str, Any]]:
     """Yield jobs with the fields that the options of `enqueue` give."""
     given = {key: value for key, value in vars(args).items() if key in FIELDS and value is not None}
@@ -8941,7 +8932,8 @@ def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict
         fields.update(given)
         if args.each:
             argument = next(each)
-            fields.update({key: fill(fields[key], argument) for key in FILLED if key in fields})
+            for key in fields.keys() & {"id", "after", "after_end", "env"}:
+                fields[key] = fill(fields[key], argument)
         yield fields
 
 
@@ -8970,25 +8962,10 @@ STARTER = """\
 import _signal, sys
 if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # Ctrl-C shows no traceback
-if hasattr(_signal, "pthread_sigmask"):
-    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [_signal.SIGINT])
 sys.path.append(%a)
 import queuectl
 queuectl.main_program()
 """
-
-
-BLOCKING = "/usr/bin/env -S --block-signal=INT"  # until Python has started: GNU only
-
-
-def is_blocking_supported() -> bool:
-    import subprocess
-
-    env, options = BLOCKING.split(" ", 1)
-    with contextlib.suppress(OSError):
-        call = [env, f"{options} true"]  # the system passes one argument too
-        return subprocess.run(call, stderr=subprocess.DEVNULL, check=False).returncode == 0
-    return False
 
 
 def starter_text(python: str, library: str) -> str:
@@ -9000,8 +8977,6 @@ def starter_text(python: str, library: str) -> str:
     elif len(first) > 120 or re.search(r"\s", python):  # more than systems read: for sh, a command
         first = "#!/bin/sh"
         third = f"'''exec' {shlex.quote(python)} -IS \"$0\" \"$@\"\n' '''"
-    elif re.fullmatch(r"[\w/.+-]{,70}", python) and is_blocking_supported():
-        first = f"#!{BLOCKING} {python} -IS"
     return STARTER % (first, __version__, third, library)
 
 
@@ -9340,15 +9315,10 @@ def cmd_status(args: argparse.Namespace, queue: Queue) -> int:
     return -numbers[0]
 
 
-def selection_options(args: argparse.Namespace) -> dict[str, Any]:
-    filters = ("ids", "queues", "states", "match", "older_than")
-    options = {key: vars(args).get(key) for key in filters}
-    return {key: value for key, value in options.items() if value not in (None, "", [])}
-
-
 def selection(args: argparse.Namespace, states: Sequence[str] = ()) -> Selection:
     """Return the jobs that the arguments select, by default among those in some states."""
-    given = selection_options(args)
+    filters = ("ids", "queues", "states", "match", "older_than")
+    given = {key: getattr(args, key) for key in filters if getattr(args, key) not in (None, [])}
     if args.ids and len(given) > 1:
         raise BadInput("either name the jobs or select them by options, not both")
     return Selection(**{"states": states, **given})
@@ -9372,7 +9342,7 @@ def targets(
     for word in args.states:
         if word not in known:
             raise BadInput(f"--state must be one of {', '.join(known)}, not {word}")
-    if not (everything or all_given or selection_options(args)):
+    if selection(args) == Selection() and not (everything or all_given):
         raise BadInput("name the jobs, or select them by --queue, --state, --match, --older-than")
     return selection(args, usual)
 
@@ -9514,13 +9484,6 @@ def last_id(queue: Queue) -> str:
     return job.id
 
 
-def require_ids(args: argparse.Namespace, queue: Queue) -> list[str]:
-    """Return the ids that a command names, or the last one; none where --all is given."""
-    if args.ids and args.all:
-        raise BadInput("either name the jobs or use --all")
-    return list(args.ids) or ([] if args.all else [last_id(queue)])
-
-
 def wait_result(reader: Reader, jobs: Sequence[Job]) -> int:
     """Report which jobs cannot run; return the exit code of the first that failed."""
     for job in [job for job in jobs if job.state == PENDING]:
@@ -9532,7 +9495,9 @@ def wait_result(reader: Reader, jobs: Sequence[Job]) -> int:
 
 
 def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
-    ids = require_ids(args, queue)
+    if args.ids and args.all:
+        raise BadInput("either name the jobs or use --all")
+    ids = args.ids or ([] if args.all else [last_id(queue)])
     reader = queue._reader
     watch = JobWatch(reader, reader.named(ids))
     old = () if ids else set(reader.dead())
@@ -9791,20 +9756,17 @@ def to_cancel(args: argparse.Namespace, queue: Queue, chosen: Selection) -> Iter
 
 
 def cancel_waiting(args: argparse.Namespace, queue: Queue, chosen: Selection) -> int:
-    """Cancel the jobs that wait, in slices."""
     ledger = queue._ledger
-    ended: list[Job] = []
 
     def report(jobs: list[Job]) -> None:
         show_ids(jobs)
-        ended.extend(job for job in jobs if job.rule)
+        for job in jobs:
+            if job.rule:
+                say(f"schedule {job.schedule_id} has ended with {job.id}")
 
     check = partial(ledger.require_state, states=(PENDING,))
     seqs = [job.seq for job in to_cancel(args, queue, chosen)]
-    code = change_jobs(queue, seqs, check, lambda job: ledger.cancel(job.seq), report)
-    for job in ended:
-        say(f"schedule {job.schedule_id} has ended with {job.id}")
-    return code
+    return change_jobs(queue, seqs, check, lambda job: ledger.cancel(job.seq), report)
 
 
 def cancel_named(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> int:
@@ -10158,13 +10120,16 @@ COMMANDS = {
         "write", "restore the default of a setting", "config unset timeout", (KEY, OF_QUEUE)),
     "config list": Command(cmd_config_list, "none", "list the settings", "config list",
         (OF_QUEUE, JSON)),
+    "install": Command(cmd_install, "none", "install this program as the command queuectl",
+        "install", (arg("dir", "DIR", "the directory for queuectl (default: ~/.local/bin)",
+            valid_directory, nargs="?"),)),
 }
 # The fields that can be changed are the options of `enqueue`, except where selections have others.
 EDITS = (
     field("command", "COMMAND", "the shell line"),
     field("queue", "QUEUE", "move it to this queue; with ids, --queue does the same", "--to-queue"),
     field("env", "NAME[=VALUE]", "set a variable or, without =, remove it; repeatable",
-          action="append", check=parse_change),
+          action="append", check=partial(parse_variable, removable=True)),
     *(option for option in COMMANDS["enqueue"].arguments
       if option[1].get("dest") in EDITABLE.keys() - {"queue", "env"}))
 COMMANDS["edit"] = COMMANDS["edit"]._replace(arguments=(*CHANGE, *starmap(edit_option, EDITS)))
@@ -10220,7 +10185,6 @@ complete -c queuectl -c queuectl.py -f -a '(__queuectl)'""",
 }
 
 
-COMPLETED_IDS = 50
 ID_STATES: Mapping[str, Sequence[str]] = {  # of the jobs whose ids complete a command; else all
     "dlq list": (DEAD,),
     "dlq retry": (DEAD,),
@@ -10245,7 +10209,7 @@ def values_of(args: argparse.Namespace, name: str, options: Any, start: str) -> 
             return queue._reader.used_queues()
         if kind == "POOL":
             return queue._db.run_dir.alive("pool")
-        return queue._reader.ids_like(start, ID_STATES.get(name, STATES), COMPLETED_IDS)
+        return queue._reader.ids_like(start, ID_STATES.get(name, STATES), limit=50)
 
 
 def argument_at(command: Command, words: Sequence[str]) -> dict[str, Any]:
@@ -10308,12 +10272,6 @@ def cmd_completion(args: argparse.Namespace) -> None:
 
 SHELL = arg("shell", "SHELL", "bash, zsh or fish", choices=tuple(COMPLETIONS))
 TYPED = arg("typed", "...", "the words typed so far", nargs="...")
-DIR = arg(
-    "dir", "DIR", "the directory for queuectl (default: ~/.local/bin)", valid_directory, nargs="?"
-)
-COMMANDS["install"] = Command(
-    cmd_install, "none", "install this program as the command queuectl", "install", (DIR,)
-)
 COMMANDS["completion"] = Command(
     cmd_completion, "none", "print a shell completion script", "completion bash", (SHELL, TYPED)
 )

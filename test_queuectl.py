@@ -10493,18 +10493,6 @@ class CliInstall(Live):
         self.write(library + "/queuectl.py", "import os; os.kill(os.getpid(), 2)")
         self.assertEqual(self.installed(), (-signal.SIGINT, "", ""))
 
-    def test_ctrl_c_before_python_has_started_ends_the_program_by_the_signal(self) -> None:
-        self.stdout("install")
-
-        def interrupt() -> None:
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # as the first line does
-            os.kill(os.getpid(), signal.SIGINT)
-
-        self.assertEqual(self.installed(preexec_fn=interrupt), (-signal.SIGINT, "", ""))
-        if self.process("env", "--block-signal=INT", "true").returncode == 0:
-            first = self.read(self.starter).splitlines()[0]
-            self.assertIn("env -S --block-signal=INT", first)
-
 
 class CliSignals(Live):
     """A signal ends the program as it ends any other, so that scripts stop too."""

@@ -8635,7 +8635,7 @@ class Screen:
         self.draw_at = 0.0
 
     def write(self, text: str) -> None:
-        """Write to stderr; errors are ignored, since a command works without it too."""
+        """Write to stderr; errors are ignored, since no command depends on it."""
         if sys.stderr:
             with contextlib.suppress(OSError):
                 print(text, end="", file=sys.stderr, flush=True)
@@ -8699,8 +8699,6 @@ def say_unused(reader: Reader, queues: Iterable[str], report: Callable[[str], No
 
 
 JSON_START = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""  # unlike a shell line
-
-
 EXAMPLE = 'a job is a JSON object such as {"command": "echo hello"}'
 LOST_QUOTES = (
     "lost its quotes, in bash or PowerShell? Try: enqueue COMMAND, or JSON on stdin: enqueue -"
@@ -8714,7 +8712,7 @@ class JsonJobs:
     """
 
     CHUNK = 1 << 16
-    CUT = 16  # so near to the end of the text, a wrong character may belong to a word that goes on
+    CUT = 16  # this close to the end of the text, an error may be a word that was cut off
     BLANKS = re.compile("[ \t\r\n\ufeff]*")  # PowerShell puts a byte order mark before a text
 
     def __init__(self, file: IO[bytes], at: array[int]) -> None:
@@ -8859,7 +8857,7 @@ def one_each(words: Sequence[str], arguments: Sequence[str], *, exact: bool) -> 
         template[len(words) if exact else 0 :] = ["{}"] if exact else [words[0] + " {}"]
     quotations = re.findall(r"""\\.|'[^']*'|"(?:\\.|[^"\\])*\"""", template[0], re.DOTALL)
     if not exact and any("{}" in part for part in quotations):
-        raise BadInput("{} is quoted by itself; write it outside of quotes")
+        raise BadInput("{} is quoted automatically; write it outside of quotes")
     for argument in arguments:
         if exact:
             yield {"command": join_words([word.replace("{}", argument) for word in template])}
@@ -8872,7 +8870,7 @@ def is_stdin(args: argparse.Namespace) -> bool:
 
 
 def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: array[int]) -> Iterator[Any]:
-    """Yield the jobs of JSON, lines, a shell line or words.
+    """Yield the jobs that JSON, lines, a shell line or words describe.
 
     `at` holds the number of the line that is read, and then the lines of all jobs so far.
     """
@@ -8885,7 +8883,7 @@ def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: array[int]) -
     if "--" in args.rest and not exact:
         raise BadInput("all words of the command go after --, as in: enqueue -- git log -- README")
     if len(words) > 1 and all(word.partition(":")[0] in FIELDS and ":" in word for word in words):
-        raise BadInput(f"this is no command; JSON that {LOST_QUOTES}")
+        raise BadInput(f"this is not a command; JSON that {LOST_QUOTES}")
     if words[0] == "-" and not exact:
         if len(words) > 1:
             raise BadInput("- must be the only argument; the jobs are read from stdin")
@@ -8938,7 +8936,7 @@ def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict
 
 
 def report_kept(queue: Queue, fields: Mapping[str, Any]) -> None:
-    """Report where the job that has an id already is not the one that was to be added."""
+    """Report how the job that already has an id differs from the one that was given."""
     job = queue.get(fields["id"])
     if differing := differing_fields(job, fields):
         hint = f"; queuectl edit {quoted(fields['id'])} changes it" if job.state == PENDING else ""
@@ -9103,7 +9101,7 @@ def detach(args: argparse.Namespace) -> int:
         for waited in polling(longest=0.02):
             if started := started_pool(run_dir, pool.pid, complete=waited < 10):
                 say(f"{started} runs as process {pool.pid}; its log is {log}")
-                pool.returncode = Exit.OK  # it is not waited for
+                pool.returncode = Exit.OK  # so that no destructor warns of a running process
                 return Exit.OK
             if pool.poll() is not None:
                 break
@@ -9156,17 +9154,12 @@ def write_heading(job: Job, *, first: bool) -> None:
 
 
 def last_lines(output: bytes, number: int) -> bytes:
-    """Return the last lines of an output."""
-    at = len(output) - output.endswith(b"\n")
-    for _ in range(number):
-        at = output.rfind(b"\n", 0, at)
-        if at < 0:
-            return output
-    return output[at + 1 :]
+    lines = io.BytesIO(output).readlines()
+    return b"".join(lines[max(0, len(lines) - number) :])
 
 
 def stored_output(queue: Queue, job: Job, run: int | None) -> tuple[int, bytes]:
-    """Return the dropped bytes and the output of an attempt that has ended: one, or the last."""
+    """Return the number of dropped bytes and the output of one ended attempt, or of the last."""
     attempt = queue._reader.last_attempt(job, run or job.run)
     if run and (not attempt or attempt.run != run):
         last = queue._reader.last_attempt(job, job.run)
@@ -9283,10 +9276,7 @@ def draw_status(args: argparse.Namespace, queue: Queue) -> None:
 
 @contextlib.contextmanager
 def alternate_screen(numbers: list[int]) -> Iterator[None]:
-    """Show another screen of the terminal until the block ends, by a stop signal too.
-
-    A signal's number is added to the list, and the block is left.
-    """
+    """Show another screen of the terminal; a stop signal ends the block and is added to a list."""
 
     def stop(number: int, _frame: object) -> None:
         numbers.append(number)
@@ -9348,7 +9338,7 @@ def targets(
 
 
 def dry_run(jobs: Iterable[Job], check: Callable[[Job], None], *, named: bool) -> int:
-    """Print the ids of the jobs that a command would change; report the others of named ones."""
+    """Print the ids of the jobs that a command would change; report other jobs that are named."""
     code = Exit.OK
     for job in jobs:
         try:
@@ -9535,7 +9525,7 @@ def read_from(fd: int, at: int) -> tuple[int, bytes]:
 
 
 def follow(queue: Queue, job: Job, fd: int, at: int, end: float = NEVER) -> Iterator[bytes]:
-    """Yield the output of an attempt from a place on, as it comes, until the attempt has ended."""
+    """Yield the output of an attempt from an offset on, as it comes, until the attempt ends."""
     ended = False
     version = -1
     for _ in polling(end - time.monotonic(), first=0.03, longest=0.03):
@@ -9570,6 +9560,13 @@ def report_dropped(number: int) -> None:
         say(f"{number} bytes of earlier output were not kept")
 
 
+def open_output(queue: Queue, job: Job) -> IO[bytes] | None:
+    """Open the output of an attempt that runs; return None where there is no file."""
+    with contextlib.suppress(FileNotFoundError):
+        return open(open_own(queue._db.run_dir.output_file(job), os.O_RDONLY), "rb", 0)
+    return None
+
+
 def write_log(args: argparse.Namespace, queue: Queue, job: Job) -> None:
     """Write the output of one attempt: the one with --run, or the one that runs or ran last."""
     if job.state == PENDING and not args.run:
@@ -9577,22 +9574,17 @@ def write_log(args: argparse.Namespace, queue: Queue, job: Job) -> None:
     if args.follow and not args.run:
         job = await_attempt(queue, job)
     limit = queue._reader.settings(job.queue)["output_limit"]
-    path = queue._db.run_dir.output_file(job._replace(run=args.run or job.run))
-    with contextlib.ExitStack() as stack:
-        fd = -1
-        try:
-            fd = open_own(path, os.O_RDONLY)
-        except FileNotFoundError:
-            dropped, output = stored_output(queue, job, args.run)
+    file = open_output(queue, job._replace(run=args.run or job.run))
+    with file or contextlib.nullcontext():
+        if file:
+            dropped, output = last_bytes(file.fileno(), limit)
         else:
-            stack.callback(os.close, fd)
-            dropped, output = last_bytes(fd, limit)
+            dropped, output = stored_output(queue, job, args.run)
         shown = output if args.tail is None else last_lines(output, args.tail)
         at = dropped + len(output) - len(shown)
-        chunks = follow(queue, job, fd, at) if args.follow and fd >= 0 else [shown]
         if dropped and shown is output:
             report_dropped(dropped)
-        write_output(chunks)
+        write_output(follow(queue, job, file.fileno(), at) if file and args.follow else [shown])
 
 
 def named_attempt(args: argparse.Namespace, queue: Queue, name: str) -> Job:
@@ -9643,18 +9635,14 @@ def output_of_attempts(queue: Queue, job: Job, end: float) -> Iterator[bytes]:
     for _ in polling(end - time.monotonic(), first=0.002):
         job = reader.by_seq(job.seq) or job._replace(state=COMPLETED)
         for run in range(shown + 1, job.run + 1):
-            try:
-                fd = open_own(queue._db.run_dir.output_file(job._replace(run=run)), os.O_RDONLY)
-            except FileNotFoundError:
-                if job.state == PROCESSING and run == job.run:
-                    break  # it is made a moment after the claim
-                attempt = reader.last_attempt(job, run)
-                if attempt and attempt.run == run:
-                    report_dropped(attempt.bytes_dropped)
-                    yield attempt.output
-            else:
-                with open(fd, "rb", 0):
-                    yield from follow(queue, job._replace(run=run), fd, 0, end)
+            if file := open_output(queue, job._replace(run=run)):
+                with file:
+                    yield from follow(queue, job._replace(run=run), file.fileno(), 0, end)
+            elif job.state == PROCESSING and run == job.run:
+                break  # it is made a moment after the claim
+            elif (attempt := reader.last_attempt(job, run)) and attempt.run == run:
+                report_dropped(attempt.bytes_dropped)
+                yield attempt.output
             shown = run
         if job.state in FINISHED or reader.failed_ancestor(job):
             return
@@ -9922,16 +9910,14 @@ def cmd_config_get(args: argparse.Namespace) -> None:
 
 
 def report_setting(args: argparse.Namespace, queue: Queue) -> None:
-    """Report the value that a setting has now."""
     import shutil
 
     key = validate_setting(args.key)
     value = queue.config(args.queue or "")[key]
     where = f"queue {args.queue}" if args.queue else "all queues"
     say(f"{key} is {setting_words(key, value) or 'empty'} for {where}")
-    program = value[0] if isinstance(value, tuple) and value else None
-    if isinstance(program, str) and not shutil.which(program):
-        say(f"warning: there is no program {quoted(program)} here; jobs need it")
+    if key in ("shell", "launcher", "launcher_cancel") and value and not shutil.which(value[0]):
+        say(f"warning: there is no program {quoted(value[0])} here; jobs need it")
 
 
 def cmd_config_set(args: argparse.Namespace) -> None:
@@ -10055,8 +10041,8 @@ COMMANDS = {
             flag("--drain", "exit when nothing is left to run; with 1 if a job died or is blocked"),
             arg("--horizon", "DURATION", "with --drain: do not wait for jobs that are due later "
                 "than this", parse_duration, default=LONGEST),
-            arg("--report", "FILE", "with --drain: write a report about it at the end; its format "
-                "follows the ending, as in: report -o FILE; repeatable", valid_file,
+            arg("--report", "FILE", "with --drain: write a report when it ends, in the format of "
+                "the file's ending, as report -o does; repeatable", valid_file,
                 dest="reports", action="append", default=[]),
             flag("--detach", "run in the background; the log is in the queue's .run directory"),
             arg("--output", None, "print the output of each job that fails, or of each that ends",
@@ -10075,8 +10061,7 @@ COMMANDS = {
         "report -o report.html --since 1d", (
         arg("--format", None, "the default follows the ending of FILE, or is text",
             choices=tuple(FORMATS)),
-        arg("-o", "FILE", "write FILE, in one step, instead of stdout", valid_file,
-            dest="output"),
+        arg("-o", "FILE", "write FILE, in one step, instead of stdout", valid_file, dest="output"),
         arg("--since", "DURATION", "only jobs that changed, and attempts that ended, in this time",
             parse_duration, default=0.0), *SELECT[:-1])),
     "list": Command(cmd_list, "read", "list jobs", "list --state dead --limit 20", (
@@ -10447,7 +10432,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
             at = args.rest.index(":::")
             args.rest, args.each = args.rest[:at], args.rest[at + 1 :]
         args.rest = mark_command(args.rest, parser._option_string_actions)
-    parser.parse_args(args.rest, args)
+    is_list = any(options.get("nargs") == "*" for _, options in args.chosen.arguments)
+    (parser.parse_intermixed_args if is_list else parser.parse_args)(args.rest, args)
     if not args.db:
         parser.error("--db must not be empty")
     return args
@@ -10518,10 +10504,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def main_program() -> NoReturn:
-    """Run the command of this process, and end by the signal that ended it, if any.
-
-    So a shell loop around queuectl stops when Ctrl-C is pressed.
-    """
+    """Run the command of this process; end by its signal, so that Ctrl-C stops a shell loop too."""
     try:
         with interrupts_raised():
             code = run()

@@ -10016,6 +10016,12 @@ class CliCancelLive(Live):
 class CliSelectionLive(Live):
     """Changes of many jobs."""
 
+    def test_ids_may_stand_on_both_sides_of_options(self) -> None:
+        self.stdout("enqueue", "true", ":::", "1", "2", "3")
+        for words in ("list 1 --ids 2", "cancel -n 1 2", "edit 1 -n --priority 3 2"):
+            self.assertEqual(self.stdout(*words.split()), "1\n2\n", words)
+        self.assertIn("unrecognized", self.assert_refused("show", "1", "--json", "2"))
+
     @NEEDS_SHELL
     def test_interrupted_change_keeps_and_reports_what_is_done(self) -> None:
         with Queue(self.path) as queue:

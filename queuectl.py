@@ -9351,29 +9351,35 @@ def dry_run(jobs: Iterable[Job], check: Callable[[Job], None], *, named: bool) -
     return code
 
 
+def show_ids(jobs: Iterable[Job]) -> None:
+    show((job.id for job in jobs), whole=True)
+
+
 def change_jobs(
+    args: argparse.Namespace,
     queue: Queue,
-    seqs: Iterable[int],
+    jobs: Iterable[Job],
     check: Callable[[Job], None],
     act: Callable[[Job], None],
-    report: Callable[[list[Job]], None],
+    report: Callable[[list[Job]], None] = show_ids,
 ) -> int:
-    """Change jobs in slices, and report each slice; a signal to stop ends it after a slice."""
+    """Change jobs in slices, and report each slice; a signal to stop ends it after a slice.
+
+    With --dry-run, print the ids of the jobs that pass the check.
+    """
+    if args.dry_run:
+        return dry_run(jobs, check, named=bool(args.ids))
     numbers: list[int] = []
     changed = 0
-    left = list(seqs)
+    left = [job.seq for job in jobs]
     with handle_signals(lambda number, _frame: numbers.append(number), None):
-        for jobs in queue._ledger.in_slices(left, check, act):
-            report(jobs)
-            changed += len(jobs)
+        for done in queue._ledger.in_slices(left, check, act):
+            report(done)
+            changed += len(done)
             if numbers:
                 say(f"interrupted; {plural(changed, 'job')} of {len(left)} changed")
                 return -numbers[0]
     return Exit.OK
-
-
-def show_ids(jobs: Iterable[Job]) -> None:
-    show((job.id for job in jobs), whole=True)
 
 
 def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str] = ()) -> None:
@@ -9743,18 +9749,12 @@ def to_cancel(args: argparse.Namespace, queue: Queue, chosen: Selection) -> Iter
     return jobs.values()
 
 
-def cancel_waiting(args: argparse.Namespace, queue: Queue, chosen: Selection) -> int:
-    ledger = queue._ledger
-
-    def report(jobs: list[Job]) -> None:
-        show_ids(jobs)
-        for job in jobs:
-            if job.rule:
-                say(f"schedule {job.schedule_id} has ended with {job.id}")
-
-    check = partial(ledger.require_state, states=(PENDING,))
-    seqs = [job.seq for job in to_cancel(args, queue, chosen)]
-    return change_jobs(queue, seqs, check, lambda job: ledger.cancel(job.seq), report)
+def report_waiting(jobs: Iterable[Job]) -> None:
+    """Print the ids of cancelled jobs that waited, and report the schedules that end with them."""
+    show_ids(jobs)
+    for job in jobs:
+        if job.rule:
+            say(f"schedule {job.schedule_id} has ended with {job.id}")
 
 
 def cancel_named(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> int:
@@ -9776,15 +9776,17 @@ def cancel_named(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> 
 def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
     states = (PENDING, PROCESSING)
     chosen = targets(args, states, states)
-    if args.dry_run:
-        check = partial(queue._ledger.require_state, states=states)
-        return dry_run(to_cancel(args, queue, chosen), check, named=bool(chosen.ids))
     ids = chosen.ids
-    if not ids:
-        if code := cancel_waiting(args, queue, chosen):
+    if args.dry_run or not ids:
+        ledger = queue._ledger
+        check = partial(ledger.require_state, states=states if args.dry_run else (PENDING,))
+        jobs = to_cancel(args, queue, chosen)
+        code = change_jobs(
+            args, queue, jobs, check, lambda job: ledger.cancel(job.seq), report_waiting
+        )
+        if code or args.dry_run:
             return code
-        running = (job for job in queue._reader.selected(chosen) if job.state == PROCESSING)
-        ids = [job.id for job in running]
+        ids = [job.id for job in queue._reader.selected(chosen) if job.state == PROCESSING]
     return cancel_named(args, queue, ids) if ids else Exit.OK
 
 
@@ -9813,11 +9815,9 @@ def cmd_edit(args: argparse.Namespace, queue: Queue) -> int:
     ledger = queue._ledger
     chosen = targets(args, (PENDING,), (PENDING,))
     jobs = queue._reader.selected(chosen)
-    if args.dry_run:
-        return dry_run(jobs, ledger.check_waits, named=bool(chosen.ids))
-    if not chosen.ids:
+    if args.dry_run or not chosen.ids:
         act = partial(ledger.edit, fields=changes)
-        return change_jobs(queue, [job.seq for job in jobs], ledger.check_waits, act, show_ids)
+        return change_jobs(args, queue, jobs, ledger.check_waits, act)
     for name in chosen.ids:
         await_occurrence(queue, name)
     changed = queue.edit(chosen.ids, **fields)
@@ -9846,18 +9846,15 @@ def cmd_resume(args: argparse.Namespace, queue: Queue) -> None:
 def cmd_dlq_retry(args: argparse.Namespace, queue: Queue) -> int:
     ledger = queue._ledger
     chosen = targets(args, (DEAD, CANCELLED), (DEAD,))
-    if args.dry_run:
-        jobs = queue._reader.selected(chosen)
-        return dry_run(jobs, ledger.check_retry, named=bool(chosen.ids))
-    if chosen.ids:
+    if chosen.ids and not args.dry_run:
         show(queue.retry(chosen.ids))
         return Exit.OK
     counts = queue.counts()
-    if chosen.states == (DEAD,) and not counts[DEAD] and counts[CANCELLED]:
+    if not chosen.ids and chosen.states == (DEAD,) and not counts[DEAD] and counts[CANCELLED]:
         cancelled = plural(counts[CANCELLED], "cancelled job")
         say(f"no job is dead; {cancelled} can be retried by id or with --state cancelled")
-    seqs = [job.seq for job in queue._reader.selected(chosen)]
-    return change_jobs(queue, seqs, ledger.check_retry, ledger.retry, show_ids)
+    jobs = queue._reader.selected(chosen)
+    return change_jobs(args, queue, jobs, ledger.check_retry, ledger.retry)
 
 
 def delete_jobs(
@@ -9865,9 +9862,6 @@ def delete_jobs(
 ) -> int:
     """Delete jobs in some states, the named ones all or none; report how many."""
     ledger = queue._ledger
-    check = partial(ledger.check_delete, states=states)
-    if args.dry_run:
-        return dry_run(queue._reader.selected(chosen), check, named=bool(chosen.ids))
     deleted = 0
 
     def report(jobs: list[Job]) -> None:
@@ -9877,12 +9871,14 @@ def delete_jobs(
             show_ids(jobs)
 
     code: int = Exit.OK
-    if chosen.ids:
+    if chosen.ids and not args.dry_run:
         report(queue._delete(chosen.ids, states))
     else:
-        seqs = [job.seq for job in queue._reader.selected(chosen)]
-        code = change_jobs(queue, seqs, check, lambda job: ledger.delete(job.seq), report)
-    say(f"{plural(deleted, 'job')} {done}")
+        jobs = queue._reader.selected(chosen)
+        check = partial(ledger.check_delete, states=states)
+        code = change_jobs(args, queue, jobs, check, lambda job: ledger.delete(job.seq), report)
+    if not args.dry_run:
+        say(f"{plural(deleted, 'job')} {done}")
     return code
 
 

@@ -8755,7 +8755,6 @@ class JsonJobs:
                 return ""
 
     def job(self) -> dict[str, object]:
-        """Return the object that begins here."""
         self.lines[0] = self.line
         is_more = True
         while True:
@@ -8788,8 +8787,6 @@ class JsonJobs:
         self.offset += self.at
         self.text = left + self.decode(chunk, not chunk)
         self.at = 0
-        if self.line > 1000:
-            SCREEN.draw(lambda: f"{self.line} lines")
         return bool(chunk)
 
     def error(self, reason: str) -> BadInput:
@@ -8841,8 +8838,6 @@ def json_jobs(args: argparse.Namespace, file: IO[bytes], at: array[int]) -> Iter
 
 def shell_lines(file: IO[bytes], at: array[int]) -> Iterator[Any]:
     for at[0], line in enumerate(file, 1):
-        if at[0] % 1000 == 0:
-            SCREEN.draw(lambda: f"{at[0]} lines")
         if command := line.decode(errors="surrogateescape").strip("\ufeff\r\n\t "):
             at.append(at[0])
             yield {"command": command}
@@ -9016,8 +9011,6 @@ def install_library(home: str) -> str:
     import shutil
 
     source = __loader__.get_data(__file__)  # type: ignore[name-defined]  # also from an archive
-    if b"\n# queuectl " not in source[:4096]:
-        raise BadInput(f"{__file__} is a compiled file; install from queuectl.py")
     library = os.path.join(home, hashlib.sha256(source).hexdigest()[:16])
     os.makedirs(library, exist_ok=True)
     file = os.path.join(library, "queuectl.py")
@@ -9297,9 +9290,8 @@ def cmd_status(args: argparse.Namespace, queue: Queue) -> int:
         draw_status(args, queue)
         return Exit.OK
     numbers: list[int] = []
-    with contextlib.ExitStack() as stack:
-        if terminal_width(sys.stdout) and not args.json:
-            stack.enter_context(alternate_screen(numbers))
+    is_drawn = terminal_width(sys.stdout) and not args.json
+    with alternate_screen(numbers) if is_drawn else contextlib.nullcontext():
         for _ in polling(first=1.0, longest=1.0):
             draw_status(args, queue)
     return -numbers[0]
@@ -9707,9 +9699,7 @@ def cmd_enqueue(args: argparse.Namespace) -> int:
             with Queue(args.db, insecure=args.insecure) as queue:
                 ids: list[str] = []
                 batch = Batch(queue._ledger, if_absent=args.if_absent)
-                stored = batch.store(jobs)
-                SCREEN.clear()
-                for job_id in stored:
+                for job_id in batch.store(jobs):
                     write(job_id)
                     if is_waiting or not ids:
                         ids.append(job_id)
@@ -10257,7 +10247,7 @@ COMMANDS["completion"] = Command(
     cmd_completion, "none", "print a shell completion script", "completion bash", (SHELL, TYPED)
 )
 
-HELP = """\
+HELP = f"""\
 PATH is the queue; the default is $QUEUECTL_DB, or else ./queuectl.db.
 
 to begin:
@@ -10276,7 +10266,7 @@ commands:
   machine   install, doctor, completion, help
 
 queuectl help COMMAND describes a command; the README describes everything:
-HOME_PAGE#readme
+{HOME_PAGE}#readme
 """
 
 
@@ -10346,7 +10336,7 @@ def menu_parser(name: str) -> argparse.ArgumentParser:
     hidden = argparse.SUPPRESS
     prog = f"queuectl {name}".strip()
     lines = "".join(f"  {word:<11} {meaning}\n" for word, meaning in menu(name).items())
-    about = lines if name else HELP.replace("HOME_PAGE", HOME_PAGE)
+    about = lines if name else HELP
     globals_usage = "" if name else " [--db PATH] [--insecure] [--version]"
     usage = f"{prog}{globals_usage} COMMAND [--help] ..."
     parser = new_parser(prog, usage=usage, description=about, add_help=False)

@@ -10646,10 +10646,6 @@ class CliTerminal(Live):
         self.write("go")
         self.assertTrue(pool.end().endswith("\r\x1b[K"))  # the progress line is erased
         self.assertTrue(wait_all.end().endswith("\r\x1b[K"))
-        self.write("lines", "".join(f'{{"command":"{n}"}}\n' for n in range(1000)))
-        with open(self.file("lines")) as lines, open(os.devnull, "w") as null:
-            enqueue = Terminal(self, "enqueue", "-", columns=9, stdin=lines, stdout=null)
-            self.assertTrue(enqueue.end().startswith("\r\x1b[K1001 li…\r\x1b[Kqueuectl: no w"))
 
     def test_output_is_plain_lines_without_a_terminal(self) -> None:
         lines = "".join(f'{{"command":"{n}","queue":"q"}}\n' for n in range(1000))

@@ -8781,7 +8781,7 @@ class JsonJobs:
         self.at = to
 
     def read(self) -> bool:
-        """Read as much as is left of the text, or a chunk; return whether there was more."""
+        """Read a chunk, at least as long as the rest of the text; return whether there was one."""
         left = self.text[self.at :]
         chunk = self.file.read(max(self.CHUNK, len(left)))
         self.offset += self.at
@@ -8909,7 +8909,7 @@ def fill(value: Any, argument: str) -> Any:
 
 
 def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """Yield jobs with the fields that the options of `enqueue` give."""
+    """Yield jobs with the fields that the options of `enqueue` set."""
     given = {key: value for key, value in vars(args).items() if key in FIELDS and value is not None}
     added = dict(chain(*given.pop("env", ())))
     if not given and not added:
@@ -9166,7 +9166,6 @@ def stored_output(queue: Queue, job: Job, run: int | None) -> tuple[int, bytes]:
 
 
 def print_ended(args: argparse.Namespace, queue: Queue, seq: int, state: str) -> None:
-    """Print the output of a job that has ended, if it is wanted."""
     if args.output == "failed" and state == COMPLETED:
         return
     SCREEN.clear()
@@ -9953,9 +9952,9 @@ TIMEOUT = arg("--timeout", "DURATION", "stop waiting after this time, and exit w
 QUEUE = arg("-q --queue", "QUEUE", "only this queue", valid_name)
 QUEUES = arg("-q --queue", "QUEUE", "only this queue; repeatable", valid_name, dest="queues",
              action="append", default=[])
-ID = arg("id", "ID", "the default is the job that was added last", nargs="?")
+ID = arg("id", "ID", "default: the job that was added last", nargs="?")
 IDS = arg("ids", "ID", nargs="*")
-IDS_OR_LAST = arg("ids", "ID", "the default is the job that was added last", nargs="*")
+IDS_OR_LAST = arg("ids", "ID", "default: the job that was added last", nargs="*")
 # A selection of jobs: named ones, or those that match all of these options.
 STATE = arg("-s --state", "STATE,...", "only jobs in these states: " + ", ".join(STATE_WORDS),
             valid_states, dest="states", action="extend", default=[])
@@ -9980,9 +9979,9 @@ COMMANDS = {
             "or -- followed by the words of a command. After it, ::: ARG... makes one job for each "
             "ARG, which replaces {} in the command, in --id, --after, --after-end and --env, or "
             "else follows the command", nargs="+"),
-        flag("--lines", "with -: stdin has a command a line instead of JSON"),
+        flag("--lines", "with -: read one command per line from stdin instead of JSON"),
         flag("--if-absent", "do nothing if a job with that id exists"),
-        flag("--new-ids", "ignore the ids in JSON, as of jobs that list --json printed"),
+        flag("--new-ids", "ignore the ids in JSON, such as those that list --json prints"),
         *group("the job",
             field("id", "ID", "the name of the job (default: a number)"),
             field("queue", "QUEUE", "the queue it waits in (default: default)", "-q --queue"),
@@ -10014,7 +10013,7 @@ COMMANDS = {
             field("on_dead", "COMMAND", "run this when it is dead ('': nothing)"),
             field("on_end", "COMMAND", "run this when it has ended in any way ('': nothing)")),
         *group("waiting",
-            flag("--wait", "wait for the job's end, and exit with its code; ids go to stderr"),
+            flag("--wait", "wait until the job has ended, exit with its code; ids go to stderr"),
             flag("-f --follow", "the same, and print its output as it comes"),
             arg("--wait-timeout", "DURATION",
                 "the same as --wait, but stop after this time, and exit with 124; the job stays",
@@ -10045,7 +10044,7 @@ COMMANDS = {
         QUEUE, flag("--watch", "refresh every second, with the rate and the last failures"), JSON)),
     "report": Command(cmd_report, "read", "report on jobs, for people, CI and Prometheus",
         "report -o report.html --since 1d", (
-        arg("--format", None, "the default follows the ending of FILE, or is text",
+        arg("--format", None, "default: by the ending of FILE, otherwise text",
             choices=tuple(FORMATS)),
         arg("-o", "FILE", "write FILE, in one step, instead of stdout", valid_file, dest="output"),
         arg("--since", "DURATION", "only jobs that changed, and attempts that ended, in this time",

@@ -8712,7 +8712,6 @@ class JsonJobs:
     """
 
     CHUNK = 1 << 16
-    CUT = 16  # this close to the end of the text, an error may be a word that was cut off
     BLANKS = re.compile("[ \t\r\n\ufeff]*")  # PowerShell puts a byte order mark before a text
 
     def __init__(self, file: IO[bytes], at: array[int]) -> None:
@@ -8756,16 +8755,13 @@ class JsonJobs:
 
     def job(self) -> dict[str, object]:
         self.lines[0] = self.line
-        is_more = True
         while True:
             start = self.at
             try:
                 value, end = self.parse(self.text, self.at)
                 break
             except json.JSONDecodeError as error:
-                is_cut = error.pos > len(self.text) - self.CUT or error.msg[:12] == "Unterminated"
-                is_more = is_more and is_cut and self.read()
-                if not is_more:
+                if not self.read():  # there is no more of an object that may have been cut off
                     raise self.syntax_error(error.msg, error.pos + self.at - start) from None
             except (ValueError, RecursionError) as error:
                 raise self.error(str(error)) from None
@@ -10312,8 +10308,7 @@ def new_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
             cut = quoted(message, 4 * QUOTED_LIMIT)  # it may repeat a long command line
             raise BadInput(f"{cut}{hint} (see {self.prog} --help)")
 
-    columns = os.environ.get("COLUMNS", "")
-    width = int(columns) if columns.isdecimal() else terminal_width(sys.stdout) or 80
+    width = terminal_width(sys.stdout) or 80
     # With the width given, argparse does not import shutil, which takes 2 ms.
     style = partial(argparse.RawDescriptionHelpFormatter, width=max(width - 2, 20))
     return Parser(prog, formatter_class=style, allow_abbrev=False, **options)

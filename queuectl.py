@@ -9350,7 +9350,7 @@ def change_jobs(
     act: Callable[[Job], None],
     report: Callable[[list[Job]], None] = show_ids,
 ) -> int:
-    """Change jobs in slices, and report each slice; a signal to stop ends it after a slice.
+    """Change jobs in slices, and report each one; a signal ends it after a slice, or a wait.
 
     With --dry-run, print the ids of the jobs that pass the check.
     """
@@ -9359,13 +9359,20 @@ def change_jobs(
     numbers: list[int] = []
     changed = 0
     left = [job.seq for job in jobs]
+    queue._db.keep_waiting = lambda waited: waited < PATIENCE and not numbers
     with handle_signals(lambda number, _frame: numbers.append(number), None):
-        for done in queue._ledger.in_slices(left, check, act):
-            report(done)
-            changed += len(done)
-            if numbers:
-                say(f"interrupted; {plural(changed, 'job')} of {len(left)} changed")
-                return -numbers[0]
+        try:
+            for done in queue._ledger.in_slices(left, check, act):
+                report(done)
+                changed += len(done)
+                if numbers:
+                    break
+        except Locked:
+            if not numbers:
+                raise
+    if numbers:
+        say(f"interrupted; {plural(changed, 'job')} of {len(left)} changed")
+        return -numbers[0]
     return Exit.OK
 
 

@@ -10016,6 +10016,23 @@ class CliCancelLive(Live):
 class CliSelectionLive(Live):
     """Changes of many jobs."""
 
+    def test_change_that_waits_for_a_lock_is_interrupted_at_once(self) -> None:
+        """Promise 4: no lock delays a stop."""
+        self.enqueue("true", queue="q")
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            cancel = self.start("cancel", "--queue", "q")
+
+            def has_handler() -> bool:
+                with open(f"/proc/{cancel.pid}/status") as file:
+                    caught = int(re.findall(r"SigCgt:\s*(\w+)", file.read())[0], 16)
+                return bool(caught >> signal.SIGTERM - 1 & 1)
+
+            if sys.platform == "linux":
+                wait_until(has_handler)
+            cancel.send_signal(signal.SIGINT)
+            self.assertEqual(cancel.wait(5), -signal.SIGINT)
+
     def test_ids_may_stand_on_both_sides_of_options(self) -> None:
         self.stdout("enqueue", "true", ":::", "1", "2", "3")
         for words in ("list 1 --ids 2", "cancel -n 1 2", "edit 1 -n --priority 3 2"):

@@ -9288,6 +9288,7 @@ def cmd_status(args: argparse.Namespace, queue: Queue) -> int:
     is_drawn = terminal_width(sys.stdout) and not args.json
     with alternate_screen(numbers) if is_drawn else contextlib.nullcontext():
         for _ in polling(first=1.0, longest=1.0):
+            require_in_place(queue._db.path, queue._db.connection.info)
             draw_status(args, queue)
     return -numbers[0]
 
@@ -9536,6 +9537,7 @@ def follow(queue: Queue, job: Job, fd: int, at: int, end: float = NEVER) -> Iter
             at += len(chunk)
         if ended:
             return
+        require_in_place(queue._db.path, queue._db.connection.info)
         if version != (version := queue._reader.data_version()):
             now = queue._reader.by_seq(job.seq)
             ended = now is None or (now.state, now.run) != (PROCESSING, job.run)
@@ -9633,6 +9635,7 @@ def output_of_attempts(queue: Queue, job: Job, end: float) -> Iterator[bytes]:
     notices = Notices(say, NEVER)
     shown = max(0, job.run - 1)
     for _ in polling(end - time.monotonic(), first=0.002):
+        require_in_place(queue._db.path, queue._db.connection.info)
         job = reader.by_seq(job.seq) or job._replace(state=COMPLETED)
         for run in range(shown + 1, job.run + 1):
             if file := open_output(queue, job._replace(run=run)):

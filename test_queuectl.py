@@ -9751,6 +9751,28 @@ class CliLogsLive(Live):
         self.assertEqual(logs.returncode, 0)
 
     @internal
+    def test_following_and_watching_end_when_the_queue_is_removed(self) -> None:
+        with Queue(self.path) as queue:
+            queue.enqueue("true", id="x")
+            job: Any = claim(queue, "worker-1")
+            out = queuectl.Output(queue._db.run_dir.file(job.seq, job.run, "out"))
+            self.addCleanup(out.close)
+            os.write(out.fd, b"one\n")
+            queue.pause()
+        running = self.start("logs", "x", "-f")
+        waiting = self.start("enqueue", "-f", "true")
+        watch = self.start("status", "--watch")
+        self.wait_for_output(watch, "paused")
+        self.wait_for_output(running, "one\n")
+        self.wait_for_output(waiting, "all queues are paused")
+        shutil.rmtree(self.path + ".run")
+        for name in glob.glob(self.path + "*"):
+            os.unlink(name)
+        for process in (running, waiting, watch):
+            self.assertIn("was moved away", process.communicate(timeout=5)[0])
+            self.assertEqual(process.returncode, 4)
+
+    @internal
     def test_endless_output_is_not_followed_beyond_the_time_to_wait(self) -> None:
         with Queue(self.path) as queue, mock.patch("queuectl.read_from", return_value=(0, b"y")):
             queue.enqueue("yes", id="x")

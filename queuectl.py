@@ -9655,11 +9655,11 @@ def output_of_attempts(queue: Queue, job: Job, end: float) -> Iterator[bytes]:
             notices.report(f"job {job.id} is waiting: {reason}{cause}", key=key)
 
 
-def follow_jobs(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> int:
+def follow_jobs(args: argparse.Namespace, queue: Queue) -> int:
     """Show the output of jobs, one after the other, until they have ended; return as `wait`."""
     reader = queue._reader
     end = NEVER if args.timeout is None else time.monotonic() + args.timeout
-    jobs = reader.named(ids)
+    jobs = reader.named(args.ids)
     for number, job in enumerate(jobs):
         if len(jobs) > 1:
             write_heading(job, first=not number)
@@ -9672,11 +9672,11 @@ def follow_jobs(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> i
 
 def wait_for_end(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> int:
     """Wait for jobs that were enqueued; return as `wait` does."""
-    args.ids = ids
+    args.ids = [job.id for job in queue._reader.named(ids)]  # of a schedule, the first job
     args.all = False
     args.timeout = args.wait_timeout
     try:
-        return follow_jobs(args, queue, ids) if args.follow else cmd_wait(args, queue)
+        return follow_jobs(args, queue) if args.follow else cmd_wait(args, queue)
     except KeyboardInterrupt:
         SCREEN.clear()
         SCREEN.write("\n" if terminal_width(sys.stderr) else "")

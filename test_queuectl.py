@@ -8922,6 +8922,14 @@ class CliEnqueueWaitLive(Live):
         shown = "==> 6 <==\n0\n\n==> 7 <==\n3\n\n==> 8 <==\n5\n"
         self.assertEqual(followed, (3, shown, "6\n7\n8\n"))
 
+    def test_waiting_for_a_schedule_ends_with_its_first_job(self) -> None:
+        self.pool()
+        self.wait_for_workers(1)
+        for option, shown in {"-f": "hi\n", "--wait": ""}.items():
+            schedule = ("--id", f"x{option}", "--every", "1h", "--wait-timeout", "5")
+            result = self.result("enqueue", option, *schedule, "echo hi", real=True)
+            self.assertEqual(result, (0, shown, f"x{option}\n"))
+
     def test_followed_job_is_shown_as_it_comes_until_its_last_attempt(self) -> None:
         self.pool()
         self.wait_for_workers(1)

@@ -8427,11 +8427,6 @@ def group(title: str, *arguments: Argument) -> Iterator[Argument]:
     return ((names, {**options, "group": title}) for names, options in arguments)
 
 
-def parse_change(text: str) -> Iterable[tuple[str, str | None]]:
-    name, equals, value = text.partition("=")
-    return valid_variables({name: value if equals else None}).items()
-
-
 def parse_edit(check: Validator, text: str) -> Any:
     """Return a new value; the text itself where that is None, as for an option that is absent."""
     value = check(text)
@@ -8452,10 +8447,10 @@ def edit_option(names: tuple[str, ...], options: dict[str, Any]) -> Argument:
     return names, {**options, "help": meaning}
 
 
-def parse_variable(text: str) -> Iterable[tuple[str, str]]:
+def parse_variable(text: str, *, removable: bool = False) -> Iterable[tuple[str, Any]]:
     name, equals, value = text.partition("=")
-    require(equals, "be NAME=VALUE")
-    return valid_environment({name: value}).items()
+    require(equals or removable, "be NAME=VALUE")
+    return valid_variables({name: value if equals else None}).items()
 
 
 def read_input(path: str) -> bytes:
@@ -8476,7 +8471,7 @@ class Screen:
         self.draw_at = 0.0
 
     def write(self, text: str) -> None:
-        """Write to stderr; errors are ignored, since a command works without it too."""
+        """Write to stderr; errors are ignored, since no command depends on it."""
         if sys.stderr:
             with contextlib.suppress(OSError):
                 print(text, end="", file=sys.stderr, flush=True)
@@ -8540,8 +8535,6 @@ def say_unused(reader: Reader, queues: Iterable[str], report: Callable[[str], No
 
 
 JSON_START = r"""\s*((\[\s*)?\{('|\s*(["}]|\w+\s*:|$))|\[[\s\d]*[],])"""  # unlike a shell line
-
-
 EXAMPLE = 'a job is a JSON object such as {"command": "echo hello"}'
 LOST_QUOTES = (
     "lost its quotes, in bash or PowerShell? Try: enqueue COMMAND, or JSON on stdin: enqueue -"
@@ -8555,7 +8548,6 @@ class JsonJobs:
     """
 
     CHUNK = 1 << 16
-    CUT = 16  # so near to the end of the text, a wrong character may belong to a word that goes on
     BLANKS = re.compile("[ \t\r\n\ufeff]*")  # PowerShell puts a byte order mark before a text
 
     def __init__(self, file: IO[bytes], at: array[int]) -> None:
@@ -8590,27 +8582,22 @@ class JsonJobs:
 
     def next_character(self) -> str:
         """Move to the next character that is not blank and return it; return "" at the end."""
-        is_more = True
-        while is_more:
+        while True:
             self.move(self.BLANKS.match(self.text, self.at).end())  # type: ignore[union-attr]
             if self.at < len(self.text):
                 return self.text[self.at]
-            is_more = self.read()
-        return ""
+            if not self.read():
+                return ""
 
     def job(self) -> dict[str, object]:
-        """Return the object that begins here."""
         self.lines[0] = self.line
-        is_more = True
         while True:
             start = self.at
             try:
                 value, end = self.parse(self.text, self.at)
                 break
             except json.JSONDecodeError as error:
-                is_cut = error.pos > len(self.text) - self.CUT or error.msg[:12] == "Unterminated"
-                is_more = is_more and is_cut and self.read()
-                if not is_more:
+                if not self.read():  # there is no more of an object that may have been cut off
                     raise self.syntax_error(error.msg, error.pos + self.at - start) from None
             except (ValueError, RecursionError) as error:
                 raise self.error(str(error)) from None
@@ -8626,14 +8613,12 @@ class JsonJobs:
         self.at = to
 
     def read(self) -> bool:
-        """Read as much as is left of the text, or a chunk; return whether there was more."""
+        """Read a chunk, at least as long as the rest of the text; return whether there was one."""
         left = self.text[self.at :]
         chunk = self.file.read(max(self.CHUNK, len(left)))
         self.offset += self.at
         self.text = left + self.decode(chunk, not chunk)
         self.at = 0
-        if self.line > 1000:
-            SCREEN.draw(lambda: f"{self.line} lines")
         return bool(chunk)
 
     def error(self, reason: str) -> BadInput:
@@ -8685,8 +8670,6 @@ def json_jobs(args: argparse.Namespace, file: IO[bytes], at: array[int]) -> Iter
 
 def shell_lines(file: IO[bytes], at: array[int]) -> Iterator[Any]:
     for at[0], line in enumerate(file, 1):
-        if at[0] % 1000 == 0:
-            SCREEN.draw(lambda: f"{at[0]} lines")
         if command := line.decode(errors="surrogateescape").strip("\ufeff\r\n\t "):
             at.append(at[0])
             yield {"command": command}
@@ -8701,7 +8684,7 @@ def one_each(words: Sequence[str], arguments: Sequence[str], *, exact: bool) -> 
         template[len(words) if exact else 0 :] = ["{}"] if exact else [words[0] + " {}"]
     quotations = re.findall(r"""\\.|'[^']*'|"(?:\\.|[^"\\])*\"""", template[0], re.DOTALL)
     if not exact and any("{}" in part for part in quotations):
-        raise BadInput("{} is quoted by itself; write it outside of quotes")
+        raise BadInput("{} is quoted automatically; write it outside of quotes")
     for argument in arguments:
         if exact:
             yield {"command": join_words([word.replace("{}", argument) for word in template])}
@@ -8714,7 +8697,7 @@ def is_stdin(args: argparse.Namespace) -> bool:
 
 
 def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: array[int]) -> Iterator[Any]:
-    """Yield the jobs of JSON, lines, a shell line or words.
+    """Yield the jobs that JSON, lines, a shell line or words describe.
 
     `at` holds the number of the line that is read, and then the lines of all jobs so far.
     """
@@ -8727,7 +8710,7 @@ def described_jobs(args: argparse.Namespace, stdin: IO[bytes], at: array[int]) -
     if "--" in args.rest and not exact:
         raise BadInput("all words of the command go after --, as in: enqueue -- git log -- README")
     if len(words) > 1 and all(word.partition(":")[0] in FIELDS and ":" in word for word in words):
-        raise BadInput(f"this is no command; JSON that {LOST_QUOTES}")
+        raise BadInput(f"this is not a command; JSON that {LOST_QUOTES}")
     if words[0] == "-" and not exact:
         if len(words) > 1:
             raise BadInput("- must be the only argument; the jobs are read from stdin")
@@ -8757,11 +8740,8 @@ def fill(value: Any, argument: str) -> Any:
     return {key: fill(item, argument) for key, item in value.items()}
 
 
-FILLED = ("id", "after", "after_end", "env")  # the options in which {} is the argument after :::
-
-
 def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """Yield jobs with the fields that the options of `enqueue` give."""
+    """Yield jobs with the fields that the options of `enqueue` set."""
     given = {key: value for key, value in vars(args).items() if key in FIELDS and value is not None}
     added = dict(chain(*given.pop("env", ())))
     if not given and not added:
@@ -8777,12 +8757,13 @@ def with_options(args: argparse.Namespace, jobs: Iterable[Any]) -> Iterator[dict
         fields.update(given)
         if args.each:
             argument = next(each)
-            fields.update({key: fill(fields[key], argument) for key in FILLED if key in fields})
+            for key in fields.keys() & {"id", "after", "after_end", "env"}:
+                fields[key] = fill(fields[key], argument)
         yield fields
 
 
 def report_kept(queue: Queue, fields: Mapping[str, Any]) -> None:
-    """Report where the job that has an id already is not the one that was to be added."""
+    """Report how the job that already has an id differs from the one that was given."""
     job = queue.get(fields["id"])
     if differing := differing_fields(job, fields):
         hint = f"; queuectl edit {quoted(fields['id'])} changes it" if job.state == PENDING else ""
@@ -8806,25 +8787,10 @@ STARTER = """\
 import _signal, sys
 if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # Ctrl-C shows no traceback
-if hasattr(_signal, "pthread_sigmask"):
-    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [_signal.SIGINT])
 sys.path.append(%a)
 import queuectl
 queuectl.main_program()
 """
-
-
-BLOCKING = "/usr/bin/env -S --block-signal=INT"  # until Python has started: GNU only
-
-
-def is_blocking_supported() -> bool:
-    import subprocess
-
-    env, options = BLOCKING.split(" ", 1)
-    with contextlib.suppress(OSError):
-        call = [env, f"{options} true"]  # the system passes one argument too
-        return subprocess.run(call, stderr=subprocess.DEVNULL, check=False).returncode == 0
-    return False
 
 
 def starter_text(python: str, library: str) -> str:
@@ -8836,8 +8802,6 @@ def starter_text(python: str, library: str) -> str:
     elif len(first) > 120 or re.search(r"\s", python):  # more than systems read: for sh, a command
         first = "#!/bin/sh"
         third = f"'''exec' {shlex.quote(python)} -IS \"$0\" \"$@\"\n' '''"
-    elif re.fullmatch(r"[\w/.+-]{,70}", python) and is_blocking_supported():
-        first = f"#!{BLOCKING} {python} -IS"
     return STARTER % (first, __version__, third, library)
 
 
@@ -8867,8 +8831,6 @@ def install_library(home: str) -> str:
     import shutil
 
     source = __loader__.get_data(__file__)  # type: ignore[name-defined]  # also from an archive
-    if b"\n# queuectl " not in source[:4096]:
-        raise BadInput(f"{__file__} is a compiled file; install from queuectl.py")
     library = os.path.join(home, hashlib.sha256(source).hexdigest()[:16])
     os.makedirs(library, exist_ok=True)
     file = os.path.join(library, "queuectl.py")
@@ -8952,7 +8914,7 @@ def detach(args: argparse.Namespace) -> int:
         for waited in polling(longest=0.02):
             if started := started_pool(run_dir, pool.pid, complete=waited < 10):
                 say(f"{started} runs as process {pool.pid}; its log is {log}")
-                pool.returncode = Exit.OK  # it is not waited for
+                pool.returncode = Exit.OK  # so that no destructor warns of a running process
                 return Exit.OK
             if pool.poll() is not None:
                 break
@@ -9005,17 +8967,12 @@ def write_heading(job: Job, *, first: bool) -> None:
 
 
 def last_lines(output: bytes, number: int) -> bytes:
-    """Return the last lines of an output."""
-    at = len(output) - output.endswith(b"\n")
-    for _ in range(number):
-        at = output.rfind(b"\n", 0, at)
-        if at < 0:
-            return output
-    return output[at + 1 :]
+    lines = io.BytesIO(output).readlines()
+    return b"".join(lines[max(0, len(lines) - number) :])
 
 
 def stored_output(queue: Queue, job: Job, run: int | None) -> tuple[int, bytes]:
-    """Return the dropped bytes and the output of an attempt that has ended: one, or the last."""
+    """Return the number of dropped bytes and the output of one ended attempt, or of the last."""
     attempt = queue._reader.last_attempt(job, run or job.run)
     if run and (not attempt or attempt.run != run):
         last = queue._reader.last_attempt(job, job.run)
@@ -9029,7 +8986,6 @@ def stored_output(queue: Queue, job: Job, run: int | None) -> tuple[int, bytes]:
 
 
 def print_ended(args: argparse.Namespace, queue: Queue, seq: int, state: str) -> None:
-    """Print the output of a job that has ended, if it is wanted."""
     if args.output == "failed" and state == COMPLETED:
         return
     SCREEN.clear()
@@ -9081,15 +9037,16 @@ def cmd_worker_start(args: argparse.Namespace) -> int:
 
 
 def pools_to_stop(args: argparse.Namespace, run_dir: RunDirectory) -> set[str]:
-    """Return the living pools, or those that are named or were started for one of the queues."""
-    pools = run_dir.alive("pool")
-    if args.queues:
-        return {name for name, note in pools.items() if {*note.get("queues", ())} & {*args.queues}}
-    every = {*pools, *map(pool_of, run_dir.alive("worker"))}  # a worker may have lost its pool
+    """Return the living pools; of the named ones alone, and those started for one of the queues."""
+    notes = run_dir.alive("pool")
+    every = {*notes, *map(pool_of, run_dir.alive("worker"))}  # a worker may have lost its pool
     for pool in args.pools:
         if pool not in every:
             raise NotFound(f"there is no pool {quoted(pool)} (queuectl worker list)")
-    return set(args.pools) or every
+    chosen = set(args.pools) or every
+    if not args.queues:
+        return chosen
+    return {name for name in chosen & {*notes} if {*notes[name].get("queues", ())} & {*args.queues}}
 
 
 def cmd_worker_stop(args: argparse.Namespace, queue: Queue) -> int:
@@ -9131,10 +9088,7 @@ def draw_status(args: argparse.Namespace, queue: Queue) -> None:
 
 @contextlib.contextmanager
 def alternate_screen(numbers: list[int]) -> Iterator[None]:
-    """Show another screen of the terminal until the block ends, by a stop signal too.
-
-    A signal's number is added to the list, and the block is left.
-    """
+    """Show another screen of the terminal; a stop signal ends the block and is added to a list."""
 
     def stop(number: int, _frame: object) -> None:
         numbers.append(number)
@@ -9155,23 +9109,18 @@ def cmd_status(args: argparse.Namespace, queue: Queue) -> int:
         draw_status(args, queue)
         return Exit.OK
     numbers: list[int] = []
-    with contextlib.ExitStack() as stack:
-        if terminal_width(sys.stdout) and not args.json:
-            stack.enter_context(alternate_screen(numbers))
+    is_drawn = terminal_width(sys.stdout) and not args.json
+    with alternate_screen(numbers) if is_drawn else contextlib.nullcontext():
         for _ in polling(first=1.0, longest=1.0):
+            require_in_place(queue._db.path, queue._db.connection.info)
             draw_status(args, queue)
     return -numbers[0]
 
 
-def selection_options(args: argparse.Namespace) -> dict[str, Any]:
-    filters = ("ids", "queues", "states", "match", "older_than")
-    options = {key: vars(args).get(key) for key in filters}
-    return {key: value for key, value in options.items() if value not in (None, "", [])}
-
-
 def selection(args: argparse.Namespace, states: Sequence[str] = ()) -> Selection:
     """Return the jobs that the arguments select, by default among those in some states."""
-    given = selection_options(args)
+    filters = ("ids", "queues", "states", "match", "older_than")
+    given = {key: getattr(args, key) for key in filters if getattr(args, key) not in (None, [])}
     if args.ids and len(given) > 1:
         raise BadInput("either name the jobs or select them by options, not both")
     return Selection(**{"states": states, **given})
@@ -9195,13 +9144,13 @@ def targets(
     for word in args.states:
         if word not in known:
             raise BadInput(f"--state must be one of {', '.join(known)}, not {word}")
-    if not (everything or all_given or selection_options(args)):
+    if selection(args) == Selection() and not (everything or all_given):
         raise BadInput("name the jobs, or select them by --queue, --state, --match, --older-than")
     return selection(args, usual)
 
 
 def dry_run(jobs: Iterable[Job], check: Callable[[Job], None], *, named: bool) -> int:
-    """Print the ids of the jobs that a command would change; report the others of named ones."""
+    """Print the ids of the jobs that a command would change; report other jobs that are named."""
     code = Exit.OK
     for job in jobs:
         try:
@@ -9214,29 +9163,42 @@ def dry_run(jobs: Iterable[Job], check: Callable[[Job], None], *, named: bool) -
     return code
 
 
-def change_jobs(
-    queue: Queue,
-    seqs: Iterable[int],
-    check: Callable[[Job], None],
-    act: Callable[[Job], object],
-    report: Callable[[list[Job]], None],
-) -> int:
-    """Change jobs in slices, and report each slice; a signal to stop ends it after a slice."""
-    numbers: list[int] = []
-    changed = 0
-    left = list(seqs)
-    with handle_signals(lambda number, _frame: numbers.append(number), None):
-        for jobs in queue._ledger.in_slices(left, check, act):
-            report(jobs)
-            changed += len(jobs)
-            if numbers:
-                say(f"interrupted; {plural(changed, 'job')} of {len(left)} changed")
-                return -numbers[0]
-    return Exit.OK
-
-
 def show_ids(jobs: Iterable[Job]) -> None:
     show((job.id for job in jobs), whole=True)
+
+
+def change_jobs(
+    args: argparse.Namespace,
+    queue: Queue,
+    jobs: Iterable[Job],
+    check: Callable[[Job], None],
+    act: Callable[[Job], None],
+    report: Callable[[list[Job]], None] = show_ids,
+) -> int:
+    """Change jobs in slices, and report each one; a signal ends it after a slice, or a wait.
+
+    With --dry-run, print the ids of the jobs that pass the check.
+    """
+    if args.dry_run:
+        return dry_run(jobs, check, named=bool(args.ids))
+    numbers: list[int] = []
+    changed = 0
+    left = [job.seq for job in jobs]
+    queue._db.keep_waiting = lambda waited: waited < PATIENCE and not numbers
+    with handle_signals(lambda number, _frame: numbers.append(number), None):
+        try:
+            for done in queue._ledger.in_slices(left, check, act):
+                report(done)
+                changed += len(done)
+                if numbers:
+                    break
+        except Locked:
+            if not numbers:
+                raise
+    if numbers:
+        say(f"interrupted; {plural(changed, 'job')} of {len(left)} changed")
+        return -numbers[0]
+    return Exit.OK
 
 
 def show_jobs(args: argparse.Namespace, queue: Queue, states: Sequence[str] = ()) -> None:
@@ -9267,16 +9229,24 @@ def cmd_list(args: argparse.Namespace, queue: Queue) -> None:
     if not args.recurring:
         show_jobs(args, queue)
         return
-    now = queue._reader.clock()
-    facts = []
+    reader = queue._reader
+    now = reader.clock()
+    chosen = selection(args)
+    say_unused(reader, chosen.queues)
+    found = reader.named(chosen.ids) if chosen.ids else reader.select(SCHEDULES)
+    jobs = [job for job in found if job.rule and chosen.takes(job, now)]
+    if args.ids_only:
+        show((str(job.schedule_id) for job in jobs), whole=True)
+        return
+    facts = (
+        {**job_facts(job, queue.config(job.queue)), "last_result": reader.last_result(job)}
+        for job in jobs
+    )
     rows = []
-    for job in queue._reader.select(SCHEDULES):
-        if selection(args).takes(job, now):
-            result = queue._reader.last_result(job)
-            facts.append({**job_facts(job, queue.config(job.queue)), "last_result": result})
-            due = format_distance(job.run_after, now)
-            last = result_text(queue._reader, job)
-            rows.append((job.schedule_id, rule_text(job), due, last, job.id, job.command))
+    for job in jobs:
+        due = format_distance(job.run_after, now)
+        last = result_text(reader, job)
+        rows.append((job.schedule_id, rule_text(job), due, last, job.id, job.command))
     show_list(args, facts, ("ID", "SCHEDULE", "NEXT", "LAST RESULT", "JOB", "COMMAND"), rows)
 
 
@@ -9329,13 +9299,6 @@ def last_id(queue: Queue) -> str:
     return job.id
 
 
-def require_ids(args: argparse.Namespace, queue: Queue) -> list[str]:
-    """Return the ids that a command names, or the last one; none where --all is given."""
-    if args.ids and args.all:
-        raise BadInput("either name the jobs or use --all")
-    return list(args.ids) or ([] if args.all else [last_id(queue)])
-
-
 def wait_result(reader: Reader, jobs: Sequence[Job]) -> int:
     """Report which jobs cannot run; return the exit code of the first that failed."""
     for job in [job for job in jobs if job.state == PENDING]:
@@ -9347,7 +9310,9 @@ def wait_result(reader: Reader, jobs: Sequence[Job]) -> int:
 
 
 def cmd_wait(args: argparse.Namespace, queue: Queue) -> int:
-    ids = require_ids(args, queue)
+    if args.ids and args.all:
+        raise BadInput("either name the jobs or use --all")
+    ids = args.ids or ([] if args.all else [last_id(queue)])
     reader = queue._reader
     watch = JobWatch(reader, reader.named(ids))
     old = () if ids else set(reader.dead())
@@ -9385,17 +9350,18 @@ def read_from(fd: int, at: int) -> tuple[int, bytes]:
 
 
 def follow(queue: Queue, job: Job, fd: int, at: int, end: float = NEVER) -> Iterator[bytes]:
-    """Yield the output of an attempt from a place on, as it comes, until the attempt has ended."""
+    """Yield the output of an attempt from an offset on, as it comes, until the attempt ends."""
     ended = False
     version = -1
     for _ in polling(end - time.monotonic(), first=0.03, longest=0.03):
         chunk = b"more"
-        while chunk:
+        while chunk and time.monotonic() < end:
             at, chunk = read_from(fd, 0 if os.fstat(fd).st_size < at else at)  # 0: truncated
             yield chunk
             at += len(chunk)
         if ended:
             return
+        require_in_place(queue._db.path, queue._db.connection.info)
         if version != (version := queue._reader.data_version()):
             now = queue._reader.by_seq(job.seq)
             ended = now is None or (now.state, now.run) != (PROCESSING, job.run)
@@ -9420,6 +9386,13 @@ def report_dropped(number: int) -> None:
         say(f"{number} bytes of earlier output were not kept")
 
 
+def open_output(queue: Queue, job: Job) -> IO[bytes] | None:
+    """Open the output of an attempt that runs; return None where there is no file."""
+    with contextlib.suppress(FileNotFoundError):
+        return open(open_own(queue._db.run_dir.output_file(job), os.O_RDONLY), "rb", 0)
+    return None
+
+
 def write_log(args: argparse.Namespace, queue: Queue, job: Job) -> None:
     """Write the output of one attempt: the one with --run, or the one that runs or ran last."""
     if job.state == PENDING and not args.run:
@@ -9427,22 +9400,17 @@ def write_log(args: argparse.Namespace, queue: Queue, job: Job) -> None:
     if args.follow and not args.run:
         job = await_attempt(queue, job)
     limit = queue._reader.settings(job.queue)["output_limit"]
-    path = queue._db.run_dir.output_file(job._replace(run=args.run or job.run))
-    with contextlib.ExitStack() as stack:
-        fd = -1
-        try:
-            fd = open_own(path, os.O_RDONLY)
-        except FileNotFoundError:
-            dropped, output = stored_output(queue, job, args.run)
+    file = open_output(queue, job._replace(run=args.run or job.run))
+    with file or contextlib.nullcontext():
+        if file:
+            dropped, output = last_bytes(file.fileno(), limit)
         else:
-            stack.callback(os.close, fd)
-            dropped, output = last_bytes(fd, limit)
+            dropped, output = stored_output(queue, job, args.run)
         shown = output if args.tail is None else last_lines(output, args.tail)
         at = dropped + len(output) - len(shown)
-        chunks = follow(queue, job, fd, at) if args.follow and fd >= 0 else [shown]
         if dropped and shown is output:
             report_dropped(dropped)
-        write_output(chunks)
+        write_output(follow(queue, job, file.fileno(), at) if file and args.follow else [shown])
 
 
 def named_attempt(args: argparse.Namespace, queue: Queue, name: str) -> Job:
@@ -9491,20 +9459,17 @@ def output_of_attempts(queue: Queue, job: Job, end: float) -> Iterator[bytes]:
     notices = Notices(say, NEVER)
     shown = max(0, job.run - 1)
     for _ in polling(end - time.monotonic(), first=0.002):
+        require_in_place(queue._db.path, queue._db.connection.info)
         job = reader.by_seq(job.seq) or job._replace(state=COMPLETED)
         for run in range(shown + 1, job.run + 1):
-            try:
-                fd = open_own(queue._db.run_dir.output_file(job._replace(run=run)), os.O_RDONLY)
-            except FileNotFoundError:
-                if job.state == PROCESSING and run == job.run:
-                    break  # it is made a moment after the claim
-                attempt = reader.last_attempt(job, run)
-                if attempt and attempt.run == run:
-                    report_dropped(attempt.bytes_dropped)
-                    yield attempt.output
-            else:
-                with open(fd, "rb", 0):
-                    yield from follow(queue, job._replace(run=run), fd, 0, end)
+            if file := open_output(queue, job._replace(run=run)):
+                with file:
+                    yield from follow(queue, job._replace(run=run), file.fileno(), 0, end)
+            elif job.state == PROCESSING and run == job.run:
+                break  # it is made a moment after the claim
+            elif (attempt := reader.last_attempt(job, run)) and attempt.run == run:
+                report_dropped(attempt.bytes_dropped)
+                yield attempt.output
             shown = run
         if job.state in FINISHED or reader.failed_ancestor(job):
             return
@@ -9514,11 +9479,11 @@ def output_of_attempts(queue: Queue, job: Job, end: float) -> Iterator[bytes]:
             notices.report(f"job {job.id} is waiting: {reason}{cause}", key=key)
 
 
-def follow_jobs(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> int:
+def follow_jobs(args: argparse.Namespace, queue: Queue) -> int:
     """Show the output of jobs, one after the other, until they have ended; return as `wait`."""
     reader = queue._reader
     end = NEVER if args.timeout is None else time.monotonic() + args.timeout
-    jobs = reader.named(ids)
+    jobs = reader.named(args.ids)
     for number, job in enumerate(jobs):
         if len(jobs) > 1:
             write_heading(job, first=not number)
@@ -9531,11 +9496,11 @@ def follow_jobs(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> i
 
 def wait_for_end(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> int:
     """Wait for jobs that were enqueued; return as `wait` does."""
-    args.ids = ids
+    args.ids = [job.id for job in queue._reader.named(ids)]  # of a schedule, the first job
     args.all = False
     args.timeout = args.wait_timeout
     try:
-        return follow_jobs(args, queue, ids) if args.follow else cmd_wait(args, queue)
+        return follow_jobs(args, queue) if args.follow else cmd_wait(args, queue)
     except KeyboardInterrupt:
         SCREEN.clear()
         SCREEN.write("\n" if terminal_width(sys.stderr) else "")
@@ -9563,9 +9528,7 @@ def cmd_enqueue(args: argparse.Namespace) -> int:
             with Queue(args.db, insecure=args.insecure) as queue:
                 ids: list[str] = []
                 batch = Batch(queue._ledger, if_absent=args.if_absent)
-                stored = batch.store(jobs)
-                SCREEN.clear()
-                for job_id in stored:
+                for job_id in batch.store(jobs):
                     write(job_id)
                     if is_waiting or not ids:
                         ids.append(job_id)
@@ -9605,21 +9568,12 @@ def to_cancel(args: argparse.Namespace, queue: Queue, chosen: Selection) -> Iter
     return jobs.values()
 
 
-def cancel_waiting(args: argparse.Namespace, queue: Queue, chosen: Selection) -> int:
-    """Cancel the jobs that wait, in slices."""
-    ledger = queue._ledger
-    ended: list[Job] = []
-
-    def report(jobs: list[Job]) -> None:
-        show_ids(jobs)
-        ended.extend(job for job in jobs if job.rule)
-
-    check = partial(ledger.require_state, states=(PENDING,))
-    seqs = [job.seq for job in to_cancel(args, queue, chosen)]
-    code = change_jobs(queue, seqs, check, lambda job: ledger.cancel(job.seq), report)
-    for job in ended:
-        say(f"schedule {job.schedule_id} has ended with {job.id}")
-    return code
+def report_waiting(jobs: Iterable[Job]) -> None:
+    """Print the ids of cancelled jobs that waited, and report the schedules that end with them."""
+    show_ids(jobs)
+    for job in jobs:
+        if job.rule:
+            say(f"schedule {job.schedule_id} has ended with {job.id}")
 
 
 def cancel_named(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> int:
@@ -9641,15 +9595,17 @@ def cancel_named(args: argparse.Namespace, queue: Queue, ids: Sequence[str]) -> 
 def cmd_cancel(args: argparse.Namespace, queue: Queue) -> int:
     states = (PENDING, PROCESSING)
     chosen = targets(args, states, states)
-    if args.dry_run:
-        check = partial(queue._ledger.require_state, states=states)
-        return dry_run(to_cancel(args, queue, chosen), check, named=bool(chosen.ids))
     ids = chosen.ids
-    if not ids:
-        if code := cancel_waiting(args, queue, chosen):
+    if args.dry_run or not ids:
+        ledger = queue._ledger
+        check = partial(ledger.require_state, states=states if args.dry_run else (PENDING,))
+        jobs = to_cancel(args, queue, chosen)
+        code = change_jobs(
+            args, queue, jobs, check, lambda job: ledger.cancel(job.seq), report_waiting
+        )
+        if code or args.dry_run:
             return code
-        running = (job for job in queue._reader.selected(chosen) if job.state == PROCESSING)
-        ids = [job.id for job in running]
+        ids = [job.id for job in queue._reader.selected(chosen) if job.state == PROCESSING]
     return cancel_named(args, queue, ids) if ids else Exit.OK
 
 
@@ -9678,12 +9634,10 @@ def cmd_edit(args: argparse.Namespace, queue: Queue) -> int:
     ledger = queue._ledger
     chosen = targets(args, (PENDING,), (PENDING,))
     jobs = queue._reader.selected(chosen)
-    check = partial(ledger.require_state, states=(PENDING,))
-    if args.dry_run:
-        return dry_run(jobs, check, named=bool(chosen.ids))
-    if not chosen.ids:
+    if args.dry_run or not chosen.ids:
+        check = partial(ledger.require_state, states=(PENDING,))
         act = partial(ledger.edit, fields=changes)
-        return change_jobs(queue, [job.seq for job in jobs], check, act, show_ids)
+        return change_jobs(args, queue, jobs, check, act)
     for name in chosen.ids:
         await_occurrence(queue, name)
     changed = queue.edit(chosen.ids, **fields)
@@ -9714,18 +9668,15 @@ def cmd_resume(args: argparse.Namespace, queue: Queue) -> None:
 def cmd_dlq_retry(args: argparse.Namespace, queue: Queue) -> int:
     ledger = queue._ledger
     chosen = targets(args, (DEAD, CANCELLED), (DEAD,))
-    if args.dry_run:
-        jobs = queue._reader.selected(chosen)
-        return dry_run(jobs, ledger.check_retry, named=bool(chosen.ids))
-    if chosen.ids:
+    if chosen.ids and not args.dry_run:
         show(queue.retry(chosen.ids))
         return Exit.OK
     counts = queue.counts()
-    if chosen.states == (DEAD,) and not counts[DEAD] and counts[CANCELLED]:
+    if not chosen.ids and chosen.states == (DEAD,) and not counts[DEAD] and counts[CANCELLED]:
         cancelled = plural(counts[CANCELLED], "cancelled job")
         say(f"no job is dead; {cancelled} can be retried by id or with --state cancelled")
-    seqs = [job.seq for job in queue._reader.selected(chosen)]
-    return change_jobs(queue, seqs, ledger.check_retry, ledger.retry, show_ids)
+    jobs = queue._reader.selected(chosen)
+    return change_jobs(args, queue, jobs, ledger.check_retry, ledger.retry)
 
 
 def delete_jobs(
@@ -9733,9 +9684,6 @@ def delete_jobs(
 ) -> int:
     """Delete jobs in some states, the named ones all or none; report how many."""
     ledger = queue._ledger
-    check = partial(ledger.check_delete, states=states)
-    if args.dry_run:
-        return dry_run(queue._reader.selected(chosen), check, named=bool(chosen.ids))
     deleted = 0
 
     def report(jobs: list[Job]) -> None:
@@ -9745,12 +9693,14 @@ def delete_jobs(
             show_ids(jobs)
 
     code: int = Exit.OK
-    if chosen.ids:
+    if chosen.ids and not args.dry_run:
         report(queue._delete(chosen.ids, states))
     else:
-        seqs = [job.seq for job in queue._reader.selected(chosen)]
-        code = change_jobs(queue, seqs, check, lambda job: ledger.delete(job.seq), report)
-    say(f"{plural(deleted, 'job')} {done}")
+        jobs = queue._reader.selected(chosen)
+        check = partial(ledger.check_delete, states=states)
+        code = change_jobs(args, queue, jobs, check, lambda job: ledger.delete(job.seq), report)
+    if not args.dry_run:
+        say(f"{plural(deleted, 'job')} {done}")
     return code
 
 
@@ -9778,16 +9728,14 @@ def cmd_config_get(args: argparse.Namespace) -> None:
 
 
 def report_setting(args: argparse.Namespace, queue: Queue) -> None:
-    """Report the value that a setting has now."""
     import shutil
 
     key = validate_setting(args.key)
     value = queue.config(args.queue or "")[key]
     where = f"queue {args.queue}" if args.queue else "all queues"
     say(f"{key} is {setting_words(key, value) or 'empty'} for {where}")
-    program = value[0] if isinstance(value, tuple) and value else None
-    if isinstance(program, str) and not shutil.which(program):
-        say(f"warning: there is no program {quoted(program)} here; jobs need it")
+    if key in ("shell", "launcher", "launcher_cancel") and value and not shutil.which(value[0]):
+        say(f"warning: there is no program {quoted(value[0])} here; jobs need it")
 
 
 def cmd_config_set(args: argparse.Namespace) -> None:
@@ -9837,9 +9785,9 @@ TIMEOUT = arg("--timeout", "DURATION", "stop waiting after this time, and exit w
 QUEUE = arg("-q --queue", "QUEUE", "only this queue", valid_name)
 QUEUES = arg("-q --queue", "QUEUE", "only this queue; repeatable", valid_name, dest="queues",
              action="append", default=[])
-ID = arg("id", "ID", "the default is the job that was added last", nargs="?")
+ID = arg("id", "ID", "default: the job that was added last", nargs="?")
 IDS = arg("ids", "ID", nargs="*")
-IDS_OR_LAST = arg("ids", "ID", "the default is the job that was added last", nargs="*")
+IDS_OR_LAST = arg("ids", "ID", "default: the job that was added last", nargs="*")
 # A selection of jobs: named ones, or those that match all of these options.
 STATE = arg("-s --state", "STATE,...", "only jobs in these states: " + ", ".join(STATE_WORDS),
             valid_states, dest="states", action="extend", default=[])
@@ -9864,9 +9812,9 @@ COMMANDS = {
             "or -- followed by the words of a command. After it, ::: ARG... makes one job for each "
             "ARG, which replaces {} in the command, in --id, --after, --after-end and --env, or "
             "else follows the command", nargs="+"),
-        flag("--lines", "with -: stdin has a command a line instead of JSON"),
+        flag("--lines", "with -: read one command per line from stdin instead of JSON"),
         flag("--if-absent", "do nothing if a job with that id exists"),
-        flag("--new-ids", "ignore the ids in JSON, as of jobs that list --json printed"),
+        flag("--new-ids", "ignore the ids in JSON, such as those that list --json prints"),
         *group("the job",
             field("id", "ID", "the name of the job (default: a number)"),
             field("queue", "QUEUE", "the queue it waits in (default: default)", "-q --queue"),
@@ -9898,7 +9846,7 @@ COMMANDS = {
             field("on_dead", "COMMAND", "run this when it is dead ('': nothing)"),
             field("on_end", "COMMAND", "run this when it has ended in any way ('': nothing)")),
         *group("waiting",
-            flag("--wait", "wait for the job's end, and exit with its code; ids go to stderr"),
+            flag("--wait", "wait until the job has ended, exit with its code; ids go to stderr"),
             flag("-f --follow", "the same, and print its output as it comes"),
             arg("--wait-timeout", "DURATION",
                 "the same as --wait, but stop after this time, and exit with 124; the job stays",
@@ -9912,8 +9860,8 @@ COMMANDS = {
             "or was not run because of a stop"),
             arg("--horizon", "DURATION", "with --drain: do not wait for jobs that are due later "
                 "than this", parse_duration, default=LONGEST),
-            arg("--report", "FILE", "with --drain: write a report about it at the end; its format "
-                "follows the ending, as in: report -o FILE; repeatable", valid_report,
+            arg("--report", "FILE", "with --drain: write a report when it ends, in the format of "
+                "the file's ending, as report -o does; repeatable", valid_report,
                 dest="reports", action="append", default=[]),
             flag("--detach", "run in the background; the log is in the queue's .run directory"),
             arg("--output", None, "print the output of each job that fails, or of each that ends",
@@ -9930,7 +9878,7 @@ COMMANDS = {
         QUEUE, flag("--watch", "refresh every second, with the rate and the last failures"), JSON)),
     "report": Command(cmd_report, "read", "report on jobs, for people, CI and Prometheus",
         "report -o report.html --since 1d", (
-        arg("--format", None, "the default follows the ending of FILE, or is text",
+        arg("--format", None, "default: by the ending of FILE, otherwise text",
             choices=tuple(FORMATS)),
         arg("-o", "FILE", "write FILE, in one step, instead of stdout", valid_report,
             dest="output"),
@@ -9977,13 +9925,16 @@ COMMANDS = {
         "write", "restore the default of a setting", "config unset timeout", (KEY, OF_QUEUE)),
     "config list": Command(cmd_config_list, "none", "list the settings", "config list",
         (OF_QUEUE, JSON)),
+    "install": Command(cmd_install, "none", "install this program as the command queuectl",
+        "install", (arg("dir", "DIR", "the directory for queuectl (default: ~/.local/bin)",
+            valid_path, nargs="?"),)),
 }
 # The fields that can be changed are the options of `enqueue`, except where selections have others.
 EDITS = (
     field("command", "COMMAND", "the shell line"),
     field("queue", "QUEUE", "move it to this queue; with ids, --queue does the same", "--to-queue"),
     field("env", "NAME[=VALUE]", "set a variable or, without =, remove it; repeatable",
-          action="append", check=parse_change),
+          action="append", check=partial(parse_variable, removable=True)),
     *(option for option in COMMANDS["enqueue"].arguments
       if option[1].get("dest") in EDITABLE.keys() - {"queue", "env"}))
 COMMANDS["edit"] = COMMANDS["edit"]._replace(arguments=(*CHANGE, *starmap(edit_option, EDITS)))
@@ -10039,7 +9990,6 @@ complete -c queuectl -c queuectl.py -f -a '(__queuectl)'""",
 }
 
 
-COMPLETED_IDS = 50
 ID_STATES: Mapping[str, Sequence[str]] = {  # of the jobs whose ids complete a command; else all
     "dlq list": (DEAD,),
     "dlq retry": (DEAD,),
@@ -10064,7 +10014,7 @@ def values_of(args: argparse.Namespace, name: str, options: Any, start: str) -> 
             return queue._reader.column(USED_QUEUES)
         if kind == "POOL":
             return queue._db.run_dir.alive("pool")
-        return queue._reader.ids_like(start, ID_STATES.get(name, STATES), COMPLETED_IDS)
+        return queue._reader.ids_like(start, ID_STATES.get(name, STATES), limit=50)
 
 
 def argument_at(command: Command, words: Sequence[str]) -> dict[str, Any]:
@@ -10111,7 +10061,7 @@ def cmd_completion(args: argparse.Namespace) -> None:
         program = " ".join(map(shlex.quote, own_command()))
         print(COMPLETIONS[args.shell].replace("PROGRAM", program))
         return
-    words = [word for word in args.typed[1:] if word != "="]  # bash splits --state=dead
+    words = [word for word in args.typed[1:] if word != "="] or [""]  # bash splits --state=dead
     if args.typed[-1] == "=":
         words.append("")
     name, equals, value = words[-1].partition("=") if words[-1][:2] == "--" else ("", "", "")
@@ -10127,15 +10077,11 @@ def cmd_completion(args: argparse.Namespace) -> None:
 
 SHELL = arg("shell", "SHELL", "bash, zsh or fish", choices=tuple(COMPLETIONS))
 TYPED = arg("typed", "...", "the words typed so far", nargs="...")
-DIR = arg("dir", "DIR", "the directory for queuectl (default: ~/.local/bin)", valid_path, nargs="?")
-COMMANDS["install"] = Command(
-    cmd_install, "none", "install this program as the command queuectl", "install", (DIR,)
-)
 COMMANDS["completion"] = Command(
     cmd_completion, "none", "print a shell completion script", "completion bash", (SHELL, TYPED)
 )
 
-HELP = """\
+HELP = f"""\
 PATH is the queue; the default is $QUEUECTL_DB, or else ./queuectl.db.
 
 to begin:
@@ -10154,7 +10100,7 @@ commands:
   machine   install, doctor, completion, help
 
 queuectl help COMMAND describes a command; the README describes everything:
-HOME_PAGE#readme
+{HOME_PAGE}#readme
 """
 
 
@@ -10203,8 +10149,7 @@ def new_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
             cut = quoted(message, 4 * QUOTED_LIMIT)  # it may repeat a long command line
             raise BadInput(f"{cut}{hint} (see {self.prog} --help)")
 
-    columns = os.environ.get("COLUMNS", "")
-    width = int(columns) if columns.isdecimal() else terminal_width(sys.stdout) or 80
+    width = terminal_width(sys.stdout) or 80
     # With the width given, argparse does not import shutil, which takes 2 ms.
     style = partial(argparse.RawDescriptionHelpFormatter, width=max(width - 2, 20))
     return Parser(prog, formatter_class=style, allow_abbrev=False, **options)
@@ -10226,7 +10171,7 @@ def menu_parser(name: str) -> argparse.ArgumentParser:
     hidden = argparse.SUPPRESS
     prog = f"queuectl {name}".strip()
     lines = "".join(f"  {word:<11} {meaning}\n" for word, meaning in menu(name).items())
-    about = lines if name else HELP.replace("HOME_PAGE", HOME_PAGE)
+    about = lines if name else HELP
     globals_usage = "" if name else " [--db PATH] [--insecure] [--version]"
     usage = f"{prog}{globals_usage} COMMAND [--help] ..."
     parser = new_parser(prog, usage=usage, description=about, add_help=False)
@@ -10308,7 +10253,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
             at = args.rest.index(":::")
             args.rest, args.each = args.rest[:at], args.rest[at + 1 :]
         args.rest = mark_command(args.rest, parser._option_string_actions)
-    parser.parse_args(args.rest, args)
+    is_list = any(options.get("nargs") == "*" for _, options in args.chosen.arguments)
+    (parser.parse_intermixed_args if is_list else parser.parse_args)(args.rest, args)
     if not args.db:
         parser.error("--db must not be empty")
     return args
@@ -10379,10 +10325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def main_program() -> NoReturn:
-    """Run the command of this process, and end by the signal that ended it, if any.
-
-    So a shell loop around queuectl stops when Ctrl-C is pressed.
-    """
+    """Run the command of this process; end by its signal, so that Ctrl-C stops a shell loop too."""
     try:
         with interrupts_raised():
             code = run()

@@ -1672,7 +1672,7 @@ class RunDirectoryFiles(Live):
         os.mkfifo(f"{self.path}.run/pool-9.fifo")
         pool = self.pool()
         self.wait_for_output(pool, " worker on ")
-        wait_until(lambda: len(self.workers()) == 2)
+        wait_until(self.workers)
         names = os.listdir(self.file("queuectl.db.run"))
         found = [name for name in names if not re.match("(pool|worker)-.*[0-9a-f]{8}", name)]
         self.assertEqual(sorted(found), sorted([*kept, "worker-1"]))
@@ -9082,6 +9082,14 @@ class CliEnqueueWaitLive(Live):
         shown = "==> 6 <==\n0\n\n==> 7 <==\n3\n\n==> 8 <==\n5\n"
         self.assertEqual(followed, (3, shown, "6\n7\n8\n"))
 
+    def test_waiting_for_a_schedule_ends_with_its_first_job(self) -> None:
+        self.pool()
+        self.wait_for_workers(1)
+        for option, shown in {"-f": "hi\n", "--wait": ""}.items():
+            schedule = ("--id", f"x{option}", "--every", "1h", "--wait-timeout", "5")
+            result = self.result("enqueue", option, *schedule, "echo hi", real=True)
+            self.assertEqual(result, (0, shown, f"x{option}\n"))
+
     def test_followed_job_is_shown_as_it_comes_until_its_last_attempt(self) -> None:
         self.pool()
         self.wait_for_workers(1)
@@ -9458,6 +9466,10 @@ class CliWorkers(Live):
         self.assertEqual(len(self.json_object("status", "--queue", "cpu")["workers"]), 1)
         self.assertEqual(len(self.json_object("status", "--queue", "gpu")["workers"]), 3)
         self.assert_refused("worker", "stop", "pool-0", code=1)
+        other = next(w["pool"] for w in workers if not w["queues"])
+        found = self.run_cli("worker", "stop", other, "--queue", "gpu").stderr
+        self.assertIn("no workers are running for this queue", found)
+        self.assertEqual(len(self.json_lines("worker", "list")), 3)
         self.stdout("worker", "stop", "--queue", "gpu")
         (left,) = self.json_lines("worker", "list")
         self.stdout("worker", "stop", left["pool"])
@@ -9699,6 +9711,18 @@ class CliListLive(Live):
         self.assertEqual(
             [job["schedule_id"] for job in self.json_lines("list", "--recurring")], ["x", "y"]
         )
+        self.assert_table(
+            {
+                "": "x\ny\n",
+                "y": "y\n",
+                "x.1 y": "x\ny\n",
+                "--match y": "y\n",
+                "--queue default": "x\ny\n",
+            },
+            lambda words: self.stdout("list", "--recurring", "--ids", *words.split()),
+        )
+        self.assertIn("never had a job", self.run_cli("list", "--recurring", "-q", "nosuch").stderr)
+        self.assertIn("no job z", self.assert_refused("list", "--recurring", "z", code=1))
 
 
 @NEEDS_SHELL
@@ -9906,6 +9930,38 @@ class CliLogsLive(Live):
         self.write("go")
         self.assertEqual(logs.communicate(timeout=5)[0], "two\n")
         self.assertEqual(logs.returncode, 0)
+
+    @internal
+    def test_following_and_watching_end_when_the_queue_is_removed(self) -> None:
+        with Queue(self.path) as queue:
+            queue.enqueue("true", id="x")
+            job: Any = claim(queue, "worker-1")
+            out = queuectl.Output(queue._db.run_dir.file(job.seq, job.run, "out"))
+            self.addCleanup(out.close)
+            os.write(out.fd, b"one\n")
+            queue.pause()
+        running = self.start("logs", "x", "-f")
+        waiting = self.start("enqueue", "-f", "true")
+        watch = self.start("status", "--watch")
+        self.wait_for_output(watch, "paused")
+        self.wait_for_output(running, "one\n")
+        self.wait_for_output(waiting, "all queues are paused")
+        shutil.rmtree(self.path + ".run")
+        for name in glob.glob(self.path + "*"):
+            os.unlink(name)
+        for process in (running, waiting, watch):
+            self.assertIn("was moved away", process.communicate(timeout=5)[0])
+            self.assertEqual(process.returncode, 4)
+
+    @internal
+    def test_endless_output_is_not_followed_beyond_the_time_to_wait(self) -> None:
+        with Queue(self.path) as queue, mock.patch("queuectl.read_from", return_value=(0, b"y")):
+            queue.enqueue("yes", id="x")
+            job: Any = claim(queue, "worker-1")
+            end = time.monotonic() + 0.05
+            with open(os.devnull) as file:
+                for _ in queuectl.follow(queue, job, file.fileno(), 0, end):
+                    self.assertLess(time.monotonic(), end + 5)
 
     @SLOW
     @internal
@@ -10162,6 +10218,29 @@ class CliCancelLive(Live):
 
 class CliSelectionLive(Live):
     """Changes of many jobs."""
+
+    def test_change_that_waits_for_a_lock_is_interrupted_at_once(self) -> None:
+        """Promise 4: no lock delays a stop."""
+        self.enqueue("true", queue="q")
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            cancel = self.start("cancel", "--queue", "q")
+
+            def has_handler() -> bool:
+                with open(f"/proc/{cancel.pid}/status") as file:
+                    caught = int(re.findall(r"SigCgt:\s*(\w+)", file.read())[0], 16)
+                return bool(caught >> signal.SIGTERM - 1 & 1)
+
+            if sys.platform == "linux":
+                wait_until(has_handler)
+            cancel.send_signal(signal.SIGINT)
+            self.assertEqual(cancel.wait(5), -signal.SIGINT)
+
+    def test_ids_may_stand_on_both_sides_of_options(self) -> None:
+        self.stdout("enqueue", "true", ":::", "1", "2", "3")
+        for words in ("list 1 --ids 2", "cancel -n 1 2", "edit 1 -n --priority 3 2"):
+            self.assertEqual(self.stdout(*words.split()), "1\n2\n", words)
+        self.assertIn("unrecognized", self.assert_refused("show", "1", "--json", "2"))
 
     @NEEDS_SHELL
     def test_interrupted_change_keeps_and_reports_what_is_done(self) -> None:
@@ -10426,6 +10505,11 @@ class CliCompletion(Case):
         "show --js": "--json",
     }
 
+    def test_completion_without_a_word_to_complete_offers_the_commands(self) -> None:
+        for words in ((), ("",)):
+            shown = self.stdout("completion", "bash", "queuectl", *words).split()
+            self.assertEqual((shown[0], shown[-1]), ("enqueue", "help"))
+
     @internal
     def test_completion_offers_the_values_that_fit(self) -> None:
         self.assertEqual(self.result("completion", "zsh", "q", "dlq", "retry", ""), (0, "", ""))
@@ -10636,18 +10720,6 @@ class CliInstall(Live):
         self.write(library + "/queuectl.py", "import os; os.kill(os.getpid(), 2)")
         self.assertEqual(self.installed(), (-signal.SIGINT, "", ""))
 
-    def test_ctrl_c_before_python_has_started_ends_the_program_by_the_signal(self) -> None:
-        self.stdout("install")
-
-        def interrupt() -> None:
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # as the first line does
-            os.kill(os.getpid(), signal.SIGINT)
-
-        self.assertEqual(self.installed(preexec_fn=interrupt), (-signal.SIGINT, "", ""))
-        if self.process("env", "--block-signal=INT", "true").returncode == 0:
-            first = self.read(self.starter).splitlines()[0]
-            self.assertIn("env -S --block-signal=INT", first)
-
 
 class CliSignals(Live):
     """A signal ends the program as it ends any other, so that scripts stop too."""
@@ -10795,10 +10867,6 @@ class CliTerminal(Live):
         self.write("go")
         self.assertTrue(pool.end().endswith("\r\x1b[K"))  # the progress line is erased
         self.assertTrue(wait_all.end().endswith("\r\x1b[K"))
-        self.write("lines", "".join(f'{{"command":"{n}"}}\n' for n in range(1000)))
-        with open(self.file("lines")) as lines, open(os.devnull, "w") as null:
-            enqueue = Terminal(self, "enqueue", "-", columns=9, stdin=lines, stdout=null)
-            self.assertTrue(enqueue.end().startswith("\r\x1b[K1001 li…\r\x1b[Kqueuectl: no w"))
 
     def test_output_is_plain_lines_without_a_terminal(self) -> None:
         lines = "".join(f'{{"command":"{n}","queue":"q"}}\n' for n in range(1000))

@@ -884,22 +884,28 @@ class Setting(NamedTuple):
 SETTINGS = {
     "max_retries": Setting(3, FIELDS["max_retries"], "number of attempts, including the first"),
     "backoff_base": Setting(2.0, number(1, 1000), "a retry waits this value ** attempts seconds"),
-    "backoff_max": Setting(86400.0, parse_duration, "a retry never waits longer than this"),
-    "jitter": Setting(0.0, number(0, 1), "shorten retry waits at random by up to this fraction"),
+    "backoff_max": Setting(86400.0, parse_duration, "the longest wait before a retry"),
+    "jitter": Setting(
+        0.0, number(0, 1), "shorten each wait for a retry at random, by up to this fraction"
+    ),
     "timeout": Setting(300.0, parse_duration, "how long an attempt may take (0: no limit)"),
-    "kill_grace": Setting(5.0, parse_duration, "time between TERM and KILL when a job is ended"),
+    "kill_grace": Setting(5.0, parse_duration, "time between TERM and KILL when a job is killed"),
     "output_limit": Setting(65536, parse_size, "how much output is kept, such as 64K or 1M"),
     "on_dead": Setting("", FIELDS["on_dead"], "command to run when a job is dead"),
     "on_end": Setting("", FIELDS["on_end"], "command to run when a job has ended in any way"),
-    "max_notifications": Setting(100, integer(0, 10**6), "number that may wait; more are combined"),
+    "max_notifications": Setting(
+        100, integer(0, 10**6), "number that may wait; more are merged into a summary"
+    ),
     "shell": Setting(DEFAULT_SHELL, valid_prefix, "the program and options that run a command"),
     "max_snoozes": Setting(20, integer(0, 10**6), "how many times a job may exit with 75"),
     "no_retry_exit_codes": Setting((), valid_exit_codes, "final exit codes, such as 2,126,127"),
     "limit": Setting(0, integer(0, 10**6), "number of jobs of a queue that run at once (0: any)"),
     "rate": Setting("", valid_rate, "number of jobs of a queue that start in a period: 10/1m"),
     "launcher": Setting((), valid_launcher, "the program and options that run a command elsewhere"),
-    "launcher_cancel": Setting((), valid_launcher, "the command that ends a job elsewhere"),
-    "launch_timeout": Setting(1800.0, parse_duration, "the time to wait for a place (0: any)"),
+    "launcher_cancel": Setting(
+        (), valid_launcher, "the command that makes sure a job has ended elsewhere"
+    ),
+    "launch_timeout": Setting(1800.0, parse_duration, "the time to wait for a place (0: no limit)"),
     "launcher_quote": Setting("no", valid_switch, "yes: the launcher joins words, as ssh does"),
     "retention": Setting(0.0, parse_age, "prune completed and cancelled jobs this old (0: never)"),
     "synchronous": Setting("normal", valid_durability, "full: sync a result before the next claim"),
@@ -9172,7 +9178,7 @@ def change_jobs(
     queue: Queue,
     jobs: Iterable[Job],
     check: Callable[[Job], None],
-    act: Callable[[Job], None],
+    act: Callable[[Job], object],
     report: Callable[[list[Job]], None] = show_ids,
 ) -> int:
     """Change jobs in slices, and report each one; a signal ends it after a slice, or a wait.
@@ -9791,8 +9797,8 @@ IDS_OR_LAST = arg("ids", "ID", "default: the job that was added last", nargs="*"
 # A selection of jobs: named ones, or those that match all of these options.
 STATE = arg("-s --state", "STATE,...", "only jobs in these states: " + ", ".join(STATE_WORDS),
             valid_states, dest="states", action="extend", default=[])
-MATCH = arg("--match", "TEXT", "only jobs whose id or command contains this text, in upper or "
-            "lower case", valid_command)
+MATCH = arg("--match", "TEXT", "only jobs whose id or command contains this text; case is "
+            "ignored", valid_command)
 OLDER_THAN = arg("--older-than", "DURATION", "only jobs that have been in their state for at "
                  "least this long", parse_duration)
 IDS_ONLY = flag("--ids", "print only the ids", dest="ids_only")
@@ -9809,12 +9815,12 @@ OF_QUEUE = arg("-q --queue", "QUEUE", "apply to this queue only (default: all qu
 COMMANDS = {
     "enqueue": Command(cmd_enqueue, "none", "add a job and print its id", "enqueue 'make all'", (
         arg("words", "JOB", "a quoted shell line; JSON (objects or arrays); - for JSON on stdin; "
-            "or -- followed by the words of a command. After it, ::: ARG... makes one job for each "
-            "ARG, which replaces {} in the command, in --id, --after, --after-end and --env, or "
-            "else follows the command", nargs="+"),
-        flag("--lines", "with -: read one command per line from stdin instead of JSON"),
+            "or -- followed by the words of a command. After it, ::: ARG... adds one job for each "
+            "ARG, which replaces {} in the command, --id, --after, --after-end and --env; it is "
+            "appended to a command without {}", nargs="+"),
+        flag("--lines", "with -: stdin has one command per line instead of JSON"),
         flag("--if-absent", "do nothing if a job with that id exists"),
-        flag("--new-ids", "ignore the ids in JSON, such as those that list --json prints"),
+        flag("--new-ids", "ignore the ids in JSON, such as those that list --json printed"),
         *group("the job",
             field("id", "ID", "the name of the job (default: a number)"),
             field("queue", "QUEUE", "the queue it waits in (default: default)", "-q --queue"),
@@ -9837,7 +9843,7 @@ COMMANDS = {
                   check=read_input)),
         *group("timeout and retries",
             field("timeout", "DURATION",
-                  "end an attempt that takes longer (0: never; default: 300s)"),
+                  "kill an attempt that takes longer (0: never; default: 300s)"),
             field("max_retries", "N",
                   "the number of attempts, including the first (default: 3)"),
             field("retry_delays", "DURATION,...",
@@ -9846,7 +9852,8 @@ COMMANDS = {
             field("on_dead", "COMMAND", "run this when it is dead ('': nothing)"),
             field("on_end", "COMMAND", "run this when it has ended in any way ('': nothing)")),
         *group("waiting",
-            flag("--wait", "wait until the job has ended, exit with its code; ids go to stderr"),
+            flag("--wait", "wait until the job has ended, and exit with its code; ids go to "
+                "stderr"),
             flag("-f --follow", "the same, and print its output as it comes"),
             arg("--wait-timeout", "DURATION",
                 "the same as --wait, but stop after this time, and exit with 124; the job stays",
@@ -9860,11 +9867,11 @@ COMMANDS = {
             "or was not run because of a stop"),
             arg("--horizon", "DURATION", "with --drain: do not wait for jobs that are due later "
                 "than this", parse_duration, default=LONGEST),
-            arg("--report", "FILE", "with --drain: write a report when it ends, in the format of "
-                "the file's ending, as report -o does; repeatable", valid_report,
+            arg("--report", "FILE", "with --drain: write a report at the end; its extension "
+                "selects the format, as in: report -o FILE; repeatable", valid_report,
                 dest="reports", action="append", default=[]),
-            flag("--detach", "run in the background; the log is in the queue's .run directory"),
-            arg("--output", None, "print the output of each job that fails, or of each that ends",
+            flag("--detach", "run in the background; the log is in the database's .run directory"),
+            arg("--output", None, "print the output of each job that dies, or of each that ends",
                 choices=("failed", "all")),
             flag("--quiet", "print no event lines"))),
     "worker stop": Command(
@@ -9872,15 +9879,15 @@ COMMANDS = {
         (arg("pools", "POOL", "only this pool (default: all)", nargs="*"),
             arg("-q --queue", "QUEUE", "only pools started for this queue; repeatable", valid_name,
                 dest="queues", action="append", default=[]),
-            flag("--now", "end the running jobs; they return to the queue"), TIMEOUT)),
-    "worker list": Command(cmd_worker_list, "read", "list living workers", "worker list", (JSON,)),
+            flag("--now", "kill the running jobs and return them to their queues"), TIMEOUT)),
+    "worker list": Command(cmd_worker_list, "read", "list running workers", "worker list", (JSON,)),
     "status": Command(cmd_status, "read", "show counts and workers", "status --watch", (
         QUEUE, flag("--watch", "refresh every second, with the rate and the last failures"), JSON)),
     "report": Command(cmd_report, "read", "report on jobs, for people, CI and Prometheus",
         "report -o report.html --since 1d", (
-        arg("--format", None, "default: by the ending of FILE, otherwise text",
+        arg("--format", None, "by default, the extension of FILE selects it, or else text",
             choices=tuple(FORMATS)),
-        arg("-o", "FILE", "write FILE, in one step, instead of stdout", valid_report,
+        arg("-o", "FILE", "write to FILE, in one step, instead of stdout", valid_report,
             dest="output"),
         arg("--since", "DURATION", "only jobs that changed, and attempts that ended, in this time",
             parse_duration, default=0.0), *SELECT[:-1])),
@@ -9901,14 +9908,14 @@ COMMANDS = {
         "wait 7 8", (IDS_OR_LAST, flag("--all", "wait until nothing is left to run"), TIMEOUT)),
     "cancel": Command(cmd_cancel, "write", "cancel waiting or running jobs", "cancel 7", (
         *CHANGE, flag("--cascade", "also cancel the jobs that depend on them"),
-        flag("--gone", "believe that they have ended elsewhere, even if launcher_cancel fails"))),
+        flag("--gone", "declare that they have ended elsewhere, even if launcher_cancel fails"))),
     "edit": Command(cmd_edit, "write", "change jobs that wait", "edit 7 --priority 5"),
     "pause": Command(cmd_pause, "create", "start no new jobs until resume",
         "pause --queue gpu", (QUEUES,)),
     "resume": Command(cmd_resume, "write", "start jobs again after pause", "resume", (QUEUES,)),
     "dlq list": Command(lambda args, queue: show_jobs(args, queue, (DEAD,)), "read",
         "list the dead letter queue", "dlq list", (*SELECT, LIMIT, JSON)),
-    "dlq retry": Command(cmd_dlq_retry, "write", "return dead or cancelled jobs to the queue",
+    "dlq retry": Command(cmd_dlq_retry, "write", "return dead or cancelled jobs to their queues",
         "dlq retry 7", (*CHANGE, ALL_DEAD)),
     "dlq purge": Command(cmd_dlq_purge, "write", "delete dead or cancelled jobs",
         "dlq purge --older-than 30d", (*DELETE, ALL_DEAD)),
@@ -10082,7 +10089,7 @@ COMMANDS["completion"] = Command(
 )
 
 HELP = f"""\
-PATH is the queue; the default is $QUEUECTL_DB, or else ./queuectl.db.
+PATH is the database; the default is $QUEUECTL_DB, or else ./queuectl.db.
 
 to begin:
   queuectl enqueue 'make all'        add a job and print its id

@@ -1672,7 +1672,7 @@ class RunDirectoryFiles(Live):
         os.mkfifo(f"{self.path}.run/pool-9.fifo")
         pool = self.pool()
         self.wait_for_output(pool, " worker on ")
-        wait_until(self.workers)
+        wait_until(lambda: len(self.workers()) == 2)
         names = os.listdir(self.file("queuectl.db.run"))
         found = [name for name in names if not re.match("(pool|worker)-.*[0-9a-f]{8}", name)]
         self.assertEqual(sorted(found), sorted([*kept, "worker-1"]))

@@ -3320,9 +3320,9 @@ def require_trust(path: str) -> None:
 def network_file_system(path: str) -> str | None:
     """Return the type of the network file system that a path is on, where that can be found out."""
     best = ("", "")
-    with contextlib.suppress(OSError), open("/proc/self/mounts", encoding="utf-8") as mounts:
+    with contextlib.suppress(OSError), open("/proc/self/mounts", "rb") as mounts:
         for line in mounts:
-            point, kind = line.split(" ")[1:3]
+            point, kind = os.fsdecode(line).split(" ")[1:3]
             mounted = os.path.join(point.replace("\\040", " "), "")
             if os.path.join(path, "").startswith(mounted):
                 best = max((mounted, kind), best, key=lambda found: len(found[0]))  # the later one

@@ -2533,7 +2533,8 @@ class Trust(Live):
             "/dev/sda / ext4 rw 0 0\nauto /t\\040p autofs rw 0 0\nhost:/x /t\\040p nfs4 rw 0 0\n"
         )
         for mount_point, kind in (("/t\\040p", "nfs4"), ("/nowhere", None)):
-            text = mock.mock_open(read_data=mounts.replace("/t\\040p", mount_point))
+            text = b"x /caf\xe9 ext4 rw 0 0\n" + mounts.replace("/t\\040p", mount_point).encode()
+            text = mock.mock_open(read_data=text)
             with mock.patch.object(queuectl, "open", text, create=True):
                 self.assertEqual(queuectl.network_file_system("/t p/a/queuectl.db"), kind)
         with mock.patch.object(queuectl, "network_file_system", return_value="nfs4"):

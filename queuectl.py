@@ -2328,7 +2328,7 @@ else:
         def is_unlocked(self, path: str) -> bool:
             """Tell whether nobody holds the lock of a file; one that does not exist is unlocked."""
             gone = contextlib.suppress(FileNotFoundError)
-            with gone, open(path, "r+b", buffering=0, opener=open_own) as file:
+            with gone, open(path, "rb", buffering=0, opener=open_own) as file:
                 return self.lock(file.fileno(), shared=True)
             return True
 

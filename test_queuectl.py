@@ -1954,6 +1954,7 @@ class DatabaseReadOnly(Live):
     @SLOW
     def test_open_queue_on_a_read_only_disk_can_be_read_but_not_written(self) -> None:
         self.enqueue("true")
+        self.write("queuectl.db.run/pool-1")  # its pool was killed
         read_only = self.in_mount_namespace("mount --bind . . && mount -o remount,ro,bind . .")
         with Queue(self.path) as writer:
             writer.counts()  # creates the -shm, which SQLite needs to read and cannot create there

@@ -8527,6 +8527,13 @@ class DoctorTrials(Case):
         self.assertEqual(names[-4:], ["wal", "sync", "recovery", "process tree"])
         self.assertEqual(os.listdir(self.dir), before)
 
+    @internal
+    def test_program_in_an_archive_passes(self) -> None:
+        doctor = queuectl.Doctor(self.path)
+        with mock.patch.object(queuectl, "__file__", self.file("lib.zip/queuectl.py")):
+            doctor.queue()
+            self.assertEqual(doctor.wal(), "another process reads what this one has written")
+
     @SLOW
     @NEEDS_SHELL
     def test_directory_that_others_may_write_to_fails_one_trial(self) -> None:

@@ -606,6 +606,7 @@ def valid_states(value: Iterable[str]) -> list[str]:
 def valid_queue_path(value: Path) -> str:
     path = os.fsdecode(value)
     require(path, "not be empty")
+    require("\0" not in path, "not contain NUL")
     is_file = path != ":memory:" and not re.match(r"(?i)file:|[a-z]\w+://", path)
     name = quoted(path)
     require(is_file, f"name a file, which workers can open, not {name} (or write ./{name})")
@@ -2997,8 +2998,6 @@ class Database:
             raise NotFound(
                 f"there is no queue at {self.path}; to begin: queuectl enqueue 'make all'"
             ) from None
-        except ValueError as error:  # too long for Windows, or with NUL
-            raise Fault(f"{quoted(self.path)}: {error}") from None
         if not stat.S_ISREG(info.st_mode):
             raise Fault(f"{self.path} is not a regular file")
         if info.st_size == 0 and not guest:
@@ -3226,12 +3225,15 @@ def others_may_write(info: os.stat_result) -> bool:
 
 def steps_to(path: str) -> Iterator[str]:
     """Yield every directory and link that decides where a path leads, and the path itself."""
-    parent, name = os.path.split(path)
-    if name:
-        yield from steps_to(parent)
-    yield path
-    if os.path.islink(path):
-        yield from steps_to(os.path.join(parent, os.readlink(path)))
+    left = [path]
+    while left:
+        path = left.pop()
+        yield path
+        parent, name = os.path.split(path)
+        if name:
+            left.append(parent)
+        if os.path.islink(path):
+            left.append(os.path.join(parent, os.readlink(path)))
 
 
 def insecure_step(path: str, *, is_last: bool = False) -> str | None:
@@ -3309,8 +3311,6 @@ def require_trust(path: str) -> None:
         problem = next(filter(None, ownership_problems(path)), None)
     except OSError as error:
         raise system_fault(error, path) from error
-    except ValueError:  # NUL in the path: reported when it is opened
-        return
     if problem:
         remedy = '(mkdir -m 700 q && cd q, or cd "$(mktemp -d)"), or --insecure if you trust them'
         own = "so others could run commands as you; use a directory of your own"

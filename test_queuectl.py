@@ -2875,6 +2875,10 @@ class TrustAttacks(Live):
             line = self.assert_refused("--db", path, "list", code=4)
             self.assertIn("Too many levels of symbolic links", line)
 
+    def test_path_of_a_thousand_directories_is_examined(self) -> None:
+        with self.assertRaisesRegex(queuectl.NotFound, "there is no queue at"):
+            Queue("a/" * 1500 + "queuectl.db", create=False)
+
 
 # --- queue ----------------------------------------------------------------------------------------
 
@@ -10741,7 +10745,7 @@ class Library(Clocked):
                 queue.enqueue("true", **bad)
 
     def test_path_of_no_file_is_refused(self) -> None:
-        for path in ("", ":memory:", "file:x?mode=memory", "FILE:/x", "sqlite:///x"):
+        for path in ("", "a\0b", ":memory:", "file:x?mode=memory", "FILE:/x", "sqlite:///x"):
             with self.subTest(path), self.assertRaisesRegex(
                 queuectl.BadInput, "^path must [^\n]+$"
             ):

@@ -3174,17 +3174,20 @@ class Database:
 
     @contextlib.contextmanager
     def synced_later(self) -> Iterator[None]:
-        """Sync the writes of the block after it, when other programs can take the lock again."""
-        synchronous = self.synchronous
-        if synchronous == "normal" or self.connection.in_block:
+        """Sync the writes of the block after it, when other programs can take the lock again.
+
+        The connections of other threads are synced as before.
+        """
+        if self.synchronous == "normal" or self.connection.in_block:
             yield
             return
-        self.set_synchronous("normal")
+        self.execute(SET_SYNCHRONOUS["normal"])
         try:
             yield
         finally:
-            self.set_synchronous(synchronous)
-        with self.translate_errors():
+            self.execute(SET_SYNCHRONOUS["full"])
+        no_wal = contextlib.suppress(FileNotFoundError)  # the host has left WAL mode
+        with self.translate_errors(), no_wal:
             sync_file(self.path + "-wal")
 
     def truncate_wal(self) -> None:

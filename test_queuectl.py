@@ -2110,6 +2110,17 @@ class DatabaseDurability(Case):
                 queue._db.set_synchronous(mode)
                 self.assertEqual(queue._db.rows("PRAGMA synchronous")[0][0], level)
 
+    @internal
+    def test_thread_syncs_its_commits_while_another_one_defers_a_sync(self) -> None:
+        def level() -> int:
+            return int(queue._db.rows("PRAGMA synchronous")[0][0])
+
+        with Queue(self.path) as queue, futures.ThreadPoolExecutor(1) as other:
+            with queue._db.synced_later():
+                self.assertEqual((level(), other.submit(level).result()), (1, 2))
+            self.assertEqual((level(), other.submit(level).result()), (2, 2))
+            other.submit(queue.close).result()
+
 
 class DatabaseDurabilityLive(Live):
     """Promise 1: an acknowledged job is on disk, whichever process is killed, at any point."""
@@ -2369,6 +2380,15 @@ class DatabaseGuest(Case):
         names = self.execute("SELECT name FROM sqlite_master ORDER BY name")
         self.assertEqual(names, ["orders", "queuectl_needs"])
         self.assertEqual(self.execute("PRAGMA journal_mode"), ["delete"])
+
+    @internal
+    def test_host_program_may_have_left_wal_mode(self) -> None:
+        with Queue(self.path, guest=True) as queue:
+            queue.enqueue("true", id="a")
+            queue.cancel(["a"])
+        self.assertEqual(self.execute("PRAGMA journal_mode = delete"), ["delete"])
+        with Queue(self.path, guest=True) as queue:
+            self.assertEqual(queue.prune(0), 1)
 
     def test_settings_table_of_host_program_is_not_taken_for_a_queue(self) -> None:
         for columns, values in (("key, value", "'schema', '1'"), ("name", "'queuectl_schema'")):

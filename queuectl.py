@@ -2547,7 +2547,8 @@ else:
             Until that has been reaped here, no other process can have its pid.
             """
             if self.child and self.child.pid == trace.leader and self.child.poll() is None:
-                os.killpg(trace.leader, signal.SIGKILL)
+                with contextlib.suppress(PermissionError):  # all of it is another user's
+                    os.killpg(trace.leader, signal.SIGKILL)
 
         def kill(self, trace: Trace, pids: Sequence[int]) -> None:
             self.send(trace, pids, signal.SIGKILL)

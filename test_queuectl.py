@@ -1488,6 +1488,16 @@ class SystemProcesses(Live):
         with self.assertRaises(subprocess.TimeoutExpired):
             process.wait(0.05)
 
+    @NEEDS_SHELL
+    @internal
+    def test_process_group_of_another_user_hides_no_other_process(self) -> None:
+        trace = queuectl.Trace("1.1.worker", self.file("1.1.out"), 7, 0.0)
+        child = mock.Mock(pid=7, poll=lambda: None)
+        refused = mock.patch("os.killpg", side_effect=PermissionError)
+        with mock.patch.object(queuectl.SYSTEM, "child", child), refused as killpg:
+            queuectl.SYSTEM.kill_group(trace)
+        killpg.assert_called_once_with(7, signal.SIGKILL)
+
     @internal
     def test_age_of_a_process_is_read_in_any_language(self) -> None:
         self.write(

@@ -2089,6 +2089,7 @@ if sys.platform == "win32":
             self.call("CloseHandle", handle)
 
         def enable_escapes(self) -> None:
+            """Let the console interpret escape sequences."""
             for output in (-11, -12):
                 self.call("SetConsoleMode", self.call("GetStdHandle", output), 7)
 
@@ -2553,9 +2554,6 @@ else:
         def kill(self, trace: Trace, pids: Sequence[int]) -> None:
             self.send(trace, pids, signal.SIGKILL)
 
-        def enable_escapes(self) -> None:
-            """Let the terminal interpret escape sequences; here it does."""
-
     SYSTEM = Posix()
 
 
@@ -2717,8 +2715,7 @@ class RunDirectory:
     def trace(self, job: Job) -> Trace:
         note = self.read_note(job.locked_by)
         is_known = note.get("key") == job.key and note.get("namespace") == pid_namespace()
-        leader = int(note["leader"]) if is_known else 0
-        launched = float(note["launched"]) if is_known else 0.0
+        leader, launched = (note["leader"], note["launched"]) if is_known else (0, 0.0)
         return Trace(self.run_token(job), self.output_file(job), leader, launched)
 
     def file(self, *parts: object) -> str:
@@ -3258,10 +3255,9 @@ def insecure_step(path: str, *, is_last: bool = False) -> str | None:
 
 def has_other_name(path: str, twin: str) -> bool:
     """Tell whether a file has a name other than these two."""
-    links = os.lstat(path).st_nlink
     with contextlib.suppress(FileNotFoundError):
-        if links > 1 and os.path.samefile(path, twin):
-            return links > 2
+        if os.path.samefile(path, twin):
+            return os.lstat(path).st_nlink > 2
     return os.lstat(path).st_nlink > 1  # the twin may have been removed meanwhile
 
 
@@ -3280,7 +3276,7 @@ def insecure_file(path: str, kind: str = "regular file", twin: str = "") -> str 
             return f"other users may write to {path}"
         if kind == "directory" and info.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             return f"other users may enter {path}"
-        if kind != "directory" and has_other_name(path, twin):
+        if kind != "directory" and info.st_nlink > 1 and has_other_name(path, twin):
             return f"{path} has another name (a hard link)"
     return None
 
@@ -8522,7 +8518,6 @@ class Doctor:
             pool = threading.Thread(target=work, args=(self.trial,), kwargs=options, daemon=True)
             pool.start()
             try:
-                meddle(queue)
                 queue.wait([job], TRIAL_LIMIT)
             finally:
                 for name in queue._db.run_dir.alive("pool"):
@@ -10520,7 +10515,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # any name of a job can be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        SYSTEM.enable_escapes()
+        if sys.platform == "win32":
+            SYSTEM.enable_escapes()
         code: int = Exit.OK
         with contextlib.suppress(SystemExit):  # --help and --version
             code = execute(parse((sys.argv[1:] if argv is None else argv) or ["--help"]))

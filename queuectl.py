@@ -2933,7 +2933,7 @@ class Database:
     ) -> None:
         """Check that the file is a queue, or create it; else raise Fault and change nothing.
 
-        With `guest`, the queue puts its tables into another program's database.
+        With `guest`, create its tables in another program's database.
         """
         self.path = os.path.realpath(path)  # one database has one run directory
         self.mode = "ro" if readonly else "rw"
@@ -2948,7 +2948,7 @@ class Database:
             new = self.run_dir.file("new.db")
             if create and (not os.path.lexists(path) or os.path.lexists(new)):
                 self._create(new, guest=guest)
-            if not self._inspect(guest=guest):
+            if not self._inspect(guest=guest and create):
                 with contextlib.closing(self._open("rw")) as db:
                     self._retry(lambda: create_tables(db, guest=guest))
                     self._retry(lambda: db.execute(SET_WAL))  # last: a refused file is unchanged

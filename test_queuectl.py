@@ -2391,6 +2391,14 @@ class DatabaseGuest(Case):
         self.assertEqual(names, ["orders", "queuectl_needs"])
         self.assertEqual(self.execute("PRAGMA journal_mode"), ["delete"])
 
+    def test_tables_are_created_only_if_the_queue_may_be_created(self) -> None:
+        for options in ({"create": False}, {"readonly": True}):
+            with self.subTest(options), self.assertRaisesRegex(queuectl.Fault, "another program's"):
+                Queue(self.path, guest=True, **options)
+        self.assertEqual(self.execute("SELECT name FROM sqlite_master"), ["orders"])
+        Queue(self.path, guest=True).close()
+        Queue(self.path, guest=True, readonly=True).close()
+
     @internal
     def test_host_program_may_have_left_wal_mode(self) -> None:
         with Queue(self.path, guest=True) as queue:

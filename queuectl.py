@@ -2880,10 +2880,6 @@ INHERITED: dict[str, Connection] = {}  # in a child, by path: connections that w
 
 def before_fork() -> None:
     """Close this thread's connections that are in no transaction."""
-    import gc
-
-    if len(CONNECTIONS) > 1:
-        gc.collect()  # the connections of threads that have ended
     for db in list(CONNECTIONS):
         with contextlib.suppress(sqlite3.ProgrammingError):  # it belongs to another thread
             if not db.unusable and not db.in_transaction:

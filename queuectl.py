@@ -2875,7 +2875,7 @@ class ThreadEnd:
 
 CONNECTIONS: weakref.WeakSet[Connection] = weakref.WeakSet()  # of this process
 IN_USE: dict[int, list[Connection]] = {}  # during a fork, by thread: they must not be closed
-INHERITED: dict[str, Connection] = {}  # in a child, by path: connections that were in use
+INHERITED: list[Connection] = []  # in a child: those that were in use; closing one writes
 
 
 def before_fork() -> None:
@@ -2890,7 +2890,7 @@ def before_fork() -> None:
 def after_fork_in_child() -> None:
     """Refuse the databases that were in use, and keep their connections from being closed."""
     for db in IN_USE.pop(threading.get_ident(), ()):
-        INHERITED[db.path] = db
+        INHERITED.append(db)
         db.unusable = True
 
 
@@ -3030,7 +3030,7 @@ class Database:
     def _open(self, mode: str) -> Connection:
         path = re.sub("[%?#]", lambda m: f"%{ord(m[0]):02x}", self.path.replace(os.sep, "/"))
         uri = f"file:{path if path.startswith('/') else '/' + path}?mode={mode}"
-        if self.path in INHERITED:
+        if self.path in (db.path for db in INHERITED):
             raise Fault(
                 f"{self.path} was in use, in a transaction or by a thread, before the fork; "
                 "use it only in the parent, or fork while it is idle"

@@ -889,6 +889,32 @@ FORK_DURING_FORK = """if True:
 """
 
 
+FORK_BESIDE_THREADS = """if True:
+    import os, threading, queuectl
+
+    def use():
+        with queue.transaction():
+            begun.wait()
+            done.wait()
+
+    def hold():
+        queue.counts()
+        begun.wait()
+        done.wait()
+
+    queue = queuectl.Queue("queuectl.db")
+    begun, done = threading.Barrier(4), threading.Event()
+    for target in (use, hold, hold):
+        threading.Thread(target=target).start()
+    begun.wait()
+    child = os.fork()
+    if not child:
+        os._exit(len(queuectl.CONNECTIONS))
+    print(os.WEXITSTATUS(os.waitpid(child, 0)[1]))
+    done.set()
+"""
+
+
 FORK_IN_TICK = """if True:
     import os, threading, time
     from queuectl import Queue, work
@@ -2529,6 +2555,12 @@ class DatabaseForks(Case):
     @NEEDS_SHELL
     def test_fork_in_transaction_is_refused_even_if_another_thread_forks_too(self) -> None:
         self.assertEqual(self.script(FORK_DURING_FORK).stdout, "4\n")
+
+    @NEEDS_SHELL
+    @internal
+    def test_no_connection_of_another_thread_is_closed_in_a_forked_child(self) -> None:
+        """Closing one that has begun a transaction would write to memory shared with the parent."""
+        self.assertEqual(self.script(FORK_BESIDE_THREADS).stdout, "3\n")
 
     @SLOW
     @NEEDS_SHELL

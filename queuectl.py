@@ -594,6 +594,7 @@ def valid_states(value: Iterable[str]) -> list[str]:
 def valid_queue_path(value: Path) -> str:
     path = os.fsdecode(value)
     require(path, "not be empty")
+    require("\0" not in path, "not contain NUL")
     is_file = path != ":memory:" and not re.match(r"(?i)file:|[a-z]\w+://", path)
     name = quoted(path)
     require(is_file, f"name a file, which workers can open, not {name} (or write ./{name})")
@@ -2056,6 +2057,7 @@ if sys.platform == "win32":
             self.call("CloseHandle", handle)
 
         def enable_escapes(self) -> None:
+            """Let the console interpret escape sequences."""
             for output in (-11, -12):
                 self.call("SetConsoleMode", self.call("GetStdHandle", output), 7)
 
@@ -2296,7 +2298,7 @@ else:
         def is_unlocked(self, path: str) -> bool:
             """Tell whether nobody holds the lock of a file; one that does not exist is unlocked."""
             gone = contextlib.suppress(FileNotFoundError)
-            with gone, open(path, "r+b", buffering=0, opener=open_own) as file:
+            with gone, open(path, "rb", buffering=0, opener=open_own) as file:
                 return self.lock(file.fileno(), shared=True)
             return True
 
@@ -2514,13 +2516,11 @@ else:
             Until that has been reaped here, no other process can have its pid.
             """
             if self.child and self.child.pid == trace.leader and self.child.poll() is None:
-                os.killpg(trace.leader, signal.SIGKILL)
+                with contextlib.suppress(PermissionError):  # all of it is another user's
+                    os.killpg(trace.leader, signal.SIGKILL)
 
         def kill(self, trace: Trace, pids: Sequence[int]) -> None:
             self.send(trace, pids, signal.SIGKILL)
-
-        def enable_escapes(self) -> None:
-            """Let the terminal interpret escape sequences; here it does."""
 
     SYSTEM = Posix()
 
@@ -2683,8 +2683,7 @@ class RunDirectory:
     def trace(self, job: Job) -> Trace:
         note = self.read_note(job.locked_by)
         is_known = note.get("key") == job.key and note.get("namespace") == pid_namespace()
-        leader = int(note["leader"]) if is_known else 0
-        launched = float(note["launched"]) if is_known else 0.0
+        leader, launched = (note["leader"], note["launched"]) if is_known else (0, 0.0)
         return Trace(self.run_token(job), self.output_file(job), leader, launched)
 
     def file(self, *parts: object) -> str:
@@ -2844,15 +2843,11 @@ class ThreadEnd:
 
 CONNECTIONS: weakref.WeakSet[Connection] = weakref.WeakSet()  # of this process
 IN_USE: dict[int, list[Connection]] = {}  # during a fork, by thread: they must not be closed
-INHERITED: dict[str, Connection] = {}  # in a child, by path: connections that were in use
+INHERITED: list[Connection] = []  # in a child: those that were in use; closing one writes
 
 
 def before_fork() -> None:
     """Close this thread's connections that are in no transaction."""
-    import gc
-
-    if len(CONNECTIONS) > 1:
-        gc.collect()  # the connections of threads that have ended
     for db in list(CONNECTIONS):
         with contextlib.suppress(sqlite3.ProgrammingError):  # it belongs to another thread
             if not db.unusable and not db.in_transaction:
@@ -2863,7 +2858,7 @@ def before_fork() -> None:
 def after_fork_in_child() -> None:
     """Refuse the databases that were in use, and keep their connections from being closed."""
     for db in IN_USE.pop(threading.get_ident(), ()):
-        INHERITED[db.path] = db
+        INHERITED.append(db)
         db.unusable = True
 
 
@@ -2902,7 +2897,7 @@ class Database:
     ) -> None:
         """Check that the file is a queue, or create it; else raise Fault and change nothing.
 
-        With `guest`, the queue puts its tables into another program's database.
+        With `guest`, create its tables in another program's database.
         """
         self.path = os.path.realpath(path)  # one database has one run directory
         self.mode = "ro" if readonly else "rw"
@@ -2917,7 +2912,7 @@ class Database:
             new = self.run_dir.file("new.db")
             if create and (not os.path.lexists(path) or os.path.lexists(new)):
                 self._create(new, guest=guest)
-            if not self._inspect(guest=guest):
+            if not self._inspect(guest=guest and create):
                 with contextlib.closing(self._open("rw")) as db:
                     self._retry(lambda: create_tables(db, guest=guest))
                     self._retry(lambda: db.execute(SET_WAL))  # last: a refused file is unchanged
@@ -2965,8 +2960,6 @@ class Database:
             raise NotFound(
                 f"there is no queue at {self.path}; to begin: queuectl enqueue 'make all'"
             ) from None
-        except ValueError as error:  # too long for Windows, or with NUL
-            raise Fault(f"{quoted(self.path)}: {error}") from None
         if not stat.S_ISREG(info.st_mode):
             raise Fault(f"{self.path} is not a regular file")
         if info.st_size == 0 and not guest:
@@ -3010,7 +3003,7 @@ class Database:
     def _open(self, mode: str) -> Connection:
         path = re.sub("[%?#]", lambda m: f"%{ord(m[0]):02x}", self.path.replace(os.sep, "/"))
         uri = f"file:{path if path.startswith('/') else '/' + path}?mode={mode}"
-        if self.path in INHERITED:
+        if self.path in (db.path for db in INHERITED):
             raise Fault(
                 f"{self.path} was in use, in a transaction or by a thread, before the fork; "
                 "use it only in the parent, or fork while it is idle"
@@ -3148,17 +3141,20 @@ class Database:
 
     @contextlib.contextmanager
     def synced_later(self) -> Iterator[None]:
-        """Sync the writes of the block after it, when other programs can take the lock again."""
-        synchronous = self.synchronous
-        if synchronous == "normal" or self.connection.in_block:
+        """Sync the writes of the block after it, when other programs can take the lock again.
+
+        The connections of other threads are synced as before.
+        """
+        if self.synchronous == "normal" or self.connection.in_block:
             yield
             return
-        self.set_synchronous("normal")
+        self.execute(SET_SYNCHRONOUS["normal"])
         try:
             yield
         finally:
-            self.set_synchronous(synchronous)
-        with self.translate_errors():
+            self.execute(SET_SYNCHRONOUS["full"])
+        no_wal = contextlib.suppress(FileNotFoundError)  # the host has left WAL mode
+        with self.translate_errors(), no_wal:
             sync_file(self.path + "-wal")
 
     def truncate_wal(self) -> None:
@@ -3199,12 +3195,15 @@ def others_may_write(info: os.stat_result) -> bool:
 
 def steps_to(path: str) -> Iterator[str]:
     """Yield every directory and link that decides where a path leads, and the path itself."""
-    parent, name = os.path.split(path)
-    if name:
-        yield from steps_to(parent)
-    yield path
-    if os.path.islink(path):
-        yield from steps_to(os.path.join(parent, os.readlink(path)))
+    left = [path]
+    while left:
+        path = left.pop()
+        yield path
+        parent, name = os.path.split(path)
+        if name:
+            left.append(parent)
+        if os.path.islink(path):
+            left.append(os.path.join(parent, os.readlink(path)))
 
 
 def insecure_step(path: str, *, is_last: bool = False) -> str | None:
@@ -3225,10 +3224,9 @@ def insecure_step(path: str, *, is_last: bool = False) -> str | None:
 
 def has_other_name(path: str, twin: str) -> bool:
     """Tell whether a file has a name other than these two."""
-    links = os.lstat(path).st_nlink
     with contextlib.suppress(FileNotFoundError):
-        if links > 1 and os.path.samefile(path, twin):
-            return links > 2
+        if os.path.samefile(path, twin):
+            return os.lstat(path).st_nlink > 2
     return os.lstat(path).st_nlink > 1  # the twin may have been removed meanwhile
 
 
@@ -3247,7 +3245,7 @@ def insecure_file(path: str, kind: str = "regular file", twin: str = "") -> str 
             return f"other users may write to {path}"
         if kind == "directory" and info.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             return f"other users may enter {path}"
-        if kind != "directory" and has_other_name(path, twin):
+        if kind != "directory" and info.st_nlink > 1 and has_other_name(path, twin):
             return f"{path} has another name (a hard link)"
     return None
 
@@ -3282,8 +3280,6 @@ def require_trust(path: str) -> None:
         problem = next(filter(None, ownership_problems(path)), None)
     except OSError as error:
         raise system_fault(error, path) from error
-    except ValueError:  # NUL in the path: reported when it is opened
-        return
     if problem:
         remedy = '(mkdir -m 700 q && cd q, or cd "$(mktemp -d)"), or --insecure if you trust them'
         own = "so others could run commands as you; use a directory of your own"
@@ -3293,9 +3289,9 @@ def require_trust(path: str) -> None:
 def network_file_system(path: str) -> str | None:
     """Return the type of the network file system that a path is on, where that can be found out."""
     best = ("", "")
-    with contextlib.suppress(OSError), open("/proc/self/mounts", encoding="utf-8") as mounts:
+    with contextlib.suppress(OSError), open("/proc/self/mounts", "rb") as mounts:
         for line in mounts:
-            point, kind = line.split(" ")[1:3]
+            point, kind = os.fsdecode(line).split(" ")[1:3]
             mounted = os.path.join(point.replace("\\040", " "), "")
             if os.path.join(path, "").startswith(mounted):
                 best = max((mounted, kind), best, key=lambda found: len(found[0]))  # the later one
@@ -8228,8 +8224,17 @@ def open_browser(url: str, file: str) -> None:
 
 TRIAL_LIMIT = 8.0  # seconds that one trial may take
 LEAST_FREE = 100 << 20  # bytes
-KILL = "import os, sys; os.kill(int(sys.argv[1]), 9)"  # the same on every system
-STUCK_ONCE = "import os, time; time.sleep(60 * (os.environ['QUEUECTL_ATTEMPT'] == '1'))"
+QUERY = "import sqlite3, sys; print(*sqlite3.connect(sys.argv[1]).execute(sys.argv[2]).fetchone())"
+KILL_WORKER_ONCE = """
+import glob, json, os, time
+if os.environ['QUEUECTL_ATTEMPT'] == '1':
+    (path,) = glob.glob(glob.escape(os.environ['QUEUECTL_DB']) + '.run/worker-*')
+    with open(path) as note:
+        worker = json.load(note)['pid']
+    print(time.time(), flush=True)
+    os.kill(worker, 9)
+    time.sleep(60)
+"""
 BEAT = "import time\nwhile True: open('beat', 'a').write('x'); time.sleep(0.02)"
 TREE = f"import subprocess, sys; subprocess.call([sys.executable, '-c', {BEAT!r}])"
 
@@ -8325,16 +8330,14 @@ class Doctor:
 
         with self.open() as queue:
             job = queue.enqueue("true")
-            command = [SYSTEM.PYTHON, os.path.abspath(__file__), "--insecure", "--db", self.trial]
-            seen = subprocess.run([*command, "show", job], capture_output=True, check=False)
+            command = [SYSTEM.PYTHON, "-c", QUERY, self.trial, USED_QUEUES]
+            seen = subprocess.run(command, capture_output=True, check=False)
             queue.cancel([job])
-        if seen.returncode:
+        if seen.stdout.split() != [b"default"]:
             raise Fault(f"another process cannot read the queue: {seen.stderr.decode().strip()}")
         return "another process reads what this one has written"
 
     def sync(self) -> str:
-        import statistics
-
         times = []
         with open(os.path.join(os.path.dirname(self.trial), "sync"), "wb", buffering=0) as file:
             for _ in range(20):
@@ -8342,18 +8345,17 @@ class Doctor:
                 began = time.perf_counter()
                 os.fsync(file.fileno())
                 times.append(time.perf_counter() - began)
-        return f"the disk takes {statistics.median(times) * 1000:.3g} ms to sync a page"
+        return f"the disk takes {sorted(times)[10] * 1000:.3g} ms to sync a page"
 
-    def run_job(self, code: str, meddle: Callable[[Queue], None], **fields: Any) -> list[Attempt]:
-        """Run a Python program as a job and return its attempts; `meddle` is called meanwhile."""
-        command = join_words([SYSTEM.PYTHON, "-c", code])
+    def run_job(self, code: str, **fields: Any) -> list[Attempt]:
+        """Run a Python program as a job; return its attempts."""
+        command = join_words([SYSTEM.PYTHON, "-c", f"exec({code!r})"])  # of one line
         with self.open() as queue:
             job = queue.enqueue(command, cwd=os.path.dirname(self.trial), **fields)
             options = {"drain": True, "insecure": True}
             pool = threading.Thread(target=work, args=(self.trial,), kwargs=options, daemon=True)
             pool.start()
             try:
-                meddle(queue)
                 queue.wait([job], TRIAL_LIMIT)
             finally:
                 for name in queue._db.run_dir.alive("pool"):
@@ -8363,28 +8365,16 @@ class Doctor:
             return queue.attempts(job)
 
     def recovery(self) -> str:
-        killed = 0.0
-
-        def kill_worker(queue: Queue) -> None:
-            nonlocal killed
-            import subprocess
-
-            for _ in polling(TRIAL_LIMIT):
-                for note in queue._db.run_dir.alive("worker").values():
-                    if queue.counts()[PROCESSING] and note.get("pid"):
-                        subprocess.run([SYSTEM.PYTHON, "-c", KILL, str(note["pid"])], check=False)
-                        killed = time.time()
-                        return
-
-        attempts = self.run_job(STUCK_ONCE, kill_worker)
+        attempts = self.run_job(KILL_WORKER_ONCE)
         outcomes = [attempt.outcome for attempt in attempts]
         if outcomes != ["crashed", "completed"]:
             raise Fault(f"the job of a killed worker did not run again, but: {outcomes}")
-        return f"the job of a killed worker ran again after {attempts[1].started - killed:.2f} s"
+        took = attempts[1].started - float(attempts[0].output)
+        return f"the job of a killed worker ran again after {took:.2f} s"
 
     def process_tree(self) -> str:
         beat = os.path.join(os.path.dirname(self.trial), "beat")
-        (attempt,) = self.run_job(TREE, ignore, timeout=1.0, max_retries=1)
+        (attempt,) = self.run_job(TREE, timeout=1.0, max_retries=1)
         size = os.path.getsize(beat)
         time.sleep(0.2)
         if os.path.getsize(beat) > size:
@@ -10302,7 +10292,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # any name of a job can be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        SYSTEM.enable_escapes()
+        if sys.platform == "win32":
+            SYSTEM.enable_escapes()
         code: int = Exit.OK
         with contextlib.suppress(SystemExit):  # --help and --version
             code = execute(parse((sys.argv[1:] if argv is None else argv) or ["--help"]))

@@ -888,6 +888,32 @@ FORK_DURING_FORK = """if True:
 """
 
 
+FORK_BESIDE_THREADS = """if True:
+    import os, threading, queuectl
+
+    def use():
+        with queue.transaction():
+            begun.wait()
+            done.wait()
+
+    def hold():
+        queue.counts()
+        begun.wait()
+        done.wait()
+
+    queue = queuectl.Queue("queuectl.db")
+    begun, done = threading.Barrier(4), threading.Event()
+    for target in (use, hold, hold):
+        threading.Thread(target=target).start()
+    begun.wait()
+    child = os.fork()
+    if not child:
+        os._exit(len(queuectl.CONNECTIONS))
+    print(os.WEXITSTATUS(os.waitpid(child, 0)[1]))
+    done.set()
+"""
+
+
 FORK_IN_TICK = """if True:
     import os, threading, time
     from queuectl import Queue, work
@@ -1489,6 +1515,16 @@ class SystemProcesses(Live):
         with self.assertRaises(subprocess.TimeoutExpired):
             process.wait(0.05)
 
+    @NEEDS_SHELL
+    @internal
+    def test_process_group_of_another_user_hides_no_other_process(self) -> None:
+        trace = queuectl.Trace("1.1.worker", self.file("1.1.out"), 7, 0.0)
+        child = mock.Mock(pid=7, poll=lambda: None)
+        refused = mock.patch("os.killpg", side_effect=PermissionError)
+        with mock.patch.object(queuectl.SYSTEM, "child", child), refused as killpg:
+            queuectl.SYSTEM.kill_group(trace)
+        killpg.assert_called_once_with(7, signal.SIGKILL)
+
     @internal
     def test_age_of_a_process_is_read_in_any_language(self) -> None:
         self.write(
@@ -1955,6 +1991,7 @@ class DatabaseReadOnly(Live):
     @SLOW
     def test_open_queue_on_a_read_only_disk_can_be_read_but_not_written(self) -> None:
         self.enqueue("true")
+        self.write("queuectl.db.run/pool-1")  # its pool was killed
         read_only = self.in_mount_namespace("mount --bind . . && mount -o remount,ro,bind . .")
         with Queue(self.path) as writer:
             writer.counts()  # creates the -shm, which SQLite needs to read and cannot create there
@@ -2109,6 +2146,17 @@ class DatabaseDurability(Case):
             for mode, level in (("normal", 1), ("full", 2), ("full", 2), ("normal", 1)):
                 queue._db.set_synchronous(mode)
                 self.assertEqual(queue._db.rows("PRAGMA synchronous")[0][0], level)
+
+    @internal
+    def test_thread_syncs_its_commits_while_another_one_defers_a_sync(self) -> None:
+        def level() -> int:
+            return int(queue._db.rows("PRAGMA synchronous")[0][0])
+
+        with Queue(self.path) as queue, futures.ThreadPoolExecutor(1) as other:
+            with queue._db.synced_later():
+                self.assertEqual((level(), other.submit(level).result()), (1, 2))
+            self.assertEqual((level(), other.submit(level).result()), (2, 2))
+            other.submit(queue.close).result()
 
 
 class DatabaseDurabilityLive(Live):
@@ -2382,6 +2430,23 @@ class DatabaseGuest(Case):
         self.assertEqual(names, ["orders", "queuectl_needs"])
         self.assertEqual(self.execute("PRAGMA journal_mode"), ["delete"])
 
+    def test_tables_are_created_only_if_the_queue_may_be_created(self) -> None:
+        for options in ({"create": False}, {"readonly": True}):
+            with self.subTest(options), self.assertRaisesRegex(queuectl.Fault, "another program's"):
+                Queue(self.path, guest=True, **options)
+        self.assertEqual(self.execute("SELECT name FROM sqlite_master"), ["orders"])
+        Queue(self.path, guest=True).close()
+        Queue(self.path, guest=True, readonly=True).close()
+
+    @internal
+    def test_host_program_may_have_left_wal_mode(self) -> None:
+        with Queue(self.path, guest=True) as queue:
+            queue.enqueue("true", id="a")
+            queue.cancel(["a"])
+        self.assertEqual(self.execute("PRAGMA journal_mode = delete"), ["delete"])
+        with Queue(self.path, guest=True) as queue:
+            self.assertEqual(queue.prune(0), 1)
+
     def test_settings_table_of_host_program_is_not_taken_for_a_queue(self) -> None:
         for columns, values in (("key, value", "'schema', '1'"), ("name", "'queuectl_schema'")):
             with self.subTest(columns):
@@ -2504,6 +2569,12 @@ class DatabaseForks(Case):
     def test_fork_in_transaction_is_refused_even_if_another_thread_forks_too(self) -> None:
         self.assertEqual(self.script(FORK_DURING_FORK).stdout, "4\n")
 
+    @NEEDS_SHELL
+    @internal
+    def test_no_connection_of_another_thread_is_closed_in_a_forked_child(self) -> None:
+        """Closing one that has begun a transaction would write to memory shared with the parent."""
+        self.assertEqual(self.script(FORK_BESIDE_THREADS).stdout, "3\n")
+
     @SLOW
     @NEEDS_SHELL
     def test_pool_that_forks_in_its_tick_still_sees_changes_by_others(self) -> None:
@@ -2546,7 +2617,8 @@ class Trust(Live):
             "/dev/sda / ext4 rw 0 0\nauto /t\\040p autofs rw 0 0\nhost:/x /t\\040p nfs4 rw 0 0\n"
         )
         for mount_point, kind in (("/t\\040p", "nfs4"), ("/nowhere", None)):
-            text = mock.mock_open(read_data=mounts.replace("/t\\040p", mount_point))
+            text = b"x /caf\xe9 ext4 rw 0 0\n" + mounts.replace("/t\\040p", mount_point).encode()
+            text = mock.mock_open(read_data=text)
             with mock.patch.object(queuectl, "open", text, create=True):
                 self.assertEqual(queuectl.network_file_system("/t p/a/queuectl.db"), kind)
         with mock.patch.object(queuectl, "network_file_system", return_value="nfs4"):
@@ -2885,6 +2957,10 @@ class TrustAttacks(Live):
         for path in ("a", "a/queuectl.db"):
             line = self.assert_refused("--db", path, "list", code=4)
             self.assertIn("Too many levels of symbolic links", line)
+
+    def test_path_of_a_thousand_directories_is_examined(self) -> None:
+        with self.assertRaisesRegex(queuectl.NotFound, "there is no queue at"):
+            Queue("a/" * 1500 + "queuectl.db", create=False)
 
 
 # --- queue ----------------------------------------------------------------------------------------
@@ -8686,6 +8762,13 @@ class DoctorTrials(Case):
         self.assertEqual(names[-4:], ["wal", "sync", "recovery", "process tree"])
         self.assertEqual(os.listdir(self.dir), before)
 
+    @internal
+    def test_program_in_an_archive_passes(self) -> None:
+        doctor = queuectl.Doctor(self.path)
+        with mock.patch.object(queuectl, "__file__", self.file("lib.zip/queuectl.py")):
+            doctor.queue()
+            self.assertEqual(doctor.wal(), "another process reads what this one has written")
+
     @SLOW
     @NEEDS_SHELL
     def test_directory_that_others_may_write_to_fails_one_trial(self) -> None:
@@ -10976,7 +11059,7 @@ class Library(Clocked):
                 queue.enqueue("true", **bad)
 
     def test_path_of_no_file_is_refused(self) -> None:
-        for path in ("", ":memory:", "file:x?mode=memory", "FILE:/x", "sqlite:///x"):
+        for path in ("", "a\0b", ":memory:", "file:x?mode=memory", "FILE:/x", "sqlite:///x"):
             with self.subTest(path), self.assertRaisesRegex(
                 queuectl.BadInput, "^path must [^\n]+$"
             ):

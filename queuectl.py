@@ -392,6 +392,17 @@ def quoted(value: str, limit: int = QUOTED_LIMIT) -> str:
     return printable(value[:limit]) + "..." * (len(value) > limit)
 
 
+def left_out(output: bytes, missing: int) -> bytes:
+    """Return an output that has lost its beginning as whole lines, after one that says so."""
+    if not missing:
+        return output
+    part, newline, rest = output.partition(b"\n")
+    if rest:
+        output = rest
+        missing += len(part + newline)
+    return b"[%d bytes of earlier output are left out]\n" % missing + output
+
+
 def last_line(output: str) -> str:
     """Return the last line of an output, for a message."""
     return quoted(next(filter(str.strip, reversed(output.split("\n"))), "").strip())
@@ -1518,7 +1529,8 @@ WAITING_SUMMARY = f"""
 {JOB}INDEXED BY jobs_notifies WHERE notifies IS NOT NULL AND state = 'pending'
 AND event = '{SUMMARY}' AND queue = :queue AND command = :command AND cwd = :cwd"""
 OUTPUT_TAIL = """
-SELECT coalesce(substr(output, :start), x'') FROM attempts WHERE job = :seq AND run = :run"""
+SELECT coalesce(substr(output, -:limit), x''), bytes_dropped + max(0, length(output) - :limit)
+FROM attempts WHERE job = :seq AND run = :run"""
 TOTALS = "SELECT queue, outcome, number, running, waiting, last FROM totals"
 READY_IN_QUEUE = "FROM jobs WHERE state = 'pending' AND readiness = 1 AND queue = :queue"
 # By priority, of which there are few: the index has no order by time alone.
@@ -3474,12 +3486,17 @@ class Reader:
         path = self.db.run_dir.output_file(job._replace(run=run))
         with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=open_own) as file:
             return last_bytes(file.fileno(), limit)[1]
-        return b"".join(self.column(OUTPUT_TAIL, seq=job.seq, run=run, start=-limit))
+        return b"".join(self.column(OUTPUT_TAIL, seq=job.seq, run=run, limit=limit))
 
     def output_tail(self, seq: int, run: int, limit: int) -> str:
-        """Return the end of an attempt's output; bytes that are not UTF-8 are escaped."""
-        outputs = self.column(OUTPUT_TAIL, seq=seq, run=run, start=-limit)
-        return "".join(output.decode(errors="backslashreplace") for output in outputs)
+        """Return the last lines of an attempt's output; bytes that are not UTF-8 are escaped.
+
+        The first line tells how much is left out.
+        """
+        args = {"seq": seq, "run": run, "limit": limit}
+        for output, missing in self.db.rows(OUTPUT_TAIL, args):
+            return left_out(output, missing).decode(errors="backslashreplace")
+        return ""
 
     def parents(self, job: Job) -> list[Job]:
         """Return the jobs, up to 100, that a blocked job waits for."""
@@ -6746,14 +6763,17 @@ class Gantt:
 
 
 class Failures:
-    """The attempts that failed, by reason."""
+    """The attempts that failed, by reason; the dead jobs, and those that cannot run."""
 
     def __init__(self) -> None:
         self.groups: dict[str, dict[str, Any]] = {}
         self.dead: list[dict[str, Any]] = []  # the first of the dead jobs
+        self.blocked: list[Job] = []
 
     def add(self, history: History) -> None:
         job = history.job
+        if job.readiness == BLOCKED and len(self.blocked) < LISTED:
+            self.blocked.append(job)
         for run in history.failures:
             reason = quoted(run.error or run.outcome)
             new = {"reason": reason, "attempts": 0, "dead": 0, "when": 0.0, "jobs": []}
@@ -6770,14 +6790,18 @@ class Failures:
                 group.update(when=run.finished, seq=job.seq, id=job.id, run=run.run)
 
     def facts(self, reader: Reader) -> dict[str, Any]:
-        """Return dead jobs, and the most frequent reasons with the end of one output each."""
+        """Return these jobs, and the most frequent reasons with the end of one output each."""
         groups = sorted(self.groups.values(), key=lambda g: (g["dead"], g["attempts"], g["when"]))
         shown = groups[: -GROUPS - 1 : -1]
         for group in shown:
             group["when"] = format_time(group["when"])
             group["output"] = reader.output_tail(group.pop("seq"), group["run"], SHORT_TAIL)
             group["last_line"] = last_line(group["output"])
-        return {"failures": shown, "dead_jobs": self.dead}
+        blocked = [
+            {"id": job.id, "queue": job.queue, "reason": describe_blockers(reader.parents(job))}
+            for job in self.blocked
+        ]
+        return {"failures": shown, "dead_jobs": self.dead, "blocked_jobs": blocked}
 
 
 class Notable:
@@ -6872,12 +6896,17 @@ TIMES = tuple(f"{name}_{part}" for name in ("took", "waited") for part in ("p50"
 COLUMNS = {
     "queues": ("queue", "attempts", *TIMES),
     "failures": ("reason", "attempts", "dead", "id", "last_line"),
+    "blocked_jobs": ("id", "queue", "reason"),
     "slowest": ("id", "queue", "state", "run", "took"),
     "retried": ("id", "queue", "state", "attempts", "reason"),
     "flaky": ("id", "queue", "failures", "reason"),
     "schedules": ("schedule", "rule", "next", "id", "state", "started", "started_late"),
 }
-TITLES = {"flaky": "Completed after failures", "slowest": "Slowest attempts"}
+TITLES = {
+    "blocked_jobs": "Blocked jobs",
+    "flaky": "Completed after failures",
+    "slowest": "Slowest attempts",
+}
 TITLES.update(retried="Most attempts", schedules="Schedules", queues="Queues")
 
 
@@ -7247,7 +7276,9 @@ def fenced(text: str) -> str:
 def markdown_blocks(report: Report) -> Iterator[str]:
     facts = report.facts()
     yield f"### queuectl: {headline(facts)}"
-    yield from (markdown_table(facts, name) for name in ("queues", "flaky", "slowest"))
+    yield from (
+        markdown_table(facts, name) for name in ("queues", "blocked_jobs", "flaky", "slowest")
+    )
     for job in facts["dead_jobs"]:
         output = report.reader.output_tail(job["seq"], job["run"], TAIL).strip()
         name, reason = (printable(job[key]).translate(INERT) for key in ("id", "reason"))
@@ -7274,7 +7305,7 @@ def text_report(report: Report) -> Iterator[str]:
     """Yield one screen: counts, times by queue, reasons of failures, and notable jobs."""
     facts = report.facts()
     yield headline(facts)
-    limits = {"queues": 5, "failures": 5, "slowest": 3, "retried": 3, "flaky": 3}
+    limits = {"queues": 5, "failures": 5, "blocked_jobs": 3, "slowest": 3, "retried": 3, "flaky": 3}
     for name, limit in limits.items():
         headings = [name, *headings_of(name)[1:]]
         rows = [cells_of(name, item) for item in facts[name][:limit]]
@@ -8987,7 +9018,8 @@ def print_ended(args: argparse.Namespace, queue: Queue, seq: int, state: str) ->
     SCREEN.clear()
     try:
         if job := queue._reader.by_seq(seq):
-            output = stored_output(queue, job, None)[1]
+            dropped, output = stored_output(queue, job, None)
+            output = left_out(output, dropped)
             write_heading(job, first=True)
             write_output([output, b"" if output.endswith(b"\n") or not output else b"\n"])
     except (QueueError, OSError) as error:  # the jobs matter more

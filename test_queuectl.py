@@ -7865,6 +7865,22 @@ class ReportFormats(Reported):
         ]
         self.assertEqual(sum("output is left out" in str(text) for text in texts), len(texts) - 1)
 
+    def test_output_that_is_cut_begins_with_a_line_that_says_so(self) -> None:
+        self.queue.enqueue("seq", id="long", max_retries=1)
+        self.queue.enqueue("true", id="child", after="long")
+        lines = "".join(f"line {number:4}\n" for number in range(1000))
+        self.attempt(1, output=lines.encode())
+        for style in ("junit", "markdown"):
+            with self.subTest(style):
+                text = self.report(style)
+                note, first, rest = re.findall(
+                    r"\[(\d+) bytes.*left out\]\nline +(\d+)\n(.*)", text
+                )[0]
+                self.assertEqual(int(note), int(first) * 10)
+                self.assertIn("line  999", text)
+        self.assertIn("#### Blocked jobs\n", self.report("markdown"))
+        self.assertIn("| child | default | blocked by long (dead) |", self.report("markdown"))
+
     @internal
     def test_xml_holds_any_character(self) -> None:
         every = "".join(map(chr, (*range(0x300), 0xD800, 0xDFFF, 0xFFFE, 0x10FFFF)))
@@ -7884,7 +7900,7 @@ class ReportFormats(Reported):
         rows = [line for line in outside.splitlines() if line.startswith("|")]
         self.assertLess(len(rows), 30)
         for row in rows:
-            self.assertIn(row.count("|"), (5, 6, 9))
+            self.assertIn(row.count("|"), (4, 5, 6, 9))
         self.queue.configure("max_retries", "1")
         noise = bytes([240, 159, 152, 128]) * 1100  # four bytes each
         for _ in range(250):
@@ -9992,6 +10008,11 @@ class CliLogsLive(Live):
         self.assertIn("==> better <==\nbetter\n", everything.stdout)
         self.assertIn("==> bad <==\ntry 2\n", everything.stdout)
         self.assertEqual(everything.stdout.count("==>"), 2)
+        self.configure(output_limit="14")
+        self.enqueue("printf 'one\ntwo\nthree\nfour\n'", id="long")
+        cut = self.run_cli("worker", "start", "--drain", "--output", "all").stdout
+        note = "[8 bytes of earlier output are left out]\n"
+        self.assertEqual(cut, f"==> long <==\n{note}three\nfour\n")
 
     def test_logs_follow_a_running_job_from_its_last_lines(self) -> None:
         self.enqueue(f"echo one; echo two; touch started; {RUN_UNTIL_GO}; echo three", id="x")

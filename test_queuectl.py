@@ -11551,7 +11551,7 @@ class Readme(Case):
         self.write("bin/send-invoice", "")
         first = self.example("From Python", 0)
         second = self.example("From Python", 1)
-        first = first.replace("make all", "true").replace("delay=10", "delay=0.1")
+        first = first.replace("make all", "true")
         self.assertEqual(self.script(first).stdout, "completed\n")
         with contextlib.closing(sqlite3.connect(self.file("shop.db"))) as db:
             db.execute("CREATE TABLE orders (id INTEGER, what TEXT)")

@@ -2972,6 +2972,8 @@ class Database:
             raise NotFound(
                 f"there is no queue at {self.path}; to begin: queuectl enqueue 'make all'"
             ) from None
+        except ValueError as error:  # too long for Windows
+            raise Fault(f"{quoted(self.path)}: {error}") from None
         if not stat.S_ISREG(info.st_mode):
             raise Fault(f"{self.path} is not a regular file")
         if info.st_size == 0 and not guest:

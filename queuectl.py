@@ -2873,18 +2873,24 @@ class ThreadEnd:
 # was in use, in a transaction or by another thread, is refused in the child, which should leave by
 # os._exit, as multiprocessing's children do. A half-read cursor counts as idle: read it to its end.
 
-CONNECTIONS: weakref.WeakSet[Connection] = weakref.WeakSet()  # of this process
+CONNECTIONS: weakref.WeakValueDictionary[int, Connection] = weakref.WeakValueDictionary()
 IN_USE: dict[int, list[Connection]] = {}  # during a fork, by thread: they must not be closed
 INHERITED: list[Connection] = []  # in a child: those that were in use; closing one writes
 
 
+def open_connections() -> list[Connection]:
+    """Return the usable connections of this process; threads may open others meanwhile."""
+    found = [reference() for reference in CONNECTIONS.valuerefs()]
+    return [db for db in found if db and not db.unusable]
+
+
 def before_fork() -> None:
     """Close this thread's connections that are in no transaction."""
-    for db in list(CONNECTIONS):
+    for db in open_connections():
         with contextlib.suppress(sqlite3.ProgrammingError):  # it belongs to another thread
-            if not db.unusable and not db.in_transaction:
+            if not db.in_transaction:
                 db.close()
-    IN_USE[threading.get_ident()] = [db for db in list(CONNECTIONS) if not db.unusable]
+    IN_USE[threading.get_ident()] = open_connections()
 
 
 def after_fork_in_child() -> None:
@@ -3040,7 +3046,7 @@ class Database:
         db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, factory=Connection)
         db.path = self.path
         db.info = info
-        CONNECTIONS.add(db)
+        CONNECTIONS[id(db)] = db
         return db
 
     def _is_on_read_only_medium(self) -> bool:

@@ -2556,6 +2556,29 @@ class DatabaseForks(Case):
     def test_fork_in_transaction_is_refused_even_if_another_thread_forks_too(self) -> None:
         self.assertEqual(self.script(FORK_DURING_FORK).stdout, "4\n")
 
+    @internal
+    def test_thread_may_open_a_connection_while_another_one_forks(self) -> None:
+        done = threading.Event()
+
+        def keep_opening() -> None:
+            while not done.is_set():
+                with Queue(self.path) as queue:
+                    queue.counts()
+
+        queues = [Queue(self.path) for _ in range(100)]  # it takes time to look at all
+        self.assertEqual({queue.counts()["pending"] for queue in queues}, {0})
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-6)
+        with futures.ThreadPoolExecutor() as executor:
+            opening = executor.submit(keep_opening)
+            try:
+                for _ in range(300):
+                    queuectl.before_fork()
+                    queuectl.IN_USE.clear()
+            finally:
+                done.set()
+            opening.result()
+
     @NEEDS_SHELL
     @internal
     def test_no_connection_of_another_thread_is_closed_in_a_forked_child(self) -> None:

@@ -2569,6 +2569,29 @@ class DatabaseForks(Case):
     def test_fork_in_transaction_is_refused_even_if_another_thread_forks_too(self) -> None:
         self.assertEqual(self.script(FORK_DURING_FORK).stdout, "4\n")
 
+    @internal
+    def test_thread_may_open_a_connection_while_another_one_forks(self) -> None:
+        done = threading.Event()
+
+        def keep_opening() -> None:
+            while not done.is_set():
+                with Queue(self.path) as queue:
+                    queue.counts()
+
+        queues = [Queue(self.path) for _ in range(100)]  # it takes time to look at all
+        self.assertEqual({queue.counts()["pending"] for queue in queues}, {0})
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-6)
+        with futures.ThreadPoolExecutor() as executor:
+            opening = executor.submit(keep_opening)
+            try:
+                for _ in range(300):
+                    queuectl.before_fork()
+                    queuectl.IN_USE.clear()
+            finally:
+                done.set()
+            opening.result()
+
     @NEEDS_SHELL
     @internal
     def test_no_connection_of_another_thread_is_closed_in_a_forked_child(self) -> None:
@@ -4698,14 +4721,14 @@ class QueueLimitLive(Live):
             self.write(f"go{number}")
 
     def test_pool_sleeps_until_the_next_token_and_drains(self) -> None:
-        self.configure(rate="20/1s")
+        self.configure(rate="10/1s")
         for _ in range(8):
             self.enqueue("true")
         self.drain("--count", "2")
         starts = sorted(self.attempts(str(number))[0].started for number in range(1, 9))
         gaps = [b - a for a, b in zip(starts, starts[1:])]
-        self.assertGreater(starts[-1] - starts[0], 6 * 0.05 - 0.03)
-        self.assertLess(sorted(gaps)[len(gaps) // 2], 0.07)
+        self.assertGreater(starts[-1] - starts[0], 0.7 - 0.15)  # the first may start late
+        self.assertLess(sorted(gaps)[len(gaps) // 2], 0.14)
 
 
 @NEEDS_SHELL

@@ -4396,7 +4396,9 @@ class Queue:
         for _ in self._reader.changes(limit):
             if watch.is_over():
                 return watch.jobs()
-        raise TimedOut(f"jobs have not ended within {format_duration(limit or 0)}")
+        first = printable(watch.seen[next(iter(watch.unfinished))].id)
+        more = f" and {len(watch.unfinished) - 1} more" if len(watch.unfinished) > 1 else ""
+        raise TimedOut(f"job {first}{more} did not end within {format_duration(limit or 0)}")
 
     def cancel(self, ids: Iterable[str], *, cascade: bool = False, gone: bool = False) -> list[Job]:
         """Cancel jobs and, with `cascade`, those that wait for them; return them as they are now.
@@ -9506,7 +9508,7 @@ def output_of_attempts(queue: Queue, job: Job, end: float) -> Iterator[bytes]:
         if job.state in FINISHED or reader.failed_ancestor(job):
             return
         if reason := obstacle(reader, job):
-            cause = f", after {job.last_error}" if job.last_error else ""
+            cause = f"; its last attempt: {job.last_error}" if job.last_error else ""
             key = f"{job.run} {reason.partition(' ')[0]}"
             notices.report(f"job {job.id} is waiting: {reason}{cause}", key=key)
 

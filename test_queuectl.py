@@ -4891,7 +4891,8 @@ class QueueWait(Live):
 
     def test_library_times_out(self) -> None:
         self.enqueue("true")
-        with Queue(self.path) as queue, self.assertRaisesRegex(queuectl.TimedOut, "job 1 did not end within 0.1 s"):
+        error = "job 1 did not end within 0.1 s"
+        with Queue(self.path) as queue, self.assertRaisesRegex(queuectl.TimedOut, error):
             queue.wait("1", 0.1)
 
     @internal
@@ -9222,7 +9223,8 @@ class CliEnqueueWaitLive(Live):
             self.write("go")
         self.assertEqual(follower.wait(10), 3)
         error = follower.stderr.read()
-        self.assertRegex(error, r"^1\nqueuectl: job 1 is waiting: due .*; its last attempt: exit code 3\n$")
+        said = r"^1\nqueuectl: job 1 is waiting: due .*; its last attempt: exit code 3\n$"
+        self.assertRegex(error, said)
 
     @internal
     def test_output_of_an_attempt_that_was_too_short_to_follow_is_shown(self) -> None:

@@ -9309,7 +9309,7 @@ class CliBadInput(Case):
         "cwd": (1, None, True, [], {}, "/\0", "/\ud800"),
         "env": (1, None, [], "A=1", {"A": 1}, {"": "x"}, {"A=B": "x"}, {"A": None}, {"A": "\0"}),
         "retry_delays": (
-            1,
+            -1,
             None,
             True,
             "",

@@ -9453,7 +9453,8 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
     """Write the output of the named jobs, of the last job or, with --failed, of all dead jobs."""
     if args.failed and (args.ids or args.run):
         raise BadInput("--failed is about the last attempts of all dead jobs; use it alone")
-    if args.follow and (args.failed or len(args.ids) > 1):
+    ids = [name for text in args.ids for name in text.split() or [text]]  # "$QUEUECTL_PARENTS"
+    if args.follow and (args.failed or len(ids) > 1):
         raise BadInput("-f follows one job")
     if args.failed:
         seqs = [row[1] for row in queue._reader.dead()]
@@ -9461,10 +9462,9 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
         if not seqs:
             say("no job is dead")
     else:
-        names = args.ids or [last_id(queue)]
-        jobs = [named_attempt(args, queue, name) for name in names]
+        jobs = [named_attempt(args, queue, name) for name in ids or [last_id(queue)]]
     for number, job in enumerate(jobs):
-        if args.failed or len(args.ids) > 1:
+        if args.failed or len(ids) > 1:
             write_heading(job, first=not number)
         write_log(args, queue, job)
 

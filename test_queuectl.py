@@ -5110,6 +5110,7 @@ class AttemptLaunch(Live):
         program = shlex.join([*PYTHON, self.PROGRAM])
         self.enqueue("echo result; exit 3", id="a", max_retries=1)
         self.enqueue(f'{program} logs "$QUEUECTL_PARENTS"', id="b", after_end="a")
+        self.enqueue(f'{program} logs "$QUEUECTL_PARENTS"', id="two", after_end=["a", "b"])
         os.environ["QUEUECTL_PARENTS"] = "of an outer job"
         self.enqueue('echo "<$QUEUECTL_PARENTS>"', id="c")
         many = [f"{number:0200}" for number in range(200)]
@@ -5120,6 +5121,7 @@ class AttemptLaunch(Live):
         self.drain(code=1)
         self.assertEqual(self.stdout("logs", "d"), "<>\n")
         self.assertEqual(self.stdout("logs", "b"), "result\n")
+        self.assertEqual(self.stdout("logs", "two").count("\nresult\n"), 2)
         self.assertEqual(self.stdout("logs", "c"), "<>\n")
 
     STARTS = {

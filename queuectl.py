@@ -6233,12 +6233,14 @@ def setting_words(key: str, value: object) -> str:
     return setting_text(value)
 
 
-def stored_settings(reader: Reader, queue: str) -> Iterator[str]:
-    """Yield each setting that applies to a queue and is not built in, with its source."""
-    settings = reader.settings(queue)
-    for key, source in reader.sources(queue).items():
+def stored_settings(reader: Reader, job: Job) -> Iterator[str]:
+    """Yield each setting that applies to a job and is not built in, with its source."""
+    settings = reader.settings(job.queue)
+    for key, source in reader.sources(job.queue).items():
         where = f"queue {source}" if source else "all queues"
-        yield f"{key} {setting_words(key, settings[key])} ({where})"
+        own = job.retry_delays if key in ("backoff_base", "backoff_max") else None
+        if getattr(job, key, own) is None:  # the job has no value of its own
+            yield f"{key} {setting_words(key, settings[key])} ({where})"
 
 
 def job_row(reader: Reader, job: Job, settings: Settings) -> tuple[object, ...]:
@@ -6287,7 +6289,7 @@ def job_details(reader: Reader, job: Job) -> Iterator[tuple[str, object]]:
     facts.update(why=reason_to_wait(reader, job), schedule=rule_text(job), snoozes=job.snoozes)
     facts["env"] = shlex.join(f"{name}={value}" for name, value in facts["env"].items())
     facts["stdin"] = plural(job.stdin_size, "byte") if job.stdin_size else ""
-    facts["settings"] = ", ".join(stored_settings(reader, job.queue))
+    facts["settings"] = ", ".join(stored_settings(reader, job))
     facts["timeout"] = exact_duration(facts["timeout"]) + " (no limit)" * (not facts["timeout"])
     if job.retry_delays:
         delays = map(float, job.retry_delays.split(","))

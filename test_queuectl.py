@@ -10449,6 +10449,11 @@ class CliConfig(Case):
         self.assertEqual(self.json_object("list")["max_retries"], 7)
         settings = "timeout 1m (all queues), max_retries 7 (queue gpu)"
         self.assertRegex(self.stdout("show", "a"), rf"\nsettings +{re.escape(settings)}\n")
+        self.stdout("config", "set", "on_dead", "D")
+        self.stdout("config", "set", "backoff_base", "3")
+        own = {"timeout": 5, "on_dead": "", "retry_delays": "1s"}
+        self.enqueue("true", id="own", queue="gpu", **own)
+        self.assertRegex(self.stdout("show", "own"), r"\nsettings +max_retries 7 \(queue gpu\)\n")
         self.assertEqual(self.json_object("show", "a")["settings"]["max_retries"], 7)
         listed = {row["key"]: row for row in self.json_lines("config", "list", *gpu)}
         sources = [listed[key]["queue"] for key in ("max_retries", "timeout", "shell")]

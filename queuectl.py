@@ -4401,14 +4401,19 @@ class Queue:
         With `gone`, jobs that a launcher runs elsewhere are assumed to have ended there, even if
         `launcher_cancel` fails.
         """
-        with self._db.transaction(notify=True):
-            jobs = {job.seq: job for job in self._reader.named(ids)}
-            for seq in list(jobs) if cascade else []:
-                jobs.update((job.seq, job) for job in self._reader.select(DESCENDANTS, seq=seq))
-            for seq in jobs:
-                if gone:
-                    self._ledger.change(FORGET_LAUNCH, seq=seq)
-                self._ledger.cancel(seq)
+        jobs = {job.seq: job for job in self._reader.named(ids)}
+        named = list(jobs)
+        for seq in named if cascade else []:
+            jobs.update((job.seq, job) for job in self._reader.select(DESCENDANTS, seq=seq))
+
+        def cancel(job: Job) -> None:
+            if gone:
+                self._ledger.change(FORGET_LAUNCH, seq=job.seq)
+            self._ledger.cancel(job.seq)
+
+        seqs = [*list(jobs)[len(named) :], *named]  # first those that wait: none of them may start
+        for _ in self._ledger.in_slices(seqs, lambda _job: None, cancel):
+            pass
         return [self.get(job.id) for job in jobs.values()]
 
     def edit(self, ids: Iterable[str], **fields: object) -> list[Job]:

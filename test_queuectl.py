@@ -10226,6 +10226,21 @@ class CliCancel(Clocked):
         self.assertEqual(self.stdout("cancel", "--cascade", "b").split(), ["b", "c", "d"])
         self.assertEqual(self.run_all(), "a other")
 
+    @internal
+    def test_cascade_is_made_in_short_transactions_and_ends_with_the_parent(self) -> None:
+        enqueue_graph(self.queue, "a", "b a", "c b")
+        seen = []
+
+        def sleep(_seconds: float) -> None:
+            with Queue(self.path) as other:
+                other.configure("timeout", "60")  # it can have the lock
+                seen.append(" ".join(job.id for job in other.jobs("cancelled")))
+
+        with mock.patch.object(queuectl, "HOLD", -1), mock.patch.object(time, "sleep", sleep):
+            self.queue.cancel(["a"], cascade=True)
+        self.assertEqual(seen, ["b", "b c"])
+        self.assertEqual(self.queue.counts()["cancelled"], 3)
+
     def test_cascade_from_a_cancelled_job_cancels_its_blocked_children(self) -> None:
         enqueue_graph(self.queue, "a", "b a")
         self.queue.cancel(["a"])

@@ -4480,7 +4480,9 @@ class QueueLimit(Clocked):
         self.assertEqual([job and job.id for job in (self.claim(), self.claim())], ["gpu2", None])
         self.now += 2
         self.assertIsNone(self.claim())
-        self.queue.configure("limit", "3", "gpu")
+        with mock.patch.object(self.queue._db.run_dir, "notify") as notify:
+            self.queue.configure("limit", "3", "gpu")
+        notify.assert_called_once_with()
         self.assertEqual(self.claim().id, "gpu1")
         self.assertEqual(self.json_object("status")["held"], {})
 

@@ -4407,14 +4407,19 @@ class Queue:
         With `gone`, jobs that a launcher runs elsewhere are assumed to have ended there, even if
         `launcher_cancel` fails.
         """
-        with self._db.transaction(notify=True):
-            jobs = {job.seq: job for job in self._reader.named(ids)}
-            for seq in list(jobs) if cascade else []:
-                jobs.update((job.seq, job) for job in self._reader.select(DESCENDANTS, seq=seq))
-            for seq in jobs:
-                if gone:
-                    self._ledger.change(FORGET_LAUNCH, seq=seq)
-                self._ledger.cancel(seq)
+        jobs = {job.seq: job for job in self._reader.named(ids)}
+        named = list(jobs)
+        for seq in named if cascade else []:
+            jobs.update((job.seq, job) for job in self._reader.select(DESCENDANTS, seq=seq))
+
+        def cancel(job: Job) -> None:
+            if gone:
+                self._ledger.change(FORGET_LAUNCH, seq=job.seq)
+            self._ledger.cancel(job.seq)
+
+        seqs = [*list(jobs)[len(named) :], *named]  # first those that wait: none of them may start
+        for _ in self._ledger.in_slices(seqs, lambda _job: None, cancel):
+            pass
         return [self.get(job.id) for job in jobs.values()]
 
     def edit(self, ids: Iterable[str], **fields: object) -> list[Job]:
@@ -6239,12 +6244,14 @@ def setting_words(key: str, value: object) -> str:
     return setting_text(value)
 
 
-def stored_settings(reader: Reader, queue: str) -> Iterator[str]:
-    """Yield each setting that applies to a queue and is not built in, with its source."""
-    settings = reader.settings(queue)
-    for key, source in reader.sources(queue).items():
+def stored_settings(reader: Reader, job: Job) -> Iterator[str]:
+    """Yield each setting that applies to a job and is not built in, with its source."""
+    settings = reader.settings(job.queue)
+    for key, source in reader.sources(job.queue).items():
         where = f"queue {source}" if source else "all queues"
-        yield f"{key} {setting_words(key, settings[key])} ({where})"
+        own = job.retry_delays if key in ("backoff_base", "backoff_max") else None
+        if getattr(job, key, own) is None:  # the job has no value of its own
+            yield f"{key} {setting_words(key, settings[key])} ({where})"
 
 
 def job_row(reader: Reader, job: Job, settings: Settings) -> tuple[object, ...]:
@@ -6293,7 +6300,7 @@ def job_details(reader: Reader, job: Job) -> Iterator[tuple[str, object]]:
     facts.update(why=reason_to_wait(reader, job), schedule=rule_text(job), snoozes=job.snoozes)
     facts["env"] = shlex.join(f"{name}={value}" for name, value in facts["env"].items())
     facts["stdin"] = plural(job.stdin_size, "byte") if job.stdin_size else ""
-    facts["settings"] = ", ".join(stored_settings(reader, job.queue))
+    facts["settings"] = ", ".join(stored_settings(reader, job))
     facts["timeout"] = exact_duration(facts["timeout"]) + " (no limit)" * (not facts["timeout"])
     if job.retry_delays:
         delays = map(float, job.retry_delays.split(","))
@@ -9458,7 +9465,8 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
     """Write the output of the named jobs, of the last job or, with --failed, of all dead jobs."""
     if args.failed and (args.ids or args.run):
         raise BadInput("--failed is about the last attempts of all dead jobs; use it alone")
-    if args.follow and (args.failed or len(args.ids) > 1):
+    ids = [name for text in args.ids for name in text.split() or [text]]  # "$QUEUECTL_PARENTS"
+    if args.follow and (args.failed or len(ids) > 1):
         raise BadInput("-f follows one job")
     if args.failed:
         seqs = [row[1] for row in queue._reader.dead()]
@@ -9466,10 +9474,9 @@ def cmd_logs(args: argparse.Namespace, queue: Queue) -> None:
         if not seqs:
             say("no job is dead")
     else:
-        names = args.ids or [last_id(queue)]
-        jobs = [named_attempt(args, queue, name) for name in names]
+        jobs = [named_attempt(args, queue, name) for name in ids or [last_id(queue)]]
     for number, job in enumerate(jobs):
-        if args.failed or len(args.ids) > 1:
+        if args.failed or len(ids) > 1:
             write_heading(job, first=not number)
         write_log(args, queue, job)
 

@@ -3403,6 +3403,9 @@ class QueueEdit(Clocked):
         ({"timeout": "default", "max_retries": None}, {"timeout": None, "max_retries": None}),
         ({"env": {"B": None, "C": "3"}}, {"env": '{"A": "1", "C": "3"}'}),
         ({"env": {"A": None, "B": None}}, {"env": None}),
+        ({"stdin": "text", "retry_delays": "1s,2m"}, {"stdin_size": 4, "retry_delays": "1,120"}),
+        ({"on_dead": "D", "on_end": ""}, {"on_dead": "D", "on_end": ""}),
+        ({"after_end": "parent"}, {"readiness": queuectl.BLOCKED}),
         ({"after": "parent"}, {"readiness": queuectl.BLOCKED}),
         ({"after": "parent", "delay": 9}, {"readiness": queuectl.BLOCKED, "run_after": 1e6 + 19}),
         ({"after": ["done"]}, {}),
@@ -4500,7 +4503,9 @@ class QueueLimit(Clocked):
         self.assertEqual([job and job.id for job in (self.claim(), self.claim())], ["gpu2", None])
         self.now += 2
         self.assertIsNone(self.claim())
-        self.queue.configure("limit", "3", "gpu")
+        with mock.patch.object(self.queue._db.run_dir, "notify") as notify:
+            self.queue.configure("limit", "3", "gpu")
+        notify.assert_called_once_with()
         self.assertEqual(self.claim().id, "gpu1")
         self.assertEqual(self.json_object("status")["held"], {})
 
@@ -5134,6 +5139,7 @@ class AttemptLaunch(Live):
         program = shlex.join([*PYTHON, self.PROGRAM])
         self.enqueue("echo result; exit 3", id="a", max_retries=1)
         self.enqueue(f'{program} logs "$QUEUECTL_PARENTS"', id="b", after_end="a")
+        self.enqueue(f'{program} logs "$QUEUECTL_PARENTS"', id="two", after_end=["a", "b"])
         os.environ["QUEUECTL_PARENTS"] = "of an outer job"
         self.enqueue('echo "<$QUEUECTL_PARENTS>"', id="c")
         many = [f"{number:0200}" for number in range(200)]
@@ -5144,6 +5150,7 @@ class AttemptLaunch(Live):
         self.drain(code=1)
         self.assertEqual(self.stdout("logs", "d"), "<>\n")
         self.assertEqual(self.stdout("logs", "b"), "result\n")
+        self.assertEqual(self.stdout("logs", "two").count("\nresult\n"), 2)
         self.assertEqual(self.stdout("logs", "c"), "<>\n")
 
     STARTS = {
@@ -10248,6 +10255,21 @@ class CliCancel(Clocked):
         self.assertEqual(self.stdout("cancel", "--cascade", "b").split(), ["b", "c", "d"])
         self.assertEqual(self.run_all(), "a other")
 
+    @internal
+    def test_cascade_is_made_in_short_transactions_and_ends_with_the_parent(self) -> None:
+        enqueue_graph(self.queue, "a", "b a", "c b")
+        seen = []
+
+        def sleep(_seconds: float) -> None:
+            with Queue(self.path) as other:
+                other.configure("timeout", "60")  # it can have the lock
+                seen.append(" ".join(job.id for job in other.jobs("cancelled")))
+
+        with mock.patch.object(queuectl, "HOLD", -1), mock.patch.object(time, "sleep", sleep):
+            self.queue.cancel(["a"], cascade=True)
+        self.assertEqual(seen, ["b", "b c"])
+        self.assertEqual(self.queue.counts()["cancelled"], 3)
+
     def test_cascade_from_a_cancelled_job_cancels_its_blocked_children(self) -> None:
         enqueue_graph(self.queue, "a", "b a")
         self.queue.cancel(["a"])
@@ -10471,6 +10493,11 @@ class CliConfig(Case):
         self.assertEqual(self.json_object("list")["max_retries"], 7)
         settings = "timeout 1m (all queues), max_retries 7 (queue gpu)"
         self.assertRegex(self.stdout("show", "a"), rf"\nsettings +{re.escape(settings)}\n")
+        self.stdout("config", "set", "on_dead", "D")
+        self.stdout("config", "set", "backoff_base", "3")
+        own = {"timeout": 5, "on_dead": "", "retry_delays": "1s"}
+        self.enqueue("true", id="own", queue="gpu", **own)
+        self.assertRegex(self.stdout("show", "own"), r"\nsettings +max_retries 7 \(queue gpu\)\n")
         self.assertEqual(self.json_object("show", "a")["settings"]["max_retries"], 7)
         listed = {row["key"]: row for row in self.json_lines("config", "list", *gpu)}
         sources = [listed[key]["queue"] for key in ("max_retries", "timeout", "shell")]

@@ -7873,9 +7873,7 @@ class ReportFormats(Reported):
         for style in ("junit", "markdown"):
             with self.subTest(style):
                 text = self.report(style)
-                note, first, rest = re.findall(
-                    r"\[(\d+) bytes.*left out\]\nline +(\d+)\n(.*)", text
-                )[0]
+                note, first = re.findall(r"\[(\d+) bytes.*left out\]\nline +(\d+)\n", text)[0]
                 self.assertEqual(int(note), int(first) * 10)
                 self.assertIn("line  999", text)
         self.assertIn("#### Blocked jobs\n", self.report("markdown"))
@@ -7998,8 +7996,14 @@ class ReportFormats(Reported):
             line = self.assert_refused("report", "-o", file, "--format", "html", code=4)
             self.assertIn(f"{file}: ", line)
         self.assert_refused("report", "unknown", code=1)
-        named = ("queuectl.db", "--format", "json")
-        self.assertIn("must not name a database", self.assert_refused("report", "-o", *named))
+        for ending in ("", "-wal", "-journal"):
+            line = self.assert_refused("report", "-o", "queuectl.db" + ending, "--format", "json")
+            self.assertIn("must not name a file of a database", line)
+
+    def test_queue_that_never_had_a_job_is_reported(self) -> None:
+        self.run_jobs()
+        said = self.result("report", "--queue", "defalt").stderr
+        self.assertEqual(said, "queuectl: queue defalt never had a job: did you mean default?\n")
 
     def test_metrics_pass_the_check_of_promtool(self) -> None:
         self.run_jobs()
@@ -8066,6 +8070,15 @@ class ReportDrain(Live):
             pool.send_signal(signal.SIGTERM)
 
         self.assertEqual(self.stopped_drain(signal_twice), -signal.SIGTERM)
+
+    def test_report_that_cannot_be_written_does_not_prevent_another_one(self) -> None:
+        self.enqueue("true", id="good")
+        os.mkdir(self.file("d.xml"))
+        reports = ("--report", "r.xml", "--report", "d.xml", "--report", "r.json")
+        done = self.run_cli("worker", "start", "--drain", *reports, code=4)
+        self.assertIn("d.xml: Is a directory", done.stderr)
+        self.assertEqual(self.cases(), {"good": []})
+        self.assertEqual(json.loads(self.read("r.json"))["jobs"], 1)
 
     def test_report_that_could_not_be_written_is_refused_before_the_drain(self) -> None:
         start = ("worker", "start", "--report")

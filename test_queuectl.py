@@ -6096,6 +6096,24 @@ class AttemptElsewhereClocked(Clocked):
         self.fail_to_launch()
         self.assertEqual(self.queue._reader.next_ready_time(), self.now + 4)
 
+    @NEEDS_SHELL
+    @internal
+    def test_launcher_cancel_that_hangs_is_killed_and_has_failed(self) -> None:
+        self.queue.enqueue("true", id="a")
+        facts = {"cancel": ["sh", "-c", "sleep 300 & sleep 300"], "grace": 1, "host": "n1"}
+        job = self.claim()
+        self.queue._ledger.note_launch(job, facts, is_first=True)
+        job = job._replace(launch=json.dumps(facts))
+        far_end = queuectl.FarEnd(job, self.queue._ledger, queuectl.Notices([].append))
+        far_end.LIMIT = 0.2
+        far_end.step()
+        session = far_end.process.pid
+        wait_until(lambda: far_end.step() or far_end.has_failed)
+        trouble = "failed: did not end within 0.2 s"
+        self.assertRegex(self.queue.get("a").launched["trouble"], rf"on n1: .* {trouble}\Z")
+        self.assertFalse(far_end.step())
+        wait_until(lambda: not self.process("pgrep", "-s", str(session)).stdout)
+
 
 class Engine(Live):
     """Jobs that an engine runs in processes which are not ours; they work in our directory."""

@@ -884,6 +884,8 @@ def require_program(name: str) -> None:
 
     require(not WINDOWS, "not be set on Windows, which has no launchers")
     require(shutil.which(name), f"begin with a program; {quoted(name)} was not found")
+    where = f"the directory of each job: use {quoted(os.path.abspath(name))}"
+    require(os.path.isabs(name) or os.sep not in name, f"not be relative: it runs in {where}")
 
 
 class Setting(NamedTuple):

@@ -5965,6 +5965,8 @@ class AttemptElsewhere(Live):
                 "sh '": "No closing quotation",
             }.items():
                 self.assertRegex(self.assert_refused("config", "set", key, value), reason)
+            line = self.assert_refused("config", "set", key, "./client -x")
+            self.assertIn(f"directory of each job: use {self.file('client')}", line)
         self.run_cli("config", "set", "launcher", "sh '{seq} {run}' {queue} {id} {{.ID}} {print}")
         self.run_cli("config", "set", "launcher", "")
         self.assertEqual(self.stdout("config", "get", "launcher"), "\n")

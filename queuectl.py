@@ -620,11 +620,12 @@ def valid_path(value: object) -> str:
 
 
 def valid_report(value: object) -> str:
-    """Validate the path of a file that a report may replace."""
+    """Validate the path of a file that a report may replace: no database, nor its -wal."""
     path = valid_path(value)
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            require(file.read(16) != b"SQLite format 3\0", "not name a database")
+    database = re.sub("-(wal|shm|journal)$", "", os.path.realpath(path))
+    for name in filter(os.path.isfile, (path, database)):
+        with open(name, "rb") as file:
+            require(file.read(16) != b"SQLite format 3\0", "not name a file of a database")
     return path
 
 
@@ -883,6 +884,8 @@ def require_program(name: str) -> None:
 
     require(not WINDOWS, "not be set on Windows, which has no launchers")
     require(shutil.which(name), f"begin with a program; {quoted(name)} was not found")
+    where = f"the directory of each job: use {quoted(os.path.abspath(name))}"
+    require(os.path.isabs(name) or os.sep not in name, f"not be relative: it runs in {where}")
 
 
 class Setting(NamedTuple):
@@ -9042,8 +9045,9 @@ def write_drain_reports(args: argparse.Namespace, pool: str, began: float) -> No
     with Queue(args.db, readonly=True, insecure=args.insecure) as queue:
         found = partial(drain_histories, queue._reader, args.queues, pool, began)
         report = Report(queue._reader, found, args.queues, began)
-        for path in args.reports:
-            write_report(path, FORMATS[format_of(path)](report))
+        with contextlib.ExitStack() as stack:  # if one cannot be written, the others are
+            for path in args.reports:
+                stack.callback(write_report, path, FORMATS[format_of(path)](report))
 
 
 def cmd_worker_start(args: argparse.Namespace) -> int:
@@ -9322,6 +9326,7 @@ def cmd_report(args: argparse.Namespace, queue: Queue) -> None:
     if style == "prometheus" and (chosen[2:] != REPORTED[2:] or chosen.ids or args.since):
         raise BadInput("metrics are about queues; the only selection they take is --queue")
     since = reader.clock() - args.since if args.since else 0.0
+    say_unused(reader, chosen.queues)
     jobs = partial(changed_jobs, reader, chosen, since)
     report = Report(reader, lambda: histories(reader, jobs(), since), chosen.queues, since)
     if args.output:

@@ -5996,6 +5996,8 @@ class AttemptElsewhere(Live):
                 "sh '": "No closing quotation",
             }.items():
                 self.assertRegex(self.assert_refused("config", "set", key, value), reason)
+            line = self.assert_refused("config", "set", key, "./client -x")
+            self.assertIn(f"directory of each job: use {self.file('client')}", line)
         self.run_cli("config", "set", "launcher", "sh '{seq} {run}' {queue} {id} {{.ID}} {print}")
         self.run_cli("config", "set", "launcher", "")
         self.assertEqual(self.stdout("config", "get", "launcher"), "\n")
@@ -6126,6 +6128,24 @@ class AttemptElsewhereClocked(Clocked):
         self.start_after_a_failure(trouble="launcher_cancel failed")
         self.fail_to_launch()
         self.assertEqual(self.queue._reader.next_ready_time(), self.now + 4)
+
+    @NEEDS_SHELL
+    @internal
+    def test_launcher_cancel_that_hangs_is_killed_and_has_failed(self) -> None:
+        self.queue.enqueue("true", id="a")
+        facts = {"cancel": ["sh", "-c", "sleep 300 & sleep 300"], "grace": 1, "host": "n1"}
+        job = self.claim()
+        self.queue._ledger.note_launch(job, facts, is_first=True)
+        job = job._replace(launch=json.dumps(facts))
+        far_end = queuectl.FarEnd(job, self.queue._ledger, queuectl.Notices([].append))
+        far_end.LIMIT = 0.2
+        far_end.step()
+        session = far_end.process.pid
+        wait_until(lambda: far_end.step() or far_end.has_failed)
+        trouble = "failed: did not end within 0.2 s"
+        self.assertRegex(self.queue.get("a").launched["trouble"], rf"on n1: .* {trouble}\Z")
+        self.assertFalse(far_end.step())
+        wait_until(lambda: not self.process("pgrep", "-s", str(session)).stdout)
 
 
 class Engine(Live):
@@ -7904,8 +7924,7 @@ class ReportFormats(Reported):
         for style in ("junit", "markdown"):
             with self.subTest(style):
                 text = self.report(style)
-                found = re.search(r"\[(\d+) bytes.*left out\]\nline +(\d+)\n", text)
-                note, first = found.groups() if found else ("", "")
+                note, first = re.findall(r"\[(\d+) bytes.*left out\]\nline +(\d+)\n", text)[0]
                 self.assertEqual(int(note), int(first) * 10)
                 self.assertIn("line  999", text)
         self.assertIn("#### Blocked jobs\n", self.report("markdown"))
@@ -8028,8 +8047,14 @@ class ReportFormats(Reported):
             line = self.assert_refused("report", "-o", file, "--format", "html", code=4)
             self.assertIn(f"{file}: ", line)
         self.assert_refused("report", "unknown", code=1)
-        named = ("queuectl.db", "--format", "json")
-        self.assertIn("must not name a database", self.assert_refused("report", "-o", *named))
+        for ending in ("", "-wal", "-journal"):
+            line = self.assert_refused("report", "-o", "queuectl.db" + ending, "--format", "json")
+            self.assertIn("must not name a file of a database", line)
+
+    def test_queue_that_never_had_a_job_is_reported(self) -> None:
+        self.run_jobs()
+        said = self.result("report", "--queue", "defalt").stderr
+        self.assertEqual(said, "queuectl: queue defalt never had a job: did you mean default?\n")
 
     def test_metrics_pass_the_check_of_promtool(self) -> None:
         self.run_jobs()
@@ -8096,6 +8121,15 @@ class ReportDrain(Live):
             pool.send_signal(signal.SIGTERM)
 
         self.assertEqual(self.stopped_drain(signal_twice), -signal.SIGTERM)
+
+    def test_report_that_cannot_be_written_does_not_prevent_another_one(self) -> None:
+        self.enqueue("true", id="good")
+        os.mkdir(self.file("d.xml"))
+        reports = ("--report", "r.xml", "--report", "d.xml", "--report", "r.json")
+        done = self.run_cli("worker", "start", "--drain", *reports, code=4)
+        self.assertIn("d.xml: Is a directory", done.stderr)
+        self.assertEqual(self.cases(), {"good": []})
+        self.assertEqual(json.loads(self.read("r.json"))["jobs"], 1)
 
     def test_report_that_could_not_be_written_is_refused_before_the_drain(self) -> None:
         start = ("worker", "start", "--report")

@@ -7873,7 +7873,7 @@ class ReportFormats(Reported):
         for style in ("junit", "markdown"):
             with self.subTest(style):
                 text = self.report(style)
-                note, first, rest = re.findall(
+                note, first, _rest = re.findall(
                     r"\[(\d+) bytes.*left out\]\nline +(\d+)\n(.*)", text
                 )[0]
                 self.assertEqual(int(note), int(first) * 10)

@@ -10145,22 +10145,25 @@ def command_hint(name: str, word: str) -> str:
     return f"; choose from {', '.join(verbs)}"
 
 
-WORD_HINTS = {  # the option that a word stands for where a command takes no words
-    "queuectl worker start": "--count",
-    "queuectl pause": "--queue",
-    "queuectl resume": "--queue",
-    "queuectl status": "--queue",
+ALL_HINTS = {  # what to type instead of --all
+    "queuectl cancel": "--state pending,processing",
+    "queuectl edit": "--state pending",
+    "queuectl list": "--limit 0",
 }
+TAKE_NO_WORDS = ("queuectl worker start", "queuectl pause", "queuectl resume", "queuectl status")
 
 
 def usage_hint(prog: str, message: str, options: Iterable[str]) -> str:
     wrong = re.match("unrecognized arguments: ([^ =]+)", message)
     if wrong and wrong[1] == "-":
         return "; - takes the place of a command, as in: enqueue --lines -"
+    if wrong and wrong[1] == "--all" and prog in ALL_HINTS:
+        return f": did you mean {ALL_HINTS[prog]}?"
     if wrong and wrong[1][0] == "-":
         return did_you_mean(wrong[1], options)
-    if wrong and prog in WORD_HINTS:
-        return f": did you mean {WORD_HINTS[prog]} {wrong[1]}?"
+    if wrong and prog in TAKE_NO_WORDS:
+        is_count = prog == "queuectl worker start" and wrong[1].isdigit()
+        return f": did you mean {'--count' if is_count else '--queue'} {wrong[1]}?"
     if re.match("argument .*: expected one argument", message):
         return "; it must not begin with -"
     return ""

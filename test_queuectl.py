@@ -9459,6 +9459,10 @@ class CliBadInput(Case):
         "prun": "no command prun; choose from enqueue,",  # it deletes
         "dlq purg": "no command purg; choose from list, retry, purge",
         "worker start 2": "did you mean --count 2?",
+        "worker start gpu": "did you mean --queue gpu?",
+        "cancel --all": "did you mean --state pending,processing?",
+        "edit --all --priority 1": "did you mean --state pending?",
+        "list --all": "did you mean --limit 0?",
         "pause default": "did you mean --queue default?",
         "enqueue x --max-retries 0": "must be at least 1, which means to try once",
         "enqueue x --timeout none": "0 means no limit",

@@ -1047,6 +1047,14 @@ def exact_duration(seconds: float) -> str:
     return "".join(in_units(seconds - rest, "dhm")) + f"{rest:.15g}s" * (rest > 0) or "0"
 
 
+def exact_size(size: int) -> str:
+    """Return a number of bytes exactly, as it can be typed: 0, 1000, 64K, 1M."""
+    for unit, count in (("M", 1 << 20), ("K", 1 << 10)):
+        if size and size % count == 0:
+            return f"{size // count}{unit}"
+    return str(size)
+
+
 def format_distance(when: float, now: float) -> str:
     """Return a time relative to now: `3m ago`, `in 2h`."""
     if abs(when - now) < 1:
@@ -6227,9 +6235,11 @@ def setting_text(value: object) -> str:
 
 
 def setting_words(key: str, value: object) -> str:
-    """Return the value of a setting for people: a duration with its units."""
+    """Return the value of a setting for people: a duration or a size with its unit."""
     if SETTINGS[key].read in (parse_duration, parse_age):
         return exact_duration(float(str(value)))
+    if SETTINGS[key].read is parse_size:
+        return exact_size(int(str(value)))
     return setting_text(value)
 
 

@@ -9664,6 +9664,7 @@ class CliStatus(Clocked):
             "config set timeout 5400": "timeout is 1h30m for all queues",
             "config set timeout 90 --queue gpu": "timeout is 1m30s for queue gpu",
             "config unset timeout --queue gpu": "timeout is 1h30m for queue gpu",
+            "config set output_limit 1.5M": "output_limit is 1536K for all queues",
             "config set no_retry_exit_codes": "no_retry_exit_codes is empty for all queues",
             "config set shell nosuch": "warning: there is no program nosuch here",
             "prune": "1 job pruned",

@@ -10139,7 +10139,7 @@ commands:
   machine   install, doctor, completion, help
 
 queuectl help COMMAND describes a command; the README describes everything:
-{HOME_PAGE}#readme
+queuectl {__version__}, {HOME_PAGE}#readme
 """
 
 

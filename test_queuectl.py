@@ -10524,6 +10524,7 @@ class CliHelp(Case):
         self.assertLess(len(lines), 30)
         self.assertLessEqual(max(map(len, lines)), 80)
         self.assertEqual(shown.count("\n  queuectl "), 5)
+        self.assertIn(f"\nqueuectl {queuectl.__version__}, {queuectl.HOME_PAGE}#readme\n", shown)
         named = re.findall(r"(?m)(?<=[ ,] )[a-z]+(?: [a-z]+)?(?=,|$)", shown.split("commands:")[1])
         self.assertEqual(sorted(named), sorted(queuectl.COMMANDS))
 

@@ -8312,7 +8312,8 @@ class Doctor:
         except (QueueError, sqlite3.Error) as error:
             return False, str(error)
         except OSError as error:
-            return False, str(system_fault(error, self.directory))
+            remedy = "use a directory that you can write to (--db PATH)"
+            return False, f"{system_fault(error, self.directory)}; {remedy}"
 
     def versions(self) -> str:
         import platform
@@ -8336,7 +8337,8 @@ class Doctor:
 
         free = shutil.disk_usage(self.directory).free
         if free < LEAST_FREE:
-            raise Fault(f"only {free >> 20} MiB are free on the disk of {self.directory}")
+            remedy = "; delete files, or use another disk (--db PATH)"
+            raise Fault(f"only {free >> 20} MiB are free on the disk of {self.directory}{remedy}")
         return f"{free >> 20} MiB are free"
 
     def queue(self) -> str:

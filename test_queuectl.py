@@ -8797,7 +8797,16 @@ class DoctorTrials(Case):
     def test_missing_directory_ends_the_trials(self) -> None:
         found = self.run_cli("--db", self.file("nowhere/q"), "doctor", code=1).stdout
         self.assertRegex(found, r"(?m)^FAIL  queue  .*(No such file|not found)")
+        self.assertEqual(found.count("; use a directory that you can write to (--db PATH)\n"), 2)
         self.assertNotIn("recovery", found)
+
+    @internal
+    def test_full_disk_is_reported_with_a_remedy(self) -> None:
+        with mock.patch("shutil.disk_usage", return_value=mock.Mock(free=5 << 20)):
+            found = queuectl.Doctor(self.path).attempt(queuectl.Doctor(self.path).space)
+        remedy = "; delete files, or use another disk (--db PATH)"
+        reason = f"only 5 MiB are free on the disk of {os.path.dirname(self.path)}"
+        self.assertEqual(found, (False, reason + remedy))
 
 
 # --- command line ---------------------------------------------------------------------------------

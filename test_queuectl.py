@@ -9534,6 +9534,13 @@ class CliWorkers(Live):
         self.enqueue("true")
         self.assertEqual(self.drain("--quiet"), "")
 
+    @internal
+    def test_count_of_zero_means_a_worker_for_each_cpu(self) -> None:
+        cpus = mock.patch.object(queuectl, "cpu_count", return_value=3)
+        with cpus, mock.patch.object(queuectl, "work", return_value=0) as work:
+            self.stdout("worker", "start", "--count", "0")
+        self.assertEqual(work.call_args[0][1], 3)
+
     @SLOW
     def test_worker_stop_waits_until_all_workers_are_gone(self) -> None:
         """Promise 6: stopping is graceful, from another terminal too."""

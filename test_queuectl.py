@@ -10624,6 +10624,10 @@ class CliCompletion(Case):
         "dlq retry dead1 _": "dead1",
         "wait pend1,_": "",
         "cancel _": "sched pend1",
+        "wait _": "sched pend1",
+        "edit _": "sched pend1",
+        "prune _": "dead1 gone1",
+        "worker stop p": "pool-ab",
         "enqueue x --after pend1,d": "pend1,dead1",
         "enqueue --id _": "",
         "show dead1 _": "",
@@ -10643,6 +10647,8 @@ class CliCompletion(Case):
             queue.enqueue("true", id="dead1", max_retries=1, queue="gpu")
             outcome = Outcome("exited", 1.0, 2.0, 1, "exit code 1")
             queue._ledger.finish(claim(queue), outcome)
+            queue.enqueue("true", id="gone1", queue="gpu")
+            queue.cancel(["gone1"])
             queue.enqueue("true", id="pend1", queue="gpu")
             queue.enqueue("true", id="sched", every="1h", queue="gpu")
 
@@ -10651,7 +10657,8 @@ class CliCompletion(Case):
             shown = self.stdout("completion", "zsh", "queuectl", *typed).split()
             return " ".join(word for word in shown if word != "sched.1")
 
-        self.assert_table(self.VALUES, complete)
+        with mock.patch.object(queuectl.RunDirectory, "alive", return_value=["pool-ab"]):
+            self.assert_table(self.VALUES, complete)
         self.enqueue("true", id="$(touch${IFS}x)")
         shown = self.stdout("completion", "bash", "queuectl", "cancel", "$")
         self.assertEqual(shown, "'$(touch${IFS}x)'\n")

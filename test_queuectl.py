@@ -10520,6 +10520,7 @@ class CliHelp(Case):
         runs_on = f"Python {python}, SQLite {sqlite3.sqlite_version}, schema 1"
         shown = f"queuectl {queuectl.__version__} ({runs_on})\n"
         self.assertEqual(self.result("--version"), (0, shown, ""))
+        self.assertEqual(self.result("-V"), (0, shown, ""))
 
     def test_older_python_shows_a_line_that_names_the_needed_version(self) -> None:
         pattern = os.path.expanduser("~/.pyenv/versions/3.[67].*/bin/python3")

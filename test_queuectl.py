@@ -8801,6 +8801,33 @@ class DoctorTrials(Case):
         self.assertNotIn("recovery", found)
 
     @internal
+    def test_each_trial_fails_where_the_machine_does_not_keep_a_promise(self) -> None:
+        doctor = queuectl.Doctor(self.path)
+        doctor.queue()
+        lost = [mock.Mock(outcome="crashed")]
+        nothing = mock.Mock(stdout=b"", stderr=b"no WAL")
+        network = mock.patch.object(queuectl, "network_file_system", return_value="nfs4")
+        unlocked = mock.patch.object(queuectl.SYSTEM, "is_unlocked", return_value=True)
+        unread = mock.patch("subprocess.run", return_value=nothing)
+        one_attempt = mock.patch.object(doctor, "run_job", return_value=lost)
+        with network:
+            self.assert_fault(doctor.file_system, "is on nfs4; SQLite needs a local disk")
+        if not queuectl.WINDOWS:
+            with unlocked:
+                self.assert_fault(doctor.locks, "a lock is not kept by a child that inherits it")
+        with unread:
+            self.assert_fault(doctor.wal, "another process cannot read the queue: no WAL")
+        with one_attempt:
+            self.assert_fault(doctor.recovery, "did not run again, but: ['crashed']")
+            with mock.patch("os.path.getsize", side_effect=[1, 2]):  # it still writes
+                self.assert_fault(doctor.process_tree, "has outlived the job's timeout")
+
+    def assert_fault(self, trial: Callable[[], str], message: str) -> None:
+        ok, found = queuectl.Doctor(self.path).attempt(trial)
+        self.assertFalse(ok)
+        self.assertIn(message, found)
+
+    @internal
     def test_full_disk_is_reported_with_a_remedy(self) -> None:
         with mock.patch("shutil.disk_usage", return_value=mock.Mock(free=5 << 20)):
             found = queuectl.Doctor(self.path).attempt(queuectl.Doctor(self.path).space)

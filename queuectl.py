@@ -5578,9 +5578,11 @@ class Crew:
             try:
                 process, pipe = start_worker(*worker, insecure=self.options.insecure)
                 self.add(WorkerHandle(name, slot, process, pipe))
-            except (EOFError, OSError) as error:  # its server died, or the machine is at its limit
+            except EOFError:
+                self.note_trouble("its fork server died")
+            except (OSError, ImportError) as error:  # the machine is at its limit
                 # Not the error: its traceback would keep descriptors open.
-                self.note_trouble(getattr(error, "strerror", None) or "its fork server died")
+                self.note_trouble(getattr(error, "strerror", None) or str(error))
             self.files.run_dir.notify()
             if self.mode:
                 break

@@ -7399,6 +7399,18 @@ class PoolTrouble(Clocked):
         self.assertEqual(pool.changes.ready_at, self.now + 60)
 
     @internal
+    def test_worker_whose_start_fails_in_any_way_is_started_again_later(self) -> None:
+        crew = make_pool(self, self.queue).crew
+        full = "_multiprocessing.so: cannot open shared object file: Too many open files"
+        failures = (OSError(24, "Too many open files"), EOFError(), ImportError(full))
+        for error in failures:
+            with mock.patch.object(queuectl, "start_worker", side_effect=error):
+                crew.start_workers([1])
+        reasons = ["Too many open files", "its fork server died", full]
+        self.assertEqual(list(crew.troubles), reasons)
+        self.assertGreater(crew.start_at, time.monotonic())
+
+    @internal
     def test_pool_reports_each_problem_once_a_minute(self) -> None:
         reports: list[str] = []
         pool = make_pool(self, self.queue, say=reports.append)

@@ -1050,6 +1050,14 @@ def exact_duration(seconds: float) -> str:
     return "".join(in_units(seconds - rest, "dhm")) + f"{rest:.15g}s" * (rest > 0) or "0"
 
 
+def exact_size(size: int) -> str:
+    """Return a number of bytes exactly, as it can be typed: 0, 1000, 64K, 1M."""
+    for unit, count in (("M", 1 << 20), ("K", 1 << 10)):
+        if size and size % count == 0:
+            return f"{size // count}{unit}"
+    return str(size)
+
+
 def format_distance(when: float, now: float) -> str:
     """Return a time relative to now: `3m ago`, `in 2h`."""
     if abs(when - now) < 1:
@@ -5584,9 +5592,11 @@ class Crew:
             try:
                 process, pipe = start_worker(*worker, insecure=self.options.insecure)
                 self.add(WorkerHandle(name, slot, process, pipe))
-            except (EOFError, OSError) as error:  # its server died, or the machine is at its limit
+            except EOFError:
+                self.note_trouble("its fork server died")
+            except (OSError, ImportError) as error:  # the machine is at its limit
                 # Not the error: its traceback would keep descriptors open.
-                self.note_trouble(getattr(error, "strerror", None) or "its fork server died")
+                self.note_trouble(getattr(error, "strerror", None) or str(error))
             self.files.run_dir.notify()
             if self.mode:
                 break
@@ -6241,9 +6251,11 @@ def setting_text(value: object) -> str:
 
 
 def setting_words(key: str, value: object) -> str:
-    """Return the value of a setting for people: a duration with its units."""
+    """Return the value of a setting for people: a duration or a size with its unit."""
     if SETTINGS[key].read in (parse_duration, parse_age):
         return exact_duration(float(str(value)))
+    if SETTINGS[key].read is parse_size:
+        return exact_size(int(str(value)))
     return setting_text(value)
 
 
@@ -8317,7 +8329,8 @@ class Doctor:
         except (QueueError, sqlite3.Error) as error:
             return False, str(error)
         except OSError as error:
-            return False, str(system_fault(error, self.directory))
+            remedy = "use a directory that you can write to (--db PATH)"
+            return False, f"{system_fault(error, self.directory)}; {remedy}"
 
     def versions(self) -> str:
         import platform
@@ -8341,7 +8354,8 @@ class Doctor:
 
         free = shutil.disk_usage(self.directory).free
         if free < LEAST_FREE:
-            raise Fault(f"only {free >> 20} MiB are free on the disk of {self.directory}")
+            remedy = "; delete files, or use another disk (--db PATH)"
+            raise Fault(f"only {free >> 20} MiB are free on the disk of {self.directory}{remedy}")
         return f"{free >> 20} MiB are free"
 
     def queue(self) -> str:
@@ -10146,7 +10160,7 @@ commands:
   machine   install, doctor, completion, help
 
 queuectl help COMMAND describes a command; the README describes everything:
-{HOME_PAGE}#readme
+queuectl {__version__}, {HOME_PAGE}#readme
 """
 
 
@@ -10162,22 +10176,25 @@ def command_hint(name: str, word: str) -> str:
     return f"; choose from {', '.join(verbs)}"
 
 
-WORD_HINTS = {  # the option that a word stands for where a command takes no words
-    "queuectl worker start": "--count",
-    "queuectl pause": "--queue",
-    "queuectl resume": "--queue",
-    "queuectl status": "--queue",
+ALL_HINTS = {  # what to type instead of --all
+    "queuectl cancel": "--state pending,processing",
+    "queuectl edit": "--state pending",
+    "queuectl list": "--limit 0",
 }
+TAKE_NO_WORDS = ("queuectl worker start", "queuectl pause", "queuectl resume", "queuectl status")
 
 
 def usage_hint(prog: str, message: str, options: Iterable[str]) -> str:
     wrong = re.match("unrecognized arguments: ([^ =]+)", message)
     if wrong and wrong[1] == "-":
         return "; - takes the place of a command, as in: enqueue --lines -"
+    if wrong and wrong[1] == "--all" and prog in ALL_HINTS:
+        return f": did you mean {ALL_HINTS[prog]}?"
     if wrong and wrong[1][0] == "-":
         return did_you_mean(wrong[1], options)
-    if wrong and prog in WORD_HINTS:
-        return f": did you mean {WORD_HINTS[prog]} {wrong[1]}?"
+    if wrong and prog in TAKE_NO_WORDS:
+        is_count = prog == "queuectl worker start" and wrong[1].isdigit()
+        return f": did you mean {'--count' if is_count else '--queue'} {wrong[1]}?"
     if re.match("argument .*: expected one argument", message):
         return "; it must not begin with -"
     return ""

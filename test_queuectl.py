@@ -7450,6 +7450,18 @@ class PoolTrouble(Clocked):
         self.assertEqual(pool.changes.ready_at, self.now + 60)
 
     @internal
+    def test_worker_whose_start_fails_in_any_way_is_started_again_later(self) -> None:
+        crew = make_pool(self, self.queue).crew
+        full = "_multiprocessing.so: cannot open shared object file: Too many open files"
+        failures = (OSError(24, "Too many open files"), EOFError(), ImportError(full))
+        for error in failures:
+            with mock.patch.object(queuectl, "start_worker", side_effect=error):
+                crew.start_workers([1])
+        reasons = ["Too many open files", "its fork server died", full]
+        self.assertEqual(list(crew.troubles), reasons)
+        self.assertGreater(crew.start_at, time.monotonic())
+
+    @internal
     def test_pool_reports_each_problem_once_a_minute(self) -> None:
         reports: list[str] = []
         pool = make_pool(self, self.queue, say=reports.append)
@@ -8861,7 +8873,43 @@ class DoctorTrials(Case):
     def test_missing_directory_ends_the_trials(self) -> None:
         found = self.run_cli("--db", self.file("nowhere/q"), "doctor", code=1).stdout
         self.assertRegex(found, r"(?m)^FAIL  queue  .*(No such file|not found)")
+        self.assertEqual(found.count("; use a directory that you can write to (--db PATH)\n"), 2)
         self.assertNotIn("recovery", found)
+
+    @internal
+    def test_each_trial_fails_where_the_machine_does_not_keep_a_promise(self) -> None:
+        doctor = queuectl.Doctor(self.path)
+        doctor.queue()
+        lost = [mock.Mock(outcome="crashed")]
+        nothing = mock.Mock(stdout=b"", stderr=b"no WAL")
+        network = mock.patch.object(queuectl, "network_file_system", return_value="nfs4")
+        unlocked = mock.patch.object(queuectl.SYSTEM, "is_unlocked", return_value=True)
+        unread = mock.patch("subprocess.run", return_value=nothing)
+        one_attempt = mock.patch.object(doctor, "run_job", return_value=lost)
+        with network:
+            self.assert_fault(doctor.file_system, "is on nfs4; SQLite needs a local disk")
+        if not queuectl.WINDOWS:
+            with unlocked:
+                self.assert_fault(doctor.locks, "a lock is not kept by a child that inherits it")
+        with unread:
+            self.assert_fault(doctor.wal, "another process cannot read the queue: no WAL")
+        with one_attempt:
+            self.assert_fault(doctor.recovery, "did not run again, but: ['crashed']")
+            with mock.patch("os.path.getsize", side_effect=[1, 2]):  # it still writes
+                self.assert_fault(doctor.process_tree, "has outlived the job's timeout")
+
+    def assert_fault(self, trial: Callable[[], str], message: str) -> None:
+        ok, found = queuectl.Doctor(self.path).attempt(trial)
+        self.assertFalse(ok)
+        self.assertIn(message, found)
+
+    @internal
+    def test_full_disk_is_reported_with_a_remedy(self) -> None:
+        with mock.patch("shutil.disk_usage", return_value=mock.Mock(free=5 << 20)):
+            found = queuectl.Doctor(self.path).attempt(queuectl.Doctor(self.path).space)
+        remedy = "; delete files, or use another disk (--db PATH)"
+        reason = f"only 5 MiB are free on the disk of {os.path.dirname(self.path)}"
+        self.assertEqual(found, (False, reason + remedy))
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -9524,6 +9572,10 @@ class CliBadInput(Case):
         "prun": "no command prun; choose from enqueue,",  # it deletes
         "dlq purg": "no command purg; choose from list, retry, purge",
         "worker start 2": "did you mean --count 2?",
+        "worker start gpu": "did you mean --queue gpu?",
+        "cancel --all": "did you mean --state pending,processing?",
+        "edit --all --priority 1": "did you mean --state pending?",
+        "list --all": "did you mean --limit 0?",
         "pause default": "did you mean --queue default?",
         "enqueue x --max-retries 0": "must be at least 1, which means to try once",
         "enqueue x --timeout none": "0 means no limit",
@@ -9585,6 +9637,13 @@ class CliWorkers(Live):
     def test_quiet_pool_prints_no_events(self) -> None:
         self.enqueue("true")
         self.assertEqual(self.drain("--quiet"), "")
+
+    @internal
+    def test_count_of_zero_means_a_worker_for_each_cpu(self) -> None:
+        cpus = mock.patch.object(queuectl, "cpu_count", return_value=3)
+        with cpus, mock.patch.object(queuectl, "work", return_value=0) as work:
+            self.stdout("worker", "start", "--count", "0")
+        self.assertEqual(work.call_args[0][1], 3)
 
     @SLOW
     def test_worker_stop_waits_until_all_workers_are_gone(self) -> None:
@@ -9725,6 +9784,7 @@ class CliStatus(Clocked):
             "config set timeout 5400": "timeout is 1h30m for all queues",
             "config set timeout 90 --queue gpu": "timeout is 1m30s for queue gpu",
             "config unset timeout --queue gpu": "timeout is 1h30m for queue gpu",
+            "config set output_limit 1.5M": "output_limit is 1536K for all queues",
             "config set no_retry_exit_codes": "no_retry_exit_codes is empty for all queues",
             "config set shell nosuch": "warning: there is no program nosuch here",
             "prune": "1 job pruned",
@@ -10584,6 +10644,7 @@ class CliHelp(Case):
         runs_on = f"Python {python}, SQLite {sqlite3.sqlite_version}, schema 1"
         shown = f"queuectl {queuectl.__version__} ({runs_on})\n"
         self.assertEqual(self.result("--version"), (0, shown, ""))
+        self.assertEqual(self.result("-V"), (0, shown, ""))
 
     def test_older_python_shows_a_line_that_names_the_needed_version(self) -> None:
         pattern = os.path.expanduser("~/.pyenv/versions/3.[67].*/bin/python3")
@@ -10604,6 +10665,7 @@ class CliHelp(Case):
         self.assertLess(len(lines), 30)
         self.assertLessEqual(max(map(len, lines)), 80)
         self.assertEqual(shown.count("\n  queuectl "), 5)
+        self.assertIn(f"\nqueuectl {queuectl.__version__}, {queuectl.HOME_PAGE}#readme\n", shown)
         named = re.findall(r"(?m)(?<=[ ,] )[a-z]+(?: [a-z]+)?(?=,|$)", shown.split("commands:")[1])
         self.assertEqual(sorted(named), sorted(queuectl.COMMANDS))
 
@@ -10687,6 +10749,10 @@ class CliCompletion(Case):
         "dlq retry dead1 _": "dead1",
         "wait pend1,_": "",
         "cancel _": "sched pend1",
+        "wait _": "sched pend1",
+        "edit _": "sched pend1",
+        "prune _": "dead1 gone1",
+        "worker stop p": "pool-ab",
         "enqueue x --after pend1,d": "pend1,dead1",
         "enqueue --id _": "",
         "show dead1 _": "",
@@ -10706,6 +10772,8 @@ class CliCompletion(Case):
             queue.enqueue("true", id="dead1", max_retries=1, queue="gpu")
             outcome = Outcome("exited", 1.0, 2.0, 1, "exit code 1")
             queue._ledger.finish(claim(queue), outcome)
+            queue.enqueue("true", id="gone1", queue="gpu")
+            queue.cancel(["gone1"])
             queue.enqueue("true", id="pend1", queue="gpu")
             queue.enqueue("true", id="sched", every="1h", queue="gpu")
 
@@ -10714,7 +10782,8 @@ class CliCompletion(Case):
             shown = self.stdout("completion", "zsh", "queuectl", *typed).split()
             return " ".join(word for word in shown if word != "sched.1")
 
-        self.assert_table(self.VALUES, complete)
+        with mock.patch.object(queuectl.RunDirectory, "alive", return_value=["pool-ab"]):
+            self.assert_table(self.VALUES, complete)
         self.enqueue("true", id="$(touch${IFS}x)")
         shown = self.stdout("completion", "bash", "queuectl", "cancel", "$")
         self.assertEqual(shown, "'$(touch${IFS}x)'\n")

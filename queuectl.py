@@ -8346,7 +8346,7 @@ class Doctor:
 
         path = self.trial + ".lock"
         lock = LockFile(path)
-        command = [SYSTEM.PYTHON, "-c", "input()"]
+        command = [SYSTEM.PYTHON, "-I", "-c", "input()"]
         inherited: Any = {} if WINDOWS else {"pass_fds": [lock.fd]}
         with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, **inherited) as heir:
             os.close(lock.fd)
@@ -8361,7 +8361,7 @@ class Doctor:
 
         with self.open() as queue:
             job = queue.enqueue("true")
-            command = [SYSTEM.PYTHON, "-c", QUERY, self.trial, USED_QUEUES]
+            command = [SYSTEM.PYTHON, "-I", "-c", QUERY, self.trial, USED_QUEUES]
             seen = subprocess.run(command, capture_output=True, check=False)
             queue.cancel([job])
         if seen.stdout.split() != [b"default"]:
@@ -8380,7 +8380,7 @@ class Doctor:
 
     def run_job(self, code: str, **fields: Any) -> list[Attempt]:
         """Run a Python program as a job; return its attempts."""
-        command = join_words([SYSTEM.PYTHON, "-c", f"exec({code!r})"])  # of one line
+        command = join_words([SYSTEM.PYTHON, "-I", "-c", f"exec({code!r})"])  # of one line
         with self.open() as queue:
             job = queue.enqueue(command, cwd=os.path.dirname(self.trial), **fields)
             options = {"drain": True, "insecure": True}

@@ -8785,6 +8785,16 @@ class DoctorTrials(Case):
             doctor.queue()
             self.assertEqual(doctor.wal(), "another process reads what this one has written")
 
+    @internal
+    def test_modules_of_the_current_directory_are_not_imported(self) -> None:
+        self.write("sqlite3.py", "open('loaded', 'w')")
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.dir)
+        doctor = queuectl.Doctor(self.path)
+        doctor.queue()
+        doctor.wal()
+        self.assertFalse(os.path.exists(self.file("loaded")))
+
     @SLOW
     @NEEDS_SHELL
     def test_directory_that_others_may_write_to_fails_one_trial(self) -> None:

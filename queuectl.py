@@ -10178,6 +10178,9 @@ def new_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
             cut = quoted(message, 4 * QUOTED_LIMIT)  # it may repeat a long command line
             raise BadInput(f"{cut}{hint} (see {self.prog} --help)")
 
+        def _print_message(self, message: str, file: Any = None) -> None:
+            print(message, end="", file=file)  # argparse would ignore a full disk
+
     width = terminal_width(sys.stdout) or 80
     # With the width given, argparse does not import shutil, which takes 2 ms.
     style = partial(argparse.RawDescriptionHelpFormatter, width=max(width - 2, 20))

@@ -7873,9 +7873,7 @@ class ReportFormats(Reported):
         for style in ("junit", "markdown"):
             with self.subTest(style):
                 text = self.report(style)
-                note, first, rest = re.findall(
-                    r"\[(\d+) bytes.*left out\]\nline +(\d+)\n(.*)", text
-                )[0]
+                note, first = re.findall(r"\[(\d+) bytes.*left out\]\nline +(\d+)\n", text)[0]
                 self.assertEqual(int(note), int(first) * 10)
                 self.assertIn("line  999", text)
         self.assertIn("#### Blocked jobs\n", self.report("markdown"))
@@ -10934,13 +10932,13 @@ class CliTerminal(Live):
     def test_exit_code_is_right_where_neither_stream_can_be_written(self) -> None:
         self.enqueue("true")
         self.write("file")
-        os.environ["PYTHONUNBUFFERED"] = ""
-        codes = {"status": 4, "--help": 4, "show 9": 1}
-        for words, code in codes.items():
-            for path, mode in (("/dev/full", "w"), (self.file("file"), "r")):
-                with self.subTest(words, path=path), open(path, mode) as stream:
-                    process = self.start(*words.split(), stdout=stream, stderr=stream)
-                    self.assertEqual(process.wait(10), code)
+        codes = {"status": 4, "--help": 4, "--version": 4, "show 9": 1}
+        places = (("/dev/full", "w"), (self.file("file"), "r"))
+        for (words, code), (path, mode), unbuffered in product(codes.items(), places, ("", "1")):
+            os.environ["PYTHONUNBUFFERED"] = unbuffered
+            with self.subTest(words, path=path, unbuffered=unbuffered), open(path, mode) as stream:
+                process = self.start(*words.split(), stdout=stream, stderr=stream)
+                self.assertEqual(process.wait(10), code)
 
     def test_paths_and_logs_are_shown_escaped(self) -> None:
         self.use_queue("\x1b[2J")

@@ -1812,7 +1812,7 @@ EXHAUSTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # a system
 def polling(limit: float = NEVER, first: float = 0.0005, longest: float = 0.05) -> Iterator[float]:
     """Yield the seconds waited so far: at once, then after growing pauses, until the limit.
 
-    It is for facts that notify nobody, such as the locks of others.
+    Use it for what sends no notification, such as the end of a lock.
     """
     began = time.monotonic()
     pause = first
@@ -2038,7 +2038,7 @@ if sys.platform == "win32":
             """Do nothing: a Job Object knows its processes."""
 
         def any_alive(self, pids: Iterable[int]) -> bool:  # noqa: ARG002
-            """Return False: to ask the Job Object costs no more."""
+            """Return False: querying the Job Object is as cheap."""
             return False
 
         def processes(self, trace: Trace, snapshot: None = None) -> list[int]:  # noqa: ARG002
@@ -2234,7 +2234,7 @@ else:
         return False
 
     class Child:
-        """A job's own process, like a Popen; `elders` are processes of earlier jobs that run on."""
+        """A job's own process, like a Popen; `elders` are still running from earlier jobs."""
 
         returncode: int | None = None  # None while it runs; minus n for signal n
 
@@ -2853,18 +2853,24 @@ class ThreadEnd:
 # was in use, in a transaction or by another thread, is refused in the child, which should leave by
 # os._exit, as multiprocessing's children do. A half-read cursor counts as idle: read it to its end.
 
-CONNECTIONS: weakref.WeakSet[Connection] = weakref.WeakSet()  # of this process
+CONNECTIONS: weakref.WeakValueDictionary[int, Connection] = weakref.WeakValueDictionary()
 IN_USE: dict[int, list[Connection]] = {}  # during a fork, by thread: they must not be closed
 INHERITED: list[Connection] = []  # in a child: those that were in use; closing one writes
 
 
+def open_connections() -> list[Connection]:
+    """Return the usable connections of this process; threads may open others meanwhile."""
+    found = [reference() for reference in CONNECTIONS.valuerefs()]
+    return [db for db in found if db and not db.unusable]
+
+
 def before_fork() -> None:
     """Close this thread's connections that are in no transaction."""
-    for db in list(CONNECTIONS):
+    for db in open_connections():
         with contextlib.suppress(sqlite3.ProgrammingError):  # it belongs to another thread
-            if not db.unusable and not db.in_transaction:
+            if not db.in_transaction:
                 db.close()
-    IN_USE[threading.get_ident()] = [db for db in list(CONNECTIONS) if not db.unusable]
+    IN_USE[threading.get_ident()] = open_connections()
 
 
 def after_fork_in_child() -> None:
@@ -2972,6 +2978,8 @@ class Database:
             raise NotFound(
                 f"there is no queue at {self.path}; to begin: queuectl enqueue 'make all'"
             ) from None
+        except ValueError as error:  # too long for Windows
+            raise Fault(f"{quoted(self.path)}: {error}") from None
         if not stat.S_ISREG(info.st_mode):
             raise Fault(f"{self.path} is not a regular file")
         if info.st_size == 0 and not guest:
@@ -3025,7 +3033,7 @@ class Database:
         db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, factory=Connection)
         db.path = self.path
         db.info = info
-        CONNECTIONS.add(db)
+        CONNECTIONS[id(db)] = db
         return db
 
     def _is_on_read_only_medium(self) -> bool:
@@ -3135,9 +3143,6 @@ class Database:
         if notify:
             self.run_dir.notify()
 
-    def notify_when_stored(self) -> None:
-        self.connection.notify = True
-
     def wal_times(self) -> tuple[int, int] | None:
         """Return facts about the -wal that a write changes, cheaper than the data_version."""
         with contextlib.suppress(FileNotFoundError):
@@ -3221,8 +3226,8 @@ def steps_to(path: str) -> Iterator[str]:
 def insecure_step(path: str, *, is_last: bool = False) -> str | None:
     """Return why others could redirect a directory or link that leads to a queue, or None.
 
-    It may belong to root, in a container the owner of /. It may be sticky, since others cannot
-    rename its entries; but not if it is the last one, since others can add files for SQLite.
+    It may belong to root or, in a container, to the owner of /. It may be sticky, since others
+    cannot rename its entries; the last one may not, since others could add files for SQLite.
     """
     try:
         info = os.lstat(path)
@@ -3833,7 +3838,7 @@ class Ledger:
             claim = None if next_from is None else self._claim(worker, next_from, now, checks)
             is_same = claim is not None and claim.job.queue == job.queue
             if not is_same and self.db.rows(GOT_ROOM, {"queue": job.queue}):
-                self.db.notify_when_stored()  # an idle worker may use it
+                self.db.connection.notify = True  # an idle worker may use it
             return after, claim
 
     def _finish(self, job: Job, outcome: Outcome, now: float, checks: Checks) -> Job | None:
@@ -3870,7 +3875,7 @@ class Ledger:
         """Unblock the jobs that waited for a job that has ended, and add notifications about it."""
         if has_children and self.change(MARK_MET, seq=job.seq, completed=job.state == COMPLETED):
             self.change(UNBLOCK, seq=job.seq, now=now)
-            self.db.notify_when_stored()
+            self.db.connection.notify = True
         for key, command in notification_commands(job, settings).items():
             where = job.cwd if getattr(job, key) else os.path.dirname(self.db.path)
             ended = job._replace(locked_by=None, locked_at=None, cancel_requested=0)
@@ -3900,7 +3905,7 @@ class Ledger:
         row.update(created_at=now, updated_at=now, run_after=now, env=json.dumps(env))
         row.update(stdin=json_line(facts), notifies=job.seq, event=event)
         self.insert(row)
-        self.db.notify_when_stored()
+        self.db.connection.notify = True
 
     def add_next_of_schedule(self, job: Job, now: float) -> None:
         when = next_occurrence(str(job.rule), job.scheduled_for or now, now)
@@ -3908,7 +3913,7 @@ class Ledger:
         row.update(run_after=when, scheduled_for=when, readiness=SCHEDULED)
         row.update(state=PENDING, locked_by=None, stdin=self.reader.stdin(job))
         self.insert({**row, "seq": self.last_seq() + 1})
-        self.db.notify_when_stored()
+        self.db.connection.notify = True
 
     def note_launch(self, job: Job, facts: Facts, *, is_first: bool = False) -> bool:
         """Record what is known about an attempt elsewhere; return whether the job is still ours."""
@@ -4391,7 +4396,9 @@ class Queue:
         for _ in self._reader.changes(limit):
             if watch.is_over():
                 return watch.jobs()
-        raise TimedOut(f"jobs have not ended within {format_duration(limit or 0)}")
+        first = printable(watch.seen[next(iter(watch.unfinished))].id)
+        more = f" and {len(watch.unfinished) - 1} more" if len(watch.unfinished) > 1 else ""
+        raise TimedOut(f"job {first}{more} did not end within {format_duration(limit or 0)}")
 
     def cancel(self, ids: Iterable[str], *, cascade: bool = False, gone: bool = False) -> list[Job]:
         """Cancel jobs and, with `cascade`, those that wait for them; return them as they are now.
@@ -8273,8 +8280,7 @@ TREE = f"import subprocess, sys; subprocess.call([sys.executable, '-c', {BEAT!r}
 class Doctor:
     """Trials of a machine and a directory, in a temporary queue beside the real one.
 
-    Each trial returns a fact to print; it raises QueueError, OSError or sqlite3.Error with what is
-    wrong.
+    Each trial returns its finding; QueueError, OSError or sqlite3.Error means that it failed.
     """
 
     def __init__(self, path: str) -> None:
@@ -8283,7 +8289,7 @@ class Doctor:
         self.trial = ""
 
     def examine(self) -> Iterator[tuple[str, bool, str]]:
-        """Yield the name of each trial, whether it succeeded, and its fact or what is wrong."""
+        """Yield the name of each trial, whether it succeeded, and its finding or error."""
         import shutil
 
         trials = (self.versions, self.owner, self.file_system, self.space, self.queue)
@@ -9502,7 +9508,7 @@ def output_of_attempts(queue: Queue, job: Job, end: float) -> Iterator[bytes]:
         if job.state in FINISHED or reader.failed_ancestor(job):
             return
         if reason := obstacle(reader, job):
-            cause = f", after {job.last_error}" if job.last_error else ""
+            cause = f"; its last attempt: {job.last_error}" if job.last_error else ""
             key = f"{job.run} {reason.partition(' ')[0]}"
             notices.report(f"job {job.id} is waiting: {reason}{cause}", key=key)
 

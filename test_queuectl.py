@@ -2569,6 +2569,29 @@ class DatabaseForks(Case):
     def test_fork_in_transaction_is_refused_even_if_another_thread_forks_too(self) -> None:
         self.assertEqual(self.script(FORK_DURING_FORK).stdout, "4\n")
 
+    @internal
+    def test_thread_may_open_a_connection_while_another_one_forks(self) -> None:
+        done = threading.Event()
+
+        def keep_opening() -> None:
+            while not done.is_set():
+                with Queue(self.path) as queue:
+                    queue.counts()
+
+        queues = [Queue(self.path) for _ in range(100)]  # it takes time to look at all
+        self.assertEqual({queue.counts()["pending"] for queue in queues}, {0})
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-6)
+        with futures.ThreadPoolExecutor() as executor:
+            opening = executor.submit(keep_opening)
+            try:
+                for _ in range(300):
+                    queuectl.before_fork()
+                    queuectl.IN_USE.clear()
+            finally:
+                done.set()
+            opening.result()
+
     @NEEDS_SHELL
     @internal
     def test_no_connection_of_another_thread_is_closed_in_a_forked_child(self) -> None:
@@ -4698,14 +4721,14 @@ class QueueLimitLive(Live):
             self.write(f"go{number}")
 
     def test_pool_sleeps_until_the_next_token_and_drains(self) -> None:
-        self.configure(rate="20/1s")
+        self.configure(rate="10/1s")
         for _ in range(8):
             self.enqueue("true")
         self.drain("--count", "2")
         starts = sorted(self.attempts(str(number))[0].started for number in range(1, 9))
         gaps = [b - a for a, b in zip(starts, starts[1:])]
-        self.assertGreater(starts[-1] - starts[0], 6 * 0.05 - 0.03)
-        self.assertLess(sorted(gaps)[len(gaps) // 2], 0.07)
+        self.assertGreater(starts[-1] - starts[0], 0.7 - 0.15)  # the first may start late
+        self.assertLess(sorted(gaps)[len(gaps) // 2], 0.14)
 
 
 @NEEDS_SHELL
@@ -4868,7 +4891,8 @@ class QueueWait(Live):
 
     def test_library_times_out(self) -> None:
         self.enqueue("true")
-        with Queue(self.path) as queue, self.assertRaisesRegex(queuectl.TimedOut, "within 0.1 s"):
+        error = "job 1 did not end within 0.1 s"
+        with Queue(self.path) as queue, self.assertRaisesRegex(queuectl.TimedOut, error):
             queue.wait("1", 0.1)
 
     @internal
@@ -7873,7 +7897,8 @@ class ReportFormats(Reported):
         for style in ("junit", "markdown"):
             with self.subTest(style):
                 text = self.report(style)
-                note, first = re.findall(r"\[(\d+) bytes.*left out\]\nline +(\d+)\n", text)[0]
+                found = re.search(r"\[(\d+) bytes.*left out\]\nline +(\d+)\n", text)
+                note, first = found.groups() if found else ("", "")
                 self.assertEqual(int(note), int(first) * 10)
                 self.assertIn("line  999", text)
         self.assertIn("#### Blocked jobs\n", self.report("markdown"))
@@ -9208,7 +9233,8 @@ class CliEnqueueWaitLive(Live):
             self.write("go")
         self.assertEqual(follower.wait(10), 3)
         error = follower.stderr.read()
-        self.assertRegex(error, r"^1\nqueuectl: job 1 is waiting: due .*, after exit code 3\n$")
+        said = r"^1\nqueuectl: job 1 is waiting: due .*; its last attempt: exit code 3\n$"
+        self.assertRegex(error, said)
 
     @internal
     def test_output_of_an_attempt_that_was_too_short_to_follow_is_shown(self) -> None:
@@ -9293,7 +9319,7 @@ class CliBadInput(Case):
         "cwd": (1, None, True, [], {}, "/\0", "/\ud800"),
         "env": (1, None, [], "A=1", {"A": 1}, {"": "x"}, {"A=B": "x"}, {"A": None}, {"A": "\0"}),
         "retry_delays": (
-            1,
+            -1,
             None,
             True,
             "",
@@ -11559,7 +11585,7 @@ class Readme(Case):
         self.write("bin/send-invoice", "")
         first = self.example("From Python", 0)
         second = self.example("From Python", 1)
-        first = first.replace("make all", "true").replace("delay=10", "delay=0.1")
+        first = first.replace("make all", "true")
         self.assertEqual(self.script(first).stdout, "completed\n")
         with contextlib.closing(sqlite3.connect(self.file("shop.db"))) as db:
             db.execute("CREATE TABLE orders (id INTEGER, what TEXT)")

@@ -1993,6 +1993,9 @@ if sys.platform == "win32":
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(limit)
 
+        def resume(self, process: Any) -> None:
+            pass
+
         def serve(self, begin: Callable[[Any], None], handle: str) -> None:
             from multiprocessing.connection import PipeConnection
 
@@ -2371,6 +2374,11 @@ else:
             with contextlib.suppress(ProcessLookupError):
                 for _ in polling(limit):
                     os.kill(process, 0)
+
+        def resume(self, process: int) -> None:
+            """Let a worker that SIGSTOP has stopped continue."""
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
 
         def serve(self, begin: Callable[[Any], None]) -> None:
             """Run as the fork server, with requests on stdin, until that is closed."""
@@ -5655,6 +5663,7 @@ class Crew:
         self.leave_by = min(self.leave_by, time.monotonic() + 1)
         for worker in self.workers:
             worker.send(mode)
+            SYSTEM.resume(worker.process)
 
     def close(self) -> None:
         """Close the pipes, which tells the workers that the pool is gone."""

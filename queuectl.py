@@ -2783,6 +2783,7 @@ class RunDirectory:
 # --- database: connections, transactions, errors, creating the file -------------------------------
 
 LOCK = ((5, 6, 15), "locked|locking protocol")  # SQLITE_BUSY, SQLITE_LOCKED, SQLITE_PROTOCOL
+NO_FILE = ((14,), "unable to open")  # SQLITE_CANTOPEN
 DAMAGE = ((11, 26), "malformed|not a database|decode")  # SQLITE_CORRUPT, SQLITE_NOTADB; not UTF-8
 
 
@@ -3069,6 +3070,8 @@ class Database:
     def fault(self, error: sqlite3.Error) -> Fault:
         if is_about(error, *DAMAGE):
             return Damaged(f"{self.path} is damaged, or not a queue: {error}")
+        if is_about(error, *NO_FILE) and not os.access(os.path.dirname(self.path), os.W_OK):
+            return Fault(f"{self.path}: its directory cannot be written to: {error}")
         return Fault(f"{self.path}: {error}")
 
     @contextlib.contextmanager

@@ -1983,10 +1983,11 @@ class DatabaseReadOnly(Live):
 
     WRITING_COMMANDS = ("enqueue true", "config set timeout 3", "worker start --quiet")
 
-    def assert_all_refused(self, *commands: str, prefix: list[str]) -> None:
+    def assert_all_refused(self, *commands: str, prefix: list[str], reason: str = "") -> None:
         for command in commands:
             with self.subTest(command):
-                self.assert_refused(*command.split(), code=4, prefix=prefix)
+                line = self.assert_refused(*command.split(), code=4, prefix=prefix)
+                self.assertIn(reason, line)
 
     @SLOW
     def test_open_queue_on_a_read_only_disk_can_be_read_but_not_written(self) -> None:
@@ -1997,7 +1998,8 @@ class DatabaseReadOnly(Live):
             writer.counts()  # creates the -shm, which SQLite needs to read and cannot create there
             self.assert_all_refused(*self.WRITING_COMMANDS, prefix=read_only)
             self.assertIn("pending           1", self.stdout("status", prefix=read_only))
-        self.assert_all_refused(*self.WRITING_COMMANDS, prefix=read_only)
+        reason = "its directory cannot be written to"
+        self.assert_all_refused(*self.WRITING_COMMANDS, prefix=read_only, reason=reason)
         for command, said in {
             "status": "pending           1",
             "show 1": "no worker is running",

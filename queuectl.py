@@ -7512,9 +7512,21 @@ def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
             os.unlink(aside)
 
 
+def foreign_link(path: str) -> str | None:
+    """Return why a link on the way to a file may be a trap, which Linux too would not follow."""
+    with contextlib.suppress(FileNotFoundError):
+        os.stat(path)  # a loop of links ends here
+    steps = steps_to(path if os.path.isabs(path) else os.path.join(os.getcwd(), path))
+    links = filter(os.path.islink, steps)
+    shared = (link for link in links if others_may_write(os.stat(os.path.dirname(link))))
+    return next(filter(None, map(insecure_step, shared)), None)
+
+
 def write_report(path: str, chunks: Iterable[str]) -> None:
     data = "".join(chunks).encode(errors="backslashreplace")
     try:
+        if problem := foreign_link(path):
+            raise Fault(f"{problem}; name the file that it leads to")
         if os.path.isfile(path) or not os.path.exists(path):
             replace_file(os.path.realpath(path), data)
         else:  # a device

@@ -2976,6 +2976,18 @@ class TrustAttacks(Live):
             self.result(*command.split())
         self.assertEqual(digest(self.file("precious")), before)
 
+    def test_report_is_not_written_through_a_link_of_another_user(self) -> None:
+        self.enqueue("true")
+        os.mkdir(self.file("shared"))
+        os.chmod(self.file("shared"), 0o1777)
+        self.as_nobody(lambda: os.symlink("../precious", self.file("shared/r.html")))
+        os.symlink("../ours", self.file("shared/ours.html"))
+        line = self.assert_refused("report", "-o", self.file("shared/r.html"), code=4)
+        self.assertIn("shared/r.html belongs to another user", line)
+        self.assertEqual(self.read("precious"), "x")
+        self.stdout("report", "-o", self.file("shared/ours.html"))
+        self.assertIn("<html", self.read("ours"))
+
     def test_loop_of_links_is_an_error(self) -> None:
         os.symlink("b", self.file("a"))
         os.symlink("a", self.file("b"))

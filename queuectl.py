@@ -2004,6 +2004,9 @@ if sys.platform == "win32":
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(limit)
 
+        def resume(self, process: Any) -> None:
+            pass
+
         def serve(self, begin: Callable[[Any], None], handle: str) -> None:
             from multiprocessing.connection import PipeConnection
 
@@ -2382,6 +2385,11 @@ else:
             with contextlib.suppress(ProcessLookupError):
                 for _ in polling(limit):
                     os.kill(process, 0)
+
+        def resume(self, process: int) -> None:
+            """Let a worker that SIGSTOP has stopped continue."""
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
 
         def serve(self, begin: Callable[[Any], None]) -> None:
             """Run as the fork server, with requests on stdin, until that is closed."""
@@ -2786,6 +2794,7 @@ class RunDirectory:
 # --- database: connections, transactions, errors, creating the file -------------------------------
 
 LOCK = ((5, 6, 15), "locked|locking protocol")  # SQLITE_BUSY, SQLITE_LOCKED, SQLITE_PROTOCOL
+NO_FILE = ((14,), "unable to open")  # SQLITE_CANTOPEN
 DAMAGE = ((11, 26), "malformed|not a database|decode")  # SQLITE_CORRUPT, SQLITE_NOTADB; not UTF-8
 
 
@@ -3072,6 +3081,8 @@ class Database:
     def fault(self, error: sqlite3.Error) -> Fault:
         if is_about(error, *DAMAGE):
             return Damaged(f"{self.path} is damaged, or not a queue: {error}")
+        if is_about(error, *NO_FILE) and not os.access(os.path.dirname(self.path), os.W_OK):
+            return Fault(f"{self.path}: its directory cannot be written to: {error}")
         return Fault(f"{self.path}: {error}")
 
     @contextlib.contextmanager
@@ -5672,6 +5683,7 @@ class Crew:
         self.leave_by = min(self.leave_by, time.monotonic() + 1)
         for worker in self.workers:
             worker.send(mode)
+            SYSTEM.resume(worker.process)
 
     def close(self) -> None:
         """Close the pipes, which tells the workers that the pool is gone."""
@@ -7521,9 +7533,21 @@ def replace_file(path: str, data: bytes, mode: int = 0o666) -> None:
             os.unlink(aside)
 
 
+def foreign_link(path: str) -> str | None:
+    """Return why a link on the way to a file may be a trap, which Linux too would not follow."""
+    with contextlib.suppress(FileNotFoundError):
+        os.stat(path)  # a loop of links ends here
+    steps = steps_to(path if os.path.isabs(path) else os.path.join(os.getcwd(), path))
+    links = filter(os.path.islink, steps)
+    shared = (link for link in links if others_may_write(os.stat(os.path.dirname(link))))
+    return next(filter(None, map(insecure_step, shared)), None)
+
+
 def write_report(path: str, chunks: Iterable[str]) -> None:
     data = "".join(chunks).encode(errors="backslashreplace")
     try:
+        if problem := foreign_link(path):
+            raise Fault(f"{problem}; name the file that it leads to")
         if os.path.isfile(path) or not os.path.exists(path):
             replace_file(os.path.realpath(path), data)
         else:  # a device
@@ -8375,7 +8399,7 @@ class Doctor:
 
         path = self.trial + ".lock"
         lock = LockFile(path)
-        command = [SYSTEM.PYTHON, "-c", "input()"]
+        command = [SYSTEM.PYTHON, "-I", "-c", "input()"]
         inherited: Any = {} if WINDOWS else {"pass_fds": [lock.fd]}
         with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, **inherited) as heir:
             os.close(lock.fd)
@@ -8390,7 +8414,7 @@ class Doctor:
 
         with self.open() as queue:
             job = queue.enqueue("true")
-            command = [SYSTEM.PYTHON, "-c", QUERY, self.trial, USED_QUEUES]
+            command = [SYSTEM.PYTHON, "-I", "-c", QUERY, self.trial, USED_QUEUES]
             seen = subprocess.run(command, capture_output=True, check=False)
             queue.cancel([job])
         if seen.stdout.split() != [b"default"]:
@@ -8409,7 +8433,7 @@ class Doctor:
 
     def run_job(self, code: str, **fields: Any) -> list[Attempt]:
         """Run a Python program as a job; return its attempts."""
-        command = join_words([SYSTEM.PYTHON, "-c", f"exec({code!r})"])  # of one line
+        command = join_words([SYSTEM.PYTHON, "-I", "-c", f"exec({code!r})"])  # of one line
         with self.open() as queue:
             job = queue.enqueue(command, cwd=os.path.dirname(self.trial), **fields)
             options = {"drain": True, "insecure": True}
@@ -10211,6 +10235,9 @@ def new_parser(prog: str, **options: Any) -> argparse.ArgumentParser:
             hint = usage_hint(self.prog, message, self._option_string_actions)
             cut = quoted(message, 4 * QUOTED_LIMIT)  # it may repeat a long command line
             raise BadInput(f"{cut}{hint} (see {self.prog} --help)")
+
+        def _print_message(self, message: str, file: Any = None) -> None:
+            print(message, end="", file=file)  # argparse would ignore a full disk
 
     width = terminal_width(sys.stdout) or 80
     # With the width given, argparse does not import shutil, which takes 2 ms.

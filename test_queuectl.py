@@ -1983,10 +1983,11 @@ class DatabaseReadOnly(Live):
 
     WRITING_COMMANDS = ("enqueue true", "config set timeout 3", "worker start --quiet")
 
-    def assert_all_refused(self, *commands: str, prefix: list[str]) -> None:
+    def assert_all_refused(self, *commands: str, prefix: list[str], reason: str = "") -> None:
         for command in commands:
             with self.subTest(command):
-                self.assert_refused(*command.split(), code=4, prefix=prefix)
+                line = self.assert_refused(*command.split(), code=4, prefix=prefix)
+                self.assertIn(reason, line)
 
     @SLOW
     def test_open_queue_on_a_read_only_disk_can_be_read_but_not_written(self) -> None:
@@ -1997,7 +1998,8 @@ class DatabaseReadOnly(Live):
             writer.counts()  # creates the -shm, which SQLite needs to read and cannot create there
             self.assert_all_refused(*self.WRITING_COMMANDS, prefix=read_only)
             self.assertIn("pending           1", self.stdout("status", prefix=read_only))
-        self.assert_all_refused(*self.WRITING_COMMANDS, prefix=read_only)
+        reason = "its directory cannot be written to"
+        self.assert_all_refused(*self.WRITING_COMMANDS, prefix=read_only, reason=reason)
         for command, said in {
             "status": "pending           1",
             "show 1": "no worker is running",
@@ -2973,6 +2975,18 @@ class TrustAttacks(Live):
         for command in ("enqueue true", "worker stop", "worker start --detach", "list"):
             self.result(*command.split())
         self.assertEqual(digest(self.file("precious")), before)
+
+    def test_report_is_not_written_through_a_link_of_another_user(self) -> None:
+        self.enqueue("true")
+        os.mkdir(self.file("shared"))
+        os.chmod(self.file("shared"), 0o1777)
+        self.as_nobody(lambda: os.symlink("../precious", self.file("shared/r.html")))
+        os.symlink("../ours", self.file("shared/ours.html"))
+        line = self.assert_refused("report", "-o", self.file("shared/r.html"), code=4)
+        self.assertIn("shared/r.html belongs to another user", line)
+        self.assertEqual(self.read("precious"), "x")
+        self.stdout("report", "-o", self.file("shared/ours.html"))
+        self.assertIn("<html", self.read("ours"))
 
     def test_loop_of_links_is_an_error(self) -> None:
         os.symlink("b", self.file("a"))
@@ -7236,8 +7250,7 @@ class PoolDispatchLive(Live):
         os.kill(first, signal.SIGSTOP)
         for _ in range(3):
             self.wait_for_state(self.enqueue("true"), "completed", 2 * self.second_here())
-        os.kill(first, signal.SIGCONT)
-        pool.terminate()
+        pool.terminate()  # continues the worker, which then exits
         self.assert_exits(pool, 0)
 
     @SLOW
@@ -7252,7 +7265,6 @@ class PoolDispatchLive(Live):
         self.wait_for_poll(pool)
         pool.terminate()
         self.wait_for_output(pool, "SIGTERM: no new jobs", self.second_here())
-        os.kill(worker, signal.SIGCONT)
         self.assert_exits(pool, 0)
         self.assertEqual((cancel.wait(10), self.job(job).state), (0, "cancelled"))
 
@@ -8860,6 +8872,16 @@ class DoctorTrials(Case):
         with mock.patch.object(queuectl, "__file__", self.file("lib.zip/queuectl.py")):
             doctor.queue()
             self.assertEqual(doctor.wal(), "another process reads what this one has written")
+
+    @internal
+    def test_modules_of_the_current_directory_are_not_imported(self) -> None:
+        self.write("sqlite3.py", "open('loaded', 'w')")
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.dir)
+        doctor = queuectl.Doctor(self.path)
+        doctor.queue()
+        doctor.wal()
+        self.assertFalse(os.path.exists(self.file("loaded")))
 
     @SLOW
     @NEEDS_SHELL
@@ -11078,13 +11100,13 @@ class CliTerminal(Live):
     def test_exit_code_is_right_where_neither_stream_can_be_written(self) -> None:
         self.enqueue("true")
         self.write("file")
-        os.environ["PYTHONUNBUFFERED"] = ""
-        codes = {"status": 4, "--help": 4, "show 9": 1}
-        for words, code in codes.items():
-            for path, mode in (("/dev/full", "w"), (self.file("file"), "r")):
-                with self.subTest(words, path=path), open(path, mode) as stream:
-                    process = self.start(*words.split(), stdout=stream, stderr=stream)
-                    self.assertEqual(process.wait(10), code)
+        codes = {"status": 4, "--help": 4, "--version": 4, "show 9": 1}
+        places = (("/dev/full", "w"), (self.file("file"), "r"))
+        for (words, code), (path, mode), unbuffered in product(codes.items(), places, ("", "1")):
+            os.environ["PYTHONUNBUFFERED"] = unbuffered
+            with self.subTest(words, path=path, unbuffered=unbuffered), open(path, mode) as stream:
+                process = self.start(*words.split(), stdout=stream, stderr=stream)
+                self.assertEqual(process.wait(10), code)
 
     def test_paths_and_logs_are_shown_escaped(self) -> None:
         self.use_queue("\x1b[2J")

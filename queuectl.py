@@ -5550,8 +5550,10 @@ class Crew:
     def start_missing(self) -> None:
         """Start the missing workers in a thread, because the process that forks them may hang."""
         now = time.monotonic()
+        if self.mode or self.thread.is_alive() or now < self.start_at:
+            return
         slots = sorted({*range(1, self.options.size + 1)} - {it.slot for it in self.workers})
-        if not slots or self.mode or self.thread.is_alive() or now < self.start_at:
+        if not slots:
             return
         if self.started:  # replacements singly
             self.start_at = now + 1
@@ -5597,7 +5599,8 @@ class Crew:
                 self.count_death(trouble)
 
     def is_alive(self) -> bool:
-        return bool(self.workers) or (self.thread.is_alive() and time.monotonic() < self.leave_by)
+        is_starting = self.thread.is_alive()  # first: it adds workers until it ends
+        return bool(self.workers) or (is_starting and time.monotonic() < self.leave_by)
 
     def count_death(self, how: str) -> None:
         """Note that a worker died without a job, or could not be started; too many are a fault."""

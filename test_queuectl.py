@@ -7399,6 +7399,25 @@ class PoolTrouble(Clocked):
         self.assertEqual(pool.changes.ready_at, self.now + 60)
 
     @internal
+    def test_worker_added_as_the_thread_ends_is_seen(self) -> None:
+        crew = make_pool(self, self.queue).crew
+        ours, theirs = multiprocessing.Pipe()
+        self.addCleanup(theirs.close)
+        self.addCleanup(ours.close)
+
+        def end_thread() -> bool:
+            crew.add(queuectl.WorkerHandle("worker-x-1", 1, None, ours))
+            return False
+
+        crew.thread = mock.Mock()
+        crew.thread.is_alive.side_effect = end_thread
+        with mock.patch.object(threading.Thread, "start") as start:
+            crew.start_missing()  # no second worker in its slot
+        start.assert_not_called()
+        crew.workers.clear()
+        self.assertTrue(crew.is_alive())
+
+    @internal
     def test_pool_reports_each_problem_once_a_minute(self) -> None:
         reports: list[str] = []
         pool = make_pool(self, self.queue, say=reports.append)

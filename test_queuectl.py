@@ -10832,6 +10832,12 @@ class CliInstall(Live):
 
     def test_virtual_environment_is_not_needed_later(self) -> None:
         self.process(sys.executable, "-m", "venv", "--without-pip", "venv")
+    def test_compiled_file_is_not_installed(self) -> None:
+        compiled = py_compile.compile(PROGRAM, self.file("queuectl.pyc"))
+        done = self.process(sys.executable, compiled, "install", self.file("here"))
+        line = f"queuectl: {compiled} is a compiled file; install from queuectl.py\n"
+        self.assertEqual(done, Result(2, "", line))
+
         self.process(self.file("venv/bin/python"), PROGRAM, "install")
         shutil.rmtree(self.file("venv"))
         self.assertRegex(self.installed("--version")[1], "^queuectl ")

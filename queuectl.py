@@ -623,7 +623,8 @@ def valid_report(value: object) -> str:
     """Validate the path of a file that a report may replace."""
     path = valid_path(value)
     if os.path.isfile(path):
-        with open(path, "rb") as file:
+        unreadable = contextlib.suppress(OSError)  # then it is replaced unread
+        with unreadable, open(path, "rb") as file:
             require(file.read(16) != b"SQLite format 3\0", "not name a database")
     return path
 

@@ -8018,6 +8018,9 @@ class ReportFormats(Reported):
             self.assertIn(f"{file}: ", line)
         self.assert_refused("report", "unknown", code=1)
         named = ("queuectl.db", "--format", "json")
+        unreadable = mock.patch.object(queuectl, "open", side_effect=PermissionError, create=True)
+        with unreadable:
+            self.assertEqual(queuectl.valid_report(self.file("r.xml")), self.file("r.xml"))
         self.assertIn("must not name a database", self.assert_refused("report", "-o", *named))
 
     def test_metrics_pass_the_check_of_promtool(self) -> None:

@@ -8862,9 +8862,9 @@ def install_library(home: str) -> str:
     import shutil
 
     source = __loader__.get_data(__file__)  # type: ignore[name-defined]  # also from an archive
-    library = os.path.join(home, hashlib.sha256(source).hexdigest()[:16])
     if b"\n# queuectl " not in source[:4096]:
         raise BadInput(f"{__file__} is a compiled file; install from queuectl.py")
+    library = os.path.join(home, hashlib.sha256(source).hexdigest()[:16])
     os.makedirs(library, exist_ok=True)
     file = os.path.join(library, "queuectl.py")
     replace_file(file, source, 0o644)

@@ -3212,8 +3212,8 @@ def steps_to(path: str) -> Iterator[str]:
     while left:
         path = left.pop()
         yield path
-        parent, name = os.path.split(path)
-        if name:
+        parent = os.path.dirname(path)  # of one that ends with a slash, itself without that
+        if parent != path:
             left.append(parent)
         if os.path.islink(path):
             left.append(os.path.join(parent, os.readlink(path)))

@@ -2910,7 +2910,9 @@ class TrustAttacks(Live):
             os.chmod(shared, mode)
             os.chown(shared, owner, -1)
             os.symlink(self.path, self.file(f"link {owner}"))
-            for path in (self.path, self.file(f"link {owner}")):
+            os.symlink(os.path.dirname(self.path) + "/", self.file(f"directory {owner}"))
+            links = (f"link {owner}", f"directory {owner}/queuectl.db")
+            for path in (self.path, *map(self.file, links)):
                 line = self.assert_refused("--db", path, "list", code=4)
                 self.assertIn(f"{reason} {shared}" if owner == 0 else f"{shared} {reason}", line)
         self.use_queue("sticky/private")

@@ -8404,7 +8404,7 @@ class Doctor:
         outcomes = [attempt.outcome for attempt in attempts]
         if outcomes != ["crashed", "completed"]:
             raise Fault(f"the job of a killed worker did not run again, but: {outcomes}")
-        took = attempts[1].started - float(attempts[0].output)
+        took = attempts[1].started - float(attempts[0].output.split()[-1])
         return f"the job of a killed worker ran again after {took:.2f} s"
 
     def process_tree(self) -> str:

@@ -8808,6 +8808,17 @@ class DoctorTrials(Case):
             doctor.queue()
             self.assertEqual(doctor.wal(), "another process reads what this one has written")
 
+    @internal
+    def test_what_python_itself_prints_does_not_spoil_a_trial(self) -> None:
+        doctor = queuectl.Doctor(self.path)
+        common = {"worker": "worker-a-1", "waited": 0.0, "finished": 9.0, "error": None}
+        common.update(exit_code=None, bytes_dropped=0)
+        output = b"Invalid -W option ignored: invalid action: 'x'\n5.0\n"
+        first = queuectl.Attempt(run=1, outcome="crashed", started=4.0, output=output, **common)
+        second = first._replace(run=2, outcome="completed", started=5.25)
+        with mock.patch.object(doctor, "run_job", return_value=[first, second]):
+            self.assertIn("ran again after 0.25 s", doctor.recovery())
+
     @SLOW
     @NEEDS_SHELL
     def test_directory_that_others_may_write_to_fails_one_trial(self) -> None:

@@ -1149,6 +1149,7 @@ class RulesRetry(Case):
 
         self.assert_table(cases, wait)
         self.assertEqual(queuectl.valid_delays([1, "2m", 0.5]), "1,120,0.5")
+        self.assertEqual(queuectl.valid_delays(1), "1")
 
     @internal
     def test_retry_of_a_schedule_waits_no_longer_than_until_its_next_occurrence(self) -> None:
@@ -9318,20 +9319,7 @@ class CliBadInput(Case):
         "max_retries": ("x", None, True, 1.5, [], {}, 0, -1, 10**7),
         "cwd": (1, None, True, [], {}, "/\0", "/\ud800"),
         "env": (1, None, [], "A=1", {"A": 1}, {"": "x"}, {"A=B": "x"}, {"A": None}, {"A": "\0"}),
-        "retry_delays": (
-            1,
-            None,
-            True,
-            "",
-            "1,",
-            "soon",
-            "-1",
-            [],
-            [-1],
-            ["x"],
-            {"a": 1},
-            [1] * 1001,
-        ),
+        "retry_delays": (None, True, "", "1,", "soon", "-1", [], [-1], ["x"], {"a": 1}, [1] * 1001),
         "stdin": (1, None, True, [], "\ud800", "x" * ((1 << 20) + 1)),
         "after": (1, None, "", [1], [""], ["a b"], {"a": 1}, "-x"),
         "after_end": (1, None, "", [1], [""], ["a b"], {"a": 1}, "-x"),

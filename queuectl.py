@@ -3420,17 +3420,23 @@ class Reader:
             return
         now = self.clock()
         counts = self.counts_by_queue(delivered=True)
-        found = {row[1:3] for row in counts if not chosen.queues or row[0] in chosen.queues}
-        kinds = [kind for kind in COUNTED if kind in found and chosen.takes_state(*kind)]
+        kinds = set(self.kinds(chosen))
         only = chosen.queues[0] if len(chosen.queues) == 1 else None
         number = sum(row[3] for row in counts if row[1:3] in kinds and only in (None, row[0]))
         if number > sum(row[3] for row in counts) / SHARE:
             jobs = self.all()
         else:
             # In the order of a job's life: one that moves on is found twice rather than never.
-            seqs = (self.seqs_in_state(*kind, queue=only) for kind in kinds)
+            seqs = (self.seqs_in_state(*kind, queue=only) for kind in self.kinds(chosen))
             jobs = self.by_seqs(sorted(set(chain.from_iterable(seqs))))
         yield from (job for job in jobs if chosen.takes(job, now))
+
+    def kinds(self, chosen: Selection) -> Iterator[tuple[State, int]]:
+        """Yield the states, with readiness, that selected jobs may have when each is reached."""
+        for kind in filter(lambda kind: chosen.takes_state(*kind), COUNTED):
+            rows = self.counts_by_queue(chosen.queues, delivered=True)
+            if any(row[1:3] == kind for row in rows):
+                yield kind
 
     def latest_selected(self, chosen: Selection, limit: int) -> tuple[list[Job], int]:
         """Return the jobs of a selection that changed last, by arrival, and how many there are."""

@@ -3269,6 +3269,23 @@ class QueueSelection(Clocked):
                 found = [job.id for job in reader.selected(chosen)]
             self.assertEqual(found, expected)
 
+    @internal
+    def test_selection_finds_the_first_job_that_starts_while_it_reads(self) -> None:
+        reader = self.queue._reader
+        for queue in ("default", "q"):
+            self.queue.enqueue("true", id=f"in-{queue}", queue=queue)
+
+        def seqs(*kind: Any, read: Any = reader.seqs_in_state, **more: Any) -> Any:
+            if kind[0] == "pending":
+                self.claim("q")  # until then, no job of this queue has run
+            yield from read(*kind, **more)
+
+        with mock.patch.object(queuectl, "SHARE", 1), mock.patch.object(
+            reader, "seqs_in_state", seqs
+        ):
+            found = [job.id for job in reader.selected(queuectl.Selection(queues=["q"]))]
+        self.assertEqual(found, ["in-q"])
+
     def test_list_shows_the_selected_jobs(self) -> None:
         cases = {
             "": "ended failed ready later BLOCKED none",

@@ -624,7 +624,8 @@ def valid_report(value: object) -> str:
     path = valid_path(value)
     database = re.sub("-(wal|shm|journal)$", "", os.path.realpath(path))
     for name in filter(os.path.isfile, (path, database)):
-        with open(name, "rb") as file:
+        unreadable = contextlib.suppress(OSError)  # then it is replaced unread
+        with unreadable, open(name, "rb") as file:
             require(file.read(16) != b"SQLite format 3\0", "not name a file of a database")
     return path
 
@@ -3238,8 +3239,8 @@ def steps_to(path: str) -> Iterator[str]:
     while left:
         path = left.pop()
         yield path
-        parent, name = os.path.split(path)
-        if name:
+        parent = os.path.dirname(path)  # of one that ends with a slash, itself without that
+        if parent != path:
             left.append(parent)
         if os.path.islink(path):
             left.append(os.path.join(parent, os.readlink(path)))
@@ -3446,17 +3447,23 @@ class Reader:
             return
         now = self.clock()
         counts = self.counts_by_queue(delivered=True)
-        found = {row[1:3] for row in counts if not chosen.queues or row[0] in chosen.queues}
-        kinds = [kind for kind in COUNTED if kind in found and chosen.takes_state(*kind)]
+        kinds = set(self.kinds(chosen))
         only = chosen.queues[0] if len(chosen.queues) == 1 else None
         number = sum(row[3] for row in counts if row[1:3] in kinds and only in (None, row[0]))
         if number > sum(row[3] for row in counts) / SHARE:
             jobs = self.all()
         else:
             # In the order of a job's life: one that moves on is found twice rather than never.
-            seqs = (self.seqs_in_state(*kind, queue=only) for kind in kinds)
+            seqs = (self.seqs_in_state(*kind, queue=only) for kind in self.kinds(chosen))
             jobs = self.by_seqs(sorted(set(chain.from_iterable(seqs))))
         yield from (job for job in jobs if chosen.takes(job, now))
+
+    def kinds(self, chosen: Selection) -> Iterator[tuple[State, int]]:
+        """Yield the states, with readiness, that selected jobs may have when each is reached."""
+        for kind in filter(lambda kind: chosen.takes_state(*kind), COUNTED):
+            rows = self.counts_by_queue(chosen.queues, delivered=True)
+            if any(row[1:3] == kind for row in rows):
+                yield kind
 
     def latest_selected(self, chosen: Selection, limit: int) -> tuple[list[Job], int]:
         """Return the jobs of a selection that changed last, by arrival, and how many there are."""
@@ -5583,8 +5590,10 @@ class Crew:
     def start_missing(self) -> None:
         """Start the missing workers in a thread, because the process that forks them may hang."""
         now = time.monotonic()
+        if self.mode or self.thread.is_alive() or now < self.start_at:
+            return
         slots = sorted({*range(1, self.options.size + 1)} - {it.slot for it in self.workers})
-        if not slots or self.mode or self.thread.is_alive() or now < self.start_at:
+        if not slots:
             return
         if self.started:  # replacements singly
             self.start_at = now + 1
@@ -5632,7 +5641,8 @@ class Crew:
                 self.count_death(trouble)
 
     def is_alive(self) -> bool:
-        return bool(self.workers) or (self.thread.is_alive() and time.monotonic() < self.leave_by)
+        is_starting = self.thread.is_alive()  # first: it adds workers until it ends
+        return bool(self.workers) or (is_starting and time.monotonic() < self.leave_by)
 
     def count_death(self, how: str) -> None:
         """Note that a worker died without a job, or could not be started; too many are a fault."""
@@ -8453,7 +8463,7 @@ class Doctor:
         outcomes = [attempt.outcome for attempt in attempts]
         if outcomes != ["crashed", "completed"]:
             raise Fault(f"the job of a killed worker did not run again, but: {outcomes}")
-        took = attempts[1].started - float(attempts[0].output)
+        took = attempts[1].started - float(attempts[0].output.split()[-1])
         return f"the job of a killed worker ran again after {took:.2f} s"
 
     def process_tree(self) -> str:
@@ -8911,6 +8921,8 @@ def install_library(home: str) -> str:
     import shutil
 
     source = __loader__.get_data(__file__)  # type: ignore[name-defined]  # also from an archive
+    if b"\n# queuectl " not in source[:4096]:
+        raise BadInput(f"{__file__} is a compiled file; install from queuectl.py")
     library = os.path.join(home, hashlib.sha256(source).hexdigest()[:16])
     os.makedirs(library, exist_ok=True)
     file = os.path.join(library, "queuectl.py")

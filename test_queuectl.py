@@ -1149,6 +1149,7 @@ class RulesRetry(Case):
 
         self.assert_table(cases, wait)
         self.assertEqual(queuectl.valid_delays([1, "2m", 0.5]), "1,120,0.5")
+        self.assertEqual(queuectl.valid_delays(1), "1")
 
     @internal
     def test_retry_of_a_schedule_waits_no_longer_than_until_its_next_occurrence(self) -> None:
@@ -2935,7 +2936,9 @@ class TrustAttacks(Live):
             os.chmod(shared, mode)
             os.chown(shared, owner, -1)
             os.symlink(self.path, self.file(f"link {owner}"))
-            for path in (self.path, self.file(f"link {owner}")):
+            os.symlink(os.path.dirname(self.path) + "/", self.file(f"directory {owner}"))
+            links = (f"link {owner}", f"directory {owner}/queuectl.db")
+            for path in (self.path, *map(self.file, links)):
                 line = self.assert_refused("--db", path, "list", code=4)
                 self.assertIn(f"{reason} {shared}" if owner == 0 else f"{shared} {reason}", line)
         self.use_queue("sticky/private")
@@ -3302,6 +3305,23 @@ class QueueSelection(Clocked):
             ):
                 found = [job.id for job in reader.selected(chosen)]
             self.assertEqual(found, expected)
+
+    @internal
+    def test_selection_finds_the_first_job_that_starts_while_it_reads(self) -> None:
+        reader = self.queue._reader
+        for queue in ("default", "q"):
+            self.queue.enqueue("true", id=f"in-{queue}", queue=queue)
+
+        def seqs(*kind: Any, read: Any = reader.seqs_in_state, **more: Any) -> Any:
+            if kind[0] == "pending":
+                self.claim("q")  # until then, no job of this queue has run
+            yield from read(*kind, **more)
+
+        with mock.patch.object(queuectl, "SHARE", 1), mock.patch.object(
+            reader, "seqs_in_state", seqs
+        ):
+            found = [job.id for job in reader.selected(queuectl.Selection(queues=["q"]))]
+        self.assertEqual(found, ["in-q"])
 
     def test_list_shows_the_selected_jobs(self) -> None:
         cases = {
@@ -7473,6 +7493,24 @@ class PoolTrouble(Clocked):
         self.assertEqual(list(crew.troubles), reasons)
         self.assertGreater(crew.start_at, time.monotonic())
 
+    def test_worker_added_as_the_thread_ends_is_seen(self) -> None:
+        crew = make_pool(self, self.queue).crew
+        ours, theirs = multiprocessing.Pipe()
+        self.addCleanup(theirs.close)
+        self.addCleanup(ours.close)
+
+        def end_thread() -> bool:
+            crew.add(queuectl.WorkerHandle("worker-x-1", 1, None, ours))
+            return False
+
+        crew.thread = mock.Mock()
+        crew.thread.is_alive.side_effect = end_thread
+        with mock.patch.object(threading.Thread, "start") as start:
+            crew.start_missing()  # no second worker in its slot
+        start.assert_not_called()
+        crew.workers.clear()
+        self.assertTrue(crew.is_alive())
+
     @internal
     def test_pool_reports_each_problem_once_a_minute(self) -> None:
         reports: list[str] = []
@@ -8074,6 +8112,9 @@ class ReportFormats(Reported):
         for ending in ("", "-wal", "-journal"):
             line = self.assert_refused("report", "-o", "queuectl.db" + ending, "--format", "json")
             self.assertIn("must not name a file of a database", line)
+        unreadable = mock.patch.object(queuectl, "open", side_effect=PermissionError, create=True)
+        with unreadable:
+            self.assertEqual(queuectl.valid_report(self.file("r.xml")), self.file("r.xml"))
 
     def test_queue_that_never_had_a_job_is_reported(self) -> None:
         self.run_jobs()
@@ -8883,6 +8924,16 @@ class DoctorTrials(Case):
         doctor.wal()
         self.assertFalse(os.path.exists(self.file("loaded")))
 
+    def test_what_python_itself_prints_does_not_spoil_a_trial(self) -> None:
+        doctor = queuectl.Doctor(self.path)
+        common = {"worker": "worker-a-1", "waited": 0.0, "finished": 9.0, "error": None}
+        common.update(exit_code=None, bytes_dropped=0)
+        output = b"Invalid -W option ignored: invalid action: 'x'\n5.0\n"
+        first = queuectl.Attempt(run=1, outcome="crashed", started=4.0, output=output, **common)
+        second = first._replace(run=2, outcome="completed", started=5.25)
+        with mock.patch.object(doctor, "run_job", return_value=[first, second]):
+            self.assertIn("ran again after 0.25 s", doctor.recovery())
+
     @SLOW
     @NEEDS_SHELL
     def test_directory_that_others_may_write_to_fails_one_trial(self) -> None:
@@ -9419,20 +9470,7 @@ class CliBadInput(Case):
         "max_retries": ("x", None, True, 1.5, [], {}, 0, -1, 10**7),
         "cwd": (1, None, True, [], {}, "/\0", "/\ud800"),
         "env": (1, None, [], "A=1", {"A": 1}, {"": "x"}, {"A=B": "x"}, {"A": None}, {"A": "\0"}),
-        "retry_delays": (
-            -1,
-            None,
-            True,
-            "",
-            "1,",
-            "soon",
-            "-1",
-            [],
-            [-1],
-            ["x"],
-            {"a": 1},
-            [1] * 1001,
-        ),
+        "retry_delays": (None, True, "", "1,", "soon", "-1", [], [-1], ["x"], {"a": 1}, [1] * 1001),
         "stdin": (1, None, True, [], "\ud800", "x" * ((1 << 20) + 1)),
         "after": (1, None, "", [1], [""], ["a b"], {"a": 1}, "-x"),
         "after_end": (1, None, "", [1], [""], ["a b"], {"a": 1}, "-x"),
@@ -10986,6 +11024,12 @@ class CliInstall(Live):
         self.assertTrue(self.read(self.starter).startswith("#!/bin/sh\n"))
         self.assertEqual(self.installed("enqueue", "--", "echo", "a b")[1], "1\n")
         self.assertIn("echo 'a b'", self.installed("show", "1")[1])
+
+    def test_compiled_file_is_not_installed(self) -> None:
+        compiled = py_compile.compile(PROGRAM, self.file("queuectl.pyc"))
+        done = self.process(sys.executable, compiled, "install", self.file("here"))
+        line = f"queuectl: {compiled} is a compiled file; install from queuectl.py\n"
+        self.assertEqual(done, Result(2, "", line))
 
     def test_virtual_environment_is_not_needed_later(self) -> None:
         self.process(sys.executable, "-m", "venv", "--without-pip", "venv")

@@ -6099,7 +6099,7 @@ class Pool:
     def check_drain(self) -> None:
         """Report a drain that was stopped while jobs were left to run."""
         options = self.options
-        is_stopped = options.drain and "blocked" not in self.events.ended
+        is_stopped = options.drain and not self.fault and "blocked" not in self.events.ended
         if is_stopped and self.ledger.reader.drain_blockers(options.queues, options.horizon):
             self.code = self.code or Exit.NO
             self.events.say("stopped before all jobs had run")
@@ -10222,7 +10222,7 @@ TAKE_NO_WORDS = ("queuectl worker start", "queuectl pause", "queuectl resume", "
 
 def usage_hint(prog: str, message: str, options: Iterable[str]) -> str:
     wrong = re.match("unrecognized arguments: ([^ =]+)", message)
-    if wrong and wrong[1] == "-":
+    if wrong and wrong[1] == "-" and prog == "queuectl enqueue":
         return "; - takes the place of a command, as in: enqueue --lines -"
     if wrong and wrong[1] == "--all" and prog in ALL_HINTS:
         return f": did you mean {ALL_HINTS[prog]}?"

@@ -1625,6 +1625,7 @@ class SystemProcesses(Live):
         self.stdout("worker", "stop")
         self.assert_exits(pool, 0)
 
+    @SLOW
     def test_worker_without_ctypes_survives_a_long_output(self) -> None:
         library = self.process(*PYTHON, "-c", "import _ctypes; print(_ctypes.__file__)").stdout
         if not library:
@@ -6163,6 +6164,7 @@ class AttemptElsewhereClocked(Clocked):
         self.fail_to_launch()
         self.assertEqual(self.queue._reader.next_ready_time(), self.now + 4)
 
+    @SLOW
     @NEEDS_SHELL
     @internal
     def test_launcher_cancel_that_hangs_is_killed_and_has_failed(self) -> None:
@@ -10220,6 +10222,7 @@ class CliLogsLive(Live):
         self.assertEqual(logs.communicate(timeout=5)[0], "two\n")
         self.assertEqual(logs.returncode, 0)
 
+    @SLOW
     @internal
     def test_following_and_watching_end_when_the_queue_is_removed(self) -> None:
         with Queue(self.path) as queue:
@@ -11016,6 +11019,7 @@ class CliInstall(Live):
         self.assertEqual(sorted(os.listdir(here)), [".queuectl", "queuectl"])
         self.assertEqual(self.process(here + "/queuectl", "enqueue", "true")[1], "1\n")
 
+    @SLOW
     def test_python_with_blanks_and_quotes_in_its_path_is_started_by_the_shell(self) -> None:
         place = self.file('it\'s "the" $place')
         os.mkdir(place)
@@ -11031,6 +11035,7 @@ class CliInstall(Live):
         line = f"queuectl: {compiled} is a compiled file; install from queuectl.py\n"
         self.assertEqual(done, Result(2, "", line))
 
+    @SLOW
     def test_virtual_environment_is_not_needed_later(self) -> None:
         self.process(sys.executable, "-m", "venv", "--without-pip", "venv")
         self.process(self.file("venv/bin/python"), PROGRAM, "install")

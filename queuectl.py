@@ -1824,7 +1824,7 @@ EXHAUSTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # a system
 def polling(limit: float = NEVER, first: float = 0.0005, longest: float = 0.05) -> Iterator[float]:
     """Yield the seconds waited so far: at once, then after growing pauses, until the limit.
 
-    Use it for what sends no notification, such as the end of a lock.
+    Use it for events without a notification, such as the release of a lock.
     """
     began = time.monotonic()
     pause = first
@@ -4392,9 +4392,8 @@ class Queue:
     def output(self, job: Job | str, run: int | None = None) -> bytes:
         """Return the output of an attempt, by default of the one that runs or ran last.
 
-        The output is what the job has written to stdout and stderr so far, or the last
-        `output_limit` bytes of that; before the first attempt, nothing. A schedule's name means its
-        latest attempt. Raises NotFound.
+        It is all that was written to stdout and stderr so far, or the last `output_limit` bytes. It
+        is empty before the first attempt. A schedule's name means its latest attempt. Raises NotFound.
         """
         found = job if isinstance(job, Job) else self.get(job)
         if not found.run and job == found.schedule_id:
@@ -6032,7 +6031,7 @@ class Pool:
             self.stop("stop", str(fault))
 
     def poll(self) -> None:
-        """Check what causes no wakeup: stop requests, workers, the files, other writers."""
+        """Look for changes that wake nobody: stop requests, workers, the files, other writers."""
         self.agenda.set(self.poll, SYSTEM.POLL)
         if requested := self.files.run_dir.stop_requested(self.files.name):
             self.stop(requested, "worker stop")
@@ -7654,7 +7653,7 @@ class Page(NamedTuple):
 
 
 class Gate:
-    """Admits only the browser and the scripts of the user who started the server.
+    """Admits requests only from the browser and the scripts of this user.
 
     A page of another site can make the browser send requests here, even under a name that resolves
     to this machine. So the Host must be a loopback name, the Origin ours, and the token correct.
@@ -8429,7 +8428,7 @@ class Doctor:
             queue.cancel([job])
         if seen.stdout.split() != [b"default"]:
             raise Fault(f"another process cannot read the queue: {seen.stderr.decode().strip()}")
-        return "another process reads what this one has written"
+        return "another process reads the changes of this one"
 
     def sync(self) -> str:
         times = []
@@ -10212,7 +10211,7 @@ def command_hint(name: str, word: str) -> str:
     return f"; choose from {', '.join(verbs)}"
 
 
-ALL_HINTS = {  # what to type instead of --all
+ALL_HINTS = {  # the options that replace --all
     "queuectl cancel": "--state pending,processing",
     "queuectl edit": "--state pending",
     "queuectl list": "--limit 0",

@@ -8914,7 +8914,7 @@ class DoctorTrials(Case):
         doctor = queuectl.Doctor(self.path)
         with mock.patch.object(queuectl, "__file__", self.file("lib.zip/queuectl.py")):
             doctor.queue()
-            self.assertEqual(doctor.wal(), "another process reads what this one has written")
+            self.assertEqual(doctor.wal(), "another process reads the changes of this one")
 
     @internal
     def test_modules_of_the_current_directory_are_not_imported(self) -> None:

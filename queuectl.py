@@ -4393,7 +4393,8 @@ class Queue:
         """Return the output of an attempt, by default of the one that runs or ran last.
 
         It is all that was written to stdout and stderr so far, or the last `output_limit` bytes. It
-        is empty before the first attempt. A schedule's name means its latest attempt. Raises NotFound.
+        is empty before the first attempt. A schedule's name means its latest attempt. Raises
+        NotFound.
         """
         found = job if isinstance(job, Job) else self.get(job)
         if not found.run and job == found.schedule_id:

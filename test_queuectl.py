@@ -1710,7 +1710,7 @@ class RunDirectoryFiles(Live):
         os.mkfifo(f"{self.path}.run/pool-9.fifo")
         pool = self.pool()
         self.wait_for_output(pool, " worker on ")
-        wait_until(lambda: len(self.workers()) == 2)
+        wait_until(lambda: any(re.match("worker-[0-9a-f]{8}", name) for name in self.workers()))
         names = os.listdir(self.file("queuectl.db.run"))
         found = [name for name in names if not re.match("(pool|worker)-.*[0-9a-f]{8}", name)]
         self.assertEqual(sorted(found), sorted([*kept, "worker-1"]))
